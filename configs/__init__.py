@@ -1,0 +1,1 @@
+"""Recipes: `imagenet/*.yaml` and `demo/*.yaml`, read by `visionmix.tools.recipe`."""

@@ -1,0 +1,22 @@
+"""Fused ops: selective scans and gated linear attention, on any device.
+
+`use` chooses the implementation of all of them and `backends` says which are ready.
+"""
+
+if __name__ == "kernels":
+    raise ImportError("import this as visionmix.kernels (from an installed visionmix: pip install -e .)")
+
+from visionmix.kernels.dispatch import Unavailable, backends, use
+from visionmix.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
+from visionmix.kernels.selective_scan import selective_scan
+from visionmix.kernels.selective_scan_2d import selective_scan_2d
+
+__all__ = [
+    "Unavailable",
+    "backends",
+    "bidirectional_gated_linear_attention",
+    "gated_linear_attention",
+    "selective_scan",
+    "selective_scan_2d",
+    "use",
+]

@@ -1,0 +1,64 @@
+"""What every fused op refuses, in one place: one message style for a wrong argument."""
+
+from torch import Tensor
+
+
+def check_tensors(tensors: dict[str, Tensor | None], ranks: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what is no real floating-point tensor, has another rank than `ranks` allows, or lies on another device.
+
+    Args:
+        tensors: argument names and values, None for an option not given; the first names the op's device.
+        ranks: the ranks allowed, by argument name.
+
+    Raises:
+        TypeError: an argument is no tensor, or its dtype is not floating point.
+        ValueError: an argument's rank or device does not fit.
+    """
+    device_name, device = "", None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+        if x.is_complex():
+            raise TypeError(f"{name} has dtype {x.dtype}; complex values are not supported, pass a real tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}; convert it to a floating-point dtype, as {name}.float()")
+        if x.dim() not in ranks[name]:
+            allowed = " or ".join(map(str, ranks[name]))
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {allowed} axes")
+        if device is None:
+            device_name, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{name} is on {x.device}, but {device_name} on {device}; move them to one device")
+
+
+def check_shape(name: str, x: Tensor | None, axes: dict[str, int]) -> None:
+    """Refuse a tensor whose shape is not that of `axes`, a dict of axis names and sizes.
+
+    Raises:
+        ValueError: the shape differs.
+    """
+    if x is not None and tuple(x.shape) != tuple(axes.values()):
+        wanted = ", ".join(f"{axis}={size}" for axis, size in axes.items())
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; the other arguments ask for ({wanted})")
+
+
+def check_length(name: str, x: Tensor, axis: int) -> None:
+    """Refuse a sequence without tokens.
+
+    Raises:
+        ValueError: the axis has size 0.
+    """
+    if x.shape[axis] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; its length must be at least 1")
+
+
+def check_merge(merge: str, choices: tuple[str, ...]) -> None:
+    """Refuse an unknown way of merging directions.
+
+    Raises:
+        ValueError: `merge` is none of `choices`.
+    """
+    if merge not in choices:
+        raise ValueError(f"merge={merge!r} is unknown; choose one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,100 @@
+"""Gated linear attention, in one and in both directions."""
+
+from torch import Tensor
+from visionmix.kernels.checks import check_length, check_merge, check_shape, check_tensors
+from visionmix.kernels.gated_linear_attention.op import bidirectional_op, gated_linear_attention_op
+
+__all__ = [
+    "bidirectional_gated_linear_attention",
+    "bidirectional_op",
+    "gated_linear_attention",
+    "gated_linear_attention_op",
+]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], initial_state: Tensor | None) -> None:
+    tensors = {"q": q, "k": k, "v": v, **gates, "initial_state": initial_state}
+    check_tensors(tensors, dict.fromkeys(tensors, (4,)))
+    check_length("q", q, 1)
+    batch, length, heads, dk = q.shape
+    axes = {"batch": batch, "length": length, "heads": heads}
+    for name, x in {"k": k, **gates}.items():
+        check_shape(name, x, axes | {"dk": dk})
+    check_shape("v", v, axes | {"dv": v.shape[-1]})
+    check_shape("initial_state", initial_state, {"batch": batch, "heads": heads, "dk": dk, "dv": v.shape[-1]})
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention: a matrix state a head, decayed per key channel by a gate that depends on the token.
+
+    `h_t = diag(exp(g_t)) h_(t-1) + k_t^T v_t`, `o_t = scale q_t h_t`: the current token counts, undecayed. The
+    arguments are those of flash-linear-attention. Yang et al., 2023, Gated Linear Attention Transformers with
+    Hardware-Efficient Training (arXiv 2312.06635).
+
+    Args:
+        q: queries (batch, length, heads, dk), of any floating-point dtype, as the others.
+        k: keys (batch, length, heads, dk).
+        v: values (batch, length, heads, dv).
+        g: logarithms of the decays (batch, length, heads, dk), at most 0. Values are not looked at: a positive one
+            makes the state grow.
+        scale: factor of the queries; dk^-0.5 if None.
+        initial_state: h_0 (batch, heads, dk, dv); zeros if None.
+        output_final_state: whether to return the state after the last token.
+
+    Returns:
+        The output (batch, length, heads, dv) in v's dtype, and the final state (batch, heads, dk, dv) or None. The
+        state is float32, or float64 if any input is; so is the computation.
+
+    Raises:
+        TypeError: an argument is no real floating-point tensor.
+        ValueError: shapes or devices do not fit together, or the length is 0.
+    """
+    _check(q, k, v, {"g": g}, initial_state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, state = gated_linear_attention_op(q, k, v, g, scale, initial_state, output_final_state)
+    return out, state if output_final_state else None
+
+
+def bidirectional_gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float | None = None,
+    merge: str = "mean",
+) -> Tensor:
+    """Gated linear attention from both ends of the sequence, with shared q, k and v and a gate for each direction.
+
+    `f_t = diag(exp(g_forward_t)) f_(t-1) + k_t^T v_t`, `b_t = diag(exp(g_backward_t)) b_(t+1) + k_t^T v_t`,
+    `o_t = scale q_t (f_t + b_t)`, halved for "mean". Both directions count the current token, undecayed. Liao et al.,
+    2024, ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention (arXiv 2405.18425).
+
+    Args:
+        q: queries (batch, length, heads, dk), of any floating-point dtype, as the others.
+        k: keys (batch, length, heads, dk).
+        v: values (batch, length, heads, dv).
+        g_forward: logarithms of the forward decays (batch, length, heads, dk), at most 0 (not looked at).
+        g_backward: the same for the backward direction, in the order of the tokens: token t's gate decays the state
+            that comes from token t + 1.
+        scale: factor of the queries; dk^-0.5 if None.
+        merge: "mean" or "sum" of the directions.
+
+    Returns:
+        The output (batch, length, heads, dv) in v's dtype; computed in float32, or float64 if any input is.
+
+    Raises:
+        TypeError: an argument is no real floating-point tensor.
+        ValueError: shapes or devices do not fit together, the length is 0, or `merge` is unknown.
+    """
+    check_merge(merge, ("mean", "sum"))
+    _check(q, k, v, {"g_forward": g_forward, "g_backward": g_backward}, None)
+    return bidirectional_op(q, k, v, g_forward, g_backward, q.shape[-1] ** -0.5 if scale is None else scale, merge)

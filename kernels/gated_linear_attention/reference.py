@@ -1,0 +1,309 @@
+"""Gated linear attention in chunked PyTorch: batched matmuls over a tree of token blocks.
+
+Within a chunk, the weight that token i gives token j < i is `sum_d q_id k_jd prod_{j < s <= i} a_sd`, a = exp(g). Blocks
+of tokens are joined in pairs, from single tokens up to the chunk. A block keeps its queries decayed from its start, its
+keys decayed to its end and its total decay; joining two blocks takes one matmul for the weights between them and one
+product with the other's total decay. Every factor is a product of decays, so it lies in [0, 1]: nothing overflows, and
+no two large sums are subtracted, so that tokens which follow a strong decay keep their precision.
+
+Chunks then pass their states, (dk, dv) a head, in a loop over chunks. Memory is a few times the inputs plus
+length x chunk weights and length / chunk states a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+
+# Blocks of up to this many tokens are joined by a product and a sum: batched matmuls of so few rows are slower.
+_ELEMENTWISE = 2
+
+
+@dataclass
+class _Direction:
+    """One direction's tree: `queries`, `keys`, `decays` of the blocks at each level, from tokens to chunks.
+
+    Shapes: (rows, blocks, block, dk) and, for the decays, (rows, blocks, 1, dk); rows = batch x heads.
+    """
+
+    reverse: bool
+    queries: list[Tensor]
+    keys: list[Tensor]
+    decays: list[Tensor]
+    crossings: list[Tensor]  # weights of a pair's later block for its earlier one, (rows, pairs, block, block)
+    entering: Tensor | None = None  # state entering each chunk, (rows, chunks, dk, dv)
+
+
+def _pairs(x: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Split the blocks of (rows, blocks, ...) into the earlier and the later of each pair, in the direction's time."""
+    x = x.unflatten(1, (-1, 2))
+    return (x[:, :, 1], x[:, :, 0]) if reverse else (x[:, :, 0], x[:, :, 1])
+
+
+def _join(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
+    """Put the halves of each pair of blocks side by side: two (rows, pairs, block, dim) to (rows, pairs, 2 block, dim)."""
+    return torch.cat((late, early) if reverse else (early, late), dim=-2)
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return all dot products of two sets of vectors, (..., n, d) and (..., m, d), as (..., n, m)."""
+    if rows.shape[-2] <= _ELEMENTWISE:
+        return (rows.unsqueeze(-2) * columns.unsqueeze(-3)).sum(-1)
+    return rows @ columns.transpose(-1, -2)
+
+
+def _climb(query: Tensor, key: Tensor, gate: Tensor, chunk: int, reverse: bool) -> _Direction:
+    decay = gate.exp().unsqueeze(2)
+    key = key.unsqueeze(2)
+    query = query.unsqueeze(2) * decay
+    tree = _Direction(reverse, [query], [key], [decay], [])
+    for _ in range(chunk.bit_length() - 1):
+        early_query, late_query = _pairs(query, reverse)
+        early_key, late_key = _pairs(key, reverse)
+        early_decay, late_decay = _pairs(decay, reverse)
+        tree.crossings.append(_products(late_query, early_key))
+        query = _join(early_query, late_query * early_decay, reverse)
+        key = _join(early_key * late_decay, late_key, reverse)
+        decay = early_decay * late_decay
+        tree.queries.append(query)
+        tree.keys.append(key)
+        tree.decays.append(decay)
+    return tree
+
+
+def _weights(diagonal: Tensor, forward: _Direction, backward: _Direction | None) -> Tensor:
+    """Assemble the weights inside each chunk, (rows, chunks, chunk, chunk), from those between its blocks."""
+    weights = diagonal[..., None, None]
+    for level, lower in enumerate(forward.crossings):
+        first, second = _pairs(weights, reverse=False)
+        upper = torch.zeros_like(lower) if backward is None else backward.crossings[level]
+        weights = torch.cat((torch.cat((first, upper), -1), torch.cat((lower, second), -1)), -2)
+    return weights
+
+
+def _pass_states(tree: _Direction, value: Tensor, state: Tensor | None) -> Tensor:
+    """Carry the state (rows, dk, dv) over the chunks; fill `tree.entering` and return the last one."""
+    added = tree.keys[-1].transpose(-1, -2) @ value
+    decay = tree.decays[-1].transpose(-1, -2)
+    chunks = range(value.shape[1])
+    entering: list[Tensor] = []
+    if state is None:
+        state = torch.zeros_like(added[:, 0])
+    for chunk in reversed(chunks) if tree.reverse else chunks:
+        entering.append(state)
+        state = torch.addcmul(added[:, chunk], decay[:, chunk], state)
+    tree.entering = torch.stack(entering[::-1] if tree.reverse else entering, dim=1)
+    return state
+
+
+def _pass_states_backward(
+    tree: _Direction, value: Tensor, grad_out: Tensor, grad_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the chunks' queries, keys, decays, of the values and of the first state."""
+    used = tree.queries[-1].transpose(-1, -2) @ grad_out
+    decay = tree.decays[-1].transpose(-1, -2)
+    chunks = range(value.shape[1])
+    leaving: list[Tensor] = []
+    if grad_state is None:
+        grad_state = torch.zeros_like(used[:, 0])
+    for chunk in chunks if tree.reverse else reversed(chunks):
+        leaving.append(grad_state)
+        grad_state = torch.addcmul(used[:, chunk], decay[:, chunk], grad_state)
+    grad_leaving = torch.stack(leaving if tree.reverse else leaving[::-1], dim=1)
+    return (
+        grad_out @ tree.entering.transpose(-1, -2),
+        value @ grad_leaving.transpose(-1, -2),
+        (grad_leaving * tree.entering).sum(-1).unsqueeze(-2),
+        tree.keys[-1] @ grad_leaving,
+        grad_state,
+    )
+
+
+def _descend(
+    tree: _Direction, grad_weights: Tensor, grad_query: Tensor, grad_key: Tensor, grad_decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and gate, each (rows, length, dk), from those of the chunks' values."""
+    reverse = tree.reverse
+    for level in reversed(range(len(tree.crossings))):
+        early_query, late_query = _pairs(tree.queries[level], reverse)
+        early_key, late_key = _pairs(tree.keys[level], reverse)
+        early_decay, late_decay = _pairs(tree.decays[level], reverse)
+        size = late_query.shape[-2]
+        first, second = slice(None, size), slice(size, None)
+        early, late = (second, first) if reverse else (first, second)
+        crossing = grad_weights[..., late, early]
+        grad_late_query, grad_early_key = grad_query[..., late, :], grad_key[..., early, :]
+        grad_early_decay = grad_decay * late_decay + (grad_late_query * late_query).sum(-2, keepdim=True)
+        grad_late_decay = grad_decay * early_decay + (grad_early_key * early_key).sum(-2, keepdim=True)
+        grad_late_query = grad_late_query * early_decay + crossing @ early_key
+        grad_early_key = grad_early_key * late_decay + crossing.transpose(-1, -2) @ late_query
+        grad_query = _interleave(grad_query[..., early, :], grad_late_query, reverse)
+        grad_key = _interleave(grad_early_key, grad_key[..., late, :], reverse)
+        grad_decay = _interleave(grad_early_decay, grad_late_decay, reverse)
+        grad_weights = torch.stack((grad_weights[..., first, first], grad_weights[..., second, second]), 2).flatten(
+            1, 2
+        )
+    decay = tree.decays[0]
+    grad_gate = grad_decay * decay + grad_query * tree.queries[0]
+    return (grad_query * decay).squeeze(2), grad_key.squeeze(2), grad_gate.squeeze(2)
+
+
+def _interleave(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
+    """Undo `_pairs`."""
+    return torch.stack((late, early) if reverse else (early, late), dim=2).flatten(1, 2)
+
+
+def chunk_size(length: int) -> int:
+    """Return the number of tokens a chunk for sequences of `length` tokens: a power of two up to 64."""
+    return min(CHUNK, 1 << (length - 1).bit_length())
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return float64 if any tensor has it, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _rows(x: Tensor, padding: int, dtype: torch.dtype) -> Tensor:
+    """(batch, length, heads, dim) to (batch x heads, padded length, dim)."""
+    return F.pad(x.transpose(1, 2).flatten(0, 1).to(dtype), (0, 0, 0, padding))
+
+
+def _tokens(x: Tensor, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Undo `_rows`; contiguous."""
+    return x[:, :length].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype).contiguous()
+
+
+class _Attention:
+    """The output in one or both directions, and its gradients.
+
+    Tensors are (rows, length, dim), padded, in the computing dtype; values (rows, chunks, chunk, dv).
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, gates: list[Tensor], chunk: int):
+        self.query, self.key = query, key
+        self.value = value.unflatten(1, (-1, chunk))
+        self.trees = [
+            _climb(query, key, gate, chunk, reverse) for gate, reverse in zip(gates, (False, True), strict=False)
+        ]
+        # Each direction counts the token itself, undecayed.
+        own = len(gates) * (query * key).sum(-1)
+        self.weights = _weights(own, self.trees[0], self.trees[1] if len(gates) > 1 else None)
+        self.out = self.weights @ self.value
+
+    def pass_states(self, state: Tensor | None) -> Tensor:
+        """Add what the states entering the chunks give, the first direction starting from `state`; return its last."""
+        last = [_pass_states(tree, self.value, None if tree.reverse else state) for tree in self.trees]
+        for tree in self.trees:
+            self.out = self.out + tree.queries[-1] @ tree.entering
+        return last[0]
+
+    def gradients(self, grad_out: Tensor, grad_state: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return the gradients of query, key, value and the gates, and of the first direction's initial state."""
+        grad_out = grad_out.unflatten(1, self.value.shape[1:3])
+        grad_weights = grad_out @ self.value.transpose(-1, -2)
+        grad_value = self.weights.transpose(-1, -2) @ grad_out
+        own = len(self.trees) * grad_weights.diagonal(dim1=-2, dim2=-1).flatten(1).unsqueeze(-1)
+        grad_query, grad_key = own * self.key, own * self.query
+        grad_gates, grad_initial = [], None
+        for tree in self.trees:
+            if tree.entering is None:
+                grads = [torch.zeros_like(x[-1]) for x in (tree.queries, tree.keys, tree.decays)]
+            else:
+                *grads, grad_added, grad_first = _pass_states_backward(
+                    tree, self.value, grad_out, None if tree.reverse else grad_state
+                )
+                grad_value = grad_value + grad_added
+                grad_initial = grad_initial if tree.reverse else grad_first
+            from_query, from_key, grad_gate = _descend(tree, grad_weights, *grads)
+            grad_query, grad_key = grad_query + from_query, grad_key + from_key
+            grad_gates.append(grad_gate)
+        return [grad_query, grad_key, grad_value.flatten(1, 2), *grad_gates], grad_initial
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], state: Tensor | None, scale: float):
+    """Return the attention inside the chunks, and the initial state as (rows, dk, dv)."""
+    dtype = compute_dtype(q, k, v, *gates, state)
+    chunk = chunk_size(q.shape[1])
+    # A padded token has k = v = 0 and decay 1: it changes no state.
+    padding = -q.shape[1] % chunk
+    query, key, value, *gates = (_rows(x, padding, dtype) for x in (q, k, v, *gates))
+    return _Attention(query * scale, key, value, gates, chunk), None if state is None else state.flatten(0, 1).to(dtype)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
+    batch, length, heads = q.shape[:3]
+    attention, state = _prepare(q, k, v, [g], initial_state, scale)
+    if state is not None or output_final_state or attention.value.shape[1] > 1:
+        state = attention.pass_states(state)
+    out = _tokens(attention.out.flatten(1, 2), batch, length, v.dtype)
+    if not output_final_state:
+        return out, out.new_empty(0, dtype=attention.value.dtype)
+    return out, state.unflatten(0, (batch, heads))
+
+
+def backward(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, g and initial_state (empty where there is none), in their dtypes."""
+    attention, state = _prepare(q, k, v, [g], initial_state, scale)
+    dtype = attention.value.dtype
+    grad_last = None if grad_state is None else grad_state.flatten(0, 1).to(dtype)
+    if state is not None or grad_state is not None or attention.value.shape[1] > 1:
+        attention.pass_states(state)
+    padding = attention.query.shape[1] - q.shape[1]
+    grads, grad_initial = attention.gradients(_rows(grad_out, padding, dtype), grad_last)
+    grads[0] = grads[0] * scale
+    grads = [_tokens(grad, q.shape[0], q.shape[1], x.dtype) for grad, x in zip(grads, (q, k, v, g), strict=True)]
+    if initial_state is None:
+        return *grads, q.new_empty(0)
+    return *grads, grad_initial.view(initial_state.shape).to(initial_state.dtype)
+
+
+def bidirectional_forward(
+    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+) -> Tensor:
+    """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
+    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, _merged(scale, merge))
+    if attention.value.shape[1] > 1:
+        attention.pass_states(None)
+    return _tokens(attention.out.flatten(1, 2), q.shape[0], q.shape[1], v.dtype)
+
+
+def bidirectional_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
+    scale = _merged(scale, merge)
+    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, scale)
+    if attention.value.shape[1] > 1:
+        attention.pass_states(None)
+    padding = attention.query.shape[1] - q.shape[1]
+    grads, _ = attention.gradients(_rows(grad_out, padding, attention.value.dtype), None)
+    grads[0] = grads[0] * scale
+    inputs = (q, k, v, g_forward, g_backward)
+    grads = [_tokens(grad, q.shape[0], q.shape[1], x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+    return tuple(grads)
+
+
+def _merged(scale: float, merge: str) -> float:
+    return 0.5 * scale if merge == "mean" else scale

@@ -1,0 +1,80 @@
+"""The selective scan of Mamba."""
+
+from torch import Tensor
+from visionmix.kernels.checks import check_length, check_shape, check_tensors
+from visionmix.kernels.selective_scan.op import selective_scan_op
+
+__all__ = ["selective_scan", "selective_scan_op"]
+
+_RANKS = {"u": (3,), "delta": (3,), "A": (2,), "B": (2, 3, 4), "C": (2, 3, 4), "D": (1,), "z": (3,), "delta_bias": (1,)}
+
+
+def _check_projection(name: str, x: Tensor, batch: int, dim: int, states: int, length: int) -> None:
+    if x.dim() == 2:
+        check_shape(name, x, {"dim": dim, "states": states})
+    elif x.dim() == 3:
+        check_shape(name, x, {"batch": batch, "states": states, "length": length})
+    else:
+        groups = x.shape[1]
+        check_shape(name, x, {"batch": batch, "groups": groups, "states": states, "length": length})
+        if groups == 0 or dim % groups:
+            raise ValueError(f"{name} has groups={groups}, which does not divide dim={dim}; choose a divisor of dim")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan: a diagonal linear state space whose step size, input and output depend on the token.
+
+    `h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `y_t = sum_n C_tn h_tn + D u_t`, times `silu(z_t)` where z is given,
+    from h_0 = 0. delta_t is `softplus(delta_t + delta_bias)` with `delta_softplus` (x itself above 20). Arguments and
+    layouts are those of mamba_ssm. Gu and Dao, 2023, Mamba: Linear-Time Sequence Modeling with Selective State Spaces
+    (arXiv 2312.00752).
+
+    Args:
+        u: input (batch, dim, length), of any floating-point dtype, as the others.
+        delta: step sizes (batch, dim, length).
+        A: decay rates (dim, states), real and usually negative.
+        B: input projection, (batch, states, length), or (batch, groups, states, length), where each of the groups
+            serves dim / groups consecutive channels, or constant (dim, states).
+        C: output projection, in one of the same shapes; with as many groups as B where both depend on the token.
+        D: skip (dim,).
+        z: gate (batch, dim, length).
+        delta_bias: added to delta (dim,).
+        delta_softplus: whether delta goes through softplus.
+        return_last_state: whether to return the state after the last token.
+
+    Returns:
+        The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state is
+        float32, or float64 if any input is; so is the computation.
+
+    Raises:
+        TypeError: an argument is no real floating-point tensor (complex A is not supported).
+        ValueError: shapes or devices do not fit together, or the length is 0.
+    """
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    check_tensors(tensors, _RANKS)
+    check_length("u", u, 2)
+    batch, dim, length = u.shape
+    for name in ("delta", "z"):
+        check_shape(name, tensors[name], {"batch": batch, "dim": dim, "length": length})
+    for name in ("D", "delta_bias"):
+        check_shape(name, tensors[name], {"dim": dim})
+    states = A.shape[1]
+    check_shape("A", A, {"dim": dim, "states": states})
+    _check_projection("B", B, batch, dim, states, length)
+    _check_projection("C", C, batch, dim, states, length)
+    B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
+    if B.dim() == C.dim() == 4 and B.shape[1] != C.shape[1]:
+        raise ValueError(f"B has {B.shape[1]} groups and C has {C.shape[1]}; give them the same number")
+    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    return (out, state) if return_last_state else out

@@ -1,0 +1,89 @@
+"""The selective scan over several orders of a map."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from visionmix.kernels.checks import check_merge, check_shape, check_tensors
+from visionmix.kernels.selective_scan_2d.op import selective_scan_2d_op
+from visionmix.kernels.selective_scan_2d.routes import SEPARATOR
+
+__all__ = ["selective_scan_2d", "selective_scan_2d_op"]
+
+_CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
+_RANKS = {"x": 4, "delta": 5, "delta_weight": 3, "A": 3, "B": 5, "C": 5, "D": 2, "delta_bias": 2}
+
+
+def _check_orders(orders: Sequence[str], height: int, width: int) -> None:
+    from visionmix import scans
+
+    if isinstance(orders, str) or not all(isinstance(name, str) for name in orders):
+        raise TypeError(f"orders={orders!r} is no sequence of names; pass for instance ('raster', 'raster_reversed')")
+    if not orders:
+        raise ValueError("orders is empty; pass the name of at least one scan order")
+    for name in orders:
+        scans.num_steps(name, height, width)
+
+
+def selective_scan_2d(
+    x: Tensor,
+    delta: Tensor | tuple[Tensor, Tensor],
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    orders: Sequence[str] = _CROSS,
+    merge: str = "sum",
+) -> Tensor:
+    """The selective scan of a map in K orders, each with parameters of its own, brought back to the map and merged.
+
+    Each order is a `selective_scan` of the sequence of cells that it reads; the output of a step goes to the cell that
+    was read there. A padded step of an order reads zeros (x, B, C and delta before the bias), so that the state still
+    decays by `exp(softplus(delta_bias) A)`, as in LocalMamba. Orders joined by "+" are one sequence with one set of
+    parameters, which reads a cell several times. Liu et al., 2024, VMamba: Visual State Space Model (arXiv 2401.10166).
+
+    Args:
+        x: input (batch, height, width, channels), of any floating-point dtype, as the others.
+        delta: step sizes (batch, height, width, K, channels), or of low rank as a pair ((batch, height, width, K,
+            rank), weight (K, channels, rank)).
+        A: decay rates (K, channels, states), real and usually negative.
+        B: input projection (batch, height, width, K, states).
+        C: output projection (batch, height, width, K, states).
+        D: skip (K, channels).
+        delta_bias: added to delta (K, channels).
+        delta_softplus: whether delta goes through softplus.
+        orders: the names of the K orders, as `visionmix.scans.order` takes them; the default is VMamba's cross scan.
+        merge: "sum" or "mean" of the directions, or "none" for all of them.
+
+    Returns:
+        (batch, height, width, channels) in x's dtype; for `merge="none"` (batch, height, width, routes, channels), a
+        route for each order and for each of those joined by "+". A cell that an order does not read gets zero from it,
+        and "mean" divides by the number of routes all the same. Computed in float32, or float64 if any input is.
+
+    Raises:
+        TypeError: an argument is no real floating-point tensor, or `orders` is no sequence of names.
+        ValueError: shapes or devices do not fit together, the map has no cells, or an order or `merge` is unknown.
+    """
+    delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)
+    tensors = {"x": x, "delta": delta, "delta_weight": weight, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
+    check_tensors(tensors, {name: (rank,) for name, rank in _RANKS.items()})
+    check_merge(merge, ("sum", "mean", "none"))
+    batch, height, width, channels = x.shape
+    if height * width == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; height and width must be at least 1")
+    _check_orders(orders, height, width)
+    states = A.shape[2]
+    parameters = {"K": len(orders), "channels": channels}
+    maps = {"batch": batch, "height": height, "width": width, "K": len(orders)}
+    check_shape("A", A, parameters | {"states": states})
+    check_shape("B", B, maps | {"states": states})
+    check_shape("C", C, maps | {"states": states})
+    check_shape("D", D, parameters)
+    check_shape("delta_bias", delta_bias, parameters)
+    if weight is None:
+        check_shape("delta", delta, maps | {"channels": channels})
+    else:
+        check_shape("delta", delta, maps | {"rank": weight.shape[2]})
+        check_shape("delta_weight", weight, parameters | {"rank": weight.shape[2]})
+    return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, delta_softplus, SEPARATOR.join(orders), merge)

@@ -1,0 +1,123 @@
+"""`visionmix::selective_scan_2d`, as mixers call it.
+
+The function here checks nothing: it scripts, traces and exports. The checked one stands in the package.
+"""
+
+import torch
+from torch import Tensor
+from visionmix.kernels import dispatch
+from visionmix.kernels.registration import register_op
+from visionmix.kernels.selective_scan_2d import reference
+from visionmix.kernels.selective_scan_2d.routes import count_routes
+
+
+def selective_scan_2d_op(
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: str,
+    merge: str,
+) -> Tensor:
+    """Return the selective scan over several orders of a map; `orders` are their names joined by commas.
+
+    `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`.
+    """
+    if not torch.jit.is_scripting() and dispatch.bypassed():
+        return reference.forward(x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
+    return torch.ops.visionmix.selective_scan_2d(
+        x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge
+    )
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake(x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, implementation="auto"):
+    if merge == "none":
+        return x.new_empty(*x.shape[:3], count_routes(orders), x.shape[3])
+    return _like(x)
+
+
+def _fake_backward(
+    grad_out, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, implementation="auto"
+):
+    return tuple(x.new_empty(0) if y is None else _like(y) for y in (x, delta, delta_weight, A, B, C, D, delta_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, implementation = inputs
+    ctx.implementation = dispatch.resolve("selective_scan_2d", implementation, tensors[0].device)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_out):
+    tensors = ctx.saved_tensors
+    grads = torch.ops.visionmix.selective_scan_2d_backward(
+        grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.implementation
+    )
+    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None, None
+
+
+def _flops(
+    x_shape, delta_shape, weight_shape, A_shape, B_shape, C_shape, D_shape=None, *args, out_shape=None, **kwargs
+):
+    """As `selective_scan`, once an order, 2 rank more a token and channel for a low-rank delta, 1 to merge.
+
+    Orders count with one step a cell.
+    """
+    batch, height, width, channels = x_shape
+    orders, _, states = A_shape
+    each = 7 * states + 2 + 2 * (D_shape is not None) + (0 if weight_shape is None else 2 * weight_shape[-1])
+    return batch * height * width * channels * orders * each
+
+
+def _backward_flops(
+    grad_shape,
+    x_shape,
+    delta_shape,
+    weight_shape,
+    A_shape,
+    B_shape,
+    C_shape,
+    D_shape=None,
+    *args,
+    out_shape=None,
+    **kwargs,
+):
+    """As `selective_scan`, once an order, 6 rank more a token and channel for a low-rank delta, 1 to add up dx."""
+    batch, height, width, channels = x_shape
+    orders, _, states = A_shape
+    each = 19 * states + 5 + 4 * (D_shape is not None) + (0 if weight_shape is None else 6 * weight_shape[-1])
+    return batch * height * width * channels * orders * each
+
+
+def _load_reference() -> dispatch.Implementation:
+    return dispatch.Implementation(reference.forward, reference.backward)
+
+
+_INPUTS = (
+    "Tensor x, Tensor delta, Tensor? delta_weight, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
+    'bool delta_softplus, str orders, str merge, str implementation="auto"'
+)
+
+register_op(
+    "selective_scan_2d",
+    schema=f"({_INPUTS}) -> Tensor",
+    backward_schema=(
+        f"(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    fake=_fake,
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    reference=_load_reference,
+)

@@ -1,0 +1,101 @@
+"""The index tables of a set of scan orders: which cell each step reads and which step each cell takes back."""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+SEPARATOR = ","
+
+
+def count_routes(orders: str) -> int:
+    """Return the number of outputs of `merge="none"`: one an order, one more for each order joined to it by "+"."""
+    return orders.count(SEPARATOR) + orders.count("+") + 1
+
+
+@dataclass
+class Routes:
+    """K orders of a grid, padded at the end to as many steps as the longest has.
+
+    Attributes:
+        index: int64 (K, steps), the cell read at each step, -1 for a padded step.
+        inverse: int64 (routes, cells), the step at which a cell is read, counted over all orders, order x steps + step;
+            -1 for a cell that is not read. An order has one route; n orders joined by "+" have n.
+    """
+
+    index: np.ndarray
+    inverse: np.ndarray
+
+    @cached_property
+    def of_maps(self) -> np.ndarray:
+        """(K x steps,): positions in maps of (cells x K), one map an order, -1 for a padded step."""
+        orders = np.arange(len(self.index))[:, None]
+        return np.where(self.index < 0, -1, self.index * len(self.index) + orders).reshape(-1)
+
+    @cached_property
+    def index_back(self) -> np.ndarray:
+        """(reads, cells): the steps that read each cell, counted over all orders."""
+        return _readers(self.index.reshape(-1), self.inverse.shape[1])
+
+    @cached_property
+    def of_maps_back(self) -> np.ndarray:
+        """(reads, cells x K): the steps that read each position of the maps."""
+        return _readers(self.of_maps, self.inverse.shape[1] * len(self.index))
+
+    @cached_property
+    def inverse_back(self) -> np.ndarray:
+        """(reads, K x steps): the positions of (routes x cells) that take back each step."""
+        return _readers(self.inverse.reshape(-1), self.index.size)
+
+
+def _readers(index: np.ndarray, size: int) -> np.ndarray:
+    """Return, for each of `size` places, the positions of `index` that name it: (most, size), filled up with -1."""
+    places = np.argsort(index, kind="stable")
+    places = places[index[places] >= 0]
+    named = index[places]
+    counts = np.bincount(named, minlength=size)
+    rank = np.arange(len(named)) - (np.cumsum(counts) - counts)[named]
+    readers = np.full((max(1, counts.max(initial=0)), size), -1)
+    readers[rank, named] = places
+    return readers
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def routes(orders: str, height: int, width: int) -> Routes:
+    """Return the tables of the orders, names joined by commas, on a grid.
+
+    They are NumPy arrays: while a graph is being traced they are computed all the same, and enter it as constants.
+
+    Raises:
+        ValueError: an order's name is unknown.
+    """
+    from visionmix import scans
+
+    with _disable_current_modes(), torch.inference_mode(False):
+        found = [scans.order(name, height, width) for name in orders.split(SEPARATOR)]
+        indices, inverses = [order.index.numpy() for order in found], [order.inverse.numpy() for order in found]
+    steps = max(len(index) for index in indices)
+    index = np.stack([np.pad(index, (0, steps - len(index)), constant_values=-1) for index in indices])
+    inverse = np.concatenate(
+        [
+            np.where(inverse < 0, -1, inverse + steps * number).reshape(-1, height * width)
+            for number, inverse in enumerate(inverses)
+        ]
+    )
+    return Routes(index, inverse)
+
+
+def take(x: Tensor, index: np.ndarray) -> Tensor:
+    """Return `x[:, index]`, zero where the index is -1: (batch, n, features) to (batch, index.size, features)."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    flat = torch.tensor(np.where(index < 0, x.shape[1], index).reshape(-1), device=x.device)
+    return padded.index_select(1, flat)
+
+
+def take_sum(x: Tensor, index: np.ndarray) -> Tensor:
+    """Return the sum of `take` over the first axis of `index`."""
+    return take(x, index).unflatten(1, index.shape).sum(1)

@@ -1,0 +1,67 @@
+"""Orders inside windows, and orders that sample the grid at a rate.
+
+Each function returns the index of one order, int64 (steps,) on the CPU: the cell `row * width + column` read at each
+step, -1 for a padded step.
+"""
+
+import torch
+
+
+def _cells(row: torch.Tensor, column: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the cells at the given rows and columns, -1 outside the grid."""
+    return torch.where((row < height) & (column < width), row * width + column, -1)
+
+
+def _windowed(height: int, width: int, size: int, *, snake: bool) -> torch.Tensor:
+    top = torch.arange(0, height, size, device="cpu").view(-1, 1, 1, 1)
+    left = torch.arange(0, width, size, device="cpu").view(1, -1, 1, 1)
+    row = torch.arange(size, device="cpu").view(1, 1, -1, 1)
+    column = torch.arange(size, device="cpu").view(1, 1, 1, -1)
+    if snake:
+        column = torch.where(row % 2 == 0, column, size - 1 - column)
+    return _cells(top + row, left + column, height, width).reshape(-1)
+
+
+def window(height: int, width: int, size: int) -> torch.Tensor:
+    """Return windows of size x size in row-major order, row-major inside, padded at the bottom and right.
+
+    LocalMamba's local scan (2024, arXiv:2403.09338).
+    """
+    return _windowed(height, width, size, snake=False)
+
+
+def window_snake(height: int, width: int, size: int) -> torch.Tensor:
+    """Return windows of size x size in row-major order, rows in alternating direction inside, padded as `window`."""
+    return _windowed(height, width, size, snake=True)
+
+
+def window_steps(height: int, width: int, size: int) -> int:
+    """Return the number of steps of `window` and `window_snake`, padded ones included."""
+    return (height + size - 1) // size * ((width + size - 1) // size) * size * size
+
+
+def atrous(height: int, width: int, rate: int) -> torch.Tensor:
+    """Return all cells as rate x rate interleaved sub-grids, one after the other, each row-major.
+
+    Sub-grid (i, j) holds the cells with row % rate == i and column % rate == j; sub-grids come row-major in (i, j).
+    """
+    row = torch.arange(height, device="cpu").view(-1, 1)
+    column = torch.arange(width, device="cpu").view(1, -1)
+    sub_grid = row % rate * rate + column % rate
+    return (sub_grid * (height * width) + row * width + column).reshape(-1).argsort()
+
+
+def skip(height: int, width: int, rate: int, top: int, left: int) -> torch.Tensor:
+    """Return only the cells (top + i * rate, left + j * rate), row-major, padded to ceil(height / rate) rows and
+    ceil(width / rate) columns so that all sub-grids have equal lengths.
+
+    EfficientVMamba's skip scan (2024, arXiv:2403.09977).
+    """
+    row = top + torch.arange(0, height, rate, device="cpu").view(-1, 1)
+    column = left + torch.arange(0, width, rate, device="cpu").view(1, -1)
+    return _cells(row, column, height, width).reshape(-1)
+
+
+def skip_steps(height: int, width: int, rate: int, top: int, left: int) -> int:
+    """Return the number of steps of `skip`, padded ones included."""
+    return (height + rate - 1) // rate * ((width + rate - 1) // rate)

@@ -1,0 +1,295 @@
+"""Image folders for training, testing and prediction: checked before any work, tolerant of broken files, repeatable.
+
+The order of the images and the augmentation of each are functions of (seed, epoch, image) alone, so they do not depend
+on the number of workers, and a resumed run sees what the uninterrupted one would have seen.
+"""
+
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.readers import get_img_extensions
+from torch.utils.data import DataLoader, Dataset, Sampler
+from visionmix.tools.recipe import Recipe
+
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+# Draws after which a training batch gives up finding a readable image.
+MAX_DRAWS = 20
+# What PIL raises at a truncated, damaged or oversized image.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class UnreadableData(ValueError):
+    """So many files cannot be read that there is nothing left to work with."""
+
+
+def is_image(path: Path) -> bool:
+    """Return whether the file's name ends as an image's does (.png, .jpg, .jpeg)."""
+    return path.suffix.lower() in get_img_extensions()
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split: ROOT/train, or ROOT/val (validation, test).
+
+    Raises:
+        FileNotFoundError: when ROOT or the split's folder is missing.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"data folder {root} does not exist; give --data a folder with train/ and val/ in it")
+    for name in SPLITS[split]:
+        if (root / name).is_dir():
+            return root / name
+    inside = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:5]) or "no folders"
+    raise FileNotFoundError(f"{root} has no {SPLITS[split][0]}/ folder (it has {inside}); put class folders in it")
+
+
+def find_classes(folder: Path) -> list[str]:
+    """Return the class folders' names in sorted order; names beginning with a dot are not classes.
+
+    Raises:
+        ValueError: when there is no class folder, or one without images.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} has no class folders; it must hold one folder of images for each class")
+    empty = [name for name in classes if not any(is_image(path) for path in (folder / name).iterdir())]
+    if empty:
+        kinds = ", ".join(sorted(get_img_extensions()))
+        raise ValueError(
+            f"{len(empty)} class folder(s) in {folder} hold no images ({kinds}): {', '.join(empty[:5])}; "
+            "fill or remove them"
+        )
+    return classes
+
+
+def check_folders(root: Path) -> list[str]:
+    """Return the classes of an image folder whose train and val agree.
+
+    Raises:
+        FileNotFoundError: when the folder or one of its splits is missing.
+        ValueError: when a class folder is empty, or train and val hold different classes.
+    """
+    train, val = split_folder(root, "train"), split_folder(root, "val")
+    classes, test_classes = find_classes(train), find_classes(val)
+    if classes != test_classes:
+        only = {
+            train.name: sorted(set(classes) - set(test_classes))[:5],
+            val.name: sorted(set(test_classes) - set(classes))[:5],
+        }
+        raise ValueError(
+            f"{train} and {val} hold different classes; "
+            + "; ".join(f"only in {name}/: {', '.join(names)}" for name, names in only.items() if names)
+        )
+    return classes
+
+
+def seed_everything(*words: int) -> None:
+    """Seed python's, numpy's and torch's generators (those of all devices) with a hash of `words`."""
+    state = np.random.SeedSequence(words).generate_state(3, np.uint64)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]) % 2**32)
+    torch.manual_seed(int(state[2]) % 2**63)
+
+
+class _Repeatable:
+    """Context: the three generators seeded by `words` inside, as they were afterwards."""
+
+    def __init__(self, *words: int) -> None:
+        self.words = words
+
+    def __enter__(self) -> None:
+        self.states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        state = np.random.SeedSequence(self.words).generate_state(3, np.uint64)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[1]) % 2**32)
+        torch.random.default_generator.manual_seed(int(state[2]) % 2**63)
+
+    def __exit__(self, *exc: object) -> None:
+        python, numpy, pytorch = self.states
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(pytorch)
+
+
+@dataclass
+class Sample:
+    """One image ready for the model; `image` is None where nothing readable was found.
+
+    Attributes:
+        image: float32 (channels, height, width), normalised.
+        target: class index.
+        unreadable: paths of the files that were passed over on the way.
+    """
+
+    image: torch.Tensor | None
+    target: int
+    unreadable: list[str]
+
+
+@dataclass
+class Batch:
+    """A batch of the samples that could be read.
+
+    Attributes:
+        images: float32 (batch, channels, height, width), normalised.
+        targets: int64 (batch,).
+        unreadable: paths of files that could not be read.
+        missing: samples for which nothing was found.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    unreadable: list[str]
+    missing: int
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader, for a quicker copy to the GPU."""
+        self.images, self.targets = self.images.pin_memory(), self.targets.pin_memory()
+        return self
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples into a batch, leaving out the missing ones."""
+    found = [sample for sample in samples if sample.image is not None]
+    return Batch(
+        images=torch.stack([sample.image for sample in found]) if found else torch.zeros(0),
+        targets=torch.tensor([sample.target for sample in found], dtype=torch.int64),
+        unreadable=[path for sample in samples for path in sample.unreadable],
+        missing=len(samples) - len(found),
+    )
+
+
+class FolderSet(Dataset):
+    """The images of one split, by (epoch, image index).
+
+    Args:
+        folder: of class folders.
+        classes: in the order of the model's outputs.
+        transform: from a PIL image to a float32 tensor.
+        seed: with epoch and index it determines the augmentation.
+        replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
+    """
+
+    def __init__(self, folder: Path, classes: list[str], transform, *, seed: int, replace: bool) -> None:
+        self.reader = create_dataset(
+            "", str(folder), search_split=False, class_map={name: i for i, name in enumerate(classes)}
+        ).reader
+        self.folder, self.transform, self.seed, self.replace = folder, transform, seed, replace
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Return the decoded RGB image and its class; raises one of UNREADABLE where that is not possible."""
+        file, target = self.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), target
+
+    def path(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.folder / self.reader.filename(index))
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        others = np.random.default_rng([self.seed, epoch, index])
+        unreadable: list[str] = []
+        for _ in range(MAX_DRAWS if self.replace else 1):
+            try:
+                image, target = self.load(index)
+            except UNREADABLE:
+                unreadable.append(self.path(index))
+                index = int(others.integers(len(self)))
+                continue
+            with _Repeatable(self.seed, epoch, index):
+                return Sample(self.transform(image), target, unreadable)
+        return Sample(None, -1, unreadable)
+
+
+class EpochSampler(Sampler):
+    """This process's share of (epoch, index) keys; `set_epoch` before each pass.
+
+    Training: a permutation drawn from (seed, epoch), cut to whole steps of all processes. Testing: in order, and dealt
+    out to the last one, so that every image is counted exactly once.
+    """
+
+    def __init__(self, size: int, *, batch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
+        self.size, self.batch, self.seed, self.shuffle, self.rank, self.world = size, batch, seed, shuffle, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation and the augmentation of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.size // (self.batch * self.world) * self.batch
+        return len(range(self.rank, self.size, self.world))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.size)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        mine = order[self.rank :: self.world][: len(self)]
+        return ((self.epoch, int(index)) for index in mine)
+
+
+def _quiet_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def train_transform(recipe: Recipe, normalise: dict):
+    """Return timm's training transform of the recipe; `normalise` holds the model's mean and std."""
+    augment = recipe.augment
+    return create_transform(
+        recipe.data.image_size,
+        is_training=True,
+        scale=tuple(augment.scale),
+        ratio=tuple(augment.ratio),
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment,
+        interpolation=recipe.data.interpolation,
+        re_prob=augment.erase_prob,
+        re_mode=augment.erase_mode,
+        **normalise,
+    )
+
+
+def eval_transform(image_size: int, interpolation: str, crop_pct: float, normalise: dict):
+    """Return timm's test transform: resize, centre crop, normalise."""
+    interpolation = "bicubic" if interpolation == "random" else interpolation
+    return create_transform(image_size, interpolation=interpolation, crop_pct=crop_pct, **normalise)
+
+
+def make_loader(
+    dataset: Dataset, *, batch: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Return a loader of `Batch`es; its sampler is an `EpochSampler`.
+
+    Raises:
+        ValueError: when a training set is smaller than one step of all processes.
+    """
+    if shuffle and len(dataset) < batch * world:
+        raise ValueError(
+            f"the training set has {len(dataset)} images, fewer than one step takes ({world} process(es) x "
+            f"data.batch_size={batch}); lower data.batch_size"
+        )
+    return DataLoader(
+        dataset,
+        batch_size=batch,
+        sampler=EpochSampler(len(dataset), batch=batch, seed=seed, shuffle=shuffle, rank=rank, world=world),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_quiet_worker,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the training's
+    )

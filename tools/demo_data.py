@@ -1,0 +1,188 @@
+"""Make a small image-classification set from the photographs that ship inside scikit-image's wheel: no download.
+
+Each photograph is a class. Its height is cut into bands of rows, train | margin | test | margin | train, and patches
+are drawn at random places inside a band. The margins are a patch high, so no train patch shares a pixel with, or even
+touches, a test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# The colour photographs and the surface textures of skimage.data that its wheel itself carries.
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "motorcycle": "motorcycle_left.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "tissue": "ihc.png",
+}
+MANIFEST = "patches.json"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One square patch: the photograph's class, its split, and its corner in pixels of the (possibly shrunk) photo."""
+
+    split: str
+    label: str
+    left: int
+    top: int
+    size: int
+
+
+def photograph_folder() -> Path:
+    """Return the folder of images inside the installed scikit-image, without importing it.
+
+    Raises:
+        ModuleNotFoundError: when scikit-image is not installed.
+        FileNotFoundError: when its wheel lacks one of the photographs.
+    """
+    spec = find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("the demo's photographs come inside scikit-image; run: pip install scikit-image")
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    missing = [name for name in PHOTOGRAPHS.values() if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; run: pip install 'scikit-image>=0.25'")
+    return folder
+
+
+def open_photograph(path: Path, longest: int = 800) -> Image.Image:
+    """Return the photograph in RGB, halved until its longer side is at most `longest` pixels."""
+    image = Image.open(path).convert("RGB")
+    factor = 1
+    while max(image.size) > longest * factor:
+        factor *= 2
+    return image.reduce(factor) if factor > 1 else image
+
+
+def bands(height: int, patch: int) -> dict[str, list[tuple[int, int]]]:
+    """Cut `height` rows into train | margin | test | margin | train; return the half-open spans of each split.
+
+    The margins are `patch` high; the test span takes 30 % of what they leave, at least one patch.
+
+    Raises:
+        ValueError: when the height does not hold three patches and two margins.
+    """
+    test = max(patch, round(0.3 * (height - 2 * patch)))
+    train = (height - 2 * patch - test) // 2
+    if train < patch:
+        raise ValueError(f"patch={patch} does not fit a photograph {height} pixels high; it needs {5 * patch}")
+    start = train + patch
+    return {"train": [(0, train), (start + test + patch, height)], "val": [(start, start + test)]}
+
+
+def draw_patches(
+    image: Image.Image, label: str, *, patch: int, train: int, val: int, seed: int
+) -> Iterator[tuple[Patch, Image.Image]]:
+    """Yield `train` + `val` patches at random places of their bands, each with its pixels.
+
+    Nearly uniform places (grey-level standard deviation under 4 of 255: the black around a retina, a blank sky) are
+    passed over, since they look the same in every photograph.
+
+    Raises:
+        ValueError: when a band has no structured place left after 200 tries for a patch.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
+    grey = np.asarray(image.convert("L"), dtype=np.float32)
+    spans = bands(image.height, patch)
+    for split, count in (("train", train), ("val", val)):
+        room = np.array([stop - start - patch + 1 for start, stop in spans[split]], dtype=np.float64)
+        for _ in range(count):
+            for _ in range(200):
+                start, stop = spans[split][rng.choice(len(room), p=room / room.sum())]
+                top = int(rng.integers(start, stop - patch + 1))
+                left = int(rng.integers(0, image.width - patch + 1))
+                if grey[top : top + patch, left : left + patch].std() >= 4:
+                    break
+            else:
+                raise ValueError(f"the {split} band of {label!r} has no structured patch of {patch} pixels")
+            yield Patch(split, label, left, top, patch), image.crop((left, top, left + patch, top + patch))
+
+
+def make_photos(out: Path, *, patch: int = 48, train: int = 180, val: int = 60, seed: int = 0) -> Path:
+    """Write the ImageFolder tree of photograph patches to `out`, and return `out`.
+
+    The tree is written under another name beside it and renamed at the end, so an interrupted run leaves nothing that
+    looks finished. A tree made with the same arguments is left as it is.
+
+    Args:
+        out: the folder to make.
+        patch: side of a patch in pixels.
+        train: train patches a class.
+        val: test patches a class.
+        seed: of the patches' places.
+
+    Raises:
+        ValueError: when an argument is out of range.
+        FileExistsError: when `out` holds something else.
+    """
+    for name, value, least in (("patch", patch, 8), ("train", train, 1), ("val", val, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small; it must be at least {least}")
+    settings = {"patch": patch, "train": train, "val": val, "seed": seed, "classes": sorted(PHOTOGRAPHS)}
+    if out.exists():
+        manifest = out / MANIFEST
+        if manifest.is_file() and json.loads(manifest.read_text())["settings"] == settings:
+            return out
+        raise FileExistsError(f"{out} exists and was not made with these settings; remove it or choose another --out")
+    folder = photograph_folder()
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        patches: list[Patch] = []
+        for label, file in PHOTOGRAPHS.items():
+            image = open_photograph(folder / file)
+            for split in ("train", "val"):
+                (aside / split / label).mkdir(parents=True)
+            for place, pixels in draw_patches(image, label, patch=patch, train=train, val=val, seed=seed):
+                pixels.save(aside / place.split / label / f"{len(patches):05d}.png")
+                patches.append(place)
+        (aside / MANIFEST).write_text(json.dumps({"settings": settings, "patches": [asdict(p) for p in patches]}))
+        aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `demo_data.py photos --out DIR`."""
+    parser = argparse.ArgumentParser(prog="demo_data", description=__doc__.splitlines()[0])
+    sets = parser.add_subparsers(dest="set", required=True)
+    photos = sets.add_parser("photos", help="classification: patches of photographs, one class a photograph")
+    photos.add_argument("--out", type=Path, default=Path("data/photos"), help="folder to make (default: %(default)s)")
+    photos.add_argument("--patch", type=int, default=48, help="side of a patch in pixels (default: %(default)s)")
+    photos.add_argument("--train", type=int, default=180, help="train patches a class (default: %(default)s)")
+    photos.add_argument("--val", type=int, default=60, help="test patches a class (default: %(default)s)")
+    photos.add_argument("--seed", type=int, default=0, help="of the patches' places (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        out = make_photos(args.out, patch=args.patch, train=args.train, val=args.val, seed=args.seed)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"demo_data: {error}", file=sys.stderr)
+        return 1
+    classes = len(PHOTOGRAPHS)
+    print(f"{out}: {classes} photographs, {classes * args.train} train and {classes * args.val} test patches")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

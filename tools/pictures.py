@@ -1,0 +1,122 @@
+"""Pictures of a training run, as PNG: curves, the confusion matrix, and test images with the model's guesses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from visionmix.tools.checkpoint import write_aside
+
+TRAIN, TEST, WRONG, INK = "#4c78a8", "#f58518", "#d62728", "#333333"
+
+
+def _figure(width: float, height: float, **kwargs) -> Figure:
+    # Not pyplot: it keeps figures in global state and picks a window system.
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", **kwargs)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", facecolor="white"))
+
+
+def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
+    """Draw losses and test accuracy over epochs; `history` holds the rows of summary.csv."""
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, color=TRAIN, label="train (augmented)")
+    left.plot(epochs, [row["test_loss"] for row in history], "o-", ms=3, color=TEST, label="test")
+    left.set(title="loss (cross entropy)", xlabel="epoch", ylim=(0, None))
+    right.plot(epochs, [row["test_top1"] for row in history], "o-", ms=3, color=TEST, label="top-1")
+    right.plot(epochs, [row["test_top5"] for row in history], "o-", ms=3, color=TRAIN, label="top-5", alpha=0.6)
+    best = max(history, key=lambda row: row["test_top1"])
+    right.axhline(best["test_top1"], color=INK, lw=0.8, ls=":")
+    right.set(
+        title=f"test accuracy (best top-1 {best['test_top1']:.2f} % in epoch {best['epoch']})",
+        xlabel="epoch",
+        ylabel="%",
+        ylim=(0, 103),
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, most: int = 20) -> None:
+    """Draw a confusion matrix, rows the true class in percent; of more than `most` classes those with most errors.
+
+    Args:
+        confusion: int (classes, classes), images by [true class, first guess].
+        classes: names.
+        path: PNG to write.
+        most: classes that one picture holds legibly.
+    """
+    confusion = np.asarray(confusion)
+    errors = confusion.sum(1) + confusion.sum(0) - 2 * confusion.diagonal()
+    shown = np.sort(np.argsort(-errors, kind="stable")[:most])
+    counts = confusion[np.ix_(shown, shown)]
+    percent = 100 * counts / np.maximum(confusion.sum(1)[shown, None], 1)
+    names = [classes[i][:24] for i in shown]
+    size = 2.6 + 0.52 * len(names)
+    figure = _figure(size + 0.6, size)
+    axes = figure.subplots()
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        on_dark = percent[row, column] > 55
+        colour = "white" if on_dark else INK if row == column else WRONG
+        weight = "normal" if row == column else "bold"
+        axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=9, weight=weight)
+    accuracy = 100 * confusion.trace() / max(confusion.sum(), 1)
+    title = f"top-1 {accuracy:.2f} % of {confusion.sum()} test images"
+    if len(classes) > most:
+        title += f"\nthe {most} classes with most errors of {len(classes)}"
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, label="% of the true class")
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def draw_predictions(
+    images: Sequence[Image.Image], true: Sequence[str], predicted: Sequence[str], sure: Sequence[float], path: Path
+) -> None:
+    """Draw test images in a grid, each with the predicted class; where that is wrong, red, with the truth under it.
+
+    Args:
+        images: RGB.
+        true: class names.
+        predicted: class names.
+        sure: probabilities of the predictions, in [0, 1].
+        path: PNG to write.
+    """
+    columns = min(10, max(1, len(images)))
+    rows = -(-len(images) // columns)
+    figure = _figure(1.25 * columns, 1.62 * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image, truth, guess, probability in zip(grid.flat, images, true, predicted, sure, strict=False):
+        wrong = truth != guess
+        axes.set_axis_on()
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color=WRONG if wrong else "#cccccc", linewidth=3 if wrong else 0.8)
+        text = f"{guess[:14]} {100 * probability:.0f} %\n" + (f"is {truth[:14]}" if wrong else "")
+        axes.set_title(
+            text, fontsize=8, color=WRONG if wrong else INK, pad=3, linespacing=1.1, weight="bold" if wrong else None
+        )
+    right = sum(truth == guess for truth, guess in zip(true, predicted, strict=True))
+    figure.suptitle(f"{len(images)} test images drawn at random: {right} right, {len(images) - right} wrong (red)")
+    _save(figure, path)

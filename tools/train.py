@@ -1,0 +1,282 @@
+"""Train a classifier on an image folder by a recipe.
+
+    python tools/train.py configs/imagenet/vig_s.yaml --data /data/imagenet
+    visionmix train imagenet/vig_s.yaml --data /data/imagenet --epochs 100 --set optimizer.weight_decay=0.05
+    torchrun --nproc-per-node 8 tools/train.py configs/imagenet/vig_s.yaml --data /data/imagenet
+
+Leaves in --output: last.pt and best.pt (to resume from, or for validate and predict), best.safetensors (weights alone),
+summary.csv (a row an epoch), curves.png, confusion.png and predictions.png.
+"""
+
+import argparse
+import csv
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from visionmix.tools import build, checkpoint, data, pictures, recipe
+from visionmix.tools.display import Display, duration
+from visionmix.tools.training import Interrupted, Stop, Training, predict_some
+
+COLUMNS = (
+    "epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "images_per_second", "seconds", "unreadable",
+)  # fmt: skip
+
+# Flags for what is changed most often; everything else goes by --set.
+FLAGS = {
+    "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
+    "model": ("model.name", str, "timm model name"),
+    "epochs": ("schedule.epochs", int, "epochs in all"),
+    "batch_size": ("data.batch_size", int, "images a process takes at each step"),
+    "lr": ("optimizer.lr", float, "peak learning rate, for a total batch of optimizer.lr_batch"),
+    "img_size": ("data.image_size", int, "side of the input in pixels"),
+    "workers": ("data.workers", int, "data-loading processes of each process"),
+    "seed": ("train.seed", int, "of weights, data order and augmentation"),
+    "amp": ("train.amp", str, "mixed precision: none, float16 or bfloat16"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    parse = argparse.ArgumentParser(
+        prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("recipe", nargs="?", help="recipe: a path, or a packaged name such as imagenet/vig_s.yaml")
+    for name, (key, kind, text) in FLAGS.items():
+        parse.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} ({key})")
+    parse.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.lr=1e-3"
+    )
+    parse.add_argument("--output", type=Path, help="folder of the results (default: output/RECIPE)")
+    parse.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE",
+        help="go on from this checkpoint; without FILE, from the output folder's last.pt if it is there",
+    )  # fmt: skip
+    parse.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parse.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    return parse
+
+
+def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None, Path | None]:
+    """Return (recipe, output folder, checkpoint to go on from, its path), everything checked.
+
+    Raises:
+        FileNotFoundError: when the recipe, the checkpoint or the data is not there.
+        FileExistsError: when the output folder holds a run and neither --resume nor --overwrite is given.
+        ValueError: at a wrong key, value or combination of arguments.
+        TypeError: at a recipe value of the wrong type.
+    """
+    overrides: dict = {}
+    for name, (key, _, _) in FLAGS.items():
+        if (value := getattr(args, name)) is not None:
+            section, option = key.split(".")
+            overrides.setdefault(section, {})[option] = value
+    if args.resume and args.overwrite:
+        raise ValueError("--resume FILE and --overwrite contradict each other; give one of them")
+    if not args.recipe and not args.resume:
+        raise ValueError("give a recipe, e.g. imagenet/vig_s.yaml, or --resume FILE")
+    stem = Path(args.recipe).stem if args.recipe else ""
+    output = args.output or (Path("output") / stem if args.recipe else Path(args.resume).parent)
+    last = Path(args.resume) if args.resume else output / "last.pt"
+    content = None
+    if args.resume or (args.resume is not None and last.is_file() and not args.overwrite):
+        content = checkpoint.read(last)
+        if "recipe" not in content:
+            raise ValueError(f"{last} is not a checkpoint of train.py; it holds no recipe to go on with")
+    elif (output / "last.pt").exists() and not args.overwrite:
+        raise FileExistsError(f"{output} holds a run; --resume goes on with it, --overwrite starts anew")
+    if args.recipe:
+        made = recipe.read(args.recipe, overrides, args.set)
+    else:
+        made = recipe.override(content["recipe"], str(last), overrides, args.set)
+    if made.data.path is None:
+        raise ValueError("--data is missing: give the folder that holds train/ and val/")
+    made.data.path = str(Path(made.data.path).resolve())
+    return made, output, content, last if content else None
+
+
+def write_summary(path: Path, history: list[dict]) -> None:
+    """Write the rows of all finished epochs as CSV."""
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows(history)
+
+    checkpoint.write_aside(path, write)
+
+
+def resume_command(path: Path, *more: str) -> str:
+    """Return what to type to go on from a checkpoint."""
+    start = ["python", sys.argv[0]] if sys.argv[0].endswith("train.py") else ["visionmix", "train"]
+    return shlex.join([*start, "--resume", str(path), *more])
+
+
+def run_epochs(training: Training, train_loader, test_loader, output: Path, display: Display, stop: Stop) -> None:
+    """Train and test until the recipe's last epoch, saving after each; raises as `Training.train_epoch` does."""
+    main = training.rank == 0
+    while training.epoch < training.recipe.schedule.epochs:
+        start = time.perf_counter()
+        lr = max(group["lr"] for group in training.optimizer.param_groups)
+        loss, unreadable = training.train_epoch(train_loader, display, stop)
+        trained = time.perf_counter() - start
+        result = training.test(test_loader, display, stop)
+        unreadable += result.unreadable
+        row = {
+            "epoch": training.epoch + 1,
+            "train_loss": loss,
+            "test_loss": result.loss,
+            "test_top1": result.top1,
+            "test_top5": result.top5,
+            "lr": lr,
+            "images_per_second": training.steps * training.recipe.data.batch_size * training.world / trained,
+            "seconds": time.perf_counter() - start,
+            "unreadable": len(unreadable),
+        }
+        best = training.finish_epoch(row)
+        display.end_epoch(row, best)
+        if unreadable:
+            display.note(f"{len(unreadable)} image(s) cannot be read and were left out in this epoch:", "yellow")
+            for path in unreadable:
+                display.note(f"  {path}", "yellow")
+        if main:
+            content = training.state()
+            checkpoint.save(output / "last.pt", content)
+            if best:
+                checkpoint.save(output / "best.pt", content)
+                about = {key: content[key] for key in ("recipe", "classes", "input", "epoch")}
+                checkpoint.save_weights(output / "best.safetensors", training.tested.state_dict(), about)
+            write_summary(output / "summary.csv", training.history)
+
+
+def finish(training: Training, test_loader, output: Path, display: Display, stop: Stop) -> None:
+    """Test the last weights once more, draw the pictures and say what was reached and where it lies."""
+    training.epoch -= 1  # so that the display counts this test to the last epoch
+    result = training.test(test_loader, display, stop)
+    training.epoch += 1
+    if training.rank:
+        return
+    name = training.recipe.model.name
+    display.note("drawing pictures ...")
+    pictures.draw_curves(training.history, output / "curves.png", f"{name} on {Path(training.recipe.data.path).name}")
+    pictures.draw_confusion(result.confusion.numpy(), training.classes, output / "confusion.png")
+    pictures.draw_predictions(*predict_some(training, test_loader.dataset), output / "predictions.png")
+    best = max(training.history, key=lambda row: row["test_top1"])
+    seconds = sum(row["seconds"] for row in training.history)
+    display.note(
+        f"\n{name}, {training.epoch} epochs in {duration(seconds)}: test top-1 {result.top1:.2f} %, "
+        f"top-5 {result.top5:.2f} % of {result.count} images (best epoch {best['epoch']}: {best['test_top1']:.2f} %)",
+        "bold green",
+    )
+    for file, what in (
+        ("last.pt", "checkpoint of the last epoch"),
+        ("best.pt", "checkpoint of the best epoch"),
+        ("best.safetensors", "its weights alone"),
+        ("summary.csv", "a row an epoch"),
+        ("curves.png", "loss and accuracy"),
+        ("confusion.png", "confusion matrix"),
+        ("predictions.png", "test images with predictions"),
+    ):
+        display.note(f"  {output / file!s:<40} {what}")
+
+
+def start_processes(device: str | None) -> tuple[torch.device, int, int]:
+    """Return (device, rank, world size), joining the other processes where torchrun started several."""
+    world, rank, local = (int(os.environ.get(name, first)) for name, first in
+                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
+    if world > 1 and device is None and torch.cuda.is_available():
+        device = f"cuda:{local}"
+    chosen = build.choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen, rank, world
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run the command; return its exit status."""
+    try:
+        made, output, content, last = prepare(args)
+        classes = data.check_folders(Path(made.data.path))
+        device, rank, world = start_processes(args.device)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _train(made, output, content, last, classes, device, rank, world)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _train(made, output, content, last, classes, device, rank, world) -> int:
+    root = Path(made.data.path)
+    seed = made.train.seed
+    try:
+        sets = {
+            split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
+            for split in ("train", "val")
+        }
+        both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
+        train_loader = data.make_loader(sets["train"], shuffle=True, seed=seed, **both)
+        test_loader = data.make_loader(sets["val"], shuffle=False, **both)
+        training = Training(made, classes, len(train_loader), device, rank, world)
+        if content:
+            training.load_state(content, str(last))
+        output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    normalise = training.input.normalise
+    sets["train"].transform = data.train_transform(made, normalise)
+    sets["val"].transform = data.eval_transform(
+        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
+    )
+    saved = output / "last.pt"
+    with Display(made.schedule.epochs, training.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
+        parameters = sum(p.numel() for p in training.model.parameters())
+        display.note(
+            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {len(sets['train'])} "
+            f"train and {len(sets['val'])} test images of {made.data.image_size} px, {world} process(es) on {device}",
+            "bold",
+        )
+        if content:
+            display.note(f"going on from {last}, {training.epoch} of {made.schedule.epochs} epochs done")
+            for line in recipe.differences(content["recipe"], recipe.to_dict(made)):
+                display.note(f"  changed: {line}", "yellow")
+        try:
+            run_epochs(training, train_loader, test_loader, output, display, stop)
+            finish(training, test_loader, output, display, stop)
+        except Interrupted:
+            if saved.exists():
+                display.note(f"stopped; {training.epoch} finished epoch(s) are saved. To go on:", "yellow")
+                display.note(f"  {resume_command(saved)}")
+            else:
+                display.note("stopped before the first epoch was finished; nothing is saved", "yellow")
+            return 130
+        except FloatingPointError as error:
+            lower = f"{made.optimizer.lr / 2:g}"
+            remedy = f"go on with a lower learning rate:\n  {resume_command(saved, '--lr', lower)}"
+            if not saved.exists():
+                remedy = f"start again with a lower learning rate, e.g. --lr {lower}"
+            print(f"train: {error}; {remedy}", file=sys.stderr)
+            return 1
+        except (OSError, data.UnreadableData) as error:
+            print(f"train: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the `train` command with these arguments."""
+    return train(parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

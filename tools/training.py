@@ -1,0 +1,320 @@
+"""A training run: model, optimiser, schedule, moving average, scaler; an epoch at a time, saved and resumed whole."""
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from visionmix.tools import build, checkpoint, data
+from visionmix.tools.display import Display
+from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_paths
+from visionmix.tools.recipe import Recipe, to_dict
+
+_logger = logging.getLogger("visionmix.tools.training")
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed, or the process was asked to end."""
+
+
+class Stop:
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop between two steps; the second one aborts at once."""
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self.say, self.requested = say, False
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _on(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.say("stopping after this step; Ctrl-C again aborts at once")
+
+    def check(self) -> None:
+        """Raise Interrupted when a stop has been requested."""
+        if self.requested:
+            raise Interrupted
+
+
+class Training:
+    """All that changes during a run, and what it takes to make an epoch of it.
+
+    Args:
+        recipe: what to do.
+        classes: names, in the order of the model's outputs.
+        steps: training steps an epoch.
+        device: where the model lives.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        ValueError: when the recipe names a model, an optimiser or arguments that do not exist or fit.
+    """
+
+    def __init__(
+        self, recipe: Recipe, classes: list[str], steps: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> None:
+        self.recipe, self.classes, self.steps, self.device, self.rank, self.world = (
+            recipe, classes, steps, device, rank, world,
+        )  # fmt: skip
+        self.epoch, self.step, self.history = 0, 0, []
+        data.seed_everything(recipe.train.seed)
+        self.model = build.create_model(
+            recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
+        ).to(device)
+        build.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
+        wanted = recipe.data
+        self.input = build.model_input(
+            self.model,
+            image_size=wanted.image_size,
+            interpolation="bicubic" if wanted.interpolation == "random" else wanted.interpolation,
+            crop_pct=wanted.crop_pct,
+            mean=wanted.mean,
+            std=wanted.std,
+        )
+        self.optimizer, self.scheduler = self._optimizer()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "float16")
+        self.ema = None
+        if recipe.train.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model, recipe.train.ema_decay, use_warmup=recipe.train.ema_warmup)
+        augment = recipe.augment
+        self.mixup = None
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch_prob,
+                mode=augment.mix_mode,
+                label_smoothing=recipe.train.label_smoothing,
+                num_classes=len(classes),
+            )
+        self.criterion = (
+            SoftTargetCrossEntropy()
+            if self.mixup
+            else nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
+        )
+        self.running = self.model
+        if world > 1:
+            self.running = DistributedDataParallel(
+                self.model, device_ids=[device.index] if device.type == "cuda" else None
+            )
+
+    def _optimizer(self):
+        wanted, schedule = self.recipe.optimizer, self.recipe.schedule
+        if wanted.name not in list_optimizers():
+            raise ValueError(f"optimizer.name={wanted.name!r} is not one of timm.optim.list_optimizers()")
+        total = self.recipe.data.batch_size * self.world
+        scale = total / wanted.lr_batch if wanted.lr_batch else 1.0
+        try:
+            optimizer = create_optimizer_v2(
+                self.model, opt=wanted.name, lr=wanted.lr * scale, weight_decay=wanted.weight_decay, **wanted.kwargs
+            )
+        except TypeError as error:
+            raise ValueError(f"optimizer {wanted.name!r} does not take kwargs={wanted.kwargs}: {error}") from error
+        # Published schedules count the warm-up among the epochs; timm's warmup_prefix adds it to num_epochs.
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=schedule.name,
+            num_epochs=schedule.epochs - schedule.warmup_epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_prefix=True,
+            warmup_lr=schedule.warmup_lr * scale,
+            min_lr=schedule.min_lr * scale,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        return optimizer, scheduler
+
+    @property
+    def tested(self) -> nn.Module:
+        """The weights that are tested and used: the moving average where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def train_epoch(self, loader: DataLoader, display: Display, stop: Stop) -> tuple[float, list[str]]:
+        """Train one epoch; return the mean loss and the files that could not be read.
+
+        Raises:
+            Interrupted: when a stop was requested.
+            FloatingPointError: when the loss is no longer finite.
+            UnreadableData: when no readable image was found for a batch.
+        """
+        recipe = self.recipe
+        # Together with the loader's order this makes an epoch a function of the state at its start.
+        data.seed_everything(recipe.train.seed, self.epoch + 1, self.rank)
+        loader.sampler.set_epoch(self.epoch)
+        self.running.train()
+        display.begin(self.epoch + 1, "train", self.steps)
+        # Reading the loss waits for a GPU to finish the step, so there it is read now and then.
+        every = 1 if self.device.type == "cpu" else 20
+        total, unreadable = torch.zeros((), dtype=torch.float64), []
+        pending: list[torch.Tensor] = []
+        for index, batch in enumerate(loader):
+            stop.check()
+            unreadable += batch.unreadable
+            if batch.missing:
+                raise data.UnreadableData(
+                    f"{data.MAX_DRAWS} training images drawn one after another cannot be read, e.g. "
+                    + ", ".join(sorted(set(batch.unreadable))[:3])
+                )
+            loss = self._update(batch)
+            pending.append(loss.detach())
+            if (index + 1) % every == 0 or index + 1 == self.steps:
+                values = torch.stack(pending).double().cpu()
+                if not values.isfinite().all():
+                    bad = index + 2 - len(pending) + int((~values.isfinite()).nonzero()[0])
+                    raise FloatingPointError(f"the loss is {values[~values.isfinite()][0]} in epoch {self.epoch + 1}, "
+                                             f"step {bad} of {self.steps}")  # fmt: skip
+                total += values.sum()
+                shown = values[-1].item()
+                pending.clear()
+            display.step(
+                len(batch.targets), shown if not pending else None, max(g["lr"] for g in self.optimizer.param_groups)
+            )
+        if self.world > 1:
+            total = total.to(self.device)
+            torch.distributed.all_reduce(total)
+            # Running statistics of BatchNorm layers differ from process to process until averaged.
+            distribute_bn(self.model, self.world, reduce=True)
+            if self.ema:
+                distribute_bn(self.ema.module, self.world, reduce=True)
+        return total.item() / (self.steps * self.world), gather_paths(unreadable)
+
+    def _update(self, batch: data.Batch) -> torch.Tensor:
+        images = batch.images.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        if self.mixup:
+            images, targets = self.mixup(images, targets)
+        with autocast(self.device, self.recipe.train.amp):
+            output = self.running(images)
+        loss = self.criterion(output.float(), targets)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.recipe.optimizer.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.ema:
+            self.ema.update(self.model, step=self.step)
+        return loss
+
+    def test(self, loader: DataLoader, display: Display, stop: Stop) -> Evaluation:
+        """Test the weights that are to be used.
+
+        Raises:
+            Interrupted: when a stop was requested.
+            FloatingPointError: when the loss is not finite, as after a last step that went astray.
+            UnreadableData: when not one image can be read.
+        """
+        display.begin(self.epoch + 1, "test", len(loader))
+
+        def after_batch(images: int) -> None:
+            stop.check()
+            display.step(images)
+
+        result = evaluate(
+            self.tested,
+            loader,
+            classes=len(self.classes),
+            device=self.device,
+            amp=self.recipe.train.amp,
+            after_batch=after_batch,
+        )
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"the test loss is {result.loss} in epoch {self.epoch + 1}")
+        return result
+
+    def finish_epoch(self, row: dict) -> bool:
+        """Count the epoch, keep its row, and return whether its test top-1 is the best so far."""
+        best = max((old["test_top1"] for old in self.history), default=-math.inf)
+        self.epoch += 1
+        self.history.append(row)
+        return row["test_top1"] > best
+
+    def state(self) -> dict:
+        """Return a checkpoint's content, as `visionmix.tools.checkpoint` describes it."""
+        return {
+            "recipe": to_dict(self.recipe),
+            "classes": self.classes,
+            "input": self.input.to_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, content: dict, source: str) -> None:
+        """Go on from a checkpoint. The recipe's own learning rate and weight decay apply, not the checkpoint's.
+
+        Raises:
+            ValueError: when the checkpoint is of another model, other classes, or another optimiser.
+        """
+        if "optimizer" not in content:
+            raise ValueError(f"{source} holds weights only; a run resumes from a last.pt or best.pt of train.py")
+        if content["classes"] != self.classes:
+            raise ValueError(f"{source} was trained on other classes than those of the data folder")
+        checkpoint.load_weights(self.model, content["model"], source)
+        if self.ema:
+            checkpoint.load_weights(self.ema.module, content["ema"] or content["model"], source)
+        fresh = [{key: group.get(key) for key in ("lr", "initial_lr", "weight_decay")}
+                 for group in self.optimizer.param_groups]  # fmt: skip
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{source} holds the state of another optimiser: {error}") from error
+        for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update(values)
+        if self.scaler.is_enabled() and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch, self.step, self.history = content["epoch"], content["step"], list(content["history"])
+        self.scheduler.step_update(self.step)
+
+
+@torch.inference_mode()
+def predict_some(training: Training, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
+    """Return (images, true, predicted, sure) of `count` test images drawn at random, those that can be read."""
+    rng = np.random.default_rng(training.recipe.train.seed)
+    chosen = np.sort(rng.choice(len(dataset), min(count, len(dataset)), replace=False))
+    rng.shuffle(chosen)
+    images, true, predicted, sure = [], [], [], []
+    model = training.tested.eval()
+    for index in chosen:
+        try:
+            image, target = dataset.load(int(index))
+        except data.UNREADABLE:
+            continue
+        with autocast(training.device, training.recipe.train.amp):
+            logits = model(dataset.transform(image)[None].to(training.device))
+        probability, guess = logits.float().softmax(1)[0].max(0)
+        images.append(image)
+        true.append(training.classes[target])
+        predicted.append(training.classes[int(guess)])
+        sure.append(float(probability))
+    return images, true, predicted, sure

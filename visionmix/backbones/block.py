@@ -1,0 +1,81 @@
+"""The pre-norm residual block of both skeletons."""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+
+from visionmix.backbones.grid import Grid
+
+
+class Block(nn.Module):
+    """``x = x + scale1(mixer(norm1(x)))``, then ``x = x + scale2(mlp(norm2(x)))``, on maps.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Args:
+        mixer: The token mixer, built.
+        dim: Channels.
+        mlp_layer: Makes the feed-forward from `dim`.
+        norm_layer: Makes a norm over channels from `dim`.
+        drop_path: Rate of stochastic depth of both branches.
+        layer_scale: Initial value of a learned scale a channel on both branches, or None for none.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        dim: int,
+        *,
+        mlp_layer: Callable[..., nn.Module],
+        norm_layer: Callable[..., nn.Module],
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+
+        def scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale, **dd)
+
+        self.norm1 = norm_layer(dim, **dd)
+        self.mixer = mixer
+        self.scale1 = scale()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = mlp_layer(dim, **dd)
+        self.scale2 = scale()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class TokenBlock(Block):
+    """`Block` on token sequences: (batch, tokens, dim) with their `Grid` to the same.
+
+    A mixer that offers ``forward_tokens(x, grid)`` receives the sequence; any other receives the map, which the sequence
+    must then be, whole and without prefix tokens.
+    """
+
+    mixes_tokens: Final[bool]
+
+    def __init__(self, mixer: nn.Module, dim: int, **options) -> None:
+        super().__init__(mixer, dim, **options)
+        self.mixes_tokens = hasattr(mixer, "forward_tokens")
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.scale1(self._mix(self.norm1(x), grid)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+    def _mix(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.mixes_tokens:
+            return self.mixer.forward_tokens(x, grid)
+        batch, tokens, dim = x.shape
+        return self.mixer(x.reshape(batch, grid.height, grid.width, dim)).reshape(batch, tokens, dim)

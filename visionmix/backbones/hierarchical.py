@@ -1,0 +1,246 @@
+"""The hierarchical skeleton: stages of falling resolution, as in ConvNeXt and Swin."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from visionmix.backbones.block import Block
+from visionmix.backbones.contract import (
+    Backbone,
+    MixerSpec,
+    build_mixer,
+    check_output_format,
+    mixer_per_block,
+)
+from visionmix.layers import ConvDownsample, ConvStem, swiglu
+
+
+class Stage(nn.Module):
+    """A downsampler, a position embedding and blocks, on maps: the unit that a family may replace as a whole.
+
+    Shapes: (batch, height, width, in_dim) to (batch, rows, columns, dim).
+
+    Args:
+        downsample: Reduces the map and sets its width; an Identity in the first stage.
+        blocks: The blocks, each from and to (batch, rows, columns, dim).
+        pos_embed: Added behind the downsampler; an Identity for none.
+        norm: Behind the last block; an Identity for none.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        blocks: Sequence[nn.Module],
+        pos_embed: nn.Module | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.pos_embed = pos_embed or nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm or nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pos_embed(self.downsample(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+
+class Hierarchical(Backbone):
+    """Stem, stages, norm, average over the last map, classifier.
+
+    Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the last stage's map
+    (batch, rows, columns, embed_dims[-1]). Any height and width of at least `patch_size`.
+
+    Source: the four-stage layout of Swin (Liu et al. 2021, arXiv 2103.14030), with the mixer left open.
+
+    Args:
+        img_size: Accepted for its place in timm's convention; no tensor is tied to a size.
+        patch_size: Pixels a token of the first stage stands for, along each side; every later stage doubles it.
+        in_chans: Channels of the images.
+        num_classes: Outputs of the classifier; 0 for none.
+        global_pool: How the last map becomes one vector: timm's pooling types, "" for none.
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        num_heads: Heads, in each stage, of mixers that have heads.
+        mixer: Token mixer: a name of `visionmix.list_mixers()` or ``dict(name=..., options)`` for all stages, or a list
+            with one entry a stage, each of those or a list of those, taken in turn by the stage's blocks.
+        stem_layer: Makes the stem from (in_chans, embed_dims[0], patch_size).
+        downsample_layer: Makes a downsampler from (dim, out_dim).
+        mlp_layer: Makes a feed-forward from the width.
+        norm_layer: Makes a norm over channels from the width.
+        layer_scale: Initial value of the blocks' learned scales, or None for none.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: a mixer or one of its options is unknown, or the lists differ in length.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 5, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mixer: MixerSpec | list[MixerSpec | list[MixerSpec]] = "gated_linear_attention",
+        stem_layer: Callable[..., nn.Module] = partial(ConvStem, act_layer=nn.GELU),
+        downsample_layer: Callable[..., nn.Module] = ConvDownsample,
+        mlp_layer: Callable[..., nn.Module] = swiglu,
+        norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-5),
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        stages = len(depths)
+        if not len(embed_dims) == len(num_heads) == stages:
+            raise ValueError(
+                f"embed_dims={tuple(embed_dims)}, depths={tuple(depths)} and num_heads={tuple(num_heads)} differ in "
+                "length; give one entry a stage"
+            )
+        if isinstance(mixer, list | tuple) and len(mixer) != stages:
+            raise ValueError(f"mixer has {len(mixer)} entries for {stages} stages; give one a stage, or one for all")
+        self.patch_size = patch_size
+        self.stem = stem_layer(in_chans, embed_dims[0], patch_size, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        built = []
+        for index, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+            specs = mixer_per_block(mixer[index] if isinstance(mixer, list | tuple) else mixer, depth)
+            blocks = [
+                Block(
+                    build_mixer(spec, dim, num_heads=heads, **dd),
+                    dim,
+                    mlp_layer=mlp_layer,
+                    norm_layer=norm_layer,
+                    drop_path=rate,
+                    layer_scale=layer_scale,
+                    **dd,
+                )
+                for spec, rate in zip(specs, rates[index], strict=True)
+            ]
+            downsample = downsample_layer(embed_dims[index - 1], dim, **dd) if index else nn.Identity()
+            built.append(Stage(downsample, blocks))
+        self.stages = nn.ModuleList(built)
+        self.norm = norm_layer(embed_dims[-1], **dd)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**index, "module": f"stages.{index}"}
+            for index, dim in enumerate(embed_dims)
+        ]
+        self._finish(
+            embed_dims[-1],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            min_size=patch_size,
+            **dd,
+        )
+
+    @staticmethod
+    def total_reduction(options: Mapping[str, Any]) -> int:
+        """Return the pixels a side that a cell of the last map stands for, in a model built with `options`."""
+        return options.get("patch_size", 4) * 2 ** (len(options["depths"]) - 1)
+
+    @staticmethod
+    def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:
+        """Return what `features_only=True` gives unless told otherwise: every stage's map."""
+        return tuple(range(len(options["depths"])))
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade a second forward pass of every block for its activations."""
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Return timm's layer groups: the stem, each downsampler and block (each stage, if `coarse`), the last norm."""
+        blocks = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.pos_embed", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99998,)),
+                (r"^norm", (99999,)),
+            ]
+        )
+        return {"stem": r"^stem", "blocks": blocks}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normalised last map (batch, rows, columns, embed_dims[-1])."""
+        x = self.stem(self.check(x))
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps of the chosen stages, alone or behind the result of `forward_features`.
+
+        Args:
+            x: Images (batch, in_chans, height, width).
+            indices: Which stages: their numbers, how many of the last, or None for all.
+            norm: Whether to apply the last norm to the last stage's map; other maps have widths of their own.
+            stop_early: Whether to skip the stages behind the last chosen one.
+            output_fmt: Axes of the maps, "NCHW" or "NHWC".
+            intermediates_only: Whether to return the maps alone.
+
+        Raises:
+            ValueError: `output_fmt` is neither.
+        """
+        check_output_format(output_fmt)
+        take, last = feature_take_indices(len(self.stages), indices)
+        final = len(self.stages) - 1
+        x = self.stem(self.check(x))
+        maps = []
+        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if index in take:
+                taken = self.norm(x) if norm and index == final else x
+                maps.append(taken if output_fmt == "NHWC" else taken.permute(0, 3, 1, 2))
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates(indices=...)` does not need; return the stage numbers that `indices` are."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
