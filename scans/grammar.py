@@ -68,13 +68,12 @@ def names() -> list[str]:
     return sorted(BASES)
 
 
-def nearest(name: str, candidates: list[str] = ()) -> str:
-    """Return "; did you mean ...?" with the order name, or the candidate, nearest to an unknown name, or ""."""
-    head = name.split("+")[0]
-    numbers = "".join(f"_{number}" for number in re.findall(r"\d+", head))
+def _nearest(part: str) -> str:
+    """Return "; did you mean ...?" with the right name nearest to an unknown one, or "" if none is near."""
+    numbers = "".join(f"_{number}" for number in re.findall(r"\d+", part))
     bases = [key + numbers if base.numbers else key for key, base in BASES.items()]
     modified = [f"{base}_{modifier}" for base in bases for modifier in MODIFIERS]
-    found = difflib.get_close_matches(head, [*candidates, *bases, *modified], n=1, cutoff=0.5)
+    found = difflib.get_close_matches(part, bases + modified, n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
@@ -97,11 +96,13 @@ def _parse_part(part: str, name: str) -> Part:
     key = "_".join(words[:start])
     if key not in BASES:
         where = "" if part == name else f" in {name!r}"
-        raise ValueError(f"no scan order is called {part!r}{where}{nearest(part)} (scans.names() lists the base names)")
+        raise ValueError(
+            f"no scan order is called {part!r}{where}{_nearest(part)} (scans.names() lists the base names)"
+        )
     base = BASES[key]
     if len(numbers) != len(base.numbers):
         form = "_".join([key, *(f"<{number}>" for number in base.numbers)])
-        raise ValueError(f"scan order {part!r} has {len(numbers)} numbers; {key} is written as {form}")
+        raise ValueError(f"scan order {part!r} has {len(numbers)} number(s); {key} is written as {form}")
     if base.numbers and numbers[0] < 1:
         raise ValueError(f"scan order {part!r}: the {base.numbers[0]} must be at least 1")
     if any(number >= numbers[0] for number in numbers[1:]):

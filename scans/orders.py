@@ -115,7 +115,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("visionmix::scan_order", "CompositeExplicitAutograd")
+@torch.library.impl("visionmix::scan_order", "default")
 def _scan_order(
     name: str, height: int, width: int, device: torch.device | None = None, depth: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:

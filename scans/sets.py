@@ -1,7 +1,9 @@
 """Sets of directions, as published models read a map several times over."""
 
+import difflib
+
 import torch
-from visionmix.scans.grammar import check_name, nearest, parse
+from visionmix.scans.grammar import check_name, parse
 from visionmix.scans.orders import ScanOrder, order
 
 
@@ -60,8 +62,9 @@ def direction_names(name: str) -> tuple[str, ...]:
     try:
         parts = parse(name)
     except ValueError as error:
-        close = nearest(name, direction_sets())
-        raise ValueError(f"no direction set or scan order is called {name!r}{close} ({error})") from None
+        close = difflib.get_close_matches(name, SETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "scans.direction_sets() lists them"
+        raise ValueError(f"no direction set is called {name!r} ({hint}); as an order: {error}") from None
     if len(parts) > 1:
         raise ValueError(f"{name!r} is one sequence of joined orders; give the set of directions of one of its parts")
     return _routes(name)

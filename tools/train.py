@@ -253,7 +253,10 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
         try:
             run_epochs(training, train_loader, test_loader, output, display, stop)
             finish(training, test_loader, output, display, stop)
-        except Interrupted:
+        except (Interrupted, RuntimeError) as error:
+            # A stop that reaches workers or other processes first shows itself here as their death.
+            if not (isinstance(error, Interrupted) or stop.requested):
+                raise
             if saved.exists():
                 display.note(f"stopped; {training.epoch} finished epoch(s) are saved. To go on:", "yellow")
                 display.note(f"  {resume_command(saved)}")

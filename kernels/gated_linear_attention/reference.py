@@ -1,10 +1,10 @@
 """Gated linear attention in chunked PyTorch: batched matmuls over a tree of token blocks.
 
-Within a chunk, the weight that token i gives token j < i is `sum_d q_id k_jd prod_{j < s <= i} a_sd`, a = exp(g). Blocks
-of tokens are joined in pairs, from single tokens up to the chunk. A block keeps its queries decayed from its start, its
-keys decayed to its end and its total decay; joining two blocks takes one matmul for the weights between them and one
-product with the other's total decay. Every factor is a product of decays, so it lies in [0, 1]: nothing overflows, and
-no two large sums are subtracted, so that tokens which follow a strong decay keep their precision.
+Within a chunk, the weight that token i gives token j < i is `sum_d q_id k_jd prod_{j < s <= i} a_sd`, a = exp(g).
+Blocks of tokens are joined in pairs, from single tokens up to the chunk. A block keeps its queries decayed from its
+start, its keys decayed to its end and its total decay; joining two blocks takes one matmul for the weights between them
+and one product with the other's total decay. Every factor is a product of decays, so it lies in [0, 1]: nothing
+overflows, and no two large sums are subtracted, so that tokens which follow a strong decay keep their precision.
 
 Chunks then pass their states, (dk, dv) a head, in a loop over chunks. Memory is a few times the inputs plus
 length x chunk weights and length / chunk states a head.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
+CHUNKS = (32, 16)
 
 # Blocks of up to this many tokens are joined by a product and a sum: batched matmuls of so few rows are slower.
 _ELEMENTWISE = 2
@@ -44,7 +44,7 @@ def _pairs(x: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _join(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
-    """Put the halves of each pair of blocks side by side: two (rows, pairs, block, dim) to (rows, pairs, 2 block, dim)."""
+    """Put the halves of each pair of blocks side by side: two (rows, pairs, n, dim) to (rows, pairs, 2 n, dim)."""
     return torch.cat((late, early) if reverse else (early, late), dim=-2)
 
 
@@ -128,8 +128,8 @@ def _descend(
     """Return the gradients of query, key and gate, each (rows, length, dk), from those of the chunks' values."""
     reverse = tree.reverse
     for level in reversed(range(len(tree.crossings))):
-        early_query, late_query = _pairs(tree.queries[level], reverse)
-        early_key, late_key = _pairs(tree.keys[level], reverse)
+        _, late_query = _pairs(tree.queries[level], reverse)
+        early_key, _ = _pairs(tree.keys[level], reverse)
         early_decay, late_decay = _pairs(tree.decays[level], reverse)
         size = late_query.shape[-2]
         first, second = slice(None, size), slice(size, None)
@@ -156,9 +156,9 @@ def _interleave(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
     return torch.stack((late, early) if reverse else (early, late), dim=2).flatten(1, 2)
 
 
-def chunk_size(length: int) -> int:
-    """Return the number of tokens a chunk for sequences of `length` tokens: a power of two up to 64."""
-    return min(CHUNK, 1 << (length - 1).bit_length())
+def _chunk_size(length: int) -> int:
+    """Return how many tokens a chunk takes: a power of two, of the usual ones that which pads least."""
+    return min(1 << (length - 1).bit_length(), min(CHUNKS, key=lambda chunk: -length % chunk))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -226,7 +226,7 @@ class _Attention:
 def _prepare(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], state: Tensor | None, scale: float):
     """Return the attention inside the chunks, and the initial state as (rows, dk, dv)."""
     dtype = compute_dtype(q, k, v, *gates, state)
-    chunk = chunk_size(q.shape[1])
+    chunk = _chunk_size(q.shape[1])
     # A padded token has k = v = 0 and decay 1: it changes no state.
     padding = -q.shape[1] % chunk
     query, key, value, *gates = (_rows(x, padding, dtype) for x in (q, k, v, *gates))

@@ -35,10 +35,10 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan: a diagonal linear state space whose step size, input and output depend on the token.
 
-    `h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `y_t = sum_n C_tn h_tn + D u_t`, times `silu(z_t)` where z is given,
-    from h_0 = 0. delta_t is `softplus(delta_t + delta_bias)` with `delta_softplus` (x itself above 20). Arguments and
-    layouts are those of mamba_ssm. Gu and Dao, 2023, Mamba: Linear-Time Sequence Modeling with Selective State Spaces
-    (arXiv 2312.00752).
+    `h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `y_t = sum_n C_tn h_tn + D u_t`, times `silu(z_t)` where z is
+    given, from h_0 = 0. delta_t is `softplus(delta_t + delta_bias)` with `delta_softplus` (x itself above 20).
+    Arguments and layouts are those of mamba_ssm. Gu and Dao, 2023, Mamba: Linear-Time Sequence Modeling with Selective
+    State Spaces (arXiv 2312.00752).
 
     Args:
         u: input (batch, dim, length), of any floating-point dtype, as the others.
@@ -54,8 +54,8 @@ def selective_scan(
         return_last_state: whether to return the state after the last token.
 
     Returns:
-        The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state is
-        float32, or float64 if any input is; so is the computation.
+        The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state
+        is float32, or float64 if any input is; so is the computation.
 
     Raises:
         TypeError: an argument is no real floating-point tensor (complex A is not supported).

@@ -26,8 +26,9 @@ def selective_scan_op(
 
     B and C are (batch, groups, states, length) or, constant, (dim, states).
     """
-    if not torch.jit.is_scripting() and dispatch.bypassed():
-        return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    if not torch.jit.is_scripting():
+        if dispatch.bypassed():
+            return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     return torch.ops.visionmix.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -62,8 +63,8 @@ def _backward(ctx, grad_out, grad_state):
 def _flops(
     u_shape, delta_shape, A_shape, B_shape, C_shape, D_shape=None, z_shape=None, *args, out_shape=None, **kwargs
 ):
-    """7 a token, channel and state (delta A, exp, decay h, delta u B, their sum, C h and its sum), 1 a token and channel
-    for delta u, 2 more with D, 3 more with z."""
+    """7 a token, channel and state (delta A, exp, decay h, delta u B, their sum, C h and its sum), and 1 a token and
+    channel for delta u, 2 more with D, 3 more with z."""
     batch, dim, length = u_shape
     return batch * dim * length * (7 * A_shape[1] + 1 + 2 * (D_shape is not None) + 3 * (z_shape is not None))
 
@@ -82,8 +83,8 @@ def _backward_flops(
     out_shape=None,
     **kwargs,
 ):
-    """The states again (5), and their gradients: 2 for C dy, 1 for the decay, 2 each for the gradients of x = delta u, B
-    and C, 1 + 2 + 2 for those of the decay rate, delta and A; a token and channel 4 for u and delta, 4 more with D, 7
+    """The states again (5), and their gradients: 2 for C dy, 1 for the decay, 2 each for the gradients of x = delta u,
+    B and C, 1 + 2 + 2 for those of the decay rate, delta and A; a token and channel 4 for u and delta, 4 more with D, 7
     with z."""
     batch, dim, length = u_shape
     return batch * dim * length * (19 * A_shape[1] + 4 + 4 * (D_shape is not None) + 7 * (z_shape is not None))

@@ -1,8 +1,8 @@
 """The selective scan in PyTorch: all chunks step together through their positions.
 
-The length is cut into about sqrt(length) chunks of sqrt(length) tokens. One sweep over the positions inside a chunk, for
-all chunks at once, gives what each chunk adds to the state; a loop over chunks passes the states; a second sweep, from
-the right states, gives the outputs. So 3 sqrt(length) steps, and a step's tensor is (batch, chunks, channels, states):
+The length is cut into about sqrt(length) chunks of sqrt(length) tokens. One sweep over the positions inside a chunk,
+for all chunks at once, gives what each chunk adds to the state; a loop over chunks passes the states; a second sweep,
+from the right states, gives the outputs. So 3 sqrt(length) steps, and a step's tensor is (batch, chunks, channels, states):
 no tensor holds all tokens' states. The backward op recomputes the states of a few chunks at a time.
 
 Inside, tensors are laid out (position, batch, groups, chunks, ...), so that a step reads contiguous slices: channels
@@ -44,7 +44,7 @@ class _Layout:
         return x.permute(1, 2, 4, 3, 0).flatten(3).flatten(1, 2)[..., : self.length]
 
     def cut_projection(self, x: Tensor) -> Tensor:
-        """B or C: (batch, groups, states, length) as `cut`; constant (channels, states) to (groups, 1, channels, states)."""
+        """B or C: (batch, groups, states, length) as `cut`; constant to (groups, 1, channels, states)."""
         if x.dim() == 2:
             return x.to(self.dtype).unflatten(0, (self.groups, -1)).unsqueeze(1)
         return self.cut(x.flatten(1, 2))
@@ -178,7 +178,7 @@ def forward(
     delta_softplus: bool,
     return_last_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (output, last state), the state empty unless asked for; shapes as `selective_scan`, B and C of 2 or 4 axes."""
+    """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     layout, scan = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
     state, last = None, None

@@ -91,7 +91,7 @@ def backward(
     orders: str,
     merge: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, delta, delta_weight, A, B, C, D, delta_bias, in their dtypes, empty for what is None."""
+    """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders)
     table, count = inputs.table, A.shape[0]
     grad = grad_out.to(inputs.dtype).flatten(1, 2)

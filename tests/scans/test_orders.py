@@ -1,6 +1,9 @@
 """What holds of every order on every grid."""
 
+import ast
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,7 +279,7 @@ def test_names_of_bad_orders_are_answered_with_the_nearest():
         "raster+snak": "no scan order is called 'snak' in 'raster[+]snak'; did you mean 'snake'",
         "window": "window is written as window_<size>",
         "window_7_7": "window is written as window_<size>",
-        "hilbert_2": "'hilbert_2' has 1 numbers; hilbert is written as hilbert",
+        "hilbert_2": "'hilbert_2' has 1 number[(]s[)]; hilbert is written as hilbert",
         "window_0": "the size must be at least 1",
         "skip_2_2_0": "below the rate, 2",
         "": "no scan order is called ''",
@@ -317,3 +320,13 @@ def test_every_base_is_listed_and_tested():
     assert scans.names() == sorted(grammar.BASES)
     assert {key for key, base in grammar.BASES.items() if base.volumetric} == set(VOLUMETRIC)
     assert {key for key, base in grammar.BASES.items() if base.numbers} == set(NUMBERED)
+
+
+def test_scans_import_nothing_but_torch():
+    for file in Path(scans.__path__[0]).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in modules:
+                room = module.split(".")[0]
+                assert room in sys.stdlib_module_names or room == "torch" or module.startswith("visionmix.scans"), file

@@ -1,8 +1,8 @@
 """Weights filled by key name, and the published code's outputs for them.
 
 A golden file lists the keys and shapes of a published model's state dict and the outputs that the published code gives
-when every key is filled by `fill`. A model loaded from the same state dict that computes the same function gives the same
-outputs, whatever its code looks like inside.
+when every key is filled by `fill`. A model loaded from the same state dict that computes the same function gives the
+same outputs, whatever its code looks like inside.
 """
 
 import json

@@ -42,10 +42,10 @@ def test_path_visits_the_cells_in_order():
 
 def test_padding_is_drawn_apart_and_counted():
     axes = Figure().add_subplot()
-    draw_scans.draw_order(axes, "window_2", 3, 3)  # 0 1 3 4 | 2 . 5 . | 6 7 . . | 8 . . .
+    draw_scans.draw_order(axes, "window_2", 3, 4)  # 0 1 4 5 | 2 3 6 7 | 8 9 . . | 10 11 . .
     near, far, padded = (len(lines.get_segments()) for lines in axes.collections[1:4])
-    assert (near, far, padded) == (4, 1, 3)
-    assert axes.get_title() == "window_2 (7 padded)"
+    assert (near, far, padded) == (9, 1, 1)
+    assert axes.get_title() == "window_2 (4 padded)"
 
 
 @pytest.mark.parametrize("name", ["hilbert", "skip_2_1_1", "window_3"])

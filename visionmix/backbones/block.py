@@ -60,8 +60,8 @@ class Block(nn.Module):
 class TokenBlock(Block):
     """`Block` on token sequences: (batch, tokens, dim) with their `Grid` to the same.
 
-    A mixer that offers ``forward_tokens(x, grid)`` receives the sequence; any other receives the map, which the sequence
-    must then be, whole and without prefix tokens.
+    A mixer that offers ``forward_tokens(x, grid)`` receives the sequence; any other receives the map, which the
+    sequence must then be, whole and without prefix tokens.
     """
 
     mixes_tokens: Final[bool]

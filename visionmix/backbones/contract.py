@@ -18,7 +18,8 @@ def check_images(x: Tensor, in_chans: int, min_size: int) -> Tensor:
 
     Scripted and compiled graphs skip the check: there it would cost a recompilation a size.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102: scripting drops the branch only if it stands alone
+    # Two conditions, since scripting drops a branch only where is_scripting stands alone.
+    if not torch.jit.is_scripting():
         if not torch.compiler.is_compiling():
             _check_images(x, in_chans, min_size)
     return x
@@ -135,8 +136,8 @@ def build_mixer(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Return the mixer that `spec`, a name or a dict of name and options, describes, with `num_heads` if it has heads."""
-    options = dict(name=spec) if isinstance(spec, str) else dict(spec)
+    """Return the mixer that `spec`, a name or a dict of name and options, describes; `num_heads` if it has heads."""
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in options:
         raise ValueError(f"mixer={spec!r} has no 'name'; give a name or dict(name=..., options)")
     name = options.pop("name")

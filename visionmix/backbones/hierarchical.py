@@ -20,6 +20,9 @@ from visionmix.backbones.contract import (
 )
 from visionmix.layers import ConvDownsample, ConvStem, swiglu
 
+_NORM = partial(LayerNorm, eps=1e-5)
+_STEM = partial(ConvStem, act_layer=nn.GELU)
+
 
 class Stage(nn.Module):
     """A downsampler, a position embedding and blocks, on maps: the unit that a family may replace as a whole.
@@ -101,10 +104,10 @@ class Hierarchical(Backbone):
         depths: Sequence[int] = (2, 2, 5, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         mixer: MixerSpec | list[MixerSpec | list[MixerSpec]] = "gated_linear_attention",
-        stem_layer: Callable[..., nn.Module] = partial(ConvStem, act_layer=nn.GELU),
+        stem_layer: Callable[..., nn.Module] = _STEM,
         downsample_layer: Callable[..., nn.Module] = ConvDownsample,
         mlp_layer: Callable[..., nn.Module] = swiglu,
-        norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-5),
+        norm_layer: Callable[..., nn.Module] = _NORM,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,

@@ -21,6 +21,8 @@ from visionmix.backbones.contract import (
 from visionmix.backbones.grid import Grid
 from visionmix.layers import ConvStem, PositionEmbedding, swiglu
 
+_NORM = partial(LayerNorm, eps=1e-6)
+
 
 class Plain(Backbone):
     """Stem, position embedding, `depth` blocks, norm, average over tokens, classifier.
@@ -70,7 +72,7 @@ class Plain(Backbone):
         mixer: MixerSpec | list[MixerSpec] = "gated_linear_attention",
         stem_layer: Callable[..., nn.Module] = ConvStem,
         mlp_layer: Callable[..., nn.Module] = swiglu,
-        norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
+        norm_layer: Callable[..., nn.Module] = _NORM,
         pos_embed: bool = True,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,

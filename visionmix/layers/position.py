@@ -17,7 +17,7 @@ def resample_position(weight: Tensor, height: int, width: int) -> Tensor:
     """
     # A compiled graph resamples always (bicubic weights at scale 1 are 0 and 1 exactly): a branch on the size would
     # compile once more for the built size.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():  # noqa: SIM102: scripting drops the right side
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if height == weight.shape[1] and width == weight.shape[2]:
             return weight
     resampled = F.interpolate(weight.permute(0, 3, 1, 2).float(), size=[height, width], mode="bicubic")

@@ -17,8 +17,8 @@ class GatedLinearAttention(nn.Module):
 
     With ``y = depthwise3x3(x)`` and, per head, ``q, k, v = W y``:
 
-        forward_t  = scale * q_t S_t,  S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t      (backward likewise, from the end)
-        g          = logsigmoid(W_2 W_1 y + b) / gate_divisor                        (one gate a direction and key channel)
+        forward_t  = scale * q_t S_t,  S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t    (backward likewise, from the end)
+        g          = logsigmoid(W_2 W_1 y + b) / gate_divisor                 (one gate a direction and key channel)
         o          = sigmoid(W_g y + b_g)
         out        = W_o act(rms(mean(forward, backward)) * o + rms(y) * (1 - o))
 

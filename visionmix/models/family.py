@@ -1,5 +1,6 @@
 """From a table of variants to timm's registry."""
 
+import difflib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,15 +37,15 @@ class Variant:
         options: Its arguments; what a user gives to `timm.create_model` goes before.
         weights: Where its published weights lie, as timm's cfg fields (hf_hub_id and hf_hub_filename, or url); empty
             where there are none.
-        page: Where a person finds the weights, for those without a direct link.
         published: What its paper says of it.
+        page: Where a person finds the weights, for those without a direct link.
     """
 
     skeleton: type[nn.Module]
     options: Mapping[str, Any]
     weights: Mapping[str, Any] = field(default_factory=dict)
-    page: str = ""
     published: Published = Published()
+    page: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ def register_family(
     _FAMILIES.update(dict.fromkeys(variants, Family(paper, license, variants)))
 
 
+def list_family_models() -> list[str]:
+    """Return the names of this library's models, in the order of their registration."""
+    return list(_FAMILIES)
+
+
 def family_of(name: str) -> Family:
     """Return the family of the model called `name`.
 
@@ -95,7 +101,9 @@ def family_of(name: str) -> Family:
         ValueError: no model of this library has this name.
     """
     if name not in _FAMILIES:
-        raise ValueError(f"name={name!r} is no model of visionmix; its models are {sorted(_FAMILIES)}")
+        nearest = difflib.get_close_matches(name, _FAMILIES, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"name={name!r} is no model of visionmix{hint}; its models are {sorted(_FAMILIES)}")
     return _FAMILIES[name]
 
 

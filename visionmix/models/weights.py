@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
 _INERT_MODULES = ("argparse", "builtins", "collections", "numpy", "omegaconf", "pathlib", "types", "typing", "yacs")
-_SHOWN_KEYS = 12
+_SHOWN_KEYS = 6
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class KeyMap:
     Attributes:
         rename: (pattern, replacement) pairs for `re.sub`, applied in turn to every key.
         drop: Reason by pattern; a key of the file that a pattern matches is left out.
-        transform: Makes of a model's key and the file's tensor the tensor to load, where they differ by more than a name.
+        transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs.
         position: Keys of the model that hold position embeddings (1, rows, columns, channels); the file may have them
             flat, (1, rows * columns, channels), and at another size.
     """
@@ -71,8 +71,9 @@ class _Inert(dict):
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by key, unwrapped from {'model': ...}, 'module.' prefixes and the like.
 
-    Reads safetensors, or PyTorch files without running code of theirs: configuration objects inside (of yacs, argparse,
-    omegaconf, numpy) become inert stand-ins. Where a file holds an average of the weights beside them, the average is taken.
+    Reads safetensors, or PyTorch files without running code of theirs: configuration objects inside (of yacs,
+    argparse, omegaconf, numpy) become inert stand-ins. Where a file holds an average of the weights beside them, the
+    average is taken.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -190,8 +191,8 @@ def load_weights(
 ) -> None:
     """Load `tensors`, under a published file's names or the model's own, into `model`: all of them or none.
 
-    Only these may differ: the classifier, where `model` has another number of classes than `published_classes`; the first
-    convolution, whose input channels are summed or repeated to fit; position embeddings, which are resampled.
+    Only these may differ: the classifier, where `model` has another number of classes than `published_classes`; the
+    first convolution, whose input channels are summed or repeated to fit; position embeddings, which are resampled.
 
     Raises:
         ValueError: keys or shapes differ otherwise; the message lists them.
@@ -214,22 +215,27 @@ def load_weights(
         _logger.info("%s: %s is adapted to in_chans=%d", name, first, own[first].shape[1])
         mapped[first] = adapt_input_conv(own[first].shape[1], mapped[first])
 
-    wrong = [f"missing {key}" for key in own if key not in mapped]
-    wrong += [f"unknown {key}" for key in mapped if key not in own]
-    wrong += [
-        f"{key} is {tuple(mapped[key].shape)}, the model's {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in mapped and mapped[key].shape != value.shape
-    ]
-    if wrong:
-        shown = "; ".join(wrong[:_SHOWN_KEYS]) + (
-            f"; and {len(wrong) - _SHOWN_KEYS} more" if wrong[_SHOWN_KEYS:] else ""
-        )
+    differences = {
+        "missing": [key for key in own if key not in mapped],
+        "unknown": [key for key in mapped if key not in own],
+        "of another shape": [
+            f"{key} is {tuple(mapped[key].shape)}, the model's {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in mapped and mapped[key].shape != value.shape
+        ],
+    }
+    if any(differences.values()):
+        shown = "; ".join(f"{kind}: {_shorten(keys)}" for kind, keys in differences.items() if keys)
         raise ValueError(
-            f"these weights are not {name}'s: {shown}. Nothing was loaded; build the model that the file is of, with its "
-            "num_classes, in_chans and img_size free to differ"
+            f"these weights are not {name}'s ({shown}). Nothing was loaded; build the model that the file is of, with "
+            "its num_classes, in_chans and img_size free to differ"
         )
     model.load_state_dict(mapped, strict=True)
+
+
+def _shorten(keys: list[str]) -> str:
+    more = f", and {len(keys) - _SHOWN_KEYS} more" if keys[_SHOWN_KEYS:] else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more
 
 
 def _differ_in_chans(tensor: Tensor, own: Tensor) -> bool:

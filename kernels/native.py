@@ -1,0 +1,248 @@
+"""Compiling the C++ kernels at first use, and loading them.
+
+A kernel is a C++17 file without torch headers, called through ctypes. It is compiled for this machine's CPU into a
+per-user cache: `VISIONMIX_CACHE`, else the platform's cache folder, else, where that cannot be written, a private
+folder among the temporary files.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from visionmix.kernels.dispatch import Unavailable
+
+_logger = logging.getLogger("visionmix.kernels")
+
+CACHE_VARIABLE = "VISIONMIX_CACHE"
+
+# No -ffast-math and no -Ofast: a library built with them flushes denormals in the whole process that loads it.
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
+
+_COMPILE_SECONDS = 300
+_ERROR_LINES = 6
+_INSTALL = "install g++ or clang, or set CXX"
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def threads() -> int:
+    """Return the number of threads a kernel is to run: torch's, but one in a forked child.
+
+    A fork copies no threads, and the OpenMP runtime of the child waits for those of its parent.
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL:
+    """Return the library compiled from `source`, a C++ file; compile it unless the cache holds it.
+
+    Raises:
+        Unavailable: there is no compiler, it fails, or no folder can hold a library.
+    """
+    command = _command()
+    name = f"{source.parent.name}-{source.stem}-{_key(source, command)}"
+    failures = []
+    for folder in (_cache_folder(), _private_folder()):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if failures:
+                _check_private(folder)
+            library = _load_from(folder / name, source, command)
+        except OSError as error:
+            failures.append(f"{folder}: {error}")
+            continue
+        if failures:
+            _logger.warning(
+                "compiled kernels are kept in %s, because the cache cannot be used (%s); set %s to a folder that can",
+                folder,
+                failures[0],
+                CACHE_VARIABLE,
+            )
+        return library
+    raise Unavailable(
+        f"compiled kernels cannot be stored or loaded ({'; '.join(failures)})",
+        f"set {CACHE_VARIABLE} to a writable folder on a file system that allows execution",
+    )
+
+
+def _command() -> list[str]:
+    """Return the compiler and the flags for this machine."""
+    if sys.platform == "win32":
+        raise Unavailable("compiled kernels are not built on Windows", "run under WSL or Linux for faster kernels")
+    flags = list(FLAGS)
+    if sys.platform == "darwin":
+        # Apple's clang knows OpenMP but brings no runtime: torch's own is linked.
+        runtime = Path(torch.__file__).parent / "lib"
+        flags += ["-mcpu=native" if platform.machine() == "arm64" else "-march=native", "-Xclang", "-fopenmp"]
+        return [*_compiler(), *flags, f"-L{runtime}", f"-Wl,-rpath,{runtime}", "-lomp"]
+    flags += ["-march=native", "-fopenmp"]
+    # torch's own runtime, which some wheels give a name of its own: a second one would have threads of its own.
+    return [*_compiler(), *flags, "-Wl,--as-needed", *_loaded_openmp()]
+
+
+def _compiler() -> list[str]:
+    chosen = os.environ.get("CXX")
+    if chosen:
+        command = shlex.split(chosen)
+        if not command or shutil.which(command[0]) is None:
+            raise Unavailable(f"the compiler CXX={chosen!r} is not found", _INSTALL)
+        return command
+    for name in ("c++", "g++", "clang++", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    raise Unavailable("no C++ compiler is found (c++, g++, clang++)", _INSTALL)
+
+
+def _loaded_openmp() -> list[str]:
+    with suppress(OSError):
+        paths = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        return sorted(path for path in paths if Path(path).name.startswith("libgomp") and Path(path).is_file())[:1]
+    return []
+
+
+@cache
+def _cpu() -> str:
+    """Return what the compiler's native target depends on."""
+    if sys.platform == "darwin":
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return platform.machine() + name.stdout
+    fields = r"(vendor_id|cpu family|model|model name|stepping|flags|Features|CPU \w+)\s*:"
+    with suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        return platform.machine() + "\n".join(line for line in first.splitlines() if re.match(fields, line))
+    return platform.machine() + platform.processor()
+
+
+def _version(compiler: str) -> str:
+    try:
+        run = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the compiler {compiler} does not run ({error})", _INSTALL) from error
+    return run.stdout
+
+
+def _texts(source: Path) -> Iterator[str]:
+    """Yield the text of `source` and of the files that it includes by quotes, directly or not."""
+    pending, seen = [source.resolve()], set()
+    while pending:
+        path = pending.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        text = path.read_text()
+        yield text
+        pending += [(path.parent / name).resolve() for name in re.findall(r'^\s*#include "(.+)"', text, re.MULTILINE)]
+
+
+def _key(source: Path, command: list[str]) -> str:
+    executable = shutil.which(command[0])
+    parts = [*_texts(source), str(executable), _version(executable), *command, _cpu()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser().absolute()
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen).expanduser().absolute() / "visionmix"
+    # expanduser leaves "~" in place where there is no home; the folder then fails like one that cannot be written.
+    home = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    expanded = os.path.expanduser(home)  # noqa: PTH111 (Path.expanduser raises where there is no home)
+    return Path("/nonexistent" if expanded.startswith("~") else expanded) / "visionmix"
+
+
+def _private_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"visionmix-{os.getuid()}"
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a folder that another user could have put a library into."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not a folder of this user alone")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # not on Windows
+
+    with path.open("w") as file:
+        # Some network file systems know no locks: processes that start together then compile side by side.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _intact(library: Path) -> bool:
+    """Return whether the cached library is whole: loading one that is cut short can end the process."""
+    try:
+        digest = library.with_suffix(".sha256").read_text()
+        return hashlib.sha256(library.read_bytes()).hexdigest() == digest
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _load_from(stem: Path, source: Path, command: list[str]) -> ctypes.CDLL:
+    library = stem.with_suffix(".so")
+    if not _intact(library):
+        with _locked(stem.with_suffix(".lock")):
+            if not _intact(library):
+                _compile(library, source, command)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # built against other system libraries, as in a cache that containers share
+        with _locked(stem.with_suffix(".lock")):
+            _compile(library, source, command)
+        return ctypes.CDLL(str(library))
+
+
+def _compile(library: Path, source: Path, command: list[str]) -> None:
+    """Compile aside, then rename: no process ever sees half a library."""
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        built = Path(folder) / library.name
+        try:
+            run = subprocess.run(
+                # The source comes before the libraries: the linker reads them in order.
+                [command[0], str(source), *command[1:], "-o", str(built)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=_COMPILE_SECONDS,
+                env=os.environ | {"TMPDIR": folder, "LC_ALL": "C"},
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"the compiler {command[0]} does not run ({error})", _INSTALL) from error
+        if run.returncode != 0 or not built.is_file():
+            said = "\n".join((run.stderr or run.stdout).strip().splitlines()[:_ERROR_LINES])
+            raise Unavailable(
+                f"{command[0]} fails on {source.name} (exit status {run.returncode}):\n{said}\n", _INSTALL
+            )
+        digest = Path(folder) / "digest"
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        # With another process's digest in between, the library only looks broken and is built once more.
+        digest.replace(library.with_suffix(".sha256"))
+        built.replace(library)

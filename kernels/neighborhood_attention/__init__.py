@@ -1,0 +1,316 @@
+"""Neighborhood attention on sequences, maps and volumes."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from visionmix.kernels.checks import check_shape, check_tensors
+from visionmix.kernels.neighborhood_attention.op import neighborhood_attention_op
+
+__all__ = ["na1d", "na2d", "na3d", "neighborhood_attention_op"]
+
+_AXES = {1: ("tokens",), 2: ("rows", "columns"), 3: ("levels", "rows", "columns")}
+
+
+def _per_axis(name: str, value: int | Sequence[int], axes: int, kind: type, least: int) -> list:
+    """Return one value an axis.
+
+    Raises:
+        TypeError: a value is not of `kind`.
+        ValueError: there are too many or too few of them, or one is below `least`.
+    """
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * axes
+    for x in values:
+        if not isinstance(x, kind) or (kind is int and isinstance(x, bool)):
+            raise TypeError(
+                f"{name}={value!r} holds a {type(x).__name__}; it must be {kind.__name__}, one or one an axis"
+            )
+    if len(values) != axes:
+        raise ValueError(f"{name}={value!r} has {len(values)} values; na{axes}d takes one, or {axes}")
+    if kind is int and min(values) < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}")
+    return values
+
+
+def _check_window(grid: list[int], kernel_size: list[int], stride: list[int], dilation: list[int], circular: bool):
+    def show(values: list[int]) -> int | tuple[int, ...]:
+        return values[0] if len(set(values)) == 1 else tuple(values)
+
+    if circular:
+        if any(k % 2 == 0 for k in kernel_size):
+            raise ValueError(f"kernel_size={show(kernel_size)} must be odd for a circular window")
+        if any(s != 1 for s in stride):
+            raise ValueError(f"stride={show(stride)} does not go with a circular window; pass stride=1")
+        return
+    for size, k, d, axis in zip(grid, kernel_size, dilation, _AXES[len(grid)], strict=True):
+        if k * d > size:
+            raise ValueError(
+                f"kernel_size={show(kernel_size)} does not fit a {'x'.join(map(str, grid))} grid with "
+                f"dilation={show(dilation)}; it needs at least {k * d} {axis}"
+            )
+    if any(s > k for s, k in zip(stride, kernel_size, strict=True)):
+        raise ValueError(
+            f"stride={show(stride)} is larger than kernel_size={show(kernel_size)}; queries of a group would not see "
+            "their own neighborhood"
+        )
+
+
+def _neighborhood_attention(
+    axes: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+    scale: float | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    tensors = {"query": query, "key": key, "value": value}
+    extra = {"additional_keys": additional_keys, "additional_values": additional_values}
+    bias = {"relative_position_bias": relative_position_bias}
+    ranks = dict.fromkeys(tensors, (axes + 3,)) | dict.fromkeys(extra, (4,)) | dict.fromkeys(bias, (axes + 1,))
+    check_tensors(tensors | extra | bias, ranks)
+    batch, *grid, heads, dim = query.shape
+    key_heads, value_dim = value.shape[-2:]
+    if dim == 0 or 0 in grid:
+        raise ValueError(f"query has shape {tuple(query.shape)}; the map and the head dimension must be at least 1")
+    shape = {"batch": batch, **dict(zip(_AXES[axes], grid, strict=True))}
+    check_shape("key", key, shape | {"heads": key_heads, "dim": dim})
+    check_shape("value", value, shape | {"heads": key_heads, "value dim": value_dim})
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"query has {heads} heads, but key and value {key_heads}; theirs must divide the query's")
+    if (additional_keys is None) != (additional_values is None):
+        missing = "additional_keys" if additional_keys is None else "additional_values"
+        raise ValueError(f"{missing} is None; additional_keys and additional_values must be given together")
+    if additional_keys is not None and additional_values is not None:
+        shape = {"batch": batch, "extra": additional_keys.shape[1], "heads": key_heads}
+        check_shape("additional_keys", additional_keys, shape | {"dim": dim})
+        check_shape("additional_values", additional_values, shape | {"value dim": value_dim})
+    kernels = _per_axis("kernel_size", kernel_size, axes, int, 1)
+    strides = _per_axis("stride", stride, axes, int, 1)
+    dilations = _per_axis("dilation", dilation, axes, int, 1)
+    causal = _per_axis("is_causal", is_causal, axes, bool, 0)
+    _check_window(grid, kernels, strides, dilations, circular)
+    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(_AXES[axes], kernels, strict=True)}
+    check_shape("relative_position_bias", relative_position_bias, {"heads": heads} | spans)
+    out, lse = neighborhood_attention_op(
+        query,
+        key,
+        value,
+        kernels,
+        strides,
+        dilations,
+        causal,
+        dim**-0.5 if scale is None else scale,
+        additional_keys,
+        additional_values,
+        relative_position_bias,
+        circular,
+    )
+    return (out, lse) if return_lse else out
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    relative_position_bias: Tensor | None = None,
+    circular: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention on a sequence: `na2d` with query, key and value (batch, length, heads, dim).
+
+    Window arguments, formula and errors are `na2d`'s, on the one axis.
+
+    Args:
+        query: (batch, length, heads, dim).
+        key: (batch, length, key heads, dim).
+        value: (batch, length, key heads, value dim).
+        kernel_size: keys a window.
+        stride: queries that share a window.
+        dilation: distance of neighbouring keys.
+        is_causal: whether keys after the query are hidden.
+        scale: factor of the products; dim^-0.5 if None.
+        additional_keys: (batch, extra, key heads, dim): keys that every query attends to besides its window.
+        additional_values: (batch, extra, key heads, value dim).
+        relative_position_bias: (heads, 2 k - 1).
+        circular: whether the window is centred and cut at the ends, as `na2d`'s disc.
+        return_lse: whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        The output (batch, length, heads, value dim); with `return_lse` also the log-sum-exp
+        (batch, length, heads).
+
+    Raises:
+        TypeError: as `na2d`.
+        ValueError: as `na2d`.
+    """
+    return _neighborhood_attention(
+        1,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        relative_position_bias,
+        circular,
+        return_lse,
+    )
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    relative_position_bias: Tensor | None = None,
+    circular: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention on a map: every query attends to the window of keys around it.
+
+    `out_i = sum_j softmax_j(scale q_i . k_j + bias[j - i]) v_j`, j over the window of i. The arguments are those of
+    NATTEN 0.21, with its older position bias and a circular window beside them. Along each axis, on its own:
+
+    - Tokens whose positions agree modulo `dilation` form a class of n tokens; queries see keys of their own class. In
+      what follows, positions count inside it.
+    - The window of query i holds `kernel_size` = k keys: it starts at `clamp(i - k // 2, 0, n - k)`, so that near a
+      border it is shifted inside rather than cut.
+    - Queries `[g s, g s + s)` of a `stride` s share the window of their leader `min(g s + s // 2, n - 1)`; s = k is
+      blocked attention.
+    - On a causal axis the leader is `min(g s + s - 1, n - 1)`, and query i sees keys `max(leader - k + 1, 0)` to i:
+      this window is cut, not shifted.
+
+    A circular window is CLEAR's, of radius r = (k + 1) / 2, so k = 2 r - 1 for the published r = 8, 16, 32: query i sees
+    the keys j with `sum_axes ((j - i) / r)^2 < 1`, counted in steps of the dilation; for one k on all axes those strictly
+    nearer than r. It is centred on its query and cut at the border of the map, so any kernel size fits; k must be odd and
+    the stride 1; causal axes keep the keys up to i.
+
+    Hassani et al., 2023, Neighborhood Attention Transformer (arXiv 2204.07143); Hassani and Shi, 2022, Dilated
+    Neighborhood Attention Transformer (arXiv 2209.15001); Hassani et al., 2025, Generalized Neighborhood Attention
+    (arXiv 2504.16922), for the stride; Liu et al., 2024, CLEAR (arXiv 2412.16112), for the circular window.
+
+    Args:
+        query: (batch, height, width, heads, dim), of any floating-point dtype, as the others.
+        key: (batch, height, width, key heads, dim); the key heads divide the heads, and consecutive query heads share
+            one.
+        value: (batch, height, width, key heads, value dim).
+        kernel_size: keys a window and axis, one number or (height, width).
+        stride: queries that share a window, at most the kernel size.
+        dilation: distance of neighbouring keys; kernel_size x dilation is at most the map's size.
+        is_causal: whether keys after the query are hidden, for both axes or each.
+        scale: factor of the products; dim^-0.5 if None.
+        additional_keys: (batch, extra, key heads, dim): keys that every query attends to besides its window.
+        additional_values: (batch, extra, key heads, value dim).
+        relative_position_bias: (heads, 2 k - 1, 2 k - 1), added to the products after scaling; the entry for
+            (key - query) / dilation + k - 1 on each axis. Additional keys have none.
+        circular: whether the window is a disc.
+        return_lse: whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        The output (batch, height, width, heads, value dim) in value's dtype; with `return_lse` also the log-sum-exp
+        (batch, height, width, heads), float32, or float64 if any input is. So is the computation.
+
+    Raises:
+        TypeError: a tensor argument is no real floating-point tensor, or a window argument no integer or bool.
+        ValueError: shapes or devices do not fit together, or the window does not fit the map.
+    """
+    return _neighborhood_attention(
+        2,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        relative_position_bias,
+        circular,
+        return_lse,
+    )
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    relative_position_bias: Tensor | None = None,
+    circular: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention on a volume: `na2d` with query, key and value (batch, depth, height, width, heads, dim).
+
+    Window arguments, formula and errors are `na2d`'s, along three axes.
+
+    Args:
+        query: (batch, depth, height, width, heads, dim).
+        key: (batch, depth, height, width, key heads, dim).
+        value: (batch, depth, height, width, key heads, value dim).
+        kernel_size: keys a window and axis, one number or three.
+        stride: queries that share a window.
+        dilation: distance of neighbouring keys.
+        is_causal: whether keys after the query are hidden.
+        scale: factor of the products; dim^-0.5 if None.
+        additional_keys: (batch, extra, key heads, dim): keys that every query attends to besides its window.
+        additional_values: (batch, extra, key heads, value dim).
+        relative_position_bias: (heads, 2 k - 1, 2 k - 1, 2 k - 1).
+        circular: whether the window is a ball.
+        return_lse: whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        The output (batch, depth, height, width, heads, value dim); with `return_lse` also the log-sum-exp
+        (batch, depth, height, width, heads).
+
+    Raises:
+        TypeError: as `na2d`.
+        ValueError: as `na2d`.
+    """
+    return _neighborhood_attention(
+        3,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        relative_position_bias,
+        circular,
+        return_lse,
+    )

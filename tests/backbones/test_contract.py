@@ -1,0 +1,171 @@
+"""What timm asks of a model, over every tiny model of this library."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch.fx import symbolic_trace
+
+import visionmix
+
+NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def model(name):
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
+
+
+def image(height=96, width=96, batch=1):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (225, 193), (32, 64)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_forward_at_any_size(name, model, size, batch):
+    images = image(*size, batch=batch)
+    with torch.no_grad():
+        logits = model(images)
+        assert logits.shape == (batch, 1000)
+        assert torch.isfinite(logits).all()
+        assert torch.allclose(logits[-1:], model(images[-1:]), atol=1e-5)
+
+
+def test_features_and_heads(name, model):
+    cfg, images = model.default_cfg, image()
+    features = model.forward_features(images)
+    assert model.output_fmt == "NHWC"
+    assert features.shape == (1, *cfg["pool_size"], model.num_features)
+    before = model.forward_head(features, pre_logits=True)
+    assert before.shape == (1, model.head_hidden_size)
+    assert torch.allclose(model.forward_head(features), model.get_classifier()(before))
+    model.reset_classifier(0)
+    assert torch.allclose(model(images), before)
+    model.reset_classifier(0, "")
+    assert model(images).shape == features.shape
+    model.reset_classifier(5, "avg")
+    assert model(images).shape == (1, 5)
+    assert timm.create_model(name, num_classes=0, global_pool="")(images).shape == features.shape
+
+
+def test_cfg_names_layers_that_exist(name, model):
+    for layer in ("first_conv", "classifier"):
+        assert f"{model.default_cfg[layer]}.weight" in model.state_dict()
+
+
+def test_every_parameter_gets_a_gradient(name):
+    model = timm.create_model(name, num_classes=42, drop_path_rate=0.1).train()
+    model(image(128, 128, batch=2)).mean().backward()
+    assert [key for key, value in model.named_parameters() if value.grad is None] == []
+
+
+def test_gradient_checkpointing_changes_nothing(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name).train()
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    for each in (model, other):
+        each(image()).square().sum().backward()
+    for (key, value), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(value.grad, theirs.grad, rtol=1e-4, atol=1e-5), key
+
+
+def test_gradients_repeat_bitwise(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name).train()
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        model(image(batch=2)).square().sum().backward()
+        grads.append([value.grad.clone() for value in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_intermediates(name, model):
+    images = image(96, 128)
+    final, maps = model.forward_intermediates(images)
+    assert torch.allclose(final, model.forward_features(images))
+    assert len(maps) == len(model.feature_info) >= 3
+    for info, each in zip(model.feature_info, maps, strict=True):
+        assert each.shape[:2] == (1, info["num_chs"])
+        for side, pixels in zip(each.shape[2:], (96, 128), strict=True):
+            assert side <= math.ceil(pixels / info["reduction"]) + 1
+    last = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)[0]
+    assert torch.allclose(last, final)
+    early = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+    assert torch.equal(early[0], maps[0])
+    with pytest.raises(ValueError, match="output_fmt='NLC'"):
+        model.forward_intermediates(images, output_fmt="NLC")
+
+
+def test_features_only(name, model):
+    features = timm.create_model(name, features_only=True, out_indices=(0, 1))
+    features.model.load_state_dict(model.state_dict(), strict=False)
+    maps = features.eval()(image(96, 128))
+    assert [each.shape[1] for each in maps] == features.feature_info.channels()
+    expected = model.forward_intermediates(image(96, 128), indices=[0, 1], intermediates_only=True)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(maps, expected, strict=True))
+
+
+def test_pruning_drops_what_follows(name, model):
+    params = sum(value.numel() for value in model.parameters())
+    expected = model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([0], prune_norm=True) == [0]
+    assert sum(value.numel() for value in model.parameters()) < params
+    assert torch.equal(model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0], expected)
+
+
+def test_scripted(name, model):
+    scripted = torch.jit.script(model)
+    for size in ((96, 96), (64, 160)):
+        assert torch.allclose(scripted(image(*size)), model(image(*size)), atol=1e-6)
+
+
+def test_traced_by_fx(name, model):
+    traced = symbolic_trace(model)
+    for size in ((96, 96), (64, 160)):
+        assert torch.equal(traced(image(*size)), model(image(*size)))
+    assert torch.allclose(torch.jit.script(traced)(image()), model(image()), atol=1e-6)
+
+
+def test_layer_groups_and_weight_decay(name, model):
+    from timm.models import group_parameters
+    from timm.optim import create_optimizer_v2
+
+    names = dict(model.named_parameters())
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert {key for group in groups.values() for key in group} == names.keys()
+    assert model.no_weight_decay() <= names.keys()
+    optimizer = create_optimizer_v2(model, opt="adamw", layer_decay=0.8)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_bfloat16_autocast(name, model):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = model(image())
+    exact = model(image())
+    assert torch.isfinite(low).all()
+    assert (low.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_device_and_dtype(name):
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+    assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((1, 1, 96, 96), r"1 channels.*in_chans=3"),
+    ((3, 96, 96), r"x\[None\]"),
+    ((1, 3, 3, 96), "at least"),
+    ((96,), "four axes"),
+])  # fmt: skip
+def test_what_is_no_batch_of_images_is_refused(name, model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(shape))
+    with pytest.raises(ValueError, match=message):
+        model.forward_intermediates(torch.zeros(shape))

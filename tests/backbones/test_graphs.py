@@ -1,0 +1,46 @@
+"""Compiled, exported and counted: one graph for all sizes."""
+
+import pytest
+import timm
+import torch
+from torch._dynamo.utils import counters
+from torch.export import Dim
+
+import visionmix
+
+NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
+SIZES = [(96, 128), (96, 96), (225, 193)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_compiled_graph_serves_all_sizes(name, backend):
+    model = timm.create_model(name).eval()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for size in SIZES:
+            images = torch.randn(2, 3, *size)
+            assert torch.allclose(compiled(images), model(images), atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_for_any_size(name):
+    model = timm.create_model(name).eval()
+    axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(axes,))
+    images = torch.randn(3, 3, 128, 160)
+    assert torch.allclose(program.module()(images), model(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_runs_what_the_model_computes(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = timm.create_model(name).eval(), torch.randn(1, 3, 64, 96)
+    with visionmix.kernels.use("reference"):
+        torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), model(images), atol=1e-4)

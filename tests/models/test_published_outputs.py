@@ -1,0 +1,53 @@
+"""Every model against what the published code computes, loaded the way a user loads a published checkpoint."""
+
+import golden
+import pytest
+import timm
+import torch
+
+import visionmix
+
+MODELS = set(visionmix.models.list_family_models())
+CASES = sorted(path.stem for path in golden.FOLDER.glob("*.npz") if path.stem.partition("__")[0] in MODELS)
+
+
+def load_published(case: str, folder) -> tuple[torch.nn.Module, torch.Tensor, dict]:
+    """Return the model of golden `case` with the published weights, the golden's input and its arrays."""
+    meta, arrays = golden.load(case)
+    file = folder / "published.pth"
+    torch.save({"model": golden.state_dict(meta)}, file)
+    model = timm.create_model(
+        case.partition("__")[0], pretrained=True, pretrained_cfg_overlay={"file": str(file)}
+    ).eval()
+    image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
+    assert sum(value.numel() for value in model.parameters()) == meta["params"]
+    return model, image, arrays
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_published(case, tmp_path):
+    model, image, arrays = load_published(case, tmp_path)
+    with torch.no_grad():
+        assert golden.relative_error(model(image), arrays["logits"]) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["vig_t", "vig_h_t"])
+def test_reference_kernels_in_float64_are_closer_still(case, tmp_path):
+    model, image, arrays = load_published(case, tmp_path)
+    with torch.no_grad(), visionmix.kernels.use("reference"):
+        assert golden.relative_error(model.double()(image.double()), arrays["logits"]) <= 1e-9
+
+
+def test_there_are_goldens():
+    assert {"vig_t", "vig_s", "vig_h_t", "vig_t__192x256"} <= set(CASES)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_parameters_are_the_published_number(name):
+    published = visionmix.models.published(name)
+    if published.params is None:
+        pytest.skip("its paper gives no number")
+    with torch.device("meta"):
+        params = sum(value.numel() for value in timm.create_model(name).parameters()) / 1e6
+    digits = len(str(published.params).partition(".")[2].rstrip("0")) if "." in str(published.params) else 0
+    assert round(params, digits) == published.params

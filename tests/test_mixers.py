@@ -1,0 +1,55 @@
+"""Mixers by name, and in any place of a skeleton."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import visionmix
+
+
+def test_created_by_name():
+    mixer = visionmix.create_mixer("gated_linear_attention", 24, num_heads=2)
+    assert mixer(torch.randn(2, 3, 5, 24)).shape == (2, 3, 5, 24)
+    assert "gated_linear_attention" in visionmix.list_mixers()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (6, 9)])
+@pytest.mark.parametrize("name", visionmix.list_mixers())
+def test_every_mixer_on_any_grid(name, grid):
+    mixer = visionmix.create_mixer(name, 24)
+    x = torch.randn(2, *grid, 24, requires_grad=True)
+    out = mixer(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_unknown_names_and_options_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'gated_linear_attention'"):
+        visionmix.create_mixer("gated_linear_atention", 24)
+    with pytest.raises(ValueError, match=r"num_head=3 \(did you mean 'num_heads'"):
+        visionmix.create_mixer("gated_linear_attention", 24, num_head=3)
+    with pytest.raises(ValueError, match="num_heads=5 does not divide dim=24"):
+        visionmix.create_mixer("gated_linear_attention", 24, num_heads=5)
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="is taken"):
+        visionmix.mixers.register_mixer("gated_linear_attention")(nn.Identity)
+
+
+def test_models_take_mixers():
+    spec = {"name": "gated_linear_attention", "gate_rank": 8}
+    plain = timm.create_model("test_vig", mixer=["gated_linear_attention", spec])
+    assert [block.mixer.gate_down.out_features for block in plain.blocks] == [16, 8, 16]
+    stages = timm.create_model("test_vig_h", mixer=[spec, spec, ["gated_linear_attention", spec], spec])
+    assert [block.mixer.gate_down.out_features for block in stages.stages[2].blocks] == [16, 8]
+    with pytest.raises(ValueError, match="unknown mixer name='nothing'"):
+        timm.create_model("test_vig", mixer="nothing")
+    with pytest.raises(ValueError, match="3 entries for 4 stages"):
+        timm.create_model("test_vig_h", mixer=[spec] * 3)
+    with pytest.raises(TypeError, match="mixer=3 is no mixer"):
+        timm.create_model("test_vig", mixer=3)
+    with pytest.raises(ValueError, match="has no 'name'"):
+        timm.create_model("test_vig", mixer={"gate_rank": 8})

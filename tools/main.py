@@ -1,0 +1,45 @@
+"""The `visionmix` command: what a clone has in tools/, after pip install."""
+
+import difflib
+import importlib
+import sys
+
+# Imported only when asked for, so that `visionmix --help` needs no torch.
+COMMANDS = {
+    "train": ("train", "train a classifier on an image folder by a recipe"),
+    "validate": ("validate", "test a model on an image folder"),
+    "predict": ("predict", "say what is in pictures"),
+    "info": ("info", "parameters, operations and published figures of a model"),
+    "draw-scans": ("draw_scans", "draw scan orders as pictures"),
+    "demo-data": ("demo_data", "make small data sets from images that ship with scikit-image"),
+}
+
+
+def usage() -> str:
+    """Return the help text."""
+    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: visionmix COMMAND ...", "", *lines, "", "visionmix COMMAND --help says more."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `visionmix COMMAND arguments`; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"visionmix {version('visionmix')}")
+        return 0
+    command = argv[0].replace("_", "-")
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, 1, 0.0)[0]
+        print(f"visionmix: no command {argv[0]!r}; did you mean {close}?\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"visionmix.tools.{COMMANDS[command][0]}")
+    return module.main(argv[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

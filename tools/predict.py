@@ -1,0 +1,130 @@
+"""Say what is in pictures: the k most likely classes of each image, with their probabilities.
+
+python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.pt
+visionmix predict cat.jpg --model vig_s --pretrained --topk 3 --csv guesses.csv
+"""
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from visionmix.tools import build, checkpoint, data
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    parse = argparse.ArgumentParser(
+        prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
+    parse.add_argument("--model", help="timm model name; a checkpoint of train.py knows its own")
+    parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
+    parse.add_argument("--pretrained", action="store_true", help="the published weights")
+    parse.add_argument("--num-classes", type=int, help="outputs, where a foreign checkpoint has another number")
+    parse.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
+    parse.add_argument("--batch-size", type=int, default=32, help="images a step (default: %(default)s)")
+    parse.add_argument("--img-size", type=int, help="side of the input in pixels")
+    parse.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parse.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each image and class")
+    return parse
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """Return the files given, and all images inside the folders given, in sorted order.
+
+    Raises:
+        FileNotFoundError: when a path does not exist or a folder holds no images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and data.is_image(file))
+            if not inside:
+                raise FileNotFoundError(f"{path} holds no images (.png, .jpg, .jpeg)")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    return found
+
+
+@torch.inference_mode()
+def predict(
+    trained: build.Trained, files: list[Path], topk: int, batch: int, device: torch.device
+) -> tuple[list[tuple[Path, list[tuple[str, float]]]], list[Path]]:
+    """Return ((file, [(class, probability), ...] from the likeliest down) of each image, files that cannot be read)."""
+    settings = trained.input
+    transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
+    names = trained.classes or [str(i) for i in range(trained.model.num_classes)]
+    rows, broken = [], []
+    for start in range(0, len(files), batch):
+        readable, images = [], []
+        for file in files[start : start + batch]:
+            try:
+                with Image.open(file) as image:
+                    images.append(transform(image.convert("RGB")))
+                readable.append(file)
+            except data.UNREADABLE:
+                broken.append(file)
+        if not images:
+            continue
+        logits = trained.model(torch.stack(images).to(device)).float()
+        probabilities, guesses = logits.softmax(1).topk(min(topk, len(names)), dim=1)
+        for file, values, indices in zip(readable, probabilities.tolist(), guesses.tolist(), strict=True):
+            rows.append((file, [(names[i], value) for i, value in zip(indices, values, strict=True)]))
+    return rows, broken
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the `predict` command with these arguments."""
+    args = parser().parse_args(argv)
+    try:
+        for name in ("topk", "batch_size", "img_size", "num_classes"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+        files = find_images(args.images)
+        device = build.choose_device(args.device)
+        trained = build.load_trained(
+            args.checkpoint,
+            name=args.model,
+            pretrained=args.pretrained,
+            classes=args.num_classes,
+            image_size=args.img_size,
+            device=device,
+        )
+    except (ValueError, OSError) as error:
+        print(f"predict: {error}", file=sys.stderr)
+        return 2
+    rows, broken = predict(trained, files, args.topk, args.batch_size, device)
+    table = Table("image", "class", "probability", box=None, header_style="bold")
+    for file, guesses in rows:
+        for place, (name, probability) in enumerate(guesses):
+            style = "bold" if place == 0 else "dim"
+            table.add_row("" if place else str(file), name, f"{100 * probability:.1f} %", style=style)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table)
+    for file in broken:
+        print(f"predict: {file} cannot be read as an image, left out", file=sys.stderr)
+    if args.csv:
+        text = io.StringIO()
+        out = csv.writer(text)
+        out.writerow(("image", "rank", "class", "probability"))
+        for file, guesses in rows:
+            out.writerows((file, place, name, value) for place, (name, value) in enumerate(guesses, 1))
+        try:
+            checkpoint.write_aside(args.csv, lambda aside: aside.write_text(text.getvalue()))
+        except OSError as error:
+            print(f"predict: {error}", file=sys.stderr)
+            return 1
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

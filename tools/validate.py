@@ -1,0 +1,128 @@
+"""Test a model on an image folder: top-1, top-5, images a second.
+
+python tools/validate.py --checkpoint output/vig_photos/best.pt                 # knows its model, images and data
+visionmix validate --model vig_s --pretrained --data /data/imagenet
+visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --json result.json
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+from visionmix.tools import build, checkpoint, data
+from visionmix.tools.display import Display
+from visionmix.tools.evaluation import AMP_DTYPES, evaluate
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    parse = argparse.ArgumentParser(
+        prog="validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("--model", help="timm model name; a checkpoint of train.py knows its own")
+    parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
+    parse.add_argument("--pretrained", action="store_true", help="the published weights")
+    parse.add_argument("--data", help="folder with val/CLASS/*, or with the class folders themselves")
+    parse.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
+    parse.add_argument("--workers", type=int, default=2, help="data-loading processes (default: %(default)s)")
+    parse.add_argument("--img-size", type=int, help="side of the input in pixels")
+    parse.add_argument("--amp", choices=("none", *AMP_DTYPES), default="none", help="mixed precision")
+    parse.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parse.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parse.add_argument("--csv", type=Path, metavar="FILE", help="write the result as a CSV row")
+    return parse
+
+
+def test_folder(root: Path) -> Path:
+    """Return ROOT/val (validation, test) where there is one, and ROOT itself where it holds the class folders."""
+    names = data.SPLITS["val"]
+    if root.is_dir() and not any((root / name).is_dir() for name in (*names, *data.SPLITS["train"])):
+        return root
+    return data.split_folder(root, "val")
+
+
+def check_classes(trained: build.Trained, classes: list[str], folder: Path) -> None:
+    """Raise ValueError when the folder's classes cannot be the model's."""
+    count = trained.model.num_classes
+    if len(classes) != count:
+        raise ValueError(f"{folder} has {len(classes)} classes, the model {trained.name} has {count}; they must agree")
+    # ImageNet's folders are named by WordNet ids, the published weights know descriptions.
+    if trained.data is not None and trained.classes is not None and trained.classes != classes:
+        other = sorted(set(classes) ^ set(trained.classes))[:5]
+        raise ValueError(f"{folder} has other classes than the model was trained on: {', '.join(other)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the `validate` command with these arguments."""
+    args = parser().parse_args(argv)
+    try:
+        for name in ("batch_size", "img_size"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+        folder = test_folder(Path(args.data)) if args.data else None
+        classes = data.find_classes(folder) if folder else None
+        device = build.choose_device(args.device)
+        trained = build.load_trained(
+            args.checkpoint,
+            name=args.model,
+            pretrained=args.pretrained,
+            classes=len(classes) if classes else None,
+            image_size=args.img_size,
+            device=device,
+        )
+        if folder is None:
+            if trained.data is None:
+                raise ValueError("--data is missing: give a folder of class folders")
+            folder = test_folder(Path(trained.data))
+            classes = data.find_classes(folder)
+        check_classes(trained, classes, folder)
+    except (ValueError, OSError) as error:
+        print(f"validate: {error}", file=sys.stderr)
+        return 2
+    settings = trained.input
+    transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
+    dataset = data.FolderSet(folder, classes, transform, seed=0, replace=False)
+    loader = data.make_loader(dataset, batch=args.batch_size, workers=args.workers, shuffle=False)
+    try:
+        with Display(1, len(loader)) as display:
+            display.begin(1, "test", len(loader))
+            result = evaluate(
+                trained.model, loader, classes=len(classes), device=device, amp=args.amp, after_batch=display.step
+            )
+        row = {
+            "model": trained.name,
+            "checkpoint": args.checkpoint or "pretrained",
+            "data": str(folder),
+            "images": result.count,
+            "unreadable": len(result.unreadable),
+            "image_size": settings.image_size,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": result.loss,
+            "images_per_second": result.images_per_second,
+        }
+        print(
+            f"{trained.name} on {folder}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.count} "
+            f"images, {result.images_per_second:.0f} images/s"
+        )
+        for path in result.unreadable:
+            print(f"  cannot be read, left out: {path}")
+        if args.json:
+            checkpoint.write_aside(args.json, lambda aside: aside.write_text(json.dumps(row, indent=1) + "\n"))
+        if args.csv:
+            text = io.StringIO()
+            table = csv.DictWriter(text, row)
+            table.writeheader()
+            table.writerow(row)
+            checkpoint.write_aside(args.csv, lambda aside: aside.write_text(text.getvalue()))
+    except (OSError, data.UnreadableData) as error:
+        print(f"validate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
