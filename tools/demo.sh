@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . tools/venv.sh
 
-prepare demo visionmix skimage matplotlib rich
+prepare demo visionmix.tools skimage matplotlib rich
 .venv/bin/python tools/demo_data.py photos --out data/photos
 .venv/bin/python tools/train.py configs/demo/vig_photos.yaml --data data/photos --output output/demo --resume "$@"
 say ""

@@ -1,7 +1,7 @@
 """Gated linear attention, in one and in both directions."""
 
 from torch import Tensor
-from visionmix.kernels.checks import check_length, check_merge, check_shape, check_tensors
+from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
 from visionmix.kernels.gated_linear_attention.op import bidirectional_op, gated_linear_attention_op
 
 __all__ = [
@@ -15,7 +15,8 @@ __all__ = [
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], initial_state: Tensor | None) -> None:
     tensors = {"q": q, "k": k, "v": v, **gates, "initial_state": initial_state}
     check_tensors(tensors, dict.fromkeys(tensors, (4,)))
-    check_length("q", q, 1)
+    check_sizes("q", q)
+    check_sizes("v", v)
     batch, length, heads, dk = q.shape
     axes = {"batch": batch, "length": length, "heads": heads}
     for name, x in {"k": k, **gates}.items():
@@ -55,7 +56,7 @@ def gated_linear_attention(
 
     Raises:
         TypeError: an argument is no real floating-point tensor.
-        ValueError: shapes or devices do not fit together, or the length is 0.
+        ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
     """
     _check(q, k, v, {"g": g}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -93,7 +94,7 @@ def bidirectional_gated_linear_attention(
 
     Raises:
         TypeError: an argument is no real floating-point tensor.
-        ValueError: shapes or devices do not fit together, the length is 0, or `merge` is unknown.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `merge` is unknown.
     """
     check_merge(merge, ("mean", "sum"))
     _check(q, k, v, {"g_forward": g_forward, "g_backward": g_backward}, None)

@@ -171,9 +171,10 @@ def _rows(x: Tensor, padding: int, dtype: torch.dtype) -> Tensor:
     return F.pad(x.transpose(1, 2).flatten(0, 1).to(dtype), (0, 0, 0, padding))
 
 
-def _tokens(x: Tensor, batch: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Undo `_rows`; contiguous."""
-    return x[:, :length].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype).contiguous()
+def _tokens(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `_rows`, to the first three axes of `like`; contiguous."""
+    batch, length, heads = like.shape[:3]
+    return x[:, :length].unflatten(0, (batch, heads)).transpose(1, 2).to(dtype).contiguous()
 
 
 class _Attention:
@@ -237,14 +238,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
-    batch, length, heads = q.shape[:3]
     attention, state = _prepare(q, k, v, [g], initial_state, scale)
     if state is not None or output_final_state or attention.value.shape[1] > 1:
         state = attention.pass_states(state)
-    out = _tokens(attention.out.flatten(1, 2), batch, length, v.dtype)
+    out = _tokens(attention.out.flatten(1, 2), v, v.dtype)
     if not output_final_state:
         return out, out.new_empty(0, dtype=attention.value.dtype)
-    return out, state.unflatten(0, (batch, heads))
+    return out, state.unflatten(0, (q.shape[0], q.shape[2]))
 
 
 def backward(
@@ -266,10 +266,10 @@ def backward(
     padding = attention.query.shape[1] - q.shape[1]
     grads, grad_initial = attention.gradients(_rows(grad_out, padding, dtype), grad_last)
     grads[0] = grads[0] * scale
-    grads = [_tokens(grad, q.shape[0], q.shape[1], x.dtype) for grad, x in zip(grads, (q, k, v, g), strict=True)]
+    grads = [_tokens(grad, x, x.dtype) for grad, x in zip(grads, (q, k, v, g), strict=True)]
     if initial_state is None:
         return *grads, q.new_empty(0)
-    return *grads, grad_initial.view(initial_state.shape).to(initial_state.dtype)
+    return *grads, grad_initial.reshape(initial_state.shape).to(initial_state.dtype)
 
 
 def bidirectional_forward(
@@ -279,7 +279,7 @@ def bidirectional_forward(
     attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, _merged(scale, merge))
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
-    return _tokens(attention.out.flatten(1, 2), q.shape[0], q.shape[1], v.dtype)
+    return _tokens(attention.out.flatten(1, 2), v, v.dtype)
 
 
 def bidirectional_backward(
@@ -301,7 +301,7 @@ def bidirectional_backward(
     grads, _ = attention.gradients(_rows(grad_out, padding, attention.value.dtype), None)
     grads[0] = grads[0] * scale
     inputs = (q, k, v, g_forward, g_backward)
-    grads = [_tokens(grad, q.shape[0], q.shape[1], x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+    grads = [_tokens(grad, x, x.dtype) for grad, x in zip(grads, inputs, strict=True)]
     return tuple(grads)
 
 

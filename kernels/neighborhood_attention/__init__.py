@@ -204,10 +204,10 @@ def na2d(
     - On a causal axis the leader is `min(g s + s - 1, n - 1)`, and query i sees keys `max(leader - k + 1, 0)` to i:
       this window is cut, not shifted.
 
-    A circular window is CLEAR's, of radius r = (k + 1) / 2, so k = 2 r - 1 for the published r = 8, 16, 32: query i sees
-    the keys j with `sum_axes ((j - i) / r)^2 < 1`, counted in steps of the dilation; for one k on all axes those strictly
-    nearer than r. It is centred on its query and cut at the border of the map, so any kernel size fits; k must be odd and
-    the stride 1; causal axes keep the keys up to i.
+    A circular window is CLEAR's, of radius r = (k + 1) / 2, so k = 2 r - 1 for the published r = 8, 16, 32: query i
+    sees the keys j with `sum_axes ((j - i) / r)^2 < 1`, counted in steps of the dilation; for one k on all axes those
+    strictly nearer than r. It is centred on its query and cut at the border of the map, so any kernel size fits; k must
+    be odd and the stride 1; causal axes keep the keys up to i.
 
     Hassani et al., 2023, Neighborhood Attention Transformer (arXiv 2204.07143); Hassani and Shi, 2022, Dilated
     Neighborhood Attention Transformer (arXiv 2209.15001); Hassani et al., 2025, Generalized Neighborhood Attention

@@ -126,8 +126,8 @@ register_op(
     "neighborhood_attention",
     schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
     backward_schema=(
-        f"(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS})"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     fake=_fake,
     backward_fake=_fake_backward,

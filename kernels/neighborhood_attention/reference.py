@@ -1,9 +1,9 @@
 """Neighborhood attention in tiled PyTorch: dense products of a tile of queries with the slab of keys it sees.
 
 Queries see keys of their own residue class alone, so a dilated map is taken apart into one map a class; every class is
-padded to the longest one's length. On such a map, a tile of queries (8 x 8 or so) sees a slab, the union of its windows,
-which is a slice. Scores of the slab outside a query's own window are masked. Slices and matmuls only: no gather of
-(queries, window) copies of keys, and memory is bounded by one tile's scores over as many maps as fit in `_SCORES`.
+padded to the longest one's length. On such a map, a tile of queries (8 x 8 or so) sees a slab, the union of its
+windows, which is a slice. Scores of the slab outside a query's own window are masked. Slices and matmuls only: no gather
+of (queries, window) copies of keys, and memory is bounded by one tile's scores over as many maps as fit in `_SCORES`.
 
 As the products are dense, a NaN or an infinity in a key or value reaches every query of the tiles whose slab holds it.
 """
@@ -46,7 +46,7 @@ class _Problem:
         return tuple(-(-n // c) for n, c in zip(self.grid, self.classes, strict=True))
 
     def windows(self, axis: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Starts and stops of one axis, for each residue class, or once if all are alike; padded queries see one key."""
+        """Starts and stops of one axis, for each residue class, or once if all are alike; a padded query sees keys too."""
         windows = []
         for length in class_lengths(self.grid[axis], self.dilation[axis]):
             starts, stops = axis_window(

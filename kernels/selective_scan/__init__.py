@@ -1,7 +1,7 @@
 """The selective scan of Mamba."""
 
 from torch import Tensor
-from visionmix.kernels.checks import check_length, check_shape, check_tensors
+from visionmix.kernels.checks import check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan.op import selective_scan_op
 
 __all__ = ["selective_scan", "selective_scan_op"]
@@ -59,11 +59,12 @@ def selective_scan(
 
     Raises:
         TypeError: an argument is no real floating-point tensor (complex A is not supported).
-        ValueError: shapes or devices do not fit together, or the length is 0.
+        ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
     """
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     check_tensors(tensors, _RANKS)
-    check_length("u", u, 2)
+    check_sizes("u", u)
+    check_sizes("A", A)
     batch, dim, length = u.shape
     for name in ("delta", "z"):
         check_shape(name, tensors[name], {"batch": batch, "dim": dim, "length": length})

@@ -26,9 +26,10 @@ def selective_scan_op(
 
     B and C are (batch, groups, states, length) or, constant, (dim, states).
     """
-    if not torch.jit.is_scripting():
-        if dispatch.bypassed():
-            return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    if not torch.jit.is_scripting() and dispatch.bypassed():
+        return dispatch.call_reference(
+            reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+        )
     return torch.ops.visionmix.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 

@@ -2,8 +2,9 @@
 
 The length is cut into about sqrt(length) chunks of sqrt(length) tokens. One sweep over the positions inside a chunk,
 for all chunks at once, gives what each chunk adds to the state; a loop over chunks passes the states; a second sweep,
-from the right states, gives the outputs. So 3 sqrt(length) steps, and a step's tensor is (batch, chunks, channels, states):
-no tensor holds all tokens' states. The backward op recomputes the states of a few chunks at a time.
+from the right states, gives the outputs. So 3 sqrt(length) steps, and a step's tensor is (batch, chunks, channels,
+states): no tensor holds all tokens' states. The backward op recomputes the states of a few chunks at a time; only
+autograd through `forward`, as under `use("reference")`, keeps those of every step.
 
 Inside, tensors are laid out (position, batch, groups, chunks, ...), so that a step reads contiguous slices: channels
 (..., channels of a group), B and C (..., states), or (groups, 1, channels of a group, states) where they are constant.
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The states of this many (token, channel, state) triples are kept at a time in backward.
-_BACKWARD_STATES = 1 << 20
+_BACKWARD_STATES = 1 << 21
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -209,7 +210,7 @@ def _gradients(
     leaving = scan.leaving_gradient(grad_y, grad_last)
     at_once = max(1, _BACKWARD_STATES // max(1, chunk * batch * groups * channels * states))
     grad_delta, grad_x = torch.empty_like(scan.delta), torch.empty_like(scan.x)
-    grad_A = torch.zeros_like(scan.A)
+    grad_A = scan.A.new_zeros(scan.A.shape)
     grad_B = torch.zeros_like(entering) if _is_constant(scan.B) else torch.empty_like(scan.B)
     grad_C = torch.zeros_like(entering) if _is_constant(scan.C) else torch.empty_like(scan.C)
     y = torch.empty_like(grad_y) if outputs else None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from visionmix.kernels.checks import check_merge, check_shape, check_tensors
+from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan_2d.op import selective_scan_2d_op
 from visionmix.kernels.selective_scan_2d.routes import SEPARATOR
 
@@ -63,15 +63,16 @@ def selective_scan_2d(
 
     Raises:
         TypeError: an argument is no real floating-point tensor, or `orders` is no sequence of names.
-        ValueError: shapes or devices do not fit together, the map has no cells, or an order or `merge` is unknown.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or an order or `merge` is
+            unknown.
     """
     delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)
     tensors = {"x": x, "delta": delta, "delta_weight": weight, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
     check_tensors(tensors, {name: (rank,) for name, rank in _RANKS.items()})
     check_merge(merge, ("sum", "mean", "none"))
     batch, height, width, channels = x.shape
-    if height * width == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; height and width must be at least 1")
+    check_sizes("x", x)
+    check_sizes("A", A)
     _check_orders(orders, height, width)
     states = A.shape[2]
     parameters = {"K": len(orders), "channels": channels}

@@ -1,0 +1,155 @@
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from visionmix.kernels import backends, dispatch, gated_linear_attention, use
+
+OPS = (
+    "gated_linear_attention",
+    "bidirectional_gated_linear_attention",
+    "selective_scan",
+    "selective_scan_2d",
+)
+
+
+@pytest.fixture
+def toy():
+    """An op of the dispatcher alone, with loaders set by the test; forgotten afterwards."""
+    dispatch._loaders["toy"] = {"reference": lambda: dispatch.Implementation(abs, abs)}
+    yield dispatch._loaders["toy"]
+    del dispatch._loaders["toy"]
+    dispatch._load.cache_clear()
+    dispatch._log_slow_path.cache_clear()
+
+
+def test_use_is_a_call_and_a_context():
+    assert not dispatch.bypassed()
+    with use("reference") as choice:
+        assert isinstance(choice, use)
+        assert dispatch.bypassed()
+        with use("auto"):
+            assert not dispatch.bypassed()
+        assert dispatch.bypassed()
+    assert not dispatch.bypassed()
+    use("reference")
+    assert dispatch.bypassed()
+    use("auto")
+    assert not dispatch.bypassed()
+
+
+def test_use_restores_after_an_error():
+    with pytest.raises(KeyError), use("reference"):
+        raise KeyError
+    assert not dispatch.bypassed()
+
+
+def test_unknown_choice_is_refused_and_changes_nothing():
+    with pytest.raises(ValueError, match=r"choice='fast'.*auto, reference, cpu, triton"):
+        use("fast")
+    assert not dispatch.bypassed()
+
+
+def run_with_variable(value: str) -> subprocess.CompletedProcess:
+    code = "from visionmix.kernels import dispatch; print(dispatch.bypassed())"
+    environment = os.environ | {dispatch.VARIABLE: value}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_variable_sets_the_choice():
+    assert run_with_variable("reference").stdout.strip() == "True"
+
+
+def test_variable_is_validated():
+    result = run_with_variable("turbo")
+    assert result.returncode != 0
+    assert "ValueError: VISIONMIX_KERNELS='turbo'" in result.stderr
+    assert "auto, reference, cpu, triton" in result.stderr
+
+
+def test_backends_lists_every_op_and_implementation():
+    table = backends()
+    for op in OPS:
+        assert set(table[op]) == {"reference", "cpu", "triton"}
+        assert table[op]["reference"] == "ready"
+        assert all(table[op].values())
+
+
+def test_auto_takes_the_fast_implementation(toy):
+    toy["cpu"] = lambda: dispatch.Implementation(abs, abs)
+    assert dispatch.resolve("toy", "auto", torch.device("cpu")) == "cpu"
+    assert dispatch.resolve("toy", "auto", torch.device("cuda")) == "reference"  # no Triton kernel of this op
+    assert dispatch.resolve("toy", "reference", torch.device("cpu")) == "reference"
+
+
+def test_unavailable_is_logged_once_with_its_remedy(toy, caplog):
+    calls = []
+
+    def load():
+        calls.append(1)
+        raise dispatch.Unavailable("no compiler was found", "install g++")
+
+    toy["cpu"] = load
+    with caplog.at_level(logging.WARNING, logger="visionmix.kernels"):
+        for _ in range(3):
+            assert dispatch.resolve("toy", "auto", torch.device("cpu")) == "reference"
+    assert len(calls) == 1
+    assert len(caplog.records) == 1
+    assert "no compiler was found; install g++" in caplog.text
+    assert backends()["toy"]["cpu"] == "no compiler was found; install g++"
+    with pytest.raises(dispatch.Unavailable, match="install g"):
+        dispatch.resolve("toy", "cpu", torch.device("cpu"))
+
+
+def test_missing_implementation_is_quiet_under_auto_and_refused_by_name(toy, caplog):
+    with caplog.at_level(logging.DEBUG, logger="visionmix.kernels"):
+        assert dispatch.resolve("toy", "auto", torch.device("cpu")) == "reference"
+    assert not caplog.records
+    with pytest.raises(dispatch.Unavailable, match="toy has no cpu implementation"):
+        dispatch.resolve("toy", "cpu", torch.device("cpu"))
+
+
+def test_implementation_of_another_device_is_refused(toy):
+    toy["cpu"] = lambda: dispatch.Implementation(abs, abs)
+    with use("cpu"), pytest.raises(ValueError, match=r"kernels='cpu' cannot run toy on tensors on cuda"):
+        dispatch.resolve("toy", "auto", torch.device("cuda"))
+
+
+def test_an_implementation_gets_the_arguments_and_runs_backward(monkeypatch):
+    """What the schema says goes in, without `implementation`; backward uses the implementation of forward."""
+    seen = {}
+    reference = dispatch.load("gated_linear_attention", "reference")
+
+    def forward(*args):
+        seen["forward"] = len(args)
+        return reference.forward(*args)
+
+    def backward(*args):
+        seen["backward"] = len(args)
+        return reference.backward(*args)
+
+    monkeypatch.setitem(
+        dispatch._loaders["gated_linear_attention"], "cpu", lambda: dispatch.Implementation(forward, backward)
+    )
+    dispatch._load.cache_clear()
+    try:
+        q = torch.randn(1, 5, 2, 3, requires_grad=True)
+        with use("cpu"):
+            out, _ = gated_linear_attention(q, q, q, -q.abs())
+        with use("auto"):
+            out.sum().backward()
+    finally:
+        dispatch._load.cache_clear()
+    assert seen == {"forward": 7, "backward": 8}
+
+
+def test_import_loads_no_triton():
+    code = (
+        "import sys, torch, timm; before = set(sys.modules); import visionmix.kernels; "
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith('triton')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

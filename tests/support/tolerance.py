@@ -1,0 +1,18 @@
+"""How far a result may lie from its float64 reference, relative to the largest value: one table for all tests."""
+
+import torch
+
+# Outputs and gradients are rounded to their dtype; the computation is float32 or better.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", *, factor: float = 1.0) -> None:
+    """Compare by max|actual - expected| / max|expected|; the tolerance is that of `actual`'s dtype times `factor`."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.isfinite().all(), f"{name} is not finite"
+    if expected.numel() == 0:
+        return
+    difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
+    largest = expected.detach().double().abs().max().item()
+    allowed = TOLERANCE[actual.dtype] * factor
+    assert difference <= allowed * largest, f"{name}: relative error {difference / largest:.2e}, allowed {allowed:.0e}"

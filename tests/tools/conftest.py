@@ -1,0 +1,60 @@
+"""A tiny image folder and a tiny recipe, so that whole training runs take a second or two."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
+
+RECIPE = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "kwargs": {
+            "img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "drop_path_rate": 0.2, "proj_drop_rate": 0.1,
+        },
+    },
+    "data": {"image_size": 32, "batch_size": 4, "workers": 0, "crop_pct": 1.0},
+    # Everything that draws random numbers is on.
+    "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5, "mixup": 0.8, "cutmix": 1.0},
+    "optimizer": {"lr": 2e-3, "lr_batch": None, "clip_grad": 1.0},
+    "schedule": {"epochs": 3, "warmup_epochs": 1},
+    "train": {"ema_decay": 0.9, "ema_warmup": True, "seed": 3},
+}  # fmt: skip
+
+
+def make_tree(root: Path, train: int = 6, val: int = 3) -> Path:
+    """Write noisy one-colour JPEGs of 32 pixels, `train` and `val` a class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
+    return root
+
+
+def truncate(path: Path) -> None:
+    """Cut the file in half, as an interrupted copy does."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return make_tree(tmp_path / "images")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+@pytest.fixture
+def cut():
+    return truncate

@@ -1,0 +1,118 @@
+"""Recipes: what is read, and what is said about mistakes."""
+
+from pathlib import Path
+
+import pytest
+from visionmix.tools import recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# name: peak lr at batch 512, weight decay, drop path, amp (the published configurations)
+PUBLISHED = {
+    "vig_t": (1e-3, 0.05, 0.0, "none"),
+    "vig_s": (5e-4, 0.1, 0.2, "none"),
+    "vig_b": (1e-3, 0.05, 0.5, "none"),
+    "vig_h_t": (8e-4, 0.05, 0.2, "float16"),
+    "vig_h_s": (5e-4, 0.05, 0.3, "float16"),
+    "vig_h_b": (5e-4, 0.05, 0.6, "float16"),
+}
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name):
+    made = recipe.read(f"imagenet/{name}.yaml")
+    lr, decay, drop_path, amp = PUBLISHED[name]
+    assert made.model.name == name
+    assert (made.optimizer.lr, made.optimizer.weight_decay, made.train.amp) == (lr, decay, amp)
+    assert made.model.kwargs == {"drop_path_rate": drop_path}
+    assert (made.schedule.epochs, made.schedule.warmup_epochs, made.optimizer.clip_grad) == (300, 20, 5.0)
+    assert (made.schedule.warmup_lr, made.schedule.min_lr, made.optimizer.lr_batch) == (5e-7, 5e-6, 512)
+    assert made.optimizer.kwargs == {"betas": [0.9, 0.999], "eps": 1e-8}
+    assert (made.augment.mixup, made.augment.cutmix, made.augment.erase_prob) == (0.8, 1.0, 0.25)
+    assert (made.train.ema_decay, made.train.label_smoothing) == (0.9999, 0.1)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_packaged_recipe_is_found_by_path_and_by_name(path):
+    by_name = recipe.read(str(path.relative_to(CONFIGS)))
+    assert by_name == recipe.read(str(path)) == recipe.read(f"configs/{path.relative_to(CONFIGS)}")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("optimizer: {learing_rate: 0.1}", ValueError, ("optimizer.learing_rate=0.1", "optimizer.")),
+        ("optimizer: {weigth_decay: 0.1}", ValueError, ("did you mean optimizer.weight_decay",)),
+        ("train: {lr: 0.1}", ValueError, ("train.lr=0.1", "did you mean optimizer.lr?")),
+        ("optimiser: {lr: 0.1}", ValueError, ("optimiser", "did you mean optimizer")),
+        ("epochs: 3", ValueError, ("epochs=3", "did you mean schedule.epochs")),
+        ("schedule: {epochs: many}", TypeError, ("schedule.epochs='many' is str; it must be int",)),
+        ("schedule: {epochs: 2.5}", TypeError, ("schedule.epochs=2.5", "int")),
+        ("schedule: {epochs: true}", TypeError, ("schedule.epochs=True is bool",)),
+        ("augment: {scale: 0.5}", TypeError, ("augment.scale=0.5", "list[float]")),
+        ("augment: {scale: [a, b]}", TypeError, ("augment.scale[0]='a'",)),
+        ("model: vig_s", TypeError, ("model='vig_s'", "section")),
+        ("schedule: {epochs: 0}", ValueError, ("schedule.epochs=0", "at least 1")),
+        ("schedule: {epochs: 5, warmup_epochs: 5}", ValueError, ("warmup_epochs=5", "lower it")),
+        ("train: {amp: half}", ValueError, ("train.amp='half'", "float16, bfloat16")),
+        ("train: {ema_decay: 1.5}", ValueError, ("ema_decay=1.5", "[0, 1)")),
+        ("data: {batch_size: 7}\naugment: {mixup: 1}", ValueError, ("batch_size=7", "even")),
+        ("[1, 2]", ValueError, ("holds list",)),
+        ("model: {name: [", ValueError, ("is not YAML",)),
+        ("base: nothing.yaml", FileNotFoundError, ("base='nothing.yaml'",)),
+        ("base: r.yaml", ValueError, ("based on this one",)),
+    ],
+)
+def test_mistakes_are_named_with_file_key_and_value(tmp_path, text, error, words):
+    path = write(tmp_path, text)
+    with pytest.raises(error) as caught:
+        recipe.read(path)
+    for word in (*words, "r.yaml"):
+        assert word in str(caught.value)
+
+
+def test_a_base_is_overridden_option_by_option(tmp_path):
+    write(tmp_path, "schedule: {epochs: 9, warmup_epochs: 2}\nmodel: {kwargs: {a: 1, b: 2}}", "base.yaml")
+    made = recipe.read(write(tmp_path, "base: base.yaml\nschedule: {epochs: 5}\nmodel: {kwargs: {b: 3}}"))
+    assert (made.schedule.epochs, made.schedule.warmup_epochs, made.model.kwargs) == (5, 2, {"a": 1, "b": 3})
+
+
+def test_a_mistake_in_the_base_names_the_base(tmp_path):
+    write(tmp_path, "schedule: {epoch: 9}", "base.yaml")
+    with pytest.raises(ValueError, match=r"base\.yaml: schedule\.epoch=9 .* did you mean schedule\.epochs"):
+        recipe.read(write(tmp_path, "base: base.yaml"))
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, "optimizer: {lr: 1e-2}")
+    assert recipe.read(path).optimizer.lr == 0.01
+    made = recipe.read(
+        path, {"schedule": {"epochs": 40}}, ["optimizer.lr=1e-3", "optimizer.clip_grad=null", "model.kwargs.depth=3"]
+    )
+    assert (made.schedule.epochs, made.optimizer.lr, made.optimizer.clip_grad) == (40, 1e-3, None)
+    assert made.model.kwargs == {"depth": 3}
+
+
+@pytest.mark.parametrize("text", ["lr=3", "optimizer.lr", "=3", "optimizer.=3"])
+def test_a_malformed_override_says_the_form(tmp_path, text):
+    with pytest.raises(ValueError, match=r"section\.option=value"):
+        recipe.read(write(tmp_path, "{}"), settings=[text])
+
+
+def test_an_unknown_recipe_lists_the_packaged_ones():
+    with pytest.raises(FileNotFoundError, match=r"imagenet/vig_s\.yaml"):
+        recipe.read("imagenet/vig_z.yaml")
+
+
+def test_round_trip_and_differences():
+    made = recipe.read("imagenet/vig_t.yaml")
+    tree = recipe.to_dict(made)
+    assert recipe.from_dict(tree, "checkpoint") == made
+    other = recipe.to_dict(recipe.read("imagenet/vig_t.yaml", settings=["optimizer.lr=1"]))
+    assert recipe.differences(tree, other) == ["optimizer.lr=1.0 (was 0.001)"]

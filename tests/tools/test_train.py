@@ -1,0 +1,249 @@
+"""Training runs from end to end: results, stopping and going on, failures on the way."""
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from visionmix.tools import checkpoint, train
+from visionmix.tools.training import Training
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "unreadable")
+
+
+def run(recipe_file, tree, output, *more):
+    return train.main([str(recipe_file), "--data", str(tree), "--output", str(output), "--device", "cpu", *more])
+
+
+def at_step(monkeypatch, step, act):
+    """Call `act` in the middle of the training step numbered `step`, counted over the whole run."""
+    update = Training._update
+
+    def acting(self, batch):
+        if self.step + 1 == step:
+            act(self)
+        return update(self, batch)
+
+    monkeypatch.setattr(Training, "_update", acting)
+
+
+def same(first: Path, second: Path) -> None:
+    """Two last.pt agree in every number, times aside."""
+    a, b = checkpoint.read(first / "last.pt"), checkpoint.read(second / "last.pt")
+    for part in ("model", "ema"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    assert [[row[key] for key in METRICS] for row in a["history"]] == [
+        [row[key] for key in METRICS] for row in b["history"]
+    ]
+    for number, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][number][key]) for key, value in state.items())
+
+
+@pytest.fixture
+def finished(recipe_file, tree, tmp_path):
+    """An uninterrupted run."""
+    assert run(recipe_file, tree, tmp_path / "whole") == 0
+    return tmp_path / "whole"
+
+
+def test_a_run_leaves_what_it_promises(finished, tree, capsys):
+    with (finished / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    content = checkpoint.read(finished / "last.pt")
+    assert content["classes"] == ["blue", "green", "red"]
+    assert float(rows[-1]["test_top1"]) == content["history"][-1]["test_top1"]
+    assert (content["epoch"], content["step"]) == (3, 12)
+    best = checkpoint.read(finished / "best.pt")
+    assert best["history"][-1]["test_top1"] == max(float(row["test_top1"]) for row in rows)
+    tensors = checkpoint.read(finished / "best.safetensors")
+    assert tensors["classes"] == content["classes"]
+    assert all(torch.equal(best["ema"][key], value) for key, value in tensors["model"].items())
+    for name in ("curves", "confusion", "predictions"):
+        with Image.open(finished / f"{name}.png") as image:
+            image.load()
+            assert min(image.size) > 100
+    assert not [path.name for path in finished.iterdir() if path.name.startswith(".")]
+    out = capsys.readouterr().out
+    assert "test top-1" in out
+    assert str(finished / "predictions.png") in out
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_after_ctrl_c_ends_in_the_same_numbers(
+    recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
+):
+    halted = tmp_path / "halted"
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
+        assert run(recipe_file, tree, halted, "--workers", workers) == 130
+    out = capsys.readouterr().out
+    assert "2 finished epoch(s) are saved" in out
+    assert f"--resume {halted / 'last.pt'}" in out
+    assert checkpoint.read(halted / "last.pt")["epoch"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    torch.manual_seed(99)  # a new process starts with other generators
+    assert train.main(["--resume", str(halted / "last.pt"), "--device", "cpu"]) == 0
+    same(finished, halted)
+
+
+def test_a_second_ctrl_c_aborts(recipe_file, tree, tmp_path, monkeypatch):
+    def twice(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 6, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_file, tree, tmp_path / "out")
+    assert checkpoint.read(tmp_path / "out" / "last.pt")["epoch"] == 1
+
+
+def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_saved(recipe_file, tree, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 2, lambda self: os.kill(os.getpid(), signal.SIGINT))
+    assert run(recipe_file, tree, tmp_path / "out") == 130
+    assert "nothing is saved" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_overwritten_by_mistake(finished, recipe_file, tree, capsys):
+    before = (finished / "last.pt").read_bytes()
+    assert run(recipe_file, tree, finished) == 2
+    assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
+    assert run(recipe_file, tree, finished, "--resume") == 0  # nothing left to train: tested and drawn again
+    assert (finished / "last.pt").read_bytes() == before
+    assert run(recipe_file, tree, finished, "--overwrite", "--epochs", "2") == 0
+    assert checkpoint.read(finished / "last.pt")["epoch"] == 2
+
+
+def test_resume_with_another_learning_rate_says_so_and_uses_it(finished, recipe_file, tree, capsys):
+    more = ("--resume", str(finished / "last.pt"), "--epochs", "4", "--lr", "1e-4", "--set", "schedule.min_lr=1e-4")
+    assert run(recipe_file, tree, finished, *more) == 0
+    assert "changed: optimizer.lr=0.0001 (was 0.002)" in capsys.readouterr().out
+    assert checkpoint.read(finished / "last.pt")["history"][-1]["lr"] == pytest.approx(1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe_file, tree, tmp_path, monkeypatch, capsys):
+    def spoil(self):
+        next(self.model.parameters()).data.fill_(float("nan"))
+
+    at_step(monkeypatch, 7, spoil)
+    assert run(recipe_file, tree, tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "the loss is nan in epoch 2, step 3 of 4" in err
+    assert f"--resume {tmp_path / 'out' / 'last.pt'} --lr 0.001" in err
+    assert all(value.isfinite().all() for value in checkpoint.read(tmp_path / "out" / "last.pt")["model"].values())
+
+
+def test_a_full_disk_stops_the_run_with_the_old_checkpoint_whole(recipe_file, tree, tmp_path, monkeypatch, capsys):
+    save = torch.save
+
+    def full_in_epoch_2(content, file):
+        if content["epoch"] == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full_in_epoch_2)
+    assert run(recipe_file, tree, tmp_path / "out") == 1
+    assert "the earlier last.pt is whole: the disk is full" in capsys.readouterr().err
+    assert checkpoint.read(tmp_path / "out" / "last.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_images_are_counted_and_named(recipe_file, tree, tmp_path, cut, capsys, workers):
+    broken = tree / "train" / "red" / "1.jpg", tree / "val" / "green" / "0.jpg"
+    for path in broken:
+        cut(path)
+    assert run(recipe_file, tree, tmp_path / "out", "--workers", workers, "--batch-size", "6") == 0
+    rows = checkpoint.read(tmp_path / "out" / "last.pt")["history"]
+    assert [row["unreadable"] for row in rows] == [2, 2, 2]
+    out = capsys.readouterr().out
+    assert all(out.count(str(path)) == 3 for path in broken)
+    assert "of 8 images" in out
+
+
+def test_an_all_broken_training_set_is_an_error(recipe_file, tree, tmp_path, cut, capsys):
+    for path in (tree / "train").rglob("*.jpg"):
+        cut(path)
+    assert run(recipe_file, tree, tmp_path / "out") == 1
+    assert "20 training images drawn one after another cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--model", "vig_zz"), ("model='vig_zz' is not known; did you mean",)),
+        (("--set", "model.kwargs.depht=3"), ("does not take these arguments", "depht")),
+        (("--img-size", "48"), ("does not take RGB images of image_size=48", "model.kwargs.img_size=48")),
+        (("--set", "optimizer.name=adamww"), ("optimizer.name='adamww'",)),
+        (("--set", "optimizer.kwargs.beta=3"), ("does not take kwargs", "beta")),
+        (("--batch-size", "64"), ("has 18 images", "lower data.batch_size")),
+        (("--set", "optimizer.learning=3"), ("did you mean optimizer.",)),
+        (("--device", "cuda:77"), ("--device 'cuda:77' cannot be used",)),
+        (("--data", "/nowhere"), ("data folder /nowhere does not exist",)),
+        (("--resume", "/nowhere/last.pt"), ("checkpoint /nowhere/last.pt does not exist",)),
+    ],
+)
+def test_mistakes_are_told_before_any_work(recipe_file, tree, tmp_path, capsys, more, words):
+    assert train.main([str(recipe_file), "--data", str(tree), "--output", str(tmp_path / "o"), *more]) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_recipe_and_data_are_asked_for(recipe_file, capsys):
+    assert train.main([]) == 2
+    assert train.main([str(recipe_file)]) == 2
+    err = capsys.readouterr().err
+    assert "give a recipe" in err
+    assert "--data is missing" in err
+
+
+def test_resume_refuses_weights_alone_and_other_classes(finished, recipe_file, tree, capsys):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), finished / "foreign.pth")
+    assert run(recipe_file, tree, finished, "--resume", str(finished / "foreign.pth")) == 2
+    assert "holds no recipe" in capsys.readouterr().err
+    for split in ("train", "val"):
+        (tree / split / "red").rename(tree / split / "rouge")
+    assert run(recipe_file, tree, finished, "--resume") == 2
+    assert "other classes" in capsys.readouterr().err
+
+
+def test_float16_and_a_model_of_the_library(recipe_file, tree, tmp_path):
+    more = ("--model", "test_vig", "--amp", "bfloat16", "--epochs", "1", "--set", "schedule.warmup_epochs=0")
+    text = recipe_file.read_text().replace("proj_drop_rate", "drop_rate").replace("depth: 2", "depth: 1")
+    recipe_file.write_text(text)
+    assert run(recipe_file, tree, tmp_path / "out", *more) == 0
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one(recipe_file, tree, tmp_path):
+    """torchrun on two CPU processes: every test image is counted once, and only the first process writes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += [str(ROOT / "tools" / "train.py"), str(recipe_file), "--data", str(tree), "--device", "cpu"]
+    command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert "of 9 images" in done.stdout
+    assert done.stdout.count("epoch 3/3") == 1
+    content = checkpoint.read(tmp_path / "out" / "last.pt")
+    assert content["step"] == 3 * (18 // 8)
+    # The checkpoint's weights, tested here by one process, give the summed numbers.
+    from visionmix.tools import validate
+
+    assert validate.main(["--checkpoint", str(tmp_path / "out" / "last.pt"), "--json", str(tmp_path / "r.json")]) == 0
+    import json
+
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["images"] == 9
+    assert result["top1"] == pytest.approx(content["history"][-1]["test_top1"])
+    assert result["loss"] == pytest.approx(content["history"][-1]["test_loss"], rel=1e-5)
