@@ -1,14 +1,19 @@
 """What every fused op refuses, in one place: one message style for a wrong argument."""
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 
-def check_tensors(tensors: dict[str, Tensor | None], ranks: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(
+    tensors: dict[str, Tensor | None], ranks: dict[str, tuple[int, ...]], required: Collection[str] = ()
+) -> None:
     """Refuse what is no real floating-point tensor, has another rank than `ranks` allows, or lies on another device.
 
     Args:
         tensors: argument names and values, None for an option not given; the first names the op's device.
         ranks: the ranks allowed, by argument name.
+        required: the names of the arguments that must not be None.
 
     Raises:
         TypeError: an argument is no tensor, or its dtype is not floating point.
@@ -16,7 +21,7 @@ def check_tensors(tensors: dict[str, Tensor | None], ranks: dict[str, tuple[int,
     """
     device_name, device = "", None
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name not in required:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from visionmix.kernels.dispatch import Unavailable
 
 _logger = logging.getLogger("visionmix.kernels")

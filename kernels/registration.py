@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+
 from visionmix.kernels import dispatch
 
 NAMESPACE = "visionmix"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
 from visionmix.scans import curves, windows
 from visionmix.scans.hilbert import hilbert
 

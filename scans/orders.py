@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
+
 from visionmix.scans.grammar import Part, check_depth, check_name, num_steps, parse
 
 

@@ -1,6 +1,7 @@
 """Class tokens and registers between the steps of an order."""
 
 import torch
+
 from visionmix.scans.orders import ScanOrder
 
 

@@ -3,6 +3,7 @@
 import difflib
 
 import torch
+
 from visionmix.scans.grammar import check_name, parse
 from visionmix.scans.orders import ScanOrder, order
 

@@ -9,9 +9,9 @@ import timm
 import torch
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
-from visionmix.tools import checkpoint
 
 import visionmix  # noqa: F401 - registers its models with timm
+from visionmix.tools import checkpoint
 
 
 @dataclass

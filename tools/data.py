@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.readers import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, Sampler
+
 from visionmix.tools.recipe import Recipe
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+
 from visionmix.tools.data import UnreadableData
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
 from visionmix.tools.checkpoint import write_aside
 
 TRAIN, TEST, WRONG, INK = "#4c78a8", "#f58518", "#d62728", "#333333"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
 from visionmix.tools import build, checkpoint, data
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from visionmix.tools import build, checkpoint, data, pictures, recipe
 from visionmix.tools.display import Display, duration
 from visionmix.tools.training import Interrupted, Stop, Training, predict_some

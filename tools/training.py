@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+
 from visionmix.tools import build, checkpoint, data
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_paths

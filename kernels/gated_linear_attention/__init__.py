@@ -1,6 +1,7 @@
 """Gated linear attention, in one and in both directions."""
 
 from torch import Tensor
+
 from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
 from visionmix.kernels.gated_linear_attention.op import bidirectional_op, gated_linear_attention_op
 
@@ -14,7 +15,7 @@ __all__ = [
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], initial_state: Tensor | None) -> None:
     tensors = {"q": q, "k": k, "v": v, **gates, "initial_state": initial_state}
-    check_tensors(tensors, dict.fromkeys(tensors, (4,)))
+    check_tensors(tensors, dict.fromkeys(tensors, (4,)), ("q", "k", "v", *gates))
     check_sizes("q", q)
     check_sizes("v", v)
     batch, length, heads, dk = q.shape

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
 from visionmix.kernels import dispatch, native
 from visionmix.kernels.gated_linear_attention import reference
 

@@ -5,6 +5,7 @@ The functions here check nothing: they script, trace and export. The checked fun
 
 import torch
 from torch import Tensor
+
 from visionmix.kernels import dispatch
 from visionmix.kernels.gated_linear_attention import reference
 from visionmix.kernels.registration import register_op

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+
 from visionmix.kernels.checks import check_shape, check_tensors
 from visionmix.kernels.neighborhood_attention.op import neighborhood_attention_op
 

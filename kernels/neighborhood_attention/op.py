@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+
 from visionmix.kernels import dispatch
 from visionmix.kernels.neighborhood_attention import reference
 from visionmix.kernels.neighborhood_attention.windows import count_pairs

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 
 # Scores held at once (4 bytes each), unless one map's tile has more.

@@ -1,6 +1,7 @@
 """The selective scan of Mamba."""
 
 from torch import Tensor
+
 from visionmix.kernels.checks import check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan.op import selective_scan_op
 
@@ -62,7 +63,7 @@ def selective_scan(
         ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
     """
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    check_tensors(tensors, _RANKS)
+    check_tensors(tensors, _RANKS, ("u", "delta", "A", "B", "C"))
     check_sizes("u", u)
     check_sizes("A", A)
     batch, dim, length = u.shape

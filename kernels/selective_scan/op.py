@@ -5,6 +5,7 @@ The function here checks nothing: it scripts, traces and exports. The checked on
 
 import torch
 from torch import Tensor
+
 from visionmix.kernels import dispatch
 from visionmix.kernels.registration import register_op
 from visionmix.kernels.selective_scan import reference

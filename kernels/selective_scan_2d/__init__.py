@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+
 from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan_2d.op import selective_scan_2d_op
 from visionmix.kernels.selective_scan_2d.routes import SEPARATOR
@@ -68,7 +69,7 @@ def selective_scan_2d(
     """
     delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)
     tensors = {"x": x, "delta": delta, "delta_weight": weight, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
-    check_tensors(tensors, {name: (rank,) for name, rank in _RANKS.items()})
+    check_tensors(tensors, {name: (rank,) for name, rank in _RANKS.items()}, ("x", "delta", "A", "B", "C"))
     check_merge(merge, ("sum", "mean", "none"))
     batch, height, width, channels = x.shape
     check_sizes("x", x)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from visionmix.kernels.selective_scan import reference as scan
 from visionmix.kernels.selective_scan_2d.routes import Routes, routes, take, take_sum
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from visionmix.scans import grammar, orders
 
 from visionmix import scans
+from visionmix.scans import grammar, orders
 
 NUMBERED = {
     "atrous": ["atrous_1", "atrous_2", "atrous_5"],

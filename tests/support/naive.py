@@ -22,7 +22,9 @@ def gated_linear_attention(q, k, v, g, scale, state=None, reverse=False) -> tupl
 def bidirectional_gated_linear_attention(q, k, v, g_forward, g_backward, scale, merge) -> Tensor:
     """Return the sum or mean of both directions."""
     # Token t's own gate decays what comes to it, in both directions; the token itself is not decayed.
-    out = sum(gated_linear_attention(q, k, v, g, scale, None, r)[0] for g, r in ((g_forward, False), (g_backward, True)))
+    out = sum(
+        gated_linear_attention(q, k, v, g, scale, None, r)[0] for g, r in ((g_forward, False), (g_backward, True))
+    )
     return out / 2 if merge == "mean" else out
 
 

@@ -16,3 +16,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", *
     largest = expected.detach().double().abs().max().item()
     allowed = TOLERANCE[actual.dtype] * factor
     assert difference <= allowed * largest, f"{name}: relative error {difference / largest:.2e}, allowed {allowed:.0e}"
+
+
+def gradients(out: torch.Tensor | tuple, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of a sum of the outputs, weighted at random (the same at every call)."""
+    generator = torch.Generator().manual_seed(1)
+    outs = [out] if isinstance(out, torch.Tensor) else [x for x in out if x is not None]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outs]
+    return torch.autograd.grad(sum((x.double() * w).sum() for x, w in zip(outs, weights, strict=True)), inputs)
+
+
+def assert_gradients_close(actual, expected, *, factor: float = 1.0) -> None:
+    """`assert_close` for each of a list of gradients."""
+    for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(ours, theirs, f"gradient {number}", factor=factor)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
 from visionmix.tools import checkpoint
 
 

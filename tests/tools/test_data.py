@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+
 from visionmix.tools import data, recipe
 from visionmix.tools.evaluation import evaluate
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+
 from visionmix.tools import data, demo_data
 
 FEW = {"train": 5, "val": 4}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from visionmix.tools import draw_scans
 
 from visionmix import scans
+from visionmix.tools import draw_scans
 
 
 def colours(path):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from visionmix.tools import main
 
 ROOT = Path(__file__).parents[2]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from visionmix.tools import recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
 from visionmix.tools import checkpoint, train
 from visionmix.tools.training import Training
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+
 from visionmix.tools import checkpoint, predict, train, validate
 
 KWARGS = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}

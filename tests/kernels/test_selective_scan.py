@@ -1,0 +1,221 @@
+import golden
+import naive
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close, assert_gradients_close, gradients
+
+from visionmix.kernels import selective_scan, use
+from visionmix.kernels.selective_scan import reference
+
+CHOICES = pytest.mark.parametrize("choice", ["auto", "reference"])
+
+
+def make(batch=2, dim=4, length=20, states=3, *, B="1", C="1", options="D z delta_bias", seed=0, dtype=torch.float64):
+    """Arguments by name; B and C are "constant", "ungrouped" or a number of groups."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def projection(kind):
+        if kind == "constant":
+            return random(dim, states)
+        return random(batch, states, length) if kind == "ungrouped" else random(batch, int(kind), states, length)
+
+    arguments = {
+        "u": random(batch, dim, length),
+        "delta": random(batch, dim, length).abs() * 0.5,
+        "A": -random(dim, states).exp(),
+        "B": projection(B),
+        "C": projection(C),
+        "D": random(dim),
+        "z": random(batch, dim, length),
+        "delta_bias": random(dim),
+    }
+    names = ["u", "delta", "A", "B", "C", *options.split()]
+    return {name: arguments[name].to(dtype).requires_grad_() for name in names}
+
+
+def doubles(arguments):
+    return {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
+
+
+_META, _ARRAYS = golden.load("op_selective_scan")
+
+
+@CHOICES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", _META["cases"], ids=lambda case: f"case{case['case']}")
+def test_golden(case, dtype, choice):
+    def read(name):
+        return torch.from_numpy(_ARRAYS[f"case{case['case']}_{name}"])
+
+    names = [name for name in naive_names() if f"case{case['case']}_{name}" in _ARRAYS]
+    arguments = {name: read(name).to(dtype).requires_grad_() for name in names}
+    with use(choice):
+        out, state = selective_scan(**arguments, delta_softplus=case["softplus"], return_last_state=True)
+        grads = torch.autograd.grad((out * read("w").to(dtype)).sum(), list(arguments.values()))
+    assert_close(out, read("out"), "out")
+    assert_close(state, read("last_state"), "last_state")
+    for name, grad in zip(names, grads, strict=True):
+        assert_close(grad, read(f"d{name}"), f"d{name}")
+
+
+def naive_names():
+    return ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 60),
+    st.integers(1, 4),
+    st.sampled_from(["constant", "ungrouped", "1", "2"]),
+    st.sampled_from(["constant", "same"]),
+    st.sampled_from(["", "D", "z", "delta_bias", "D z delta_bias"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["auto", "reference"]),
+    st.integers(0, 9),
+)
+def test_against_definition(batch, pairs, length, states, B, C, options, softplus, last, choice, seed):
+    C = B if C == "same" else C
+    arguments = make(batch, 2 * pairs, length, states, B=B, C=C, options=options, seed=seed)
+    expected = naive.selective_scan(**arguments, delta_softplus=softplus)
+    with use(choice):
+        actual = selective_scan(**arguments, delta_softplus=softplus, return_last_state=last)
+        actual, expected = ((actual, expected)) if last else ((actual,), expected[:1])
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_close(ours, theirs)
+        inputs = list(arguments.values())
+        assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+def test_one_channel_one_token():
+    arguments = make(1, 1, 1, 1)
+    assert_close(selective_scan(**arguments), naive.selective_scan(**arguments)[0])
+
+
+def test_backward_in_several_parts(monkeypatch):
+    """A small limit makes the backward op recompute the states chunk by chunk."""
+    arguments = make(2, 4, 50, 3, B="constant", C="2")
+    inputs = list(arguments.values())
+    whole = gradients(selective_scan(**arguments), inputs)
+    monkeypatch.setattr(reference, "_BACKWARD_STATES", 1)
+    assert_gradients_close(gradients(selective_scan(**arguments), inputs), whole)
+
+
+def test_softplus_is_linear_above_20():
+    arguments = make(1, 2, 12, 2, options="")
+    with torch.no_grad():
+        arguments["delta"] += torch.tensor([19.0, 20.5])[:, None]
+        arguments["A"] *= 0.01
+    expected = naive.selective_scan(**arguments, delta_softplus=True)[0]
+    actual = selective_scan(**arguments, delta_softplus=True)
+    assert_close(actual, expected)
+    inputs = list(arguments.values())
+    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("rate", [-50.0, -1e4])
+def test_strong_decay(rate):
+    arguments = make(1, 2, 30, 2, dtype=torch.float32)
+    with torch.no_grad():
+        arguments["A"][0] = rate
+    twins = doubles(arguments)
+    actual, expected = selective_scan(**arguments), naive.selective_scan(**twins)[0]
+    assert_close(actual, expected)
+    # The step size is delta + delta_bias, negative for some tokens: the bias is left out, or the state would grow.
+    del arguments["delta_bias"], twins["delta_bias"]
+    actual, expected = selective_scan(**arguments), naive.selective_scan(**twins)[0]
+    assert_gradients_close(gradients(actual, list(arguments.values())), gradients(expected, list(twins.values())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(dtype):
+    arguments = make(2, 4, 49, 4, B="2", C="2", dtype=dtype)
+    twins = doubles(arguments)
+    expected, expected_state = naive.selective_scan(**twins, delta_softplus=True)
+    actual, state = selective_scan(**arguments, delta_softplus=True, return_last_state=True)
+    assert actual.dtype == dtype
+    assert state.dtype == torch.float32
+    assert_close(actual, expected)
+    assert_close(state, expected_state)
+    grads = gradients(actual, list(arguments.values()))
+    assert all(grad.dtype == dtype for grad in grads)
+    assert_gradients_close(grads, gradients(expected, list(twins.values())))
+
+
+def test_mixed_dtypes_compute_in_float32():
+    """Under autocast the activations come in bfloat16, the parameters in float32."""
+    arguments = make(dtype=torch.float32)
+    halves = {name: x.bfloat16() if name in ("u", "delta", "B", "C", "z") else x for name, x in arguments.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = selective_scan(**halves, delta_softplus=True)
+    assert actual.dtype == torch.bfloat16
+    expected = selective_scan(**{name: x.float() for name, x in halves.items()}, delta_softplus=True)
+    assert torch.equal(actual, expected.bfloat16())
+
+
+def test_strides():
+    tokens = torch.randn(2, 30, 4, dtype=torch.float64)
+    arguments = {name: x.detach() for name, x in make(2, 4, 30, 3).items()}
+    arguments["u"] = tokens.transpose(1, 2)
+    arguments["delta"] = arguments["delta"][:, :1].expand(-1, 4, -1)
+    arguments["A"] = -torch.rand(3, 4, dtype=torch.float64).t()
+    arguments["B"] = torch.randn(2, 30, 9, dtype=torch.float64)[..., 2:5].transpose(1, 2).unsqueeze(1)
+    arguments["D"] = torch.randn(8, dtype=torch.float64)[::2]
+    copies = {name: x.clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in arguments.items()}
+    arguments = {name: x.requires_grad_() for name, x in arguments.items()}
+    actual, expected = selective_scan(**arguments), selective_scan(**copies)
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous()
+    assert all(
+        map(torch.equal, gradients(actual, list(arguments.values())), gradients(expected, list(copies.values())))
+    )
+
+
+def test_bitwise_repeatable():
+    arguments = make(2, 8, 100, 4, B="2", C="2", dtype=torch.float32)
+    inputs = list(arguments.values())
+    runs = [selective_scan(**arguments) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert all(map(torch.equal, *(gradients(run, inputs) for run in runs)))
+
+
+def test_empty_batch():
+    arguments = make(0, 4, 10, 3)
+    out, state = selective_scan(**arguments, return_last_state=True)
+    assert out.shape == (0, 4, 10)
+    assert state.shape == (0, 4, 3)
+    inputs = list(arguments.values())
+    grads = gradients(out, inputs)
+    assert [grad.shape for grad in grads] == [x.shape for x in inputs]
+    assert not grads[2].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"u": torch.ones(2, 4, 20, dtype=torch.int64)}, TypeError, r"u has dtype torch.int64; convert"),
+        ({"A": torch.ones(4, 3, dtype=torch.cfloat)}, TypeError, r"A has dtype torch.complex64; complex"),
+        ({"B": None}, TypeError, r"B is a NoneType; it must be a tensor"),
+        ({"u": torch.ones(4, 20)}, ValueError, r"u has shape \(4, 20\); it must have 3 axes"),
+        ({"delta": torch.ones(2, 4, 19)}, ValueError, r"delta has shape \(2, 4, 19\).*length=20"),
+        ({"A": torch.ones(5, 3)}, ValueError, r"A has shape \(5, 3\).*dim=4"),
+        ({"B": torch.ones(2, 4, 20)}, ValueError, r"B has shape \(2, 4, 20\).*states=3"),
+        ({"B": torch.ones(2, 3, 3, 20)}, ValueError, r"B has groups=3, which does not divide dim=4"),
+        ({"C": torch.ones(2, 2, 3, 20)}, ValueError, r"B has 1 groups and C has 2"),
+        ({"C": torch.ones(4, 4)}, ValueError, r"C has shape \(4, 4\).*states=3"),
+        ({"D": torch.ones(3)}, ValueError, r"D has shape \(3,\).*dim=4"),
+        ({"z": torch.ones(2, 4)}, ValueError, r"z has shape \(2, 4\); it must have 3 axes"),
+        ({"u": torch.ones(2, 4, 0)}, ValueError, r"u has shape \(2, 4, 0\); every axis"),
+        ({"delta_bias": torch.ones(4, device="meta")}, ValueError, r"delta_bias is on meta, but u on cpu"),
+    ],
+)
+def test_bad_inputs(changes, error, message):
+    with pytest.raises(error, match=message):
+        selective_scan(**(make(dtype=torch.float32) | changes))

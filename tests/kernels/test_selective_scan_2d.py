@@ -1,0 +1,166 @@
+import naive
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close, assert_gradients_close, gradients
+
+from visionmix.kernels import selective_scan_2d, use
+
+CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
+ORDERS = {
+    "cross": CROSS,
+    "one": ("hilbert",),
+    "windows": ("raster", "column", "window_2", "window_3_reversed"),  # padded steps, unequal lengths
+    "skip": ("skip_2_0_0", "skip_2_0_1_transposed", "skip_2_0_1", "skip_2_1_1_transposed"),  # each cell in one order
+    "joined": ("raster_reversed+raster_transposed+raster_transposed_reversed", "snake"),  # a cell read three times
+    "unswapped": ("column_unswapped", "raster"),  # the inverse is not that of the index
+}
+
+
+def make(batch=2, height=3, width=4, channels=3, states=2, orders=CROSS, rank=None, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    maps, count = (batch, height, width, len(orders)), len(orders)
+    arguments = {
+        "x": random(batch, height, width, channels),
+        "delta": random(*maps, rank or channels),
+        "A": -random(count, channels, states).exp(),
+        "B": random(*maps, states),
+        "C": random(*maps, states),
+        "D": random(count, channels),
+        "delta_bias": random(count, channels),
+        "weight": random(count, channels, rank or 1),
+    }
+    if rank is None:
+        del arguments["weight"]
+    return {name: x.to(dtype).requires_grad_() for name, x in arguments.items()}
+
+
+def call(function, arguments, **options):
+    arguments = dict(arguments)
+    if "weight" in arguments:
+        arguments["delta"] = (arguments["delta"], arguments.pop("weight"))
+    return function(**arguments, **options)
+
+
+def check(arguments, twins=None, **options):
+    twins = arguments if twins is None else twins
+    actual, expected = call(selective_scan_2d, arguments, **options), call(naive.selective_scan_2d, twins, **options)
+    assert actual.dtype == arguments["x"].dtype
+    assert_close(actual, expected)
+    inputs = list(arguments.values())
+    assert_gradients_close(gradients(actual, inputs), gradients(expected, list(twins.values())))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(sorted(ORDERS)),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from(["sum", "mean", "none"]),
+    st.booleans(),
+    st.sampled_from(["auto", "reference"]),
+    st.integers(0, 9),
+)
+def test_against_definition(batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed):
+    orders = ORDERS[orders]
+    arguments = make(batch, height, width, channels, states, orders, rank, seed)
+    with use(choice):
+        check(arguments, orders=orders, merge=merge, delta_softplus=softplus)
+
+
+@pytest.mark.parametrize("merge", ["sum", "none"])
+@pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
+def test_every_set_of_orders(orders, merge):
+    check(make(orders=orders), orders=orders, merge=merge, delta_softplus=True)
+
+
+def test_default_is_the_cross_scan():
+    arguments = make()
+    assert torch.equal(selective_scan_2d(**arguments), selective_scan_2d(**arguments, orders=CROSS, merge="sum"))
+
+
+def test_padded_steps_decay_the_state():
+    """Windows of 2 on a 1 x 2 grid end with padding; in reverse it comes first and leaves the first state at zero."""
+    check(make(1, 1, 3, 1, 1, ("window_2",)), orders=("window_2",), merge="sum", delta_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(dtype):
+    arguments = make(2, 6, 5, 4, 2, rank=2, dtype=dtype)
+    twins = {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
+    check(arguments, twins, orders=CROSS, merge="mean", delta_softplus=True)
+
+
+def test_strides():
+    arguments = {name: x.detach() for name, x in make().items()}
+    arguments["x"] = torch.randn(2, 3, 3, 4, dtype=torch.float64).permute(0, 2, 3, 1)
+    arguments["delta"] = torch.randn(2, 3, 4, 1, 3, dtype=torch.float64).expand(-1, -1, -1, 4, -1)
+    arguments["A"] = -torch.rand(2, 3, 4, dtype=torch.float64).permute(2, 1, 0)
+    arguments["B"] = torch.randn(2, 3, 4, 4, 7, dtype=torch.float64)[..., 3:5]
+    copies = {name: x.clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in arguments.items()}
+    arguments = {name: x.requires_grad_() for name, x in arguments.items()}
+    actual, expected = selective_scan_2d(**arguments), selective_scan_2d(**copies)
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous()
+    assert all(
+        map(torch.equal, gradients(actual, list(arguments.values())), gradients(expected, list(copies.values())))
+    )
+
+
+def test_bitwise_repeatable():
+    arguments = make(2, 7, 9, 8, 2, dtype=torch.float32)
+    runs = [selective_scan_2d(**arguments, delta_softplus=True) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert all(map(torch.equal, *(gradients(run, list(arguments.values())) for run in runs)))
+
+
+@pytest.mark.parametrize("merge", ["sum", "none"])
+def test_empty_batch(merge):
+    arguments = make(0)
+    out = selective_scan_2d(**arguments, merge=merge)
+    assert out.shape == ((0, 3, 4, 4, 3) if merge == "none" else (0, 3, 4, 3))
+    inputs = list(arguments.values())
+    assert [grad.shape for grad in gradients(out, inputs)] == [x.shape for x in inputs]
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    arguments = make(1, 5, 3)
+    with torch.inference_mode():
+        selective_scan_2d(**{name: x.detach() for name, x in arguments.items()}, orders=CROSS)
+    with use("reference"):
+        gradients(selective_scan_2d(**arguments, orders=CROSS), list(arguments.values()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(2, 3, 4, 3, dtype=torch.int32)}, TypeError, r"x has dtype torch.int32"),
+        ({"x": torch.ones(2, 12, 3)}, ValueError, r"x has shape \(2, 12, 3\); it must have 4 axes"),
+        ({"x": torch.ones(2, 0, 4, 3)}, ValueError, r"x has shape \(2, 0, 4, 3\); every axis"),
+        ({"A": torch.ones(3, 3, 2)}, ValueError, r"A has shape \(3, 3, 2\).*K=4"),
+        ({"A": torch.ones(4, 3, 2, dtype=torch.cfloat)}, TypeError, r"A has dtype torch.complex64"),
+        ({"B": torch.ones(2, 3, 4, 4, 1)}, ValueError, r"B has shape .*states=2"),
+        ({"C": torch.ones(2, 4, 3, 4, 2)}, ValueError, r"C has shape .*height=3, width=4"),
+        ({"D": torch.ones(12)}, ValueError, r"D has shape \(12,\); it must have 2 axes"),
+        ({"delta": torch.ones(2, 3, 4, 4, 2)}, ValueError, r"delta has shape .*channels=3"),
+        ({"delta": (torch.ones(2, 3, 4, 4, 2), torch.ones(4, 3, 1))}, ValueError, r"delta has shape .*rank=1"),
+        ({"delta": (torch.ones(2, 3, 4, 4, 2), torch.ones(3, 4, 2))}, ValueError, r"delta_weight has shape"),
+        ({"delta_bias": torch.ones(4, 3, device="meta")}, ValueError, r"delta_bias is on meta, but x on cpu"),
+        ({"merge": "max"}, ValueError, r"merge='max' is unknown; choose one of 'sum', 'mean', 'none'"),
+        ({"orders": "raster"}, TypeError, r"orders='raster' is no sequence of names"),
+        ({"orders": ()}, ValueError, r"orders is empty"),
+        ({"orders": ("raster", "rastr", "snake", "snake")}, ValueError, r"'rastr'.*raster"),
+    ],
+)
+def test_bad_inputs(changes, error, message):
+    with pytest.raises(error, match=message):
+        selective_scan_2d(**(make(dtype=torch.float32) | changes))
