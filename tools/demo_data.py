@@ -1,8 +1,8 @@
 """Make a small image-classification set from the photographs that ship inside scikit-image's wheel: no download.
 
-Each photograph is a class. Its height is cut into bands of rows, train | margin | test | margin | train, and patches
-are drawn at random places inside a band. The margins are a patch high, so no train patch shares a pixel with, or even
-touches, a test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
+Each photograph is a class. Two square blocks of it, each two patches wide, are set aside for testing: test patches lie
+inside them, train patches at least a patch away from them, so no train patch shares a pixel with, or even touches, a
+test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
 """
 
 import argparse
@@ -73,47 +73,50 @@ def open_photograph(path: Path, longest: int = 800) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-def bands(height: int, patch: int) -> dict[str, list[tuple[int, int]]]:
-    """Cut `height` rows into train | margin | test | margin | train; return the half-open spans of each split.
+# Centres of the test blocks, as fractions of width and height.
+BLOCKS = ((0.28, 0.35), (0.72, 0.65))
 
-    The margins are `patch` high; the test span takes 30 % of what they leave, at least one patch.
+
+def test_corners(width: int, height: int, patch: int) -> np.ndarray:
+    """Return the (left, top) corner of each test block, 2 * patch pixels wide: int64 (blocks, 2).
 
     Raises:
-        ValueError: when the height does not hold three patches and two margins.
+        ValueError: when the photograph is too small to leave room for train patches.
     """
-    test = max(patch, round(0.3 * (height - 2 * patch)))
-    train = (height - 2 * patch - test) // 2
-    if train < patch:
-        raise ValueError(f"patch={patch} does not fit a photograph {height} pixels high; it needs {5 * patch}")
-    start = train + patch
-    return {"train": [(0, train), (start + test + patch, height)], "val": [(start, start + test)]}
+    if min(width, height) < 6 * patch:
+        raise ValueError(f"patch={patch} does not fit a photograph of {width}x{height}; it needs {6 * patch} each way")
+    return np.array([[round(x * width) - patch, round(y * height) - patch] for x, y in BLOCKS])
 
 
 def draw_patches(
     image: Image.Image, label: str, *, patch: int, train: int, val: int, seed: int
 ) -> Iterator[tuple[Patch, Image.Image]]:
-    """Yield `train` + `val` patches at random places of their bands, each with its pixels.
+    """Yield `train` + `val` patches at random places of their region, each with its pixels.
 
     Nearly uniform places (grey-level standard deviation under 4 of 255: the black around a retina, a blank sky) are
     passed over, since they look the same in every photograph.
 
     Raises:
-        ValueError: when a band has no structured place left after 200 tries for a patch.
+        ValueError: when a region has no structured place left after 200 tries for a patch.
     """
     rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
     grey = np.asarray(image.convert("L"), dtype=np.float32)
-    spans = bands(image.height, patch)
+    blocks = test_corners(image.width, image.height, patch)
     for split, count in (("train", train), ("val", val)):
-        room = np.array([stop - start - patch + 1 for start, stop in spans[split]], dtype=np.float64)
         for _ in range(count):
             for _ in range(200):
-                start, stop = spans[split][rng.choice(len(room), p=room / room.sum())]
-                top = int(rng.integers(start, stop - patch + 1))
-                left = int(rng.integers(0, image.width - patch + 1))
-                if grey[top : top + patch, left : left + patch].std() >= 4:
+                if split == "val":
+                    left, top = (int(v) for v in blocks[rng.integers(len(blocks))] + rng.integers(0, patch + 1, 2))
+                    fits = True
+                else:
+                    left, top = int(rng.integers(image.width - patch + 1)), int(rng.integers(image.height - patch + 1))
+                    # From a block's corner, two patches of test, one of margin; a patch and a margin before it.
+                    offset = np.array([left, top]) - blocks
+                    fits = not ((offset > -2 * patch) & (offset < 3 * patch)).all(1).any()
+                if fits and grey[top : top + patch, left : left + patch].std() >= 4:
                     break
             else:
-                raise ValueError(f"the {split} band of {label!r} has no structured patch of {patch} pixels")
+                raise ValueError(f"the {split} region of {label!r} has no structured patch of {patch} pixels")
             yield Patch(split, label, left, top, patch), image.crop((left, top, left + patch, top + patch))
 
 

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-# Imported only when asked for, so that `visionmix --help` needs no torch.
+# Imported only when asked for: each brings much of its own.
 COMMANDS = {
     "train": ("train", "train a classifier on an image folder by a recipe"),
     "validate": ("validate", "test a model on an image folder"),

@@ -33,7 +33,7 @@ constexpr int row_vectors = 1;
 #endif
 constexpr int columns = 4;  // backward: columns of a tile
 constexpr int forward_chunk = 32;
-constexpr int backward_chunk = 16;
+constexpr int backward_chunk = 32;
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -238,7 +238,8 @@ void add_sums(const vec (&x)[4], float* p) {
 static_assert(columns % 4 == 0, "add_sums takes four columns");
 
 // One chunk, with its rows in a fixed pitch: vectors lie along dk, so that the gradients of q, k and g need no sums
-// over lanes. States are held transposed, a column after the other.
+// over lanes. States are held transposed, a column after the other. The tiles take it by value: a compiler that cannot
+// tell whether a store changes these pointers reads them again after each.
 struct Chunk {
   int count;
   int64_t pitch, v_pitch;
@@ -248,7 +249,7 @@ struct Chunk {
 
 // The state at the chunk's end from that at its start: each key is decayed from its token to the end beforehand.
 template <int vectors>
-void state_tile(const Chunk& c, int64_t column, float* state) {
+void state_tile(const Chunk c, int64_t column, float* state) {
   vec h[columns][vectors];
   for (int j = 0; j < columns; ++j)
     for (int i = 0; i < vectors; ++i) h[j][i] = load(state + j * c.pitch + i * lanes) * load(c.total + i * lanes);
@@ -264,7 +265,7 @@ void state_tile(const Chunk& c, int64_t column, float* state) {
 // Forward through the chunk for the states and dq_t = h_t do_t, then back through it with the state's gradient:
 //   dh_t = q_t^T do_t + a_(t+1) dh_(t+1),  dk_t = dh_t v_t,  dv_t = k_t dh_t,  dg_t = a_t sum_j (dh_t h_(t-1))
 template <int vectors>
-void backward_tile(const Chunk& c, int64_t column, const float* state, float* grad_state) {
+void backward_tile(const Chunk c, int64_t column, const float* state, float* grad_state) {
   constexpr int tile = columns * vectors * lanes;
   {
     vec h[columns][vectors];

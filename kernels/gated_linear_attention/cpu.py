@@ -68,17 +68,12 @@ def _succeed(status: int) -> None:
         raise MemoryError("not enough memory for the scratch space of gated_linear_attention")
 
 
-@cache
-def _log_float64() -> None:
-    dispatch._log_slow_path(
-        "gated_linear_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
-    )
-
-
 def _is_float64(*tensors: Tensor | None) -> bool:
     if reference.compute_dtype(*tensors) != torch.float64:
         return False
-    _log_float64()
+    dispatch._log_slow_path(
+        "gated_linear_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
+    )
     return True
 
 
@@ -215,7 +210,3 @@ def load_bidirectional() -> dispatch.Implementation:
     """Compile, and return the functions of `bidirectional_gated_linear_attention`."""
     _library()
     return dispatch.Implementation(bidirectional_forward, bidirectional_backward)
-
-
-dispatch.register("gated_linear_attention", "cpu", load)
-dispatch.register("bidirectional_gated_linear_attention", "cpu", load_bidirectional)

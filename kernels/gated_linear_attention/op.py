@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.gated_linear_attention import reference
+from visionmix.kernels.gated_linear_attention import cpu, reference
 from visionmix.kernels.registration import register_op
 
 
@@ -15,8 +15,9 @@ def gated_linear_attention_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (output, final state) of gated linear attention, the state empty unless asked for."""
-    if not torch.jit.is_scripting() and dispatch.bypassed():
-        return dispatch.call_reference(reference.forward, q, k, v, g, scale, initial_state, output_final_state)
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            return dispatch.call_reference(reference.forward, q, k, v, g, scale, initial_state, output_final_state)
     return torch.ops.visionmix.gated_linear_attention(q, k, v, g, scale, initial_state, output_final_state)
 
 
@@ -24,10 +25,11 @@ def bidirectional_op(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
 ) -> Tensor:
     """Return gated linear attention in both directions, merged by "mean" or "sum"."""
-    if not torch.jit.is_scripting() and dispatch.bypassed():
-        return dispatch.call_reference(
-            reference.bidirectional_forward, q, k, v, g_forward, g_backward, scale, merge
-        )
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            return dispatch.call_reference(
+                reference.bidirectional_forward, q, k, v, g_forward, g_backward, scale, merge
+            )
     return torch.ops.visionmix.bidirectional_gated_linear_attention(q, k, v, g_forward, g_backward, scale, merge)
 
 
@@ -156,3 +158,6 @@ register_op(
     backward_flops=_bidirectional_backward_flops,
     reference=_load_bidirectional_reference,
 )
+
+dispatch.register("gated_linear_attention", "cpu", cpu.load)
+dispatch.register("bidirectional_gated_linear_attention", "cpu", cpu.load_bidirectional)

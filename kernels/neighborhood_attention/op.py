@@ -29,21 +29,22 @@ def neighborhood_attention_op(
     circular: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map."""
-    if not torch.jit.is_scripting() and dispatch.bypassed():
-        return reference.forward(
-            query,
-            key,
-            value,
-            kernel_size,
-            stride,
-            dilation,
-            is_causal,
-            scale,
-            additional_keys,
-            additional_values,
-            relative_position_bias,
-            circular,
-        )
+    if not torch.jit.is_scripting():
+        if dispatch.bypassed():
+            return reference.forward(
+                query,
+                key,
+                value,
+                kernel_size,
+                stride,
+                dilation,
+                is_causal,
+                scale,
+                additional_keys,
+                additional_values,
+                relative_position_bias,
+                circular,
+            )
     return torch.ops.visionmix.neighborhood_attention(
         query,
         key,
@@ -138,3 +139,12 @@ register_op(
     backward_flops=_backward_flops,
     reference=_load_reference,
 )
+
+
+def _load_cpu() -> dispatch.Implementation:
+    from visionmix.kernels.neighborhood_attention import cpu
+
+    return cpu.load()
+
+
+dispatch.register("neighborhood_attention", "cpu", _load_cpu)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.registration import register_op
-from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan import cpu, reference
 
 
 def selective_scan_op(
@@ -27,10 +27,11 @@ def selective_scan_op(
 
     B and C are (batch, groups, states, length) or, constant, (dim, states).
     """
-    if not torch.jit.is_scripting() and dispatch.bypassed():
-        return dispatch.call_reference(
-            reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
-        )
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            return dispatch.call_reference(
+                reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+            )
     return torch.ops.visionmix.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -113,3 +114,5 @@ register_op(
     backward_flops=_backward_flops,
     reference=_load_reference,
 )
+
+dispatch.register("selective_scan", "cpu", cpu.load)

@@ -182,15 +182,11 @@ def forward(
     """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     layout, scan = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
-    state, last = None, None
-    if scan.delta.shape[3] > 1:
-        state, last = scan.entering()
+    state, last = scan.entering()
     outputs = []
     for position in range(layout.chunk):
         state = scan.step(position, state)
         outputs.append(_read(state, scan.C, position))
-    if last is None:
-        last = state[:, :, 0]
     out = layout.join(torch.stack(outputs))
     if D is not None:
         out = out + D.to(dtype).unsqueeze(-1) * u

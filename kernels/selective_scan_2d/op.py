@@ -29,10 +29,11 @@ def selective_scan_2d_op(
 
     `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`.
     """
-    if not torch.jit.is_scripting() and dispatch.bypassed():
-        return dispatch.call_reference(
-            reference.forward, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge
-        )
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            return dispatch.call_reference(
+                reference.forward, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge
+            )
     return torch.ops.visionmix.selective_scan_2d(
         x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge
     )

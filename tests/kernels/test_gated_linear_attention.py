@@ -3,13 +3,12 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from choices import CHOICES, EACH_CHOICE, choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, assert_gradients_close, gradients
 
-from visionmix.kernels import bidirectional_gated_linear_attention, gated_linear_attention, use
-
-CHOICES = pytest.mark.parametrize("choice", ["auto", "reference"])
+from visionmix.kernels import bidirectional_gated_linear_attention, gated_linear_attention
 
 
 def make(batch, length, heads, dk, dv, gates=1, seed=0, strength=1.0, dtype=torch.float64):
@@ -25,7 +24,7 @@ def make(batch, length, heads, dk, dv, gates=1, seed=0, strength=1.0, dtype=torc
 _META, _ARRAYS = golden.load("op_gla")
 
 
-@CHOICES
+@EACH_CHOICE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", _META["cases"], ids=lambda case: f"case{case['case']}")
 def test_golden(case, dtype, choice):
@@ -34,7 +33,7 @@ def test_golden(case, dtype, choice):
 
     q, k, v, g, w = (read(name).to(dtype) for name in "qkvgw")
     inputs = [x.requires_grad_() for x in (q, k, v, *(g.chunk(2) if case["bidirectional"] else [g]))]
-    with use(choice):
+    with choose(choice):
         if case["bidirectional"]:
             out = bidirectional_gated_linear_attention(*inputs)
         else:
@@ -65,13 +64,13 @@ def test_one_direction_with_states(length):
     st.integers(1, 5),
     st.integers(1, 5),
     st.sampled_from(["mean", "sum"]),
-    st.sampled_from(["auto", "reference"]),
+    st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
 def test_both_directions(batch, length, heads, dk, dv, merge, choice, seed):
     inputs = make(batch, length, heads, dk, dv, 2, seed)
     expected = naive.bidirectional_gated_linear_attention(*inputs, dk**-0.5, merge)
-    with use(choice):
+    with choose(choice):
         actual = bidirectional_gated_linear_attention(*inputs, merge=merge)
         assert_close(actual, expected)
         assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
@@ -131,10 +130,10 @@ def test_mixed_dtypes_compute_in_float32_and_return_that_of_v():
     assert gated_linear_attention(q, k, v, g.double(), output_final_state=True)[1].dtype == torch.float64
 
 
-@CHOICES
+@EACH_CHOICE
 def test_autocast_leaves_the_op_in_float32(choice):
     inputs = make(2, 40, 2, 4, 4, 2, dtype=torch.float32)
-    with use(choice):
+    with choose(choice):
         expected = bidirectional_gated_linear_attention(*inputs)
         with torch.autocast("cpu", torch.bfloat16):
             actual = bidirectional_gated_linear_attention(*inputs)

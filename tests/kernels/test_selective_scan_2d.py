@@ -1,6 +1,7 @@
 import naive
 import pytest
 import torch
+from choices import CHOICES, choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, assert_gradients_close, gradients
@@ -32,7 +33,7 @@ def make(batch=2, height=3, width=4, channels=3, states=2, orders=CROSS, rank=No
         "B": random(*maps, states),
         "C": random(*maps, states),
         "D": random(count, channels),
-        "delta_bias": random(count, channels),
+        "delta_bias": random(count, channels).abs(),
         "weight": random(count, channels, rank or 1),
     }
     if rank is None:
@@ -67,13 +68,13 @@ def check(arguments, twins=None, **options):
     st.sampled_from([None, 1, 2]),
     st.sampled_from(["sum", "mean", "none"]),
     st.booleans(),
-    st.sampled_from(["auto", "reference"]),
+    st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
 def test_against_definition(batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed):
     orders = ORDERS[orders]
     arguments = make(batch, height, width, channels, states, orders, rank, seed)
-    with use(choice):
+    with choose(choice):
         check(arguments, orders=orders, merge=merge, delta_softplus=softplus)
 
 
@@ -89,8 +90,13 @@ def test_default_is_the_cross_scan():
 
 
 def test_padded_steps_decay_the_state():
-    """Windows of 2 on a 1 x 2 grid end with padding; in reverse it comes first and leaves the first state at zero."""
-    check(make(1, 1, 3, 1, 1, ("window_2",)), orders=("window_2",), merge="sum", delta_softplus=True)
+    """In windows of 2, a 1 x 3 grid has two padded steps before its third cell: they are not skipped."""
+    arguments = make(1, 1, 3, 1, 1, ("window_2",))
+    check(arguments, orders=("window_2",), merge="sum", delta_softplus=True)
+    padded = selective_scan_2d(**arguments, orders=("window_2",), delta_softplus=True)
+    unpadded = selective_scan_2d(**arguments, orders=("raster",), delta_softplus=True)
+    assert torch.equal(padded[:, :, :2], unpadded[:, :, :2])
+    assert not torch.isclose(padded[:, :, 2], unpadded[:, :, 2]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

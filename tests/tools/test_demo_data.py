@@ -23,8 +23,8 @@ def test_a_patch_of_margin_lies_between_train_and_test(tmp_path):
         for p in train + test:
             assert 0 <= p.left <= photo.width - p.size
             assert 0 <= p.top <= photo.height - p.size
-        gap = min(max(a.top - (b.top + b.size), b.top - (a.top + a.size)) for a in train for b in test)
-        assert gap >= 48
+        gaps = [max(abs(a.top - b.top), abs(a.left - b.left)) - 48 for a in train for b in test]
+        assert min(gaps) >= 48
 
 
 def test_pixels_are_the_photographs(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionmix.tools import checkpoint, train
+from visionmix.tools import checkpoint, train, validate
 from visionmix.tools.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,9 @@ def finished(recipe_file, tree, tmp_path):
     return tmp_path / "whole"
 
 
-def test_a_run_leaves_what_it_promises(finished, tree, capsys):
+def test_a_run_leaves_what_it_promises(recipe_file, tree, tmp_path, capsys):
+    finished = tmp_path / "out"
+    assert run(recipe_file, tree, finished) == 0
     with (finished / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -217,10 +220,21 @@ def test_resume_refuses_weights_alone_and_other_classes(finished, recipe_file, t
     assert "other classes" in capsys.readouterr().err
 
 
-def test_float16_and_a_model_of_the_library(recipe_file, tree, tmp_path):
-    more = ("--model", "test_vig", "--amp", "bfloat16", "--epochs", "1", "--set", "schedule.warmup_epochs=0")
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_mixed_precision_resumes_too(recipe_file, tree, tmp_path, monkeypatch, amp):
+    assert run(recipe_file, tree, tmp_path / "whole", "--amp", amp) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda self: os.kill(os.getpid(), signal.SIGINT))
+        assert run(recipe_file, tree, tmp_path / "parts", "--amp", amp) == 130
+    assert run(recipe_file, tree, tmp_path / "parts", "--amp", amp, "--resume") == 0
+    assert bool(checkpoint.read(tmp_path / "parts" / "last.pt")["scaler"]) == (amp == "float16")
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_model_of_the_library(recipe_file, tree, tmp_path):
     text = recipe_file.read_text().replace("proj_drop_rate", "drop_rate").replace("depth: 2", "depth: 1")
     recipe_file.write_text(text)
+    more = ("--model", "test_vig", "--epochs", "1", "--set", "schedule.warmup_epochs=0")
     assert run(recipe_file, tree, tmp_path / "out", *more) == 0
 
 
@@ -228,10 +242,10 @@ def test_float16_and_a_model_of_the_library(recipe_file, tree, tmp_path):
 def test_two_processes_train_as_one(recipe_file, tree, tmp_path):
     """torchrun on two CPU processes: every test image is counted once, and only the first process writes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "tools" / "train.py"), str(recipe_file), "--data", str(tree), "--device", "cpu"]
     command += ["--output", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     assert "of 9 images" in done.stdout
@@ -239,11 +253,7 @@ def test_two_processes_train_as_one(recipe_file, tree, tmp_path):
     content = checkpoint.read(tmp_path / "out" / "last.pt")
     assert content["step"] == 3 * (18 // 8)
     # The checkpoint's weights, tested here by one process, give the summed numbers.
-    from visionmix.tools import validate
-
     assert validate.main(["--checkpoint", str(tmp_path / "out" / "last.pt"), "--json", str(tmp_path / "r.json")]) == 0
-    import json
-
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["images"] == 9
     assert result["top1"] == pytest.approx(content["history"][-1]["test_top1"])

@@ -1,0 +1,238 @@
+"""Gated linear attention in Triton: states at the chunks' ends, then every chunk by itself.
+
+The length is cut into chunks of up to 64 tokens. `states_kernel` walks over the chunks with a tile of the state in
+registers and writes the state that enters each; `mix_kernel` then forms, a program a chunk, the weights between the
+chunk's tokens and the output, for both directions from one read of q, k and v. In backward `states_kernel` runs once
+more for the gradients of the states, `mix_kernel` (transposed) gives the gradient of v, and `gradients_kernel` those of
+q, k and the gates.
+
+No exponent is ever positive, and no two cumulative gates are subtracted: a decay from token j to token i is a product
+of one from j to the end of its block, one over whole blocks, and one from the start of i's block to i, each the
+exponential of a sum of gates; inside a block of 16 tokens the decays are running products. So a gate of -1e3 neither
+overflows nor costs the tokens after it their precision.
+
+Yang et al., 2023, Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635).
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from visionmix.kernels.gated_linear_attention.triton_kernels import gradients_kernel, mix_kernel, states_kernel
+from visionmix.kernels.gpu import dot_precision, launch
+
+
+def _strides(**tensors: Tensor | None) -> dict[str, int]:
+    """Return the stride arguments of (batch, length, heads, dim) tensors: name to s{name}_b, _t, _h, _d."""
+    return {
+        f"s{name}_{axis}": 0 if x is None else x.stride(place)
+        for name, x in tensors.items()
+        for place, axis in enumerate("bthd")
+    }
+
+
+def _tile(size: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+class _Problem:
+    """Sizes, tiles and the launches on one set of inputs."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], scale: float, state: Tensor | None):
+        self.q, self.k, self.v, self.gates, self.scale, self.state = q, k, v, gates, scale, state
+        self.batch, self.length, self.heads, self.dk = q.shape
+        self.dv = v.shape[3]
+        self.rows = self.batch * self.heads
+        self.chunk = min(64, max(16, triton.next_power_of_2(self.length)))
+        self.chunks = triton.cdiv(self.length, self.chunk)
+        self.precision = dot_precision(q, k, v, *gates)
+        self.sizes = {
+            "DK": self.dk,
+            "DV": self.dv,
+            "CHUNK": self.chunk,
+            "BV": _tile(self.dv, 64),
+            "PRECISION": self.precision,
+        }
+
+    def gate(self, number: int) -> Tensor | None:
+        return self.gates[number] if number < len(self.gates) else None
+
+    def states(
+        self, number: int, x: Tensor, y: Tensor, keys: bool, first: Tensor | None, last: Tensor | None
+    ) -> Tensor | None:
+        """Walk over the chunks for direction `number`; return the states before each chunk, None if all are 0."""
+        needed = self.chunks > 1 or first is not None
+        if not needed and last is None:
+            return None
+        states = self.q.new_empty(self.rows, self.chunks, self.dk, self.dv, dtype=torch.float32) if needed else None
+        block_k, block_v = _tile(self.dk, 32), _tile(self.dv, 32)
+        tiles_k, tiles_v = triton.cdiv(self.dk, block_k), triton.cdiv(self.dv, block_v)
+        launch(
+            states_kernel,
+            (self.rows, tiles_k, tiles_v),
+            p_x=x,
+            p_y=y,
+            p_g=self.gates[number],
+            p_first=None if first is None else first.contiguous(),
+            p_states=states,
+            p_last=last,
+            scale=1.0 if keys else self.scale,
+            length=self.length,
+            heads=self.heads,
+            **_strides(x=x, y=y, g=self.gates[number]),
+            **self.sizes | {"BK": block_k, "BV": block_v},
+            DOWN=(number == 1) == keys,
+            KEYS=keys,
+            num_warps=4,
+            passes={"p_x": tiles_v, "p_g": tiles_v, "p_y": tiles_k},
+            flops=3 * self.rows * self.length * self.dk * self.dv,
+        )
+        return states
+
+    def mix(self, y: Tensor, states: list[Tensor | None], out: Tensor, transposed: bool) -> None:
+        tiles = triton.cdiv(self.dv, self.sizes["BV"])
+        launch(
+            mix_kernel,
+            (self.rows, self.chunks, tiles),
+            p_q=self.q,
+            p_k=self.k,
+            p_y=y,
+            p_g=self.gates[0],
+            p_g2=self.gate(1),
+            p_states=states[0],
+            p_states2=states[1] if len(states) > 1 else None,
+            p_out=out,
+            scale=self.scale,
+            length=self.length,
+            heads=self.heads,
+            **_strides(q=self.q, k=self.k, y=y, g=self.gates[0], g2=self.gate(1), o=out),
+            **self.sizes,
+            BK=_tile(self.dk, 32),
+            TRANSPOSED=transposed,
+            num_warps=4 if self.chunk == 64 else 2,
+            passes=dict.fromkeys(("p_q", "p_k", "p_g", "p_g2"), tiles),
+            flops=self.rows * self.length * self._within(states),
+        )
+
+    def gradients(
+        self, grad_out: Tensor, states: list[Tensor | None], grad_states: list[Tensor | None], outs: list[Tensor]
+    ) -> None:
+        block_k = _tile(self.dk, 32)
+        tiles = triton.cdiv(self.dk, block_k)
+        launch(
+            gradients_kernel,
+            (self.rows, self.chunks, tiles),
+            p_q=self.q,
+            p_k=self.k,
+            p_v=self.v,
+            p_g=self.gates[0],
+            p_g2=self.gate(1),
+            p_do=grad_out,
+            p_s=states[0],
+            p_ds=grad_states[0],
+            p_s2=states[1] if len(states) > 1 else None,
+            p_ds2=grad_states[1] if len(states) > 1 else None,
+            p_dq=outs[0],
+            p_dk=outs[1],
+            p_dg=outs[2],
+            p_dg2=outs[3] if len(outs) > 3 else None,
+            scale=self.scale,
+            length=self.length,
+            heads=self.heads,
+            **_strides(q=self.q, k=self.k, v=self.v, g=self.gates[0], g2=self.gate(1), o=grad_out),
+            **self.sizes,
+            BK=block_k,
+            num_warps=8 if self.chunk == 64 else 4,
+            passes=dict.fromkeys(("p_v", "p_do"), tiles),
+            flops=2 * self.rows * self.length * self._within(states),
+        )
+
+    def _within(self, states: list[Tensor | None]) -> int:
+        """Operations a token of the chunk's weights, their product with the values and that with the states."""
+        directions = len(self.gates)
+        far = sum(2 * self.dk * self.dv for x in states if x is not None)
+        return self.chunk * (directions * 2 * self.dk + 2 * self.dv) // (1 if directions > 1 else 2) + far
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
+    problem = _Problem(q, k, v, [g], scale, initial_state)
+    shape = (problem.batch, problem.heads, problem.dk, problem.dv) if output_final_state else (0,)
+    last = q.new_empty(shape, dtype=torch.float32)
+    out = v.new_empty(v.shape)
+    states = problem.states(0, k, v, True, initial_state, last if output_final_state else None)
+    problem.mix(v, [states], out, transposed=False)
+    return out, last
+
+
+def backward(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, g and initial_state (empty where there is none), in their dtypes."""
+    problem = _Problem(q, k, v, [g], scale, initial_state)
+    grad_initial = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    states = problem.states(0, k, v, True, initial_state, None)
+    grad_states = problem.states(0, q, grad_out, False, grad_state, None if initial_state is None else grad_initial)
+    outs = _backward(problem, grad_out, [states], [grad_states])
+    return *outs, grad_initial
+
+
+def bidirectional_forward(
+    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+) -> Tensor:
+    """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
+    problem = _Problem(q, k, v, [g_forward, g_backward], 0.5 * scale if merge == "mean" else scale, None)
+    out = v.new_empty(v.shape)
+    states = [problem.states(number, k, v, True, None, None) for number in range(2)]
+    problem.mix(v, states, out, transposed=False)
+    return out
+
+
+def bidirectional_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
+    problem = _Problem(q, k, v, [g_forward, g_backward], 0.5 * scale if merge == "mean" else scale, None)
+    states = [problem.states(number, k, v, True, None, None) for number in range(2)]
+    grad_states = [problem.states(number, q, grad_out, False, None, None) for number in range(2)]
+    return _backward(problem, grad_out, states, grad_states)
+
+
+def _backward(
+    problem: _Problem, grad_out: Tensor, states: list[Tensor | None], grad_states: list[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v and the gates."""
+    if states[0] is None or grad_states[0] is None:
+        # One of them is zero throughout: with one chunk, there is no initial state or no gradient of the last one.
+        states, grad_states = _with_zeros(states, grad_states)
+    grad_q, grad_k, grad_v, *grad_gates = (
+        x.new_empty(x.shape) for x in (problem.q, problem.k, problem.v, *problem.gates)
+    )
+    problem.mix(grad_out, grad_states, grad_v, transposed=True)
+    problem.gradients(grad_out, states, grad_states, [grad_q, grad_k, *grad_gates])
+    return grad_q, grad_k, grad_v, *grad_gates
+
+
+def _with_zeros(
+    states: list[Tensor | None], grad_states: list[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    some = next((x for x in (*states, *grad_states) if x is not None), None)
+    if some is None:
+        return states, grad_states
+    return tuple([torch.zeros_like(some) if x is None else x for x in group] for group in (states, grad_states))

@@ -1,0 +1,162 @@
+"""Neighborhood attention in compiled C++, float32; half precision is converted at the edges.
+
+Float64 goes to the PyTorch reference.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from visionmix.kernels import dispatch, native
+from visionmix.kernels.neighborhood_attention import reference
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_AXES = ctypes.c_int64 * 3
+
+
+class _Problem(ctypes.Structure):
+    """The call's sizes and window; a map of fewer than three axes gets leading axes of one token."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "dk", "dv", "extra")),
+        *((name, _AXES) for name in ("grid", "kernel_size", "stride", "dilation", "is_causal")),
+        ("circular", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _View(ctypes.Structure):
+    """A float32 tensor (batch, levels, rows, columns, heads, dim): strides in elements, the last one 1."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("axis", _AXES), ("head", ctypes.c_int64)]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = native.load(_SOURCE)
+    problem, view, pointer = ctypes.POINTER(_Problem), ctypes.POINTER(_View), ctypes.c_void_p
+    library.na_forward.argtypes = [problem] + [view] * 3 + [pointer] * 5
+    library.na_backward.argtypes = [problem] + [view] * 4 + [pointer] * 12
+    return library
+
+
+def _float(x: Tensor) -> Tensor:
+    """Return `x` in float32 with the last axis dense; the other strides may be any."""
+    x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _view(x: Tensor) -> _View:
+    batch, *axes, head, _ = x.stride()
+    return _View(x.data_ptr(), batch, _AXES(*[0] * (3 - len(axes)), *axes), head)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _empty(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _problem(query, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, circular) -> _Problem:
+    batch, *grid, heads, dk = query.shape
+    extra = 0 if additional_keys is None else additional_keys.shape[1]
+    lead = [1] * (3 - len(grid))
+    axes = (_AXES(*lead, *values) for values in (grid, kernel_size, stride, dilation))
+    causal = _AXES(*[0] * len(lead), *is_causal)
+    key_heads, dv = value.shape[-2:]
+    return _Problem(batch, heads, key_heads, dk, dv, extra, *axes, causal, circular, native.threads(), scale)
+
+
+def _succeed(status: int) -> None:
+    if status:
+        raise MemoryError("not enough memory for the scratch space of neighborhood_attention")
+
+
+def _is_float64(*tensors: Tensor | None) -> bool:
+    if reference.compute_dtype(*tensors) != torch.float64:
+        return False
+    dispatch._log_slow_path(
+        "neighborhood_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
+    )
+    return True
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
+    options = (additional_keys, additional_values, relative_position_bias)
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    if _is_float64(query, key, value, *options):
+        return reference.forward(query, key, value, *window, *options, circular)
+    out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
+    problem = _problem(query, value, *window, additional_keys, circular)
+    inputs = [_float(x) for x in (query, key, value)]
+    options = [_dense(x) for x in options]
+    status = _library().na_forward(
+        problem, *map(_view, inputs), *map(_pointer, options), out.data_ptr(), lse.data_ptr()
+    )
+    _succeed(status)
+    return out.to(value.dtype), lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes."""
+    options = (additional_keys, additional_values, relative_position_bias)
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    if _is_float64(query, key, value, *options):
+        return reference.backward(grad_out, grad_lse, query, key, value, out, lse, *window, *options, circular)
+    tensors = (query, key, value, *options)
+    grads = [_empty(x) for x in tensors]
+    problem = _problem(query, value, *window, additional_keys, circular)
+    inputs = [_float(x) for x in (query, key, value, grad_out)]
+    numbers = [_dense(x) for x in (*options, out, lse, grad_lse)]
+    status = _library().na_backward(problem, *map(_view, inputs), *map(_pointer, numbers), *map(_pointer, grads))
+    _succeed(status)
+    return tuple(
+        query.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True)
+    )
+
+
+def load() -> dispatch.Implementation:
+    """Compile, and return the functions of `neighborhood_attention`."""
+    _library()
+    return dispatch.Implementation(forward, backward)

@@ -1,0 +1,365 @@
+// The selective scan and its gradients in float32, on tensors (batch, dim, length) of any strides.
+//
+// A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
+// (transposed where time is dense), so that everything is read and written once. The way back first walks forward to
+// note the state at each chunk's start, then through the chunks from the last.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "scan.h"
+
+namespace {
+
+using scan::Arena;
+using scan::lanes;
+using scan::vec;
+using std::int64_t;
+
+constexpr int forward_chunk = 64;
+
+}  // namespace
+
+extern "C" {
+
+// A tensor (batch, channels, time), strides in elements; no data where an option is not given.
+struct Signal {
+  float* data;
+  int64_t batch, channel, time;
+};
+
+// B or C, (batch, groups, states, time); or, where constant, (channels, states) without gaps.
+struct Input {
+  float* data;
+  int64_t batch, group, state, time, constant;
+};
+
+struct Arguments {
+  Signal u, delta, z, grad_out, out, grad_u, grad_delta, grad_z;
+  Input B, C;
+  const float *A, *D, *bias, *grad_state;
+  // The gradients of B and C are (parts, batch, groups, states, time), to be summed over the parts of a group's channels
+  // that tasks walk through; those of parameters, constant B and C among them, have a leading batch axis.
+  float *state, *grad_A, *grad_B, *grad_C, *grad_D, *grad_bias;
+  int64_t batch, dim, length, states, groups, softplus, threads;
+};
+}
+
+namespace {
+
+// Read `count` steps of `width` channels as rows of `lanes`, zeros beyond the width; `ahead` is fetched meanwhile.
+void load_block(const float* p, int64_t channel, int64_t time, int width, int count, int64_t pitch, float* rows) {
+  if (time == 1) {
+    for (int t = 0; t < count; t += lanes) {
+      const int steps = std::min(lanes, count - t);
+      vec square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const float* from = p + i * channel + t;
+        if (i < width && steps == lanes) {
+          square[i] = simd::load(from);
+          __builtin_prefetch(from + forward_chunk);
+        } else {
+          square[i] = vec{};
+          if (i < width) std::memcpy(&square[i], from, steps * sizeof(float));
+        }
+      }
+      scan::transpose(square);
+      for (int i = 0; i < steps; ++i) simd::store(rows + (t + i) * pitch, square[i]);
+    }
+  } else {
+    for (int t = 0; t < count; ++t) {
+      const float* from = p + t * time;
+      float* row = rows + t * pitch;
+      if (channel == 1 && width == lanes) {
+        simd::store(row, simd::load(from));
+      } else {
+        for (int i = 0; i < lanes; ++i) row[i] = i < width ? from[i * channel] : 0.0f;
+      }
+    }
+  }
+}
+
+// Write rows of `lanes` to `count` steps of `width` channels; time is dense.
+void store_block(const float* rows, int64_t pitch, int width, int count, float* p, int64_t channel) {
+  for (int t = 0; t < count; t += lanes) {
+    const int steps = std::min(lanes, count - t);
+    vec square[lanes];
+    for (int i = 0; i < lanes; ++i) square[i] = i < steps ? simd::load(rows + (t + i) * pitch) : vec{};
+    scan::transpose(square);
+    for (int i = 0; i < width; ++i) {
+      if (steps == lanes) simd::store(p + i * channel + t, square[i]);
+      else std::memcpy(p + i * channel + t, &square[i], steps * sizeof(float));
+    }
+  }
+}
+
+// The channels [first, first + channels) of one sequence, all of one group, and what lies beside them.
+struct Task {
+  int64_t batch, group, part, first, channels;
+};
+
+struct Tile {
+  int64_t channel;
+  int width;
+  vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
+  vec D, bias, grad_D, grad_bias;
+};
+
+struct Job {
+  const Arguments& a;
+  bool back;
+  int chunk;
+  int64_t tiles, parts, pitch;
+
+  Job(const Arguments& arguments, bool back)
+      : a(arguments), back(back), chunk(back ? scan::backward_chunk(a.states) : forward_chunk) {
+    const int64_t channels = a.dim / a.groups;
+    tiles = scan::tiles_together(a.batch * a.groups, channels);
+    parts = (channels + tiles * lanes - 1) / (tiles * lanes);
+    pitch = a.states == 1 ? 1 : scan::round_up(a.states, lanes);
+  }
+
+  int64_t tasks() const { return a.batch * a.groups * parts; }
+  int64_t chunks() const { return (a.length + chunk - 1) / chunk; }
+
+  int64_t floats() const {
+    const int64_t common = 2 * chunk * pitch + 32 + (4 * chunk + 4 * tiles * a.states) * lanes;
+    const int64_t rest = (4 * chunk + (2 * chunk + 3 * tiles + tiles * chunks()) * a.states + 2 * lanes) * lanes +
+                         2 * chunk * a.states + 64;
+    return common + (back ? rest : 0);
+  }
+
+  Task task(int64_t number) const {
+    const int64_t channels = a.dim / a.groups, sequence = number / parts, part = number % parts;
+    const int64_t from = part * tiles * lanes, group = sequence % a.groups;
+    return {sequence / a.groups, group, part, group * channels + from, std::min(tiles * lanes, channels - from)};
+  }
+
+  Tile tile(const Task& task, int64_t from, Arena& arena) const {
+    Tile t{};
+    t.channel = task.first + from;
+    t.width = static_cast<int>(std::min<int64_t>(lanes, task.channels - from));
+    t.A = arena.vectors(a.states), t.state = arena.vectors(a.states);
+    scan::load_columns(a.A + t.channel * a.states, a.states, t.width, scan::log2_e, t.A);
+    std::fill_n(t.state, a.states, vec{});
+    const auto constant = [&](const Input& input) -> vec* {
+      vec* columns = arena.vectors(a.states);
+      if (!input.constant) return nullptr;
+      scan::load_columns(input.data + t.channel * a.states, a.states, t.width, 1.0f, columns);
+      return columns;
+    };
+    t.B = constant(a.B), t.C = constant(a.C);
+    if (a.D) scan::load_columns(a.D + t.channel, 1, t.width, 1.0f, &t.D);
+    if (a.bias) scan::load_columns(a.bias + t.channel, 1, t.width, 1.0f, &t.bias);
+    return t;
+  }
+
+  void read(const Signal& x, const Task& task, const Tile& tile, int64_t start, int count, vec* into) const {
+    const float* from = x.data + task.batch * x.batch + tile.channel * x.channel + start * x.time;
+    load_block(from, x.channel, x.time, tile.width, count, lanes, reinterpret_cast<float*>(into));
+  }
+
+  void write(const vec* from, const Task& task, const Tile& tile, int64_t start, int count, const Signal& x) const {
+    float* into = x.data + task.batch * x.batch + tile.channel * x.channel + start;
+    store_block(reinterpret_cast<const float*>(from), lanes, tile.width, count, into, x.channel);
+  }
+
+  // A chunk of B or C as rows of states.
+  void read(const Input& x, const Task& task, int64_t start, int count, float* rows) const {
+    if (x.constant) return;
+    const float* from = x.data + task.batch * x.batch + task.group * x.group + start * x.time;
+    if (a.states == 1) {
+      for (int t = 0; t < count; ++t) rows[t] = from[t * x.time];
+      return;
+    }
+    for (int64_t n = 0; n < a.states; n += lanes) {
+      const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
+      load_block(from + n * x.state, x.state, x.time, width, count, pitch, rows + n);
+    }
+  }
+
+  void forward(const Task& task, Arena arena) const {
+    Tile side[4];
+    for (int64_t i = 0; i * lanes < task.channels; ++i) side[i] = tile(task, i * lanes, arena);
+    float *B = arena.floats(chunk * pitch), *C = arena.floats(chunk * pitch);
+    vec *u = arena.vectors(chunk), *delta = arena.vectors(chunk), *y = arena.vectors(chunk);
+    vec* z = arena.vectors(chunk);
+    for (int64_t start = 0; start < a.length; start += chunk) {
+      const int count = static_cast<int>(std::min<int64_t>(chunk, a.length - start));
+      read(a.B, task, start, count, B);
+      read(a.C, task, start, count, C);
+      for (int64_t i = 0; i * lanes < task.channels; ++i) {
+        const Tile& t = side[i];
+        read(a.u, task, t, start, count, u);
+        read(a.delta, task, t, start, count, delta);
+        scan::activate(count, delta, t.bias, a.softplus);
+        for (int s = 0; s < count; ++s) y[s] = t.D * u[s], u[s] *= delta[s];
+        scan::forward<true>(count, a.states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
+        if (a.z.data) {
+          read(a.z, task, t, start, count, z);
+          for (int s = 0; s < count; ++s) y[s] *= z[s] * scan::sigmoid(z[s]);
+        }
+        write(y, task, t, start, count, a.out);
+      }
+    }
+    if (a.state)
+      for (int64_t i = 0; i * lanes < task.channels; ++i) {
+        float* into = a.state + (task.batch * a.dim + side[i].channel) * a.states;
+        scan::store_columns(side[i].state, a.states, side[i].width, 1.0f, into);
+      }
+  }
+
+  void backward(const Task& task, Arena arena) const {
+    const int64_t count_tiles = (task.channels + lanes - 1) / lanes, states = a.states;
+    Tile side[4];
+    for (int64_t i = 0; i < count_tiles; ++i) {
+      Tile& t = side[i] = tile(task, i * lanes, arena);
+      for (vec** x : {&t.grad_A, &t.grad_B, &t.grad_C}) std::fill_n(*x = arena.vectors(states), states, vec{});
+      t.entering = arena.vectors(chunks() * states);
+    }
+    float *B = arena.floats(chunk * pitch), *C = arena.floats(chunk * pitch);
+    vec *u = arena.vectors(chunk), *raw = arena.vectors(chunk), *delta = arena.vectors(chunk);
+    vec *x = arena.vectors(chunk), *grad_y = arena.vectors(chunk), *y = arena.vectors(chunk);
+    vec *grad_x = arena.vectors(chunk), *grad_rate = arena.vectors(chunk);
+    vec *grad_B = arena.vectors(chunk * states + lanes), *grad_C = arena.vectors(chunk * states + lanes);
+    float* sums = arena.floats(chunk * states + lanes);
+    std::fill_n(grad_B, chunk * states + lanes, vec{});
+    std::fill_n(grad_C, chunk * states + lanes, vec{});
+
+    for (int64_t n = 0; n < chunks(); ++n) {
+      const int64_t start = n * chunk;
+      const bool last = n + 1 == chunks();
+      if (!last) read(a.B, task, start, chunk, B);
+      for (int64_t i = 0; i < count_tiles; ++i) {
+        Tile& t = side[i];
+        std::copy_n(t.state, states, t.entering + n * states);
+        if (last) continue;
+        read(a.u, task, t, start, chunk, u);
+        read(a.delta, task, t, start, chunk, delta);
+        scan::activate(chunk, delta, t.bias, a.softplus);
+        for (int s = 0; s < chunk; ++s) u[s] *= delta[s];
+        scan::forward<false>(chunk, states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
+      }
+    }
+
+    for (int64_t i = 0; i < count_tiles; ++i) {
+      Tile& t = side[i];
+      const int64_t at = (task.batch * a.dim + t.channel) * states;
+      if (a.grad_state) scan::load_columns(a.grad_state + at, states, t.width, 1.0f, t.state);
+      else std::fill_n(t.state, states, vec{});
+    }
+    for (int64_t n = chunks() - 1; n >= 0; --n) {
+      const int64_t start = n * chunk;
+      const int count = static_cast<int>(std::min<int64_t>(chunk, a.length - start));
+      read(a.B, task, start, count, B);
+      read(a.C, task, start, count, C);
+      for (int64_t i = 0; i < count_tiles; ++i) {
+        Tile& t = side[i];
+        read(a.u, task, t, start, count, u);
+        read(a.delta, task, t, start, count, raw);
+        read(a.grad_out, task, t, start, count, grad_y);
+        std::copy_n(raw, count, delta);
+        scan::activate(count, delta, t.bias, a.softplus);
+        for (int s = 0; s < count; ++s) x[s] = delta[s] * u[s], grad_x[s] = vec{}, grad_rate[s] = vec{};
+        if (a.z.data) open(task, t, start, count, u, y, grad_y);
+        scan::backward(count, states,
+                       {delta, x, grad_y, t.A, t.entering + n * states, t.state, grad_x, grad_rate, t.grad_A,
+                        t.B ? t.grad_B : grad_B, t.C ? t.grad_C : grad_C, a.z.data ? y : nullptr, {B, pitch, t.B},
+                        {C, pitch, t.C}});
+        if (a.z.data) close(task, t, start, count, y);
+        for (int s = 0; s < count; ++s) {
+          vec grad_delta = grad_rate[s] * scan::ln_2 + grad_x[s] * u[s];
+          if (a.softplus) grad_delta *= scan::sigmoid(raw[s] + t.bias);
+          t.grad_bias += grad_delta;
+          t.grad_D += grad_y[s] * u[s];
+          grad_x[s] = grad_x[s] * delta[s] + grad_y[s] * t.D;
+          grad_rate[s] = grad_delta;
+        }
+        write(grad_x, task, t, start, count, a.grad_u);
+        write(grad_rate, task, t, start, count, a.grad_delta);
+      }
+      if (!a.B.constant) reduce(task, start, count, grad_B, sums, a.grad_B);
+      if (!a.C.constant) reduce(task, start, count, grad_C, sums, a.grad_C);
+    }
+
+    for (int64_t i = 0; i < count_tiles; ++i) {
+      const Tile& t = side[i];
+      const int64_t channel = task.batch * a.dim + t.channel;
+      scan::store_columns(t.grad_A, states, t.width, 1.0f, a.grad_A + channel * states);
+      if (a.B.constant) scan::store_columns(t.grad_B, states, t.width, 1.0f, a.grad_B + channel * states);
+      if (a.C.constant) scan::store_columns(t.grad_C, states, t.width, 1.0f, a.grad_C + channel * states);
+      if (a.D) scan::store_columns(&t.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
+      if (a.bias) scan::store_columns(&t.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
+    }
+  }
+
+  // The gradient before the gate, and the skip of y. `close` needs the gradient of the output and the gate again: both
+  // are read a second time, which is cheaper than to keep them.
+  void open(const Task& task, const Tile& t, int64_t start, int count, const vec* u, vec* y, vec* grad_y) const {
+    read(a.z, task, t, start, count, y);
+    for (int s = 0; s < count; ++s) {
+      grad_y[s] *= y[s] * scan::sigmoid(y[s]);
+      y[s] = t.D * u[s];
+    }
+  }
+
+  // The gradient of z from y, in its place.
+  void close(const Task& task, const Tile& t, int64_t start, int count, vec* y) const {
+    vec z[scan::longest_chunk], grad_out[scan::longest_chunk];
+    read(a.z, task, t, start, count, z);
+    read(a.grad_out, task, t, start, count, grad_out);
+    for (int s = 0; s < count; ++s) {
+      const vec opening = scan::sigmoid(z[s]);
+      y[s] *= grad_out[s] * opening * (1.0f + z[s] * (1.0f - opening));
+    }
+    write(y, task, t, start, count, a.grad_z);
+  }
+
+  // Sum the gradient of B or C over the task's channels and clear it for the next chunk.
+  void reduce(const Task& task, int64_t start, int count, vec* grad, float* sums, float* into) const {
+    scan::sum_lanes(grad, count * a.states, sums);
+    std::fill_n(grad, count * a.states, vec{});
+    into += ((task.part * a.batch + task.batch) * a.groups + task.group) * a.states * a.length + start;
+    if (a.states == 1) {
+      std::copy_n(sums, count, into);
+      return;
+    }
+    int64_t n = 0;
+    for (; n + lanes <= a.states; n += lanes)
+      store_block(sums + n, a.states, lanes, count, into + n * a.length, a.length);
+    for (; n < a.states; ++n)
+      for (int t = 0; t < count; ++t) into[n * a.length + t] = sums[t * a.states + n];
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// The number of parts that the gradients of B and C come in.
+int64_t selective_scan_parts(const Arguments* arguments) { return Job(*arguments, true).parts; }
+
+// Returns 0, or 1 where memory is short.
+int selective_scan_forward(const Arguments* arguments) {
+  const Job job(*arguments, false);
+  const int threads = static_cast<int>(arguments->threads);
+  const scan::Scratch scratch(job.floats(), threads);
+  if (!scratch.data) return 1;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t i = 0; i < job.tasks(); ++i)
+    job.forward(job.task(i), Arena{scratch.data + omp_get_thread_num() * scratch.each});
+  return 0;
+}
+
+int selective_scan_backward(const Arguments* arguments) {
+  const Job job(*arguments, true);
+  const int threads = static_cast<int>(arguments->threads);
+  const scan::Scratch scratch(job.floats(), threads);
+  if (!scratch.data) return 1;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t i = 0; i < job.tasks(); ++i)
+    job.backward(job.task(i), Arena{scratch.data + omp_get_thread_num() * scratch.each});
+  return 0;
+}
+}

@@ -1,0 +1,335 @@
+// What the selective scans share: a tile of `lanes` channels walks through a chunk of steps, forward and backward.
+//
+//   h_t = exp(delta_t A) h_(t-1) + x_t B_t,  y_t = sum_n C_t h_t,  x = delta u
+//
+// Vectors lie along channels, so that nothing is summed over lanes but the gradients of B and C; a step's B and C are
+// read as scalars. The states stay in registers over the chunk. Decays are powers of two: A comes times 1 / ln 2.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <utility>
+
+#include "../simd.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace scan {
+
+using simd::broadcast;
+using simd::lanes;
+using simd::vec;
+using std::int64_t;
+
+constexpr float log2_e = 1.44269504088896341f, log2_e_rest = 1.925963033500e-08f, ln_2 = 0.693147180559945f;
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int widest = 16;  // states in registers at a time, of 32
+#else
+constexpr int widest = 8;
+#endif
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// ---- Elementary functions --------------------------------------------------------------------------------------------
+
+inline vec round(vec x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vec rounder = broadcast(12582912.0f);  // 1.5 * 2^23
+  return (x + rounder) - rounder;
+#endif
+}
+
+// 2^(fraction + whole), |fraction| <= 1/2; 1 + fraction * minimax, so that decays near 1 are rounded once. Relative
+// error 2e-9 before rounding, 8e-8 after.
+inline vec power_of_two(vec fraction, vec whole) {
+  vec p = fraction * 1.535336212e-04f + 1.339887440e-03f;
+  p = p * fraction + 9.618437357e-03f;
+  p = p * fraction + 5.550332471e-02f;
+  p = p * fraction + 2.402264791e-01f;
+  p = p * fraction + 6.931472029e-01f;
+  p = p * fraction + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)whole);
+#else
+  // Two factors, because 2^-149 and 2^128 are no normal floats.
+  const simd::ivec n = __builtin_convertvector(whole, simd::ivec), half = n >> 1;
+  return p * simd::bits<vec>((half + 127) << 23) * simd::bits<vec>((n - half + 127) << 23);
+#endif
+}
+
+// Keep what has no whole part (infinities) and what overflows an exponent out; NaN passes.
+inline vec clamp(vec x) {
+  const vec low = broadcast(-160.0f), high = broadcast(140.0f);
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+inline vec exp2(vec x) {
+  x = clamp(x);
+  const vec whole = round(x);
+  return power_of_two(x - whole, whole);
+}
+
+inline vec exp(vec x) {
+  const vec whole = round(clamp(x * log2_e));
+  x = x < -110.0f ? broadcast(-110.0f) : x;
+  return power_of_two((x * log2_e - whole) + x * log2_e_rest, whole);
+}
+
+// log(1 + exp(x)) = max(x, 0) + log1p(w), w = exp(-|x|): x itself above 20 in float32, as PyTorch has it. log1p(w) is w
+// times a minimax polynomial, so that small steps keep their relative accuracy (5e-9 before rounding).
+inline vec softplus(vec x) {
+  const vec zero{};
+  const vec w = exp(x < 0.0f ? x : zero - x);
+  vec p = w * -3.244023366e-03f + 1.985145419e-02f;
+  p = p * w - 5.695951890e-02f;
+  p = p * w + 1.060365333e-01f;
+  p = p * w - 1.530559165e-01f;
+  p = p * w + 1.967593894e-01f;
+  p = p * w - 2.495413359e-01f;
+  p = p * w + 3.332996241e-01f;
+  p = p * w - 4.999990242e-01f;
+  p = p * w + 1.0f;
+  return p * w + (x > 0.0f ? x : zero);
+}
+
+inline vec sigmoid(vec x) {
+  const vec w = exp(x < 0.0f ? x : -x);
+  return (x < 0.0f ? w : broadcast(1.0f)) / (w + 1.0f);
+}
+
+// ---- Moving between lanes --------------------------------------------------------------------------------------------
+
+template <int... index>
+inline vec shuffle(vec a, vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  return __builtin_shuffle(a, b, simd::ivec{index...});
+#endif
+}
+
+template <int... i>
+inline void zip(vec& a, vec& b, std::integer_sequence<int, i...>) {
+  const vec low = shuffle<(i / 2 + i % 2 * lanes)...>(a, b);
+  b = shuffle<(lanes / 2 + i / 2 + i % 2 * lanes)...>(a, b);
+  a = low;
+}
+
+template <int... i>
+inline vec add_pairs(vec a, vec b, std::integer_sequence<int, i...>) {
+  return shuffle<(2 * i)...>(a, b) + shuffle<(2 * i + 1)...>(a, b);
+}
+
+using every_lane = std::make_integer_sequence<int, lanes>;
+
+// Transpose `lanes` vectors: zipping the halves log2(lanes) times.
+inline void transpose(vec* rows) {
+  for (int width = 1; width < lanes; width *= 2) {
+    vec zipped[lanes];
+    for (int i = 0; i < lanes / 2; ++i) {
+      vec a = rows[i], b = rows[i + lanes / 2];
+      zip(a, b, every_lane{});
+      zipped[2 * i] = a, zipped[2 * i + 1] = b;
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = zipped[i];
+  }
+}
+
+// sums[i] = the sum over the lanes of x[i], for `count` vectors; reads and writes up to a multiple of `lanes`.
+inline void sum_lanes(const vec* x, int64_t count, float* sums) {
+  for (int64_t from = 0; from < count; from += lanes) {
+    vec level[lanes];
+    for (int i = 0; i < lanes; ++i) level[i] = x[from + i];
+    for (int left = lanes / 2; left > 0; left /= 2)
+      for (int i = 0; i < left; ++i) level[i] = add_pairs(level[2 * i], level[2 * i + 1], every_lane{});
+    simd::store(sums + from, level[0]);
+  }
+}
+
+// ---- Memory ----------------------------------------------------------------------------------------------------------
+
+// Scratch memory of one thread, handed out in pieces that fill whole cache lines.
+struct Arena {
+  float* next;
+  float* floats(int64_t size) {
+    float* piece = next;
+    next += round_up(size, 16);
+    return piece;
+  }
+  vec* vectors(int64_t size) { return reinterpret_cast<vec*>(floats(size * lanes)); }
+};
+
+struct Scratch {
+  int64_t each;
+  float* data;
+
+  Scratch(int64_t floats, int threads)
+      : each(round_up(floats, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// How many tiles of channels one task walks through side by side: they share what is read of B and C and the sums over
+// lanes of their gradients. It depends on the sizes alone, so that the sums have one order whatever the threads.
+inline int64_t tiles_together(int64_t sequences, int64_t channels) {
+  const int64_t tiles = (channels + lanes - 1) / lanes, all = sequences * tiles;
+  return all >= 96 ? 4 : all >= 16 ? 2 : 1;
+}
+
+// `width` rows of a matrix (rows, columns) as vectors over rows, one a column, times a factor; zeros beyond the width.
+inline void load_columns(const float* matrix, int64_t columns, int64_t width, float factor, vec* into) {
+  for (int64_t j = 0; j < columns; ++j) {
+    into[j] = vec{};
+    for (int64_t i = 0; i < width; ++i) into[j][i] = matrix[i * columns + j] * factor;
+  }
+}
+
+inline void store_columns(const vec* from, int64_t columns, int64_t width, float factor, float* matrix) {
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = 0; i < width; ++i) matrix[i * columns + j] = from[j][i] * factor;
+}
+
+// ---- A chunk ---------------------------------------------------------------------------------------------------------
+
+// B or C over a chunk: a scalar a step and state, or, constant, a vector a state.
+struct Projection {
+  const float* rows = nullptr;
+  int64_t pitch = 0;
+  const vec* constant = nullptr;
+};
+
+template <bool constant>
+inline vec at(const Projection& p, int64_t step, int64_t state) {
+  return constant ? p.constant[state] : broadcast(p.rows[step * p.pitch + state]);
+}
+
+template <int width, bool constant_B, bool constant_C, bool output>
+inline void advance(int count, int64_t n, const vec* delta, const vec* x, const vec* A, const Projection& B,
+                    const Projection& C, vec* state, vec* y) {
+  vec h[width];
+  for (int i = 0; i < width; ++i) h[i] = state[n + i];
+  for (int t = 0; t < count; ++t) {
+    const vec step = delta[t], in = x[t];
+    vec sum[2] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) {
+      h[i] = exp2(step * A[n + i]) * h[i] + in * at<constant_B>(B, t, n + i);
+      if (output) sum[i % 2] += h[i] * at<constant_C>(C, t, n + i);
+    }
+    if (output) y[t] += sum[0] + sum[1];
+  }
+  for (int i = 0; i < width; ++i) state[n + i] = h[i];
+}
+
+// Carry the states of a tile over `count` steps; with `output` add sum_n C h to y.
+template <bool output>
+inline void forward(int count, int64_t states, const vec* delta, const vec* x, const vec* A, const Projection& B,
+                    const Projection& C, vec* state, vec* y) {
+  const auto walk = [&](auto function, int64_t n) { function(count, n, delta, x, A, B, C, state, y); };
+  int64_t n = 0;
+  if (B.constant || C.constant) {
+    for (; n < states; ++n) {
+      if (!B.constant) walk(advance<1, false, true, output>, n);
+      else if (C.constant) walk(advance<1, true, true, output>, n);
+      else walk(advance<1, true, false, output>, n);
+    }
+    return;
+  }
+  for (; n + widest <= states; n += widest) walk(advance<widest, false, false, output>, n);
+  for (; n + 4 <= states; n += 4) walk(advance<4, false, false, output>, n);
+  for (; n < states; ++n) walk(advance<1, false, false, output>, n);
+}
+
+constexpr int longest_chunk = 64;
+
+// A tile's way back through a chunk. Everything but the first line is added to.
+struct Backward {
+  const vec *delta, *x, *grad_y, *A, *entering;
+  vec *grad_state;                 // (states,), of the state leaving the chunk, and on return of that entering it
+  vec *grad_x, *grad_rate;         // (steps,); the rate is of log2(decay) / A
+  vec *grad_A;                     // (states,), of A itself
+  vec *grad_B, *grad_C;            // (steps, states), or (states,) of constant ones
+  vec *y;                          // (steps,), or null
+  Projection B, C;
+};
+
+template <int width, bool constant_B, bool constant_C>
+inline void retreat(int count, int64_t states, int64_t n, const Backward& c) {
+  vec decay[longest_chunk][width], former[longest_chunk][width], h[width];
+  for (int i = 0; i < width; ++i) h[i] = c.entering[n + i];
+  for (int t = 0; t < count; ++t) {
+    const vec step = c.delta[t], in = c.x[t];
+#pragma GCC unroll 4
+    for (int i = 0; i < width; ++i) {
+      decay[t][i] = exp2(step * c.A[n + i]);
+      former[t][i] = h[i];
+      h[i] = decay[t][i] * h[i] + in * at<constant_B>(c.B, t, n + i);
+    }
+    if (c.y) {
+      vec sum{};
+      for (int i = 0; i < width; ++i) sum += h[i] * at<constant_C>(c.C, t, n + i);
+      c.y[t] += sum;
+    }
+  }
+  vec grad[width], grad_A[width], grad_B[width] = {}, grad_C[width] = {};
+  for (int i = 0; i < width; ++i) grad[i] = c.grad_state[n + i], grad_A[i] = c.grad_A[n + i];
+  for (int t = count - 1; t >= 0; --t) {
+    const vec step = c.delta[t], in = c.x[t], grad_y = c.grad_y[t];
+    vec grad_x = c.grad_x[t], grad_rate = c.grad_rate[t];
+#pragma GCC unroll 4
+    for (int i = 0; i < width; ++i) {
+      const int64_t place = t * states + n + i;
+      grad[i] += grad_y * at<constant_C>(c.C, t, n + i);
+      if (constant_C) grad_C[i] += grad_y * h[i];
+      else c.grad_C[place] += grad_y * h[i];
+      if (constant_B) grad_B[i] += in * grad[i];
+      else c.grad_B[place] += in * grad[i];
+      grad_x += grad[i] * at<constant_B>(c.B, t, n + i);
+      grad[i] *= decay[t][i];
+      h[i] = former[t][i];
+      const vec through = grad[i] * h[i];
+      grad_rate += through * c.A[n + i];
+      grad_A[i] += through * step;
+    }
+    c.grad_x[t] = grad_x, c.grad_rate[t] = grad_rate;
+  }
+  for (int i = 0; i < width; ++i) {
+    c.grad_state[n + i] = grad[i], c.grad_A[n + i] = grad_A[i];
+    if (constant_B) c.grad_B[n + i] += grad_B[i];
+    if (constant_C) c.grad_C[n + i] += grad_C[i];
+  }
+}
+
+inline void backward(int count, int64_t states, const Backward& chunk) {
+  int64_t n = 0;
+  if (chunk.B.constant || chunk.C.constant) {
+    for (; n < states; ++n) {
+      if (!chunk.B.constant) retreat<1, false, true>(count, states, n, chunk);
+      else if (chunk.C.constant) retreat<1, true, true>(count, states, n, chunk);
+      else retreat<1, true, false>(count, states, n, chunk);
+    }
+    return;
+  }
+  for (; n + 4 <= states; n += 4) retreat<4, false, false>(count, states, n, chunk);
+  for (; n < states; ++n) retreat<1, false, false>(count, states, n, chunk);
+}
+
+// Steps of a chunk on the way back: what a tile keeps of it (two vectors a step and state) stays in the first cache.
+inline int backward_chunk(int64_t states) { return states <= 4 ? 64 : states <= 8 ? 32 : 16; }
+
+// delta + bias, through softplus if asked for, in place.
+inline void activate(int count, vec* delta, vec bias, bool through_softplus) {
+  if (through_softplus)
+    for (int t = 0; t < count; ++t) delta[t] = softplus(delta[t] + bias);
+  else
+    for (int t = 0; t < count; ++t) delta[t] += bias;
+}
+
+}  // namespace scan

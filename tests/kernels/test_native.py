@@ -1,0 +1,343 @@
+"""Compiling at first use: the cache, the lock, and every way in which it can fail."""
+
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionmix import kernels
+from visionmix.kernels import native
+from visionmix.kernels.dispatch import Unavailable
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="kernels are not compiled on Windows"),
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+]
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A small kernel with a header, a cache of its own, and a compiler that notes each of its runs in `log`."""
+    (tmp_path / "factor.h").write_text("constexpr int factor = 2;\n")
+    path = tmp_path / "scale.cpp"
+    path.write_text('#include "factor.h"\nextern "C" int scale(int x) { return factor * x; }\n')
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || echo compiled >> {tmp_path}/log\nexec {COMPILER} "$@"\n', encoding="utf-8"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return path
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """Load as a process does that has not loaded it yet."""
+    return native.load.__wrapped__(source)
+
+
+def load_elsewhere(source: Path) -> None:
+    """Load in another process: this one's loader would keep the library's name."""
+    process = multiprocessing.get_context("fork").Process(target=load, args=(source,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def compilations(source: Path) -> int:
+    log = source.with_name("log")
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def cached(source: Path) -> Path:
+    (library,) = source.with_name("cache").glob("*.so")
+    return library
+
+
+def test_compiles_once(source):
+    assert load(source).scale(21) == 42
+    assert load(source).scale(4) == 8
+    assert compilations(source) == 1
+    assert not list(source.with_name("cache").glob("build-*"))
+
+
+def test_a_change_of_source_header_flags_or_cpu_compiles_anew(source, monkeypatch):
+    load(source)
+    source.with_name("factor.h").write_text("constexpr int factor = 3;\n")
+    assert load(source).scale(2) == 6
+    source.write_text(source.read_text().replace("* x", "* x + 1"))
+    assert load(source).scale(2) == 7
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
+    load(source)
+    monkeypatch.setattr(native, "_cpu", lambda: "another CPU")
+    load(source)
+    assert compilations(source) == 5
+
+
+def test_processes_that_start_together_compile_once(source):
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(8), context.Queue()
+
+    def work():
+        barrier.wait()
+        answers.put(load(source).scale(5))
+
+    processes = [context.Process(target=work) for _ in range(8)]
+    for process in processes:
+        process.start()
+    assert [answers.get(timeout=120) for _ in processes] == [10] * 8
+    for process in processes:
+        process.join()
+    assert compilations(source) == 1
+
+
+def cut_short(library: Path) -> None:
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+
+
+def garbage_with_a_valid_digest(library: Path) -> None:
+    library.write_bytes(b"not a library")
+    digest = native.hashlib.sha256(b"not a library").hexdigest()
+    library.with_suffix(".sha256").write_text(digest)
+
+
+def killed_while_compiling(library: Path) -> None:
+    library.unlink()
+    (library.parent / "build-killed").mkdir()
+    (library.parent / "build-killed" / library.name).write_bytes(b"half")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_short,
+        garbage_with_a_valid_digest,
+        killed_while_compiling,
+        lambda library: library.with_suffix(".sha256").unlink(),
+        lambda library: library.with_suffix(".sha256").write_bytes(b"\xff\xfe"),
+    ],
+    ids=["cut short", "garbage", "killed", "no digest", "bad digest"],
+)
+def test_a_broken_cache_entry_is_built_again(source, damage):
+    load_elsewhere(source)
+    damage(cached(source))
+    assert load(source).scale(21) == 42
+    assert compilations(source) == 2
+    load(source)
+    assert compilations(source) == 2
+
+
+def test_no_compiler(source, monkeypatch):
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(source.parent / "empty"))
+    with pytest.raises(Unavailable, match=r"no C\+\+ compiler is found.*; install g\+\+ or clang, or set CXX"):
+        load(source)
+
+
+@pytest.mark.parametrize("chosen", ["nowhere-to-be-found", "   "])
+def test_a_compiler_that_is_not_there(source, monkeypatch, chosen):
+    monkeypatch.setenv("CXX", chosen)
+    with pytest.raises(Unavailable, match=rf"CXX='{chosen}' is not found"):
+        load(source)
+
+
+def test_a_compiler_with_arguments_of_its_own(source, monkeypatch):
+    monkeypatch.setenv("CXX", f"{COMPILER} -DUNUSED")
+    assert load(source).scale(1) == 2
+
+
+def test_a_failing_compiler_is_quoted(source):
+    source.write_text("#error the tape is full\n")
+    with pytest.raises(Unavailable, match=r"(?s)fails on scale.cpp \(exit status 1\).*the tape is full.*set CXX"):
+        load(source)
+    assert not list(source.with_name("cache").glob("*.so"))
+
+
+def test_a_compiler_that_writes_nothing(source, monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(Unavailable, match=r"true fails on scale.cpp \(exit status 0\)"):
+        load(source)
+
+
+def test_an_unwritable_cache_is_replaced_by_a_private_folder(source, monkeypatch, caplog):
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(source / "below a file"))
+    with caplog.at_level(logging.WARNING, logger="visionmix.kernels"):
+        assert load(source).scale(3) == 6
+    assert f"set {native.CACHE_VARIABLE}" in caplog.text
+    folder = source.parent / f"visionmix-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    load(source)
+    assert compilations(source) == 1
+
+
+def test_a_folder_that_others_can_write_is_not_trusted(source, monkeypatch):
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(source / "below a file"))
+    folder = source.parent / f"visionmix-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(Unavailable, match=r"is not a folder of this user alone.*set VISIONMIX_CACHE to a writable"):
+        load(source)
+    assert compilations(source) == 0
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv(native.CACHE_VARIABLE, "~/somewhere")
+    assert native._cache_folder() == Path.home() / "somewhere"
+    monkeypatch.delenv(native.CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert native._cache_folder() == Path("/caches/visionmix")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert native._cache_folder() in (
+        Path("/home/someone/.cache/visionmix"),
+        Path("/home/someone/Library/Caches/visionmix"),
+    )
+
+
+EXP = """
+#include "{header}"
+extern "C" void exponential(const float* x, float* y, long size) {{
+  for (long i = 0; i < size; i += simd::lanes) simd::store(y + i, simd::exp(simd::load(x + i)));
+}}
+"""
+
+
+def exponential(source: Path, x: torch.Tensor) -> torch.Tensor:
+    source.write_text(EXP.format(header=Path(native.__file__).with_name("simd.h")))
+    y = torch.empty_like(x)
+    load(source).exponential(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(len(x)))
+    return y
+
+
+def test_exp_is_exact_to_1e_7(source):
+    x = torch.cat([torch.linspace(-87.3, 88.7, 1 << 18), -torch.logspace(-8, 1.9, 1 << 18)])
+    expected = x.double().exp()
+    assert ((exponential(source, x).double() - expected) / expected).abs().max() < 1e-7
+
+
+def test_exp_of_special_values(source):
+    inf = float("inf")
+    x = torch.tensor([0.0, -0.0, -inf, inf, float("nan"), -1e3, 1e3, -104.0, -103.0, -90.0, 89.0, 1e-30, 1, 2, 3, 4])
+    y, expected = exponential(source, x), x.exp()
+    assert torch.equal(y[:4], expected[:4])
+    assert y[4].isnan()
+    torch.testing.assert_close(y[5:], expected[5:], rtol=1e-6, atol=2e-45)
+    assert y[9] > 0  # denormal
+
+
+def run(code: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def process():
+    """What a fresh process with two threads sees before and after its first call of a compiled kernel."""
+    code = """
+import json, os, torch
+from pathlib import Path
+from torch.utils.data import DataLoader
+from visionmix.kernels import gated_linear_attention, native, use
+
+use("cpu")
+q = torch.randn(2, 40, 4, 16)
+
+def call():
+    return gated_linear_attention(q, q, q, -q.abs())[0]
+
+def mapped():
+    maps = Path("/proc/self/maps")
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()} if maps.exists() else ()
+    return sorted({Path(path).name for path in paths})
+
+class Workers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.set_num_threads(2)
+        return native.threads(), call()
+
+before = mapped()
+expected = call()
+after = mapped()
+print(json.dumps(dict(
+    before=before,
+    after=after,
+    threads=native.threads(),
+    denormal=(torch.tensor([1e-40]) * 0.5).item(),
+    double_denormal=5e-324 * len(after or "x") ** 0,
+    workers=[
+        (threads.item(), torch.equal(out[0], expected))
+        for threads, out in DataLoader(Workers(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    ],
+)))
+"""
+    return json.loads(run(code))
+
+
+def test_loading_keeps_denormals(process):
+    assert process["denormal"] > 0
+    assert process["double_denormal"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_shares_the_openmp_runtime_of_torch(process):
+    def runtimes(names):
+        return [name for name in names if name.startswith(("libgomp", "libomp", "libiomp"))]
+
+    assert any(name.startswith("gated_linear_attention-cpu-") for name in process["after"])
+    assert runtimes(process["after"]) == runtimes(process["before"])
+
+
+def test_a_forked_child_runs_one_thread_and_does_not_hang(process):
+    assert process["threads"] == 2
+    assert process["workers"] == [[1, True]] * 4
+
+
+def test_threads_follow_torch():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert native.threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path):
+    code = """
+import os, logging
+os.environ["PATH"] = "/nonexistent"; os.environ.pop("CXX", None)
+lines = []
+handler = logging.Handler(); handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("visionmix.kernels").addHandler(handler)
+import torch
+from visionmix.kernels import backends, gated_linear_attention
+q = torch.randn(1, 9, 1, 4, requires_grad=True)
+for _ in range(3):
+    gated_linear_attention(q, q, q, -q.abs())[0].sum().backward()
+assert "no C++ compiler" in backends()["gated_linear_attention"]["cpu"]
+print(len(lines), lines[0])
+"""
+    said = run(code)
+    assert said.startswith("1 gated_linear_attention runs its PyTorch reference: no C++ compiler is found")
+    assert "install g++ or clang, or set CXX" in said
+
+
+def test_backends_are_ready():
+    assert kernels.backends()["gated_linear_attention"]["cpu"] == "ready"

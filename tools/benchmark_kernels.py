@@ -1,0 +1,293 @@
+"""Time and memory of the fused ops beside their peers and the least possible: `python tools/benchmark_kernels.py`.
+
+Appends a row an op, pass and implementation to benchmarks/kernels.csv. Each op and its peers are measured in one run,
+in float32, with the threads given. The floor is what the bytes that must move and the FLOPs that must be done take at the
+speed at which this machine copies and multiplies matrices, measured at the start. `--device cuda` is for the day when
+there is a GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionmix import kernels
+from visionmix.tools import peers, timing
+
+_CSV = Path("benchmarks/kernels.csv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape.
+
+    Attributes:
+        inputs: Makes the tensors, on a device.
+        ours: The op, called on them.
+        peers: Functions of the same tensors that compute the same, by name.
+        flops: Floating-point operations of a forward pass, without exponentials.
+        forward_only: Peers whose backward pass does not exist or takes minutes.
+    """
+
+    inputs: Callable[[str], list[Tensor]]
+    ours: Callable[..., Tensor]
+    peers: dict[str, Callable[..., Tensor]]
+    flops: float
+    forward_only: tuple[str, ...] = field(default=())
+
+
+def _scan_inputs(batch: int, dim: int, length: int, states: int) -> Callable[[str], list[Tensor]]:
+    def make(device: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        u, delta = (torch.randn(batch, dim, length, device=device) for _ in range(2))
+        B, C = (torch.randn(batch, states, length, device=device) for _ in range(2))
+        A = -torch.arange(1.0, states + 1, device=device).repeat(dim, 1)
+        return [u, delta - 3, A, B, C, torch.ones(dim, device=device)]
+
+    return make
+
+
+def _ours_scan(u, delta, A, B, C, D):
+    return kernels.selective_scan(u, delta, A, B, C, D, delta_softplus=True)
+
+
+_CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
+
+
+def _cross_inputs(side: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
+    def make(device: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(1, side, side, channels, device=device)
+        delta = torch.randn(1, side, side, 4, channels, device=device) - 3
+        B, C = (torch.randn(1, side, side, 4, states, device=device) for _ in range(2))
+        A = -torch.ones(4, channels, states, device=device)
+        return [x, delta, A, B, C, torch.ones(4, channels, device=device)]
+
+    return make
+
+
+def _ours_cross(x, delta, A, B, C, D):
+    return kernels.selective_scan_2d(x, delta, A, B, C, D, delta_softplus=True, orders=_CROSS)
+
+
+def _cross_by_index(x, delta, A, B, C, D):
+    """The four directions by index_select and the 1-D op's PyTorch path."""
+    from visionmix import scans
+
+    height, width = x.shape[1:3]
+    out = 0
+    with kernels.use("reference"):
+        for route, name in enumerate(_CROSS):
+            index, inverse = scans.order(name, height, width, device=x.device)
+
+            def sequence(tensor, index=index):
+                return tensor.flatten(1, 2).index_select(1, index).transpose(1, 2)
+
+            y = kernels.selective_scan(
+                sequence(x), sequence(delta[..., route, :]), A[route], sequence(B[..., route, :]),
+                sequence(C[..., route, :]), D[route], delta_softplus=True,
+            )  # fmt: skip
+            out = out + y.transpose(1, 2).index_select(1, inverse)
+    return out.unflatten(1, (height, width))
+
+
+def _gla_inputs(length: int, gates: int) -> Callable[[str], list[Tensor]]:
+    def make(device: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        q, k = (torch.randn(1, length, 12, 32, device=device) for _ in range(2))
+        v = torch.randn(1, length, 12, 64, device=device)
+        g = [F.logsigmoid(torch.randn(1, length, 12, 32, device=device)) / 16 for _ in range(gates)]
+        return [q, k, v, *g]
+
+    return make
+
+
+def _ours_gla(q, k, v, g):
+    return kernels.gated_linear_attention(q, k, v, g)[0]
+
+
+def _chunked_gla(q, k, v, g):
+    with kernels.use("reference"):
+        return kernels.gated_linear_attention(q, k, v, g)[0]
+
+
+def _gla_both_loops(q, k, v, forward, backward):
+    flipped = peers.gated_linear_attention_token_loop(q.flip(1), k.flip(1), v.flip(1), backward.flip(1)).flip(1)
+    return (peers.gated_linear_attention_token_loop(q, k, v, forward) + flipped) / 2
+
+
+def _chunked_gla_both(*inputs):
+    with kernels.use("reference"):
+        return kernels.bidirectional_gated_linear_attention(*inputs)
+
+
+def _na_inputs(device: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, 56, 56, 3, 32, device=device) for _ in range(3)]
+
+
+def _na_case(dilation: int, device: str) -> Case:
+    flex = peers.na2d_flex_attention(56, 56, 7, dilation, device)
+    return Case(
+        _na_inputs,
+        lambda q, k, v: kernels.na2d(q, k, v, kernel_size=7, dilation=dilation),
+        {"flex_attention": flex, "gather": lambda q, k, v: peers.na2d_gather(q, k, v, 7, dilation)},
+        4.0 * 56 * 56 * 49 * 3 * 32,
+    )
+
+
+def cases(device: str) -> dict[str, Callable[[], Case]]:
+    """Return every case by name; making one may compile a peer."""
+    scan_flops = 9.0 * 384 * 3136 * 16
+    loop, mambapy = peers.selective_scan_token_loop, peers.selective_scan_mambapy
+    made = {
+        "selective_scan 1x384x3136 N16": lambda: Case(
+            _scan_inputs(1, 384, 3136, 16), _ours_scan, {"token_loop": loop, "mambapy": mambapy}, scan_flops
+        ),
+        "selective_scan_2d cross 56x56x192 N1": lambda: Case(
+            _cross_inputs(56, 192, 1), _ours_cross, {"index_select": _cross_by_index}, 9.0 * 4 * 192 * 3136
+        ),
+        "na2d 56x56 k7 3x32 dilation 1": lambda: _na_case(1, device),
+        "na2d 56x56 k7 3x32 dilation 8": lambda: _na_case(8, device),
+    }
+    for side in (64, 14):
+        length = side * side
+        made[f"gated_linear_attention {side}x{side} 12x32x64"] = lambda length=length: Case(
+            _gla_inputs(length, 1), _ours_gla,
+            {"token_loop": peers.gated_linear_attention_token_loop, "chunked": _chunked_gla},
+            5.0 * 12 * length * 32 * 64,
+        )  # fmt: skip
+        made[f"bidirectional_gated_linear_attention {side}x{side} 12x32x64"] = lambda length=length: Case(
+            _gla_inputs(length, 2), kernels.bidirectional_gated_linear_attention,
+            {"token_loop": _gla_both_loops, "chunked": _chunked_gla_both},
+            10.0 * 12 * length * 32 * 64,
+        )  # fmt: skip
+    return made
+
+
+def _call(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], None]:
+    if not backward:
+
+        def forward_pass() -> None:
+            with torch.no_grad():
+                function(*inputs)
+
+        return forward_pass
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    with torch.no_grad():
+        weight = torch.randn_like(function(*inputs))
+
+    def both_passes() -> None:
+        torch.autograd.grad(function(*inputs), inputs, weight)
+
+    return both_passes
+
+
+def _check_equal(case: Case, device: str) -> None:
+    inputs = case.inputs(device)
+    with torch.no_grad():
+        expected = case.ours(*inputs)
+        for name, peer in case.peers.items():
+            error = ((peer(*inputs) - expected).abs().max() / expected.abs().max()).item()
+            if error > 1e-4:
+                raise RuntimeError(f"{name} differs from the op by {error:.1e} of the largest output; nothing is timed")
+
+
+def run(name: str, case: Case, *, device: str, memory: bool, skip: set[str]) -> list[dict[str, object]]:
+    """Return the rows of one case, the op first."""
+    _check_equal(case, device)
+    copied, multiplied = timing.machine_limits(device)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    inputs = case.inputs(device)
+    with torch.no_grad():
+        out = case.ours(*inputs)
+    moved = sum(tensor.nbytes for tensor in [*inputs, out])
+    rows = []
+    for backward in (False, True):
+        # Backward reads the inputs and the output's gradient and writes the inputs' gradients; its products are twice
+        # the forward's, and one more to recompute the states, which no op keeps.
+        floor = max(moved * (3 if backward else 1) / copied, case.flops * (4 if backward else 1) / multiplied)
+        our_time = None
+        for label, function in {"visionmix": case.ours, **case.peers}.items():
+            if label in skip or (backward and label in case.forward_only):
+                continue
+            timing.check_quiet()
+            time = timing.measure(_call(function, inputs, backward), synchronize)
+            our_time = our_time or time.p50
+            peak = (
+                timing.peak_memory([__file__, "--child", name, label, str(int(backward))]) if memory else float("nan")
+            )
+            rows.append({
+                "op": name,
+                "pass": "forward + backward" if backward else "forward",
+                "implementation": label,
+                "p20_ms": f"{time.p20 * 1e3:.4g}",
+                "p50_ms": f"{time.p50 * 1e3:.4g}",
+                "p80_ms": f"{time.p80 * 1e3:.4g}",
+                "times_ours": f"{time.p50 / our_time:.3g}",
+                "floor_ms": f"{floor * 1e3:.3g}",
+                "times_floor": f"{time.p50 / floor:.3g}",
+                "peak_mb": f"{peak / 1e6:.4g}",
+                **timing.conditions(device),
+            })  # fmt: skip
+    return rows
+
+
+def _child(name: str, label: str, backward: bool) -> None:
+    case = cases("cpu")[name]()
+    function = case.ours if label == "visionmix" else case.peers[label]
+    inputs = case.inputs("cpu")
+    # A small call first, so that libraries and compiled code are loaded before the size is read.
+    kernels.backends()
+    timing.print_growth(_call(function, inputs, backward))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; return the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmark_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out")
+    parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
+    parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.child:
+        name, label, backward = args.child
+        _child(name, label, backward == "1")
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU was found")
+    chosen = {name: make for name, make in cases(args.device).items() if args.only in name}
+    if not chosen:
+        parser.error(f"--only {args.only!r} matches none of {list(cases(args.device))}")
+    console = Console()
+    for name, make in chosen.items():
+        memory = not args.no_memory and args.device == "cpu"
+        try:
+            rows = run(name, make(), device=args.device, memory=memory, skip=set(args.skip))
+        except timing.NoisyMachine as error:
+            console.print(f"{name}: nothing recorded: {error}", style="red")
+            return 1
+        timing.append_rows(args.csv, rows)
+        table = Table(title=name)
+        columns = ["pass", "implementation", "p50_ms", "times_ours", "floor_ms", "times_floor", "peak_mb"]
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(str(row[column]) for column in columns))
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and report what they take of each target.
+
+    python tools/compile_kernels.py
+    python tools/compile_kernels.py --op gated_linear_attention --target sm_90 gfx942 --csv kernels.csv
+
+Every kernel launch that the ops make in forward and backward on a set of shapes, in each dtype, is planned on meta
+tensors and compiled with the arguments, tiles and warps that it would run with. Exits with status 1 if a kernel spills
+registers or wants more shared memory than a program of the target has.
+"""
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionmix.kernels.gpu import Launch, Target, plan
+from visionmix.tools.kernel_problems import PROBLEMS, Problem
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What bounds a program on a target, and how many run at once on one of its processors (SM or CU).
+
+    Attributes:
+        target: what Triton compiles for.
+        warp: threads a warp.
+        shared_program: bytes of shared memory that one program may use.
+        shared_processor: bytes of shared memory of a processor.
+        registers_thread: 32-bit registers that a thread may use.
+        registers_processor: 32-bit registers of a processor.
+        granule: registers a thread are given out in multiples of this.
+        warps_processor: warps that a processor holds at most.
+        programs_processor: programs that a processor holds at most.
+    """
+
+    target: Target
+    warp: int
+    shared_program: int
+    shared_processor: int
+    registers_thread: int
+    registers_processor: int
+    granule: int
+    warps_processor: int
+    programs_processor: int
+
+    def occupancy(self, registers: int, shared: int, warps: int) -> float:
+        """Return the part of the processor's warps that programs of these needs can occupy."""
+        registers = max(self.granule, -(-registers // self.granule) * self.granule)
+        programs = min(
+            self.programs_processor,
+            self.warps_processor // warps,
+            self.registers_processor // (registers * self.warp * warps),
+            self.shared_processor // max(1, shared),
+        )
+        return programs * warps / self.warps_processor
+
+
+# NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability (1 KiB of the processor's shared
+# memory is the system's, for each program). AMD: CDNA3 ISA guide (4 SIMDs of 512 vector registers, 8 waves each).
+DEVICES = {
+    "sm_80": Device(Target("cuda", 80), 32, 163 << 10, 163 << 10, 255, 1 << 16, 8, 64, 32),
+    "sm_90": Device(Target("cuda", 90), 32, 227 << 10, 227 << 10, 255, 1 << 16, 8, 64, 32),
+    "sm_100": Device(Target("cuda", 100), 32, 227 << 10, 227 << 10, 255, 1 << 16, 8, 64, 32),
+    "gfx942": Device(Target("hip", "gfx942"), 64, 64 << 10, 64 << 10, 512, 4 * 512 * 64, 8, 32, 32),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel variant takes on one target.
+
+    `spills` counts bytes of spill loads and stores on NVIDIA, spilled vector and scalar registers on AMD; `shared` is
+    in bytes.
+    """
+
+    op: str
+    problem: str
+    dtype: str
+    kernel: str
+    tiles: str
+    warps: int
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+
+    def fault(self) -> str | None:
+        """Return what is wrong with it, or None."""
+        if self.spills:
+            return f"{self.spills} spilled"
+        limit = DEVICES[self.target].shared_program
+        return f"{self.shared} bytes of shared memory, of {limit}" if self.shared > limit else None
+
+
+def _specialised(value: Any) -> tuple[str, list]:
+    """Return the type and attributes that Triton's launcher gives an argument that is no constant."""
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype], [["tt.divisibility", 16]]
+    if isinstance(value, float):
+        return "fp32", []
+    width = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return width, [["tt.divisibility", 16]] if value % 16 == 0 else []
+
+
+def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
+    """Return a launch's signature, constants and attributes, as Triton's launcher would specialise them."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        exact = not parameter.do_not_specialize and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or value is None or exact:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name], found = _specialised(value)
+        if found and not parameter.do_not_specialize:
+            attributes[(place,)] = found
+    return signature, constants, attributes
+
+
+def _key(launch: Launch) -> str:
+    return repr((launch.kernel.fn.__qualname__, *source(launch), launch.num_warps, launch.num_stages))
+
+
+def launches(problem: Problem, dtype: torch.dtype, target: Target) -> list[Launch]:
+    """Return the launches of a problem's forward and backward, each variant once."""
+    with plan(target) as planned:
+        problem.run(dtype)
+    return list({_key(launch): launch for launch in planned}.values())
+
+
+def _nvidia_usage(asm: dict[str, Any], device: Device) -> tuple[int, int]:
+    """Return registers a thread and bytes spilled, as the assembler reports them."""
+    import triton
+
+    arch = int(device.target.arch)
+    tools = triton.knobs.nvidia
+    assembler = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(asm["ptx"])
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [assembler, "-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file)]
+        log = subprocess.run([*command, "-o", f"{file}.o"], check=True, capture_output=True, text=True)
+    text = log.stdout + log.stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text)))
+    return int(re.search(r"Used (\d+) registers", text)[1]), spills
+
+
+def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
+    """Return vector registers a thread (accumulation registers included) and registers spilled, from the metadata."""
+    text = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+
+
+def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
+    """Compile a launch for a target; return registers a thread, spills and bytes of shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    device = DEVICES[target]
+    signature, constants, attributes = source(launch)
+    compiled = triton.compile(
+        ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget(device.target.backend, device.target.arch, device.warp),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    usage = _nvidia_usage(compiled.asm, device) if device.target.backend == "cuda" else _amd_usage(compiled.asm)
+    return *usage, compiled.metadata.shared
+
+
+def _tiles(launch: Launch) -> str:
+    """Return the constants that tell variants of a kernel apart, as text."""
+    shown = {}
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            shown[parameter.name] = value
+        elif value is None:
+            shown[f"no {parameter.name.removeprefix('p_')}"] = True
+    return " ".join(
+        name if value is True else f"{name}={value}" for name, value in shown.items() if value not in (False, None)
+    )
+
+
+def reports(
+    ops: list[str], targets: list[str], dtypes: list[str], problem_names: list[str] | None = None
+) -> Iterator[Report]:
+    """Yield a report for every variant of the ops' kernels, dtype and target."""
+    for op in ops:
+        for target in targets:
+            seen: set[str] = set()
+            for problem in PROBLEMS[op]:
+                if problem_names is not None and problem.name not in problem_names:
+                    continue
+                for dtype in dtypes:
+                    for launch in launches(problem, DTYPES[dtype], DEVICES[target].target):
+                        if (key := _key(launch)) in seen:
+                            continue
+                        seen.add(key)
+                        registers, spills, shared = compile_launch(launch, target)
+                        yield Report(
+                            op,
+                            problem.name,
+                            dtype,
+                            launch.kernel.fn.__qualname__,
+                            _tiles(launch),
+                            launch.num_warps,
+                            target,
+                            registers,
+                            spills,
+                            shared,
+                            round(DEVICES[target].occupancy(registers, shared, launch.num_warps), 2),
+                        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="compile_kernels", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--op", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="ops to compile; all")
+    parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES), help="targets; all")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the inputs; all")
+    parser.add_argument("--problem", nargs="+", help="names of the shapes to compile for; all")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument("--csv", type=Path, help="write the reports to this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile what the arguments ask for; return 1 if a kernel spills or exceeds its shared memory."""
+    arguments = _parser().parse_args(argv)
+    found = []
+    print(
+        f"{'kernel':<26}{'dtype':<10}{'target':<8}{'warps':>5}{'regs':>6}{'spills':>8}{'shared':>8}{'occ.':>6}  tiles"
+    )
+    for report in reports(arguments.op, arguments.target, arguments.dtype, arguments.problem):
+        found.append(report)
+        print(
+            f"{report.kernel:<26}{report.dtype:<10}{report.target:<8}{report.warps:>5}{report.registers:>6}"
+            f"{report.spills:>8}{report.shared:>8}{report.occupancy:>6.0%}  {report.problem}: {report.tiles}",
+            flush=True,
+        )
+    rows = [asdict(report) for report in found]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, Report.__dataclass_fields__)
+            writer.writeheader()
+            writer.writerows(rows)
+    faults = [(report, fault) for report in found if (fault := report.fault())]
+    for report, fault in faults:
+        print(f"{report.kernel} ({report.dtype}, {report.target}, {report.problem}): {fault}", file=sys.stderr)
+    print(f"{len(found)} compiled, {len(faults)} at fault")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

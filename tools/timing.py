@@ -1,0 +1,152 @@
+"""Timing that can be believed: on a quiet machine, repeated until it agrees; memory in a process of its own."""
+
+import csv
+import datetime
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_BUSY = 0.10  # of one core
+_AGREE = 0.10
+_SAMPLES = 20
+_SECONDS = 0.5
+_ROUNDS = 8
+_SLOW = 5.0
+
+
+class NoisyMachine(RuntimeError):
+    """Something else keeps the machine busy, so nothing is measured."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds a call: the 20th, 50th and 80th percentile of its samples."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def check_quiet() -> None:
+    """Raise NoisyMachine where other processes take more than a tenth of a core, over half a second.
+
+    Raises:
+        NoisyMachine: the machine is busy.
+    """
+    import psutil
+
+    busy = psutil.cpu_percent(interval=0.5) / 100 * psutil.cpu_count()
+    if busy > _BUSY:
+        raise NoisyMachine(f"other processes take {busy:.2f} cores; wait until they end, or stop them")
+
+
+def measure(call: Callable[[], object], synchronize: Callable[[], object] = lambda: None) -> Time:
+    """Return the time of `call`, repeated in rounds until two rounds' medians agree within a tenth.
+
+    A round is at least half a second and 20 samples long, or 5 seconds, or one sample.
+
+    Raises:
+        NoisyMachine: no two consecutive rounds agreed.
+    """
+
+    def sample() -> float:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        return time.perf_counter() - start
+
+    medians: list[float] = []
+    warm = sample()
+    for _ in range(_ROUNDS):
+        # A slow call needs no warming: its first run is the first round.
+        samples = [warm if warm > _SLOW and not medians else sample()]
+        while sum(samples) < (_SLOW if len(samples) < _SAMPLES else _SECONDS):
+            samples.append(sample())
+        medians.append(statistics.median(samples))
+        if len(medians) > 1 and abs(medians[-1] - medians[-2]) <= _AGREE * min(medians[-2:]):
+            samples.sort()
+            low, high = (samples[min(len(samples) - 1, int(len(samples) * share))] for share in (0.2, 0.8))
+            return Time(low, medians[-1], high)
+    raise NoisyMachine(f"{_ROUNDS} rounds disagree: medians {[f'{value * 1e3:.3g} ms' for value in medians]}")
+
+
+def peak_memory(arguments: Iterable[str]) -> float:
+    """Return what `python arguments` prints last: the bytes by which its resident set grew; see `print_growth`."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_growth(call: Callable[[], object]) -> None:
+    """Run `call` and print how many bytes the largest resident set of this process grew by."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+
+
+@cache
+def machine_limits(device: str = "cpu") -> tuple[float, float]:
+    """Return (bytes a second of a large copy, counting reads and writes; float32 FLOPs a second of a large product)."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    x = torch.ones(1 << 26, device=device)
+    y = torch.empty_like(x)
+    copied = 2 * x.nbytes / measure(lambda: y.copy_(x), synchronize).p20
+    a = torch.ones(2048, 2048, device=device)
+    multiplied = 2 * 2048**3 / measure(lambda: a @ a, synchronize).p20
+    return copied, multiplied
+
+
+def conditions(device: str = "cpu") -> dict[str, str]:
+    """Return what a figure depends on: date, device, threads and versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return platform.processor() or platform.machine()
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Append `rows` to the CSV file `path`, with a header where it is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    rows = list(rows)
+    if not rows:
+        return
+    columns = list(rows[0])
+    exists = path.exists()
+    if exists:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns:
+            raise ValueError(f"{path} has the columns {found}, not {columns}; move it aside")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if not exists:
+            writer.writeheader()
+        writer.writerows(rows)
