@@ -1,8 +1,8 @@
 """Make a small image-classification set from the photographs that ship inside scikit-image's wheel: no download.
 
-Each photograph is a class. Two square blocks of it, each two patches wide, are set aside for testing: test patches lie
-inside them, train patches at least a patch away from them, so no train patch shares a pixel with, or even touches, a
-test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
+Each photograph is a class. Three square blocks of it, two patches wide each, are set aside: test patches lie inside
+them, train patches at least a patch away from them, so no train patch shares a pixel with, or even touches, a test
+patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MANIFEST = "patches.json"
 
 @dataclass(frozen=True)
 class Patch:
-    """One square patch: the photograph's class, its split, and its corner in pixels of the (possibly shrunk) photo."""
+    """One square patch: the photograph's class, its split, and its corner in pixels of the resized photo."""
 
     split: str
     label: str
@@ -64,17 +64,16 @@ def photograph_folder() -> Path:
     return folder
 
 
-def open_photograph(path: Path, longest: int = 800) -> Image.Image:
-    """Return the photograph in RGB, halved until its longer side is at most `longest` pixels."""
-    image = Image.open(path).convert("RGB")
-    factor = 1
-    while max(image.size) > longest * factor:
-        factor *= 2
-    return image.reduce(factor) if factor > 1 else image
+def open_photograph(path: Path, side: int = 640) -> Image.Image:
+    """Return the photograph in RGB, resized so that its shorter side is `side` pixels."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 
 
 # Centres of the test blocks, as fractions of width and height.
-BLOCKS = ((0.28, 0.35), (0.72, 0.65))
+BLOCKS = ((0.25, 0.3), (0.75, 0.35), (0.5, 0.75))
 
 
 def test_corners(width: int, height: int, patch: int) -> np.ndarray:

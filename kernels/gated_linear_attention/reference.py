@@ -158,7 +158,8 @@ def _interleave(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
 
 def _chunk_size(length: int) -> int:
     """Return how many tokens a chunk takes: a power of two, of the usual ones that which pads least."""
-    return min(1 << (length - 1).bit_length(), min(CHUNKS, key=lambda chunk: -length % chunk))
+    # At least 2, so that a single token's gate is part of autograd's graph and its gradient zero, not None.
+    return min(max(2, 1 << (length - 1).bit_length()), min(CHUNKS, key=lambda chunk: -length % chunk))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -36,6 +36,18 @@ constexpr int channels = 4;
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// Hold a loaded vector in a register: GCC would rather load it again as an operand of each of its uses, and unaligned
+// loads are what these loops are short of.
+inline void hold(vec& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define TILE_SHUFFLES
@@ -93,8 +105,16 @@ inline void pack(const float* from, int64_t step, int64_t count, int64_t dim, in
   vec x[lanes];
   for (int64_t token = 0; token < count; token += lanes) {
     for (int64_t channel = 0; channel < padded; channel += lanes) {
-      for (int i = 0; i < lanes; ++i) {
-        x[i] = token + i < count ? load_part(from + (token + i) * step + channel, dim - channel) * factor : vec{};
+      const float* first = from + token * step + channel;
+      if (token + lanes <= count && channel + lanes <= dim) {
+        for (int i = 0; i < lanes; ++i) {
+          __builtin_prefetch(first + (lanes + i) * step);  // a stride that the machine does not foresee
+          x[i] = load(first + i * step) * factor;
+        }
+      } else {
+        for (int i = 0; i < lanes; ++i) {
+          x[i] = token + i < count ? load_part(first + i * step, dim - channel) * factor : vec{};
+        }
       }
       transpose(x);
       const int last = static_cast<int>(std::min<int64_t>(lanes, padded - channel));
@@ -107,9 +127,16 @@ inline void pack(const float* from, int64_t step, int64_t count, int64_t dim, in
 inline void unpack(const float* from, int64_t count, int64_t dim, float* to, int64_t step) {
   vec x[lanes];
   for (int64_t channel = 0; channel < dim; channel += lanes) {
-    for (int i = 0; i < lanes; ++i) x[i] = channel + i < dim ? load(from + (channel + i) * lanes) : vec{};
-    transpose(x);
-    for (int i = 0; i < count; ++i) store_part(to + i * step + channel, x[i], dim - channel);
+    const float* first = from + channel * lanes;
+    if (count == lanes && channel + lanes <= dim) {
+      for (int i = 0; i < lanes; ++i) x[i] = load(first + i * lanes);
+      transpose(x);
+      for (int i = 0; i < lanes; ++i) store(to + i * step + channel, x[i]);
+    } else {
+      for (int i = 0; i < lanes; ++i) x[i] = channel + i < dim ? load(first + i * lanes) : vec{};
+      transpose(x);
+      for (int i = 0; i < count; ++i) store_part(to + i * step + channel, x[i], dim - channel);
+    }
   }
 }
 
@@ -147,7 +174,8 @@ void score_block(const float* x, int64_t x_row, Met met, int64_t dim, const Bias
     vec own[row_count];
     for (int r = 0; r < row_count; ++r) own[r] = load(x + r * x_row + channel * lanes);
     for (int o = 0; o < count; ++o) {
-      const vec other = met.at(channel, o);
+      vec other = met.at(channel, o);
+      hold(other);
       for (int r = 0; r < row_count; ++r) sum[r][o] += own[r] * other;
     }
   }
@@ -197,7 +225,8 @@ void add_block(int64_t count, const float* weights, int64_t weights_row, Met met
     vec weight[row_count];
     for (int r = 0; r < row_count; ++r) weight[r] = load(weights + r * weights_row + o * lanes);
     for (int c = 0; c < channel_count; ++c) {
-      const vec other = met.at(channel + c, o);
+      vec other = met.at(channel + c, o);
+      hold(other);
       for (int r = 0; r < row_count; ++r) total[r][c] += weight[r] * other;
     }
   }

@@ -48,8 +48,10 @@ struct Arguments {
 
 namespace {
 
-// Read `count` steps of `width` channels as rows of `lanes`, zeros beyond the width; `ahead` is fetched meanwhile.
-void load_block(const float* p, int64_t channel, int64_t time, int width, int count, int64_t pitch, float* rows) {
+// Read `count` steps of `width` channels as rows of `lanes`, zeros beyond the width, and fetch what lies `ahead` steps
+// further meanwhile: so many rows, so far apart, are not foreseen by the machine.
+void load_block(const float* p, int64_t channel, int64_t time, int width, int count, int ahead, int64_t pitch,
+                float* rows) {
   if (time == 1) {
     for (int t = 0; t < count; t += lanes) {
       const int steps = std::min(lanes, count - t);
@@ -58,7 +60,7 @@ void load_block(const float* p, int64_t channel, int64_t time, int width, int co
         const float* from = p + i * channel + t;
         if (i < width && steps == lanes) {
           square[i] = simd::load(from);
-          __builtin_prefetch(from + forward_chunk);
+          __builtin_prefetch(from + ahead);
         } else {
           square[i] = vec{};
           if (i < width) std::memcpy(&square[i], from, steps * sizeof(float));
@@ -73,6 +75,7 @@ void load_block(const float* p, int64_t channel, int64_t time, int width, int co
       float* row = rows + t * pitch;
       if (channel == 1 && width == lanes) {
         simd::store(row, simd::load(from));
+        __builtin_prefetch(from + ahead * time);
       } else {
         for (int i = 0; i < lanes; ++i) row[i] = i < width ? from[i * channel] : 0.0f;
       }
@@ -155,9 +158,11 @@ struct Job {
     return t;
   }
 
-  void read(const Signal& x, const Task& task, const Tile& tile, int64_t start, int count, vec* into) const {
+  void read(const Signal& x, const Task& task, const Tile& tile, int64_t start, int count, vec* into,
+            bool backwards = false) const {
     const float* from = x.data + task.batch * x.batch + tile.channel * x.channel + start * x.time;
-    load_block(from, x.channel, x.time, tile.width, count, lanes, reinterpret_cast<float*>(into));
+    load_block(from, x.channel, x.time, tile.width, count, backwards ? -chunk : chunk, lanes,
+               reinterpret_cast<float*>(into));
   }
 
   void write(const vec* from, const Task& task, const Tile& tile, int64_t start, int count, const Signal& x) const {
@@ -175,7 +180,7 @@ struct Job {
     }
     for (int64_t n = 0; n < a.states; n += lanes) {
       const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
-      load_block(from + n * x.state, x.state, x.time, width, count, pitch, rows + n);
+      load_block(from + n * x.state, x.state, x.time, width, count, 0, pitch, rows + n);
     }
   }
 
@@ -256,9 +261,9 @@ struct Job {
       read(a.C, task, start, count, C);
       for (int64_t i = 0; i < count_tiles; ++i) {
         Tile& t = side[i];
-        read(a.u, task, t, start, count, u);
-        read(a.delta, task, t, start, count, raw);
-        read(a.grad_out, task, t, start, count, grad_y);
+        read(a.u, task, t, start, count, u, true);
+        read(a.delta, task, t, start, count, raw, true);
+        read(a.grad_out, task, t, start, count, grad_y, true);
         std::copy_n(raw, count, delta);
         scan::activate(count, delta, t.bias, a.softplus);
         for (int s = 0; s < count; ++s) x[s] = delta[s] * u[s], grad_x[s] = vec{}, grad_rate[s] = vec{};
@@ -297,7 +302,7 @@ struct Job {
   // The gradient before the gate, and the skip of y. `close` needs the gradient of the output and the gate again: both
   // are read a second time, which is cheaper than to keep them.
   void open(const Task& task, const Tile& t, int64_t start, int count, const vec* u, vec* y, vec* grad_y) const {
-    read(a.z, task, t, start, count, y);
+    read(a.z, task, t, start, count, y, true);
     for (int s = 0; s < count; ++s) {
       grad_y[s] *= y[s] * scan::sigmoid(y[s]);
       y[s] = t.D * u[s];

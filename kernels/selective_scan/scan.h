@@ -35,17 +35,49 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 
 // ---- Elementary functions --------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+inline vec at_least(vec x, float low) { return (vec)_mm512_maskz_max_ps(0xffff, (__m512)broadcast(low), (__m512)x); }
+
 inline vec round(vec x) {
-#if defined(__AVX512F__)
   return (vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const vec rounder = broadcast(12582912.0f);  // 1.5 * 2^23
-  return (x + rounder) - rounder;
-#endif
 }
 
-// 2^(fraction + whole), |fraction| <= 1/2; 1 + fraction * minimax, so that decays near 1 are rounded once. Relative
-// error 2e-9 before rounding, 8e-8 after.
+// x - round(x), and 0 for the infinities.
+inline vec remainder(vec x) {
+  return (vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline vec scale(vec x, vec exponent) { return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)exponent); }
+
+#else
+
+inline vec at_least(vec x, float low) { return x < low ? broadcast(low) : x; }
+
+// Exponents beyond [-160, 140] make no other float; the sum keeps none of the fraction, and NaN stays.
+inline vec round(vec x) {
+  x = at_least(x, -160.0f);
+  x = x > 140.0f ? broadcast(140.0f) : x;
+  const vec rounder = broadcast(12582912.0f);  // 1.5 * 2^23
+  return (x + rounder) - rounder;
+}
+
+inline vec remainder(vec x) {
+  x = at_least(x, -160.0f);
+  x = x > 140.0f ? broadcast(140.0f) : x;
+  return x - round(x);
+}
+
+// Two factors, because 2^-149 and 2^128 are no normal floats.
+inline vec scale(vec x, vec exponent) {
+  const simd::ivec n = __builtin_convertvector(exponent, simd::ivec), half = n >> 1;
+  return x * simd::bits<vec>((half + 127) << 23) * simd::bits<vec>((n - half + 127) << 23);
+}
+
+#endif
+
+// 2^(fraction + whole), |fraction| <= 1/2: 1 + fraction times a minimax polynomial, so that decays near 1 are rounded
+// once. Relative error 2e-9 before rounding, 8e-8 after.
 inline vec power_of_two(vec fraction, vec whole) {
   vec p = fraction * 1.535336212e-04f + 1.339887440e-03f;
   p = p * fraction + 9.618437357e-03f;
@@ -53,31 +85,15 @@ inline vec power_of_two(vec fraction, vec whole) {
   p = p * fraction + 2.402264791e-01f;
   p = p * fraction + 6.931472029e-01f;
   p = p * fraction + 1.0f;
-#if defined(__AVX512F__)
-  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)whole);
-#else
-  // Two factors, because 2^-149 and 2^128 are no normal floats.
-  const simd::ivec n = __builtin_convertvector(whole, simd::ivec), half = n >> 1;
-  return p * simd::bits<vec>((half + 127) << 23) * simd::bits<vec>((n - half + 127) << 23);
-#endif
+  return scale(p, whole);
 }
 
-// Keep what has no whole part (infinities) and what overflows an exponent out; NaN passes.
-inline vec clamp(vec x) {
-  const vec low = broadcast(-160.0f), high = broadcast(140.0f);
-  x = x < low ? low : x;
-  return x > high ? high : x;
-}
+inline vec exp2(vec x) { return power_of_two(remainder(x), round(x)); }
 
-inline vec exp2(vec x) {
-  x = clamp(x);
-  const vec whole = round(x);
-  return power_of_two(x - whole, whole);
-}
-
-inline vec exp(vec x) {
-  const vec whole = round(clamp(x * log2_e));
-  x = x < -110.0f ? broadcast(-110.0f) : x;
+// exp(x) for x <= 0.
+inline vec exp_negative(vec x) {
+  x = at_least(x, -110.0f);
+  const vec whole = round(x * log2_e);
   return power_of_two((x * log2_e - whole) + x * log2_e_rest, whole);
 }
 
@@ -85,7 +101,7 @@ inline vec exp(vec x) {
 // times a minimax polynomial, so that small steps keep their relative accuracy (5e-9 before rounding).
 inline vec softplus(vec x) {
   const vec zero{};
-  const vec w = exp(x < 0.0f ? x : zero - x);
+  const vec w = exp_negative(x < 0.0f ? x : -x);
   vec p = w * -3.244023366e-03f + 1.985145419e-02f;
   p = p * w - 5.695951890e-02f;
   p = p * w + 1.060365333e-01f;
@@ -99,7 +115,7 @@ inline vec softplus(vec x) {
 }
 
 inline vec sigmoid(vec x) {
-  const vec w = exp(x < 0.0f ? x : -x);
+  const vec w = exp_negative(x < 0.0f ? x : -x);
   return (x < 0.0f ? w : broadcast(1.0f)) / (w + 1.0f);
 }
 

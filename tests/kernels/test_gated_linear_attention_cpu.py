@@ -149,7 +149,7 @@ def test_float64_goes_to_the_reference_and_says_so(caplog):
 
 @EACH_WAY
 def test_strides(attention, used):
-    """Permuted, sliced, expanded and reversed inputs give, to the bit, what their copies give."""
+    """Permuted, sliced and expanded inputs give, to the bit, what their copies give."""
     base = torch.randn(2, 3, 40, 50)
     q = base[..., :16, :].permute(0, 3, 1, 2)  # channels apart
     k = torch.randn(50, 1, 3, 16).expand(-1, 2, -1, -1).transpose(0, 1)  # batches on top of each other

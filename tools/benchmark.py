@@ -1,0 +1,117 @@
+"""Time and memory of whole models side by side: `python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224`.
+
+Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in float32
+and eval mode unless `--train` is given, which times a forward and backward pass.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import visionmix  # noqa: F401 (registers the models)
+from visionmix.tools import info, timing
+
+_CSV = Path("benchmarks/models.csv")
+
+
+def _build(name: str, img_size: int) -> torch.nn.Module:
+    """Return the model at `img_size`: built for it where its sizes are baked in, as a user would."""
+    torch.manual_seed(0)
+    try:
+        return timm.create_model(name, img_size=img_size)
+    except TypeError:  # timm's convolutional models take no img_size
+        return timm.create_model(name)
+
+
+def _call(name: str, img_size: int, batch: int, train: bool, device: str) -> Callable[[], None]:
+    model = _build(name, img_size).to(device).train(train)
+    images = torch.randn(batch, 3, img_size, img_size, device=device)
+
+    def infer() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(images).mean().backward()
+
+    return step if train else infer
+
+
+def run(name: str, *, img_size: int, batch: int, train: bool, device: str, memory: bool) -> dict[str, object]:
+    """Return the row of one model."""
+    timing.check_quiet()
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    time = timing.measure(_call(name, img_size, batch, train, device), synchronize)
+    cost = info.measure(_build(name, img_size), (3, img_size, img_size))
+    gmacs = sum(cost.macs.values()) / 1e9
+    arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
+    peak = timing.peak_memory([*arguments, *(["--train"] if train else [])]) if memory else float("nan")
+    return {
+        "model": name,
+        "pass": "forward + backward" if train else "forward",
+        "img_size": img_size,
+        "batch": batch,
+        "p20_ms": f"{time.p20 * 1e3:.4g}",
+        "p50_ms": f"{time.p50 * 1e3:.4g}",
+        "p80_ms": f"{time.p80 * 1e3:.4g}",
+        "images_s": f"{batch / time.p50:.4g}",
+        "gmacs": f"{gmacs:.3g}",
+        "ms_a_gmac": f"{time.p50 * 1e3 / (gmacs * batch):.3g}",
+        "gflop_s": f"{2 * gmacs * batch * (3 if train else 1) / time.p50:.4g}",
+        "peak_mb": f"{peak / 1e6:.4g}",
+        "params_m": f"{cost.params / 1e6:.4g}",
+        **timing.conditions(device),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; return the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "model", nargs="+", help="names that timm knows; the first is what the others are compared with"
+    )
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--train", action="store_true", help="time a forward and backward pass")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
+    parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.model if not timm.is_model(name)]
+    if unknown:
+        parser.error(f"timm knows no model called {unknown[0]!r}; timm.list_models() has those it knows")
+    torch.set_num_threads(args.threads)
+    if args.child:
+        timing.print_growth(_call(args.model[0], args.img_size, args.batch, args.train, "cpu"))
+        return 0
+    memory = not args.no_memory and args.device == "cpu"
+    options = {"img_size": args.img_size, "batch": args.batch, "train": args.train}
+    console = Console()
+    try:
+        rows = [run(name, **options, device=args.device, memory=memory) for name in args.model]
+    except timing.NoisyMachine as error:
+        console.print(f"nothing recorded: {error}", style="red")
+        return 1
+    timing.append_rows(args.csv, rows)
+    columns = ["model", "p50_ms", "images_s", "gmacs", "ms_a_gmac", "gflop_s", "peak_mb"]
+    table = Table(title=f"{args.img_size} pixels, batch {args.batch}, {rows[0]['pass']}, {args.threads} threads")
+    for column in [*columns, "times the first"]:
+        table.add_column(column)
+    for row in rows:
+        ratio = float(rows[0]["p50_ms"]) / float(row["p50_ms"])
+        table.add_row(*(str(row[column]) for column in columns), f"{1 / ratio:.3g}")
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
