@@ -1,4 +1,4 @@
-"""Fused ops: selective scans and gated linear attention, on any device.
+"""Fused ops: selective scans, gated linear attention and neighborhood attention, on any device.
 
 `use` chooses the implementation of all of them and `backends` says which are ready.
 """
@@ -8,6 +8,7 @@ if __name__ == "kernels":
 
 from visionmix.kernels.dispatch import Unavailable, backends, use
 from visionmix.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
+from visionmix.kernels.neighborhood_attention import na1d, na2d, na3d
 from visionmix.kernels.selective_scan import selective_scan
 from visionmix.kernels.selective_scan_2d import selective_scan_2d
 
@@ -16,6 +17,9 @@ __all__ = [
     "backends",
     "bidirectional_gated_linear_attention",
     "gated_linear_attention",
+    "na1d",
+    "na2d",
+    "na3d",
     "selective_scan",
     "selective_scan_2d",
     "use",

@@ -100,15 +100,18 @@ def target() -> Target:
 
 
 def dot_precision(*tensors: Tensor | None) -> str:
-    """Return `tl.dot`'s `input_precision`.
+    """Return `tl.dot`'s `input_precision`; products run on float32 values, whatever comes in.
 
-    Products run on float32 values. With float32 inputs they are exact ("ieee"); half-precision inputs have at most the
-    11 significant bits of TF32, which has the range of float32, so that states cannot overflow.
+    Half-precision inputs have at most the 11 significant bits of TF32, which has the range of float32, so that states
+    cannot overflow. With float32 inputs, products are exact on AMD ("ieee", on matrix cores) and in the interpreter.
+    NVIDIA's tensor cores take three TF32 products instead, which keep 22 bits: Triton's "ieee" there unrolls whole
+    tiles into registers and spills them.
     """
-    if any(x is not None and x.dtype == torch.float32 for x in tensors):
-        return "ieee"
     here = target()
-    return "tf32" if here.backend != "hip" or here.arch == "gfx942" else "ieee"
+    full = any(x is not None and x.dtype == torch.float32 for x in tensors)
+    if here.backend == "cuda":
+        return "tf32x3" if full else "tf32"
+    return "tf32" if here.arch == "gfx942" and not full else "ieee"
 
 
 def launch(

@@ -1,7 +1,9 @@
-"""Time and memory of whole models side by side: `python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224`.
+"""Time and memory of whole models side by side.
 
-Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in float32
-and eval mode unless `--train` is given, which times a forward and backward pass.
+    python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224
+
+Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
+float32 and eval mode unless `--train` is given, which times a forward and backward pass.
 """
 
 import argparse

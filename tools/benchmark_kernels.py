@@ -2,8 +2,8 @@
 
 Appends a row an op, pass and implementation to benchmarks/kernels.csv. Each op and its peers are measured in one run,
 in float32, with the threads given. The floor is what the bytes that must move and the FLOPs that must be done take at
-the speed at which this machine copies and multiplies matrices, measured at the start. `--device cuda` is for the day when
-there is a GPU.
+the speed at which this machine copies and multiplies matrices, measured at the start. `--device cuda` is for the day
+when there is a GPU.
 """
 
 import argparse

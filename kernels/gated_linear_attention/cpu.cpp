@@ -119,9 +119,16 @@ struct Scratch {
   Scratch(int64_t floats, int threads)
       : each(round_up(floats, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
   ~Scratch() { std::free(data); }
+  Arena of(int thread) const { return Arena{data + thread * each}; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };
+
+// Starting a thread costs as much as some 10^5 updates of an element of the state.
+int useful_threads(int threads, const Sizes& s, int passes) {
+  const int64_t updates = s.batch * s.heads * s.length * s.dk * s.dv * passes;
+  return static_cast<int>(std::clamp<int64_t>(updates >> 17, 1, threads));
+}
 
 // ---- Forward ---------------------------------------------------------------------------------------------------------
 
@@ -421,13 +428,15 @@ struct Backward {
 
 extern "C" {
 
-// Returns 0, or 1 where memory is short. `g_backward` has no data for one direction; `initial` and `last`,
-// (batch, heads, dk, dv) without gaps, may be null.
+// Both return 0, or 1 where memory is short. `g_backward` has no data for one direction; states, (batch, heads, dk, dv)
+// without gaps, may be null.
 int gla_forward(const View* q, const View* k, const View* v, const View* g, const View* g_backward,
                 const float* initial, const View* out, float* last, const Sizes* sizes, float scale, int threads) {
-  const Forward job{*q, *k, *v, {*g, *g_backward}, *out, initial, last, *sizes, scale, g_backward->data ? 2 : 1};
-  // Where heads are few, their columns are split, at the tiles' borders, so that no sum changes.
+  const int directions = g_backward->data ? 2 : 1;
+  const Forward job{*q, *k, *v, {*g, *g_backward}, *out, initial, last, *sizes, scale, directions};
   const int64_t heads = sizes->batch * sizes->heads;
+  threads = useful_threads(threads, *sizes, directions);
+  // Where heads are few, their columns are split, at the tiles' borders, so that no sum changes.
   const int64_t width = heads % threads == 0 || heads >= 4 * threads ? sizes->dv : 2 * lanes;
   const int64_t parts = (sizes->dv + width - 1) / width;
   const Scratch scratch(job.floats(), threads);
@@ -436,7 +445,7 @@ int gla_forward(const View* q, const View* k, const View* v, const View* g, cons
   for (int64_t unit = 0; unit < heads * parts; ++unit) {
     const int64_t head = unit / parts, from = unit % parts * width;
     job.run(head / sizes->heads, head % sizes->heads, from, std::min(width, sizes->dv - from),
-            Arena{scratch.data + omp_get_thread_num() * scratch.each});
+            scratch.of(omp_get_thread_num()));
   }
   return 0;
 }
@@ -445,15 +454,16 @@ int gla_backward(const View* grad_out, const float* grad_last, const View* q, co
                  const View* g, const View* g_backward, const float* initial, const View* grad_q, const View* grad_k,
                  const View* grad_v, const View* grad_g, const View* grad_g_backward, float* grad_initial,
                  const Sizes* sizes, float scale, int threads) {
-  const Backward job{*grad_out, *q,          *k,      *v,        {*g, *g_backward}, *grad_q,
-                     *grad_k,   *grad_v,     {*grad_g, *grad_g_backward}, initial, grad_last,
-                     grad_initial, *sizes, scale, g_backward->data ? 2 : 1};
+  const int directions = g_backward->data ? 2 : 1;
+  const Backward job{*grad_out, *q,      *k,        *v,           {*g, *g_backward}, *grad_q, *grad_k,   *grad_v,
+                     {*grad_g, *grad_g_backward}, initial, grad_last, grad_initial, *sizes,  scale,    directions};
   const int64_t heads = sizes->batch * sizes->heads;
+  threads = static_cast<int>(std::clamp<int64_t>(heads, 1, useful_threads(threads, *sizes, 3 * directions)));
   const Scratch scratch(job.floats(), threads);
   if (!scratch.data) return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t unit = 0; unit < heads; ++unit)
-    job.run(unit / sizes->heads, unit % sizes->heads, Arena{scratch.data + omp_get_thread_num() * scratch.each});
+  for (int64_t head = 0; head < heads; ++head)
+    job.run(head / sizes->heads, head % sizes->heads, scratch.of(omp_get_thread_num()));
   return 0;
 }
 }

@@ -43,15 +43,17 @@ class _Problem:
         self.batch, self.length, self.heads, self.dk = q.shape
         self.dv = v.shape[3]
         self.rows = self.batch * self.heads
-        self.chunk = min(64, max(16, triton.next_power_of_2(self.length)))
+        precision = dot_precision(q, k, v, *gates)
+        # Float32 tiles of more tokens do not fit the registers.
+        self.half = precision == "tf32"
+        self.chunk = _tile(self.length, 64 if self.half else 32)
         self.chunks = triton.cdiv(self.length, self.chunk)
-        self.precision = dot_precision(q, k, v, *gates)
         self.sizes = {
             "DK": self.dk,
             "DV": self.dv,
             "CHUNK": self.chunk,
-            "BV": _tile(self.dv, 64),
-            "PRECISION": self.precision,
+            "BV": _tile(self.dv, 64 if self.half else 32),
+            "PRECISION": precision,
         }
 
     def gate(self, number: int) -> Tensor | None:
@@ -117,7 +119,7 @@ class _Problem:
     def gradients(
         self, grad_out: Tensor, states: list[Tensor | None], grad_states: list[Tensor | None], outs: list[Tensor]
     ) -> None:
-        block_k = _tile(self.dk, 32)
+        block_k = 16
         tiles = triton.cdiv(self.dk, block_k)
         launch(
             gradients_kernel,

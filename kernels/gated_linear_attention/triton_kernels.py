@@ -70,6 +70,31 @@ def _next_gates(p_g, o_t, o_d, stride_t, stride_d, length, DK: tl.constexpr, REV
 
 
 @triton.jit
+def _diagonal(b_x):
+    """The diagonal blocks of a (CHUNK, CHUNK) tile, side by side: (CHUNK, BLOCK)."""
+    CHUNK: tl.constexpr = b_x.shape[0]
+    o_r = tl.arange(0, CHUNK)
+    b_own = tl.where((o_r // BLOCK)[:, None] == (o_r // BLOCK)[None, :], b_x, 0.0)
+    return tl.sum(tl.reshape(b_own, (CHUNK, CHUNK // BLOCK, BLOCK)), axis=1)
+
+
+@triton.jit
+def _from_diagonal(b_x):
+    """Undo `_diagonal`; zeros outside the diagonal blocks."""
+    CHUNK: tl.constexpr = b_x.shape[0]
+    o_r = tl.arange(0, CHUNK)
+    b_all = tl.broadcast_to(b_x[:, None, :], (CHUNK, CHUNK // BLOCK, BLOCK))
+    m_own = (o_r // BLOCK)[:, None] == (o_r // BLOCK)[None, :]
+    return tl.where(m_own, tl.reshape(b_all, (CHUNK, CHUNK)), 0.0)
+
+
+@triton.jit
+def _column(b_x, i):
+    """Column number i of a tile."""
+    return tl.sum(tl.where((tl.arange(0, b_x.shape[1]) == i)[None, :], b_x, 0.0), axis=1)
+
+
+@triton.jit
 def _segment_weights(
     b_w, b_q, b_k, b_g, b_n, SEGMENT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -101,8 +126,9 @@ def _weights(
 ):  # fmt: skip
     """Add to `b_w` (CHUNK, CHUNK) the weight of each query (row) for each key (column) of a chunk, in one direction."""
     m_t = o_t < length
-    o_r = tl.arange(0, CHUNK)
-    m_block = (o_r // BLOCK)[:, None] == (o_r // BLOCK)[None, :]
+    o_r = tl.arange(0, CHUNK) % BLOCK
+    # Rows are keys here, columns the queries of the key's block.
+    b_near = tl.zeros((CHUNK, BLOCK), tl.float32)
     for o_k in range(0, DK, BK):
         o_d = o_k + tl.arange(0, BK)
         b_k = _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
@@ -110,13 +136,13 @@ def _weights(
         b_p = tl.zeros((CHUNK, BK), tl.float32)
         for step in range(BLOCK):
             i = BLOCK - 1 - step if REVERSE else step
-            o_i = o_t - o_r % BLOCK + i
+            o_i = o_t - o_r + i
             m_i = o_i < length
             b_a = tl.exp2(_load(p_g, o_i, o_d, sg_t, sg_d, m_i, DK) * LOG2_E)
             b_q = _load(p_q, o_i, o_d, sq_t, sq_d, m_i, DK)
-            b_p = tl.where((o_r % BLOCK == i)[:, None], b_k, b_p * b_a)
+            b_p = tl.where((o_r == i)[:, None], b_k, b_p * b_a)
             b_row = tl.sum(b_p * b_q, axis=1)
-            b_w += tl.where(m_block & (o_r % BLOCK == i)[:, None], b_row[None, :], 0.0)
+            b_near += tl.where((tl.arange(0, BLOCK) == i)[None, :], b_row[:, None], 0.0)
         if CHUNK > BLOCK:
             b_q = _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
             b_g = _load(p_g, o_t, o_d, sg_t, sg_d, m_t, DK) * LOG2_E
@@ -124,7 +150,7 @@ def _weights(
             b_w = _segment_weights(b_w, b_q, b_k, b_g, b_n, BLOCK, REVERSE, PRECISION)
             if CHUNK > 2 * BLOCK:
                 b_w = _segment_weights(b_w, b_q, b_k, b_g, b_n, 2 * BLOCK, REVERSE, PRECISION)
-    return b_w
+    return b_w + tl.trans(_from_diagonal(b_near))
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -251,42 +277,46 @@ def mix_kernel(
 
 
 @triton.jit
+def _weight_gradients(
+    p_do, p_v, o_t, scale, length, so_t, so_d, sv_t, sv_d,
+    DV: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`scale grad_out v^T`, the gradient of a chunk's weights (CHUNK, CHUNK)."""
+    m_t = o_t < length
+    b_dw = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for o_v in range(0, DV, BV):
+        o_e = o_v + tl.arange(0, BV)
+        b_do = _load(p_do, o_t, o_e, so_t, so_d, m_t, DV)
+        b_v = _load(p_v, o_t, o_e, sv_t, sv_d, m_t, DV)
+        b_dw += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    return b_dw * scale
+
+
+@triton.jit
 def _direction_gradients(
-    b_dw, b_dq, b_dk, p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dg, o_t, o_d, scale, length,
+    b_dq, b_dk, p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dg, o_t, o_d, scale, length,
     sq_t, sq_d, sk_t, sk_d, sv_t, sv_d, sg_t, sg_d, so_t, so_d, sdg_t, sdg_d,
     DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store one direction's gradient of the gates and add what it gives to those of q and k.
 
-    `b_dw` (CHUNK, CHUNK) is the gradient of the weights, 0 on the diagonal, whose weights depend on no gate.
+    What a token gives itself depends on no gate and is added here, for this direction.
     """
     BK: tl.constexpr = b_dq.shape[1]
     m_t = o_t < length
-    o_r = tl.arange(0, CHUNK)
-    m_block = (o_r // BLOCK)[:, None] == (o_r // BLOCK)[None, :]
-    b_near_q = tl.zeros((CHUNK, BK), tl.float32)
-    b_near_k = tl.zeros((CHUNK, BK), tl.float32)
-    # b_e: decay from each block's key number i to its queries. b_f: from its keys to its query number j.
-    b_e = tl.zeros((CHUNK, BK), tl.float32)
-    b_f = tl.zeros((CHUNK, BK), tl.float32)
-    for step in range(BLOCK):
-        i = step if REVERSE else BLOCK - 1 - step
-        j = BLOCK - 1 - i
-        o_i = o_t - o_r % BLOCK + i
-        o_j = o_t - o_r % BLOCK + j
-        b_next = _next_gates(p_g, o_i, o_d, sg_t, sg_d, length, DK, REVERSE)
-        b_e = tl.where((o_r % BLOCK == i)[:, None], 1.0, b_e * tl.exp2(b_next))
-        b_column = tl.sum(tl.where(m_block & (o_r % BLOCK == i)[None, :], b_dw, 0.0), axis=1)
-        b_near_q += b_column[:, None] * b_e * _load(p_k, o_i, o_d, sk_t, sk_d, o_i < length, DK)
-        b_gate = _load(p_g, o_j, o_d, sg_t, sg_d, o_j < length, DK) * LOG2_E
-        b_f = tl.where((o_r % BLOCK == j)[:, None], 1.0, b_f * tl.exp2(b_gate))
-        b_row = tl.sum(tl.where(m_block & (o_r % BLOCK == j)[:, None], b_dw, 0.0), axis=0)
-        b_near_k += b_row[:, None] * b_f * _load(p_q, o_j, o_d, sq_t, sq_d, o_j < length, DK)
+    o_c = tl.arange(0, CHUNK)
+    o_r = o_c % BLOCK
+    b_dw = _weight_gradients(p_do, p_v, o_t, scale, length, so_t, so_d, sv_t, sv_d, DV, BV, CHUNK, PRECISION)
     b_q = _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
     b_k = _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
+    b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dw, 0.0), axis=1)
+    b_dq += b_own[:, None] * b_k
+    b_dk += b_own[:, None] * b_q
     b_g = _load(p_g, o_t, o_d, sg_t, sg_d, m_t, DK) * LOG2_E
     b_n = _next_gates(p_g, o_t, o_d, sg_t, sg_d, length, DK, REVERSE)
+    b_near_q = tl.zeros((CHUNK, BK), tl.float32)
+    b_near_k = tl.zeros((CHUNK, BK), tl.float32)
     if CHUNK > BLOCK:
         b_near_q, b_near_k = _segment_gradients(
             b_near_q, b_near_k, b_dw, b_q, b_k, b_g, b_n, BLOCK, REVERSE, PRECISION
@@ -295,6 +325,27 @@ def _direction_gradients(
         b_near_q, b_near_k = _segment_gradients(
             b_near_q, b_near_k, b_dw, b_q, b_k, b_g, b_n, 2 * BLOCK, REVERSE, PRECISION
         )  # fmt: skip
+    m_other = o_r[:, None] != tl.arange(0, BLOCK)[None, :]
+    # The decay from each block's key number i to its queries.
+    b_block = tl.where(m_other, _diagonal(b_dw), 0.0)
+    b_e = tl.zeros((CHUNK, BK), tl.float32)
+    for step in range(BLOCK):
+        i = step if REVERSE else BLOCK - 1 - step
+        o_i = o_t - o_r + i
+        b_next = _next_gates(p_g, o_i, o_d, sg_t, sg_d, length, DK, REVERSE)
+        b_e = tl.where((o_r == i)[:, None], 1.0, b_e * tl.exp2(b_next))
+        b_key = _load(p_k, o_i, o_d, sk_t, sk_d, o_i < length, DK)
+        b_near_q += _column(b_block, i)[:, None] * b_e * b_key
+    # The decay from each block's keys to its query number i.
+    b_block = tl.where(m_other, _diagonal(tl.trans(b_dw)), 0.0)
+    b_e = tl.zeros((CHUNK, BK), tl.float32)
+    for step in range(BLOCK):
+        i = BLOCK - 1 - step if REVERSE else step
+        o_i = o_t - o_r + i
+        b_gate = _load(p_g, o_i, o_d, sg_t, sg_d, o_i < length, DK) * LOG2_E
+        b_e = tl.where((o_r == i)[:, None], 1.0, b_e * tl.exp2(b_gate))
+        b_query = _load(p_q, o_i, o_d, sq_t, sq_d, o_i < length, DK)
+        b_near_k += _column(b_block, i)[:, None] * b_e * b_query
     b_dq += b_near_q
     b_dk += b_near_k
     # A gate scales what passes from the tokens before it to those from it on: all pairs of them, which are all that
@@ -342,8 +393,7 @@ def gradients_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_row // heads, i_row % heads
     i_c = tl.program_id(1).to(tl.int64)
-    o_r = tl.arange(0, CHUNK)
-    o_t = i_c * CHUNK + o_r
+    o_t = i_c * CHUNK + tl.arange(0, CHUNK)
     o_d = tl.program_id(2) * BK + tl.arange(0, BK)
     m_t = o_t < length
     p_q += i_b * sq_b + i_h * sq_h
@@ -353,26 +403,14 @@ def gradients_kernel(
     p_do += i_b * so_b + i_h * so_h
     s_t = heads * DK
     o_out = i_b * length * s_t + i_h * DK
-    b_dw = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for o_v in range(0, DV, BV):
-        o_e = o_v + tl.arange(0, BV)
-        b_do = _load(p_do, o_t, o_e, so_t, so_d, m_t, DV)
-        b_v = _load(p_v, o_t, o_e, sv_t, sv_d, m_t, DV)
-        b_dw += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    b_dw *= scale
-    m_own = o_r[:, None] == o_r[None, :]
-    b_own = tl.sum(tl.where(m_own, b_dw, 0.0), axis=1)
-    b_dw = tl.where(m_own, 0.0, b_dw)
-    if p_g2 is not None:
-        b_own *= 2
     i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
     if p_s is not None:
         p_s += i_s
         p_ds += i_s
-    b_dq = b_own[:, None] * _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
-    b_dk = b_own[:, None] * _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
+    b_dq = tl.zeros((CHUNK, BK), tl.float32)
+    b_dk = tl.zeros((CHUNK, BK), tl.float32)
     b_dq, b_dk = _direction_gradients(
-        b_dw, b_dq, b_dk, p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dg + o_out, o_t, o_d, scale, length,
+        b_dq, b_dk, p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dg + o_out, o_t, o_d, scale, length,
         sq_t, sq_d, sk_t, sk_d, sv_t, sv_d, sg_t, sg_d, so_t, so_d, s_t, 1, DK, DV, BV, CHUNK, False, PRECISION,
     )  # fmt: skip
     if p_g2 is not None:
@@ -381,7 +419,7 @@ def gradients_kernel(
             p_s2 += i_s
             p_ds2 += i_s
         b_dq, b_dk = _direction_gradients(
-            b_dw, b_dq, b_dk, p_q, p_k, p_v, p_g2, p_do, p_s2, p_ds2, p_dg2 + o_out, o_t, o_d, scale, length,
+            b_dq, b_dk, p_q, p_k, p_v, p_g2, p_do, p_s2, p_ds2, p_dg2 + o_out, o_t, o_d, scale, length,
             sq_t, sq_d, sk_t, sk_d, sv_t, sv_d, sg2_t, sg2_d, so_t, so_d, s_t, 1, DK, DV, BV, CHUNK, True, PRECISION,
         )  # fmt: skip
     _store(p_dq + o_out, b_dq, o_t, o_d, s_t, 1, m_t, DK)

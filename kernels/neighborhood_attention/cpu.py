@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
 from visionmix.kernels import dispatch, native
 from visionmix.kernels.neighborhood_attention import reference
 

@@ -2,8 +2,8 @@
 
 Queries see keys of their own residue class alone, so a dilated map is taken apart into one map a class; every class is
 padded to the longest one's length. On such a map, a tile of queries (8 x 8 or so) sees a slab, the union of its
-windows, which is a slice. Scores of the slab outside a query's own window are masked. Slices and matmuls only: no gather
-of (queries, window) copies of keys, and memory is bounded by one tile's scores over as many maps as fit in `_SCORES`.
+windows, which is a slice. Scores of the slab outside a query's own window are masked. Slices and matmuls only: no
+(queries, window) copies of keys, and memory is bounded by one tile's scores over as many maps as fit in `_SCORES`.
 
 As the products are dense, a NaN or an infinity in a key or value reaches every query of the tiles whose slab holds it.
 """
@@ -47,7 +47,7 @@ class _Problem:
         return tuple(-(-n // c) for n, c in zip(self.grid, self.classes, strict=True))
 
     def windows(self, axis: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Starts and stops of one axis, for each residue class, or once if all are alike; a padded query sees keys too."""
+        """Starts and stops of one axis, a pair a residue class, or one if all are alike; padded queries see keys."""
         windows = []
         for length in class_lengths(self.grid[axis], self.dilation[axis]):
             starts, stops = axis_window(
@@ -81,20 +81,26 @@ def _spread(x: Tensor, axis: int, axes: int) -> Tensor:
     return x.reshape(shape)
 
 
-def _tile(problem: _Problem, queries: tuple[slice, ...], device: torch.device) -> _Tile:
-    axes = len(queries)
-    slabs, index, visible, distance = [], torch.zeros((), dtype=torch.long), torch.tensor(True), 0
+def _slab(problem: _Problem, axis: int, span: slice) -> tuple[slice, tuple]:
+    """Return the keys that a span of queries sees along one axis, and its pattern: starts and stops relative to it."""
+    windows = [(starts[span], stops[span]) for starts, stops in problem.windows(axis)]
+    slab = slice(min(min(starts) for starts, _ in windows), max(max(stops) for _, stops in windows))
+    pattern = tuple(tuple(tuple(x - span.start for x in edges) for edges in window) for window in windows)
+    return slab, pattern
+
+
+def _masks(problem: _Problem, patterns: list[tuple], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `visible` and `bias_index` of the tiles with these patterns along their axes."""
+    axes = len(patterns)
+    index, visible, distance = torch.zeros((), dtype=torch.long), torch.tensor(True), 0
     radii = [(k + 1) // 2 for k in problem.kernel_size]
-    for axis, span in enumerate(queries):
+    for axis, pattern in enumerate(patterns):
         k = problem.kernel_size[axis]
-        windows = problem.windows(axis)
-        starts = torch.tensor([window[0][span] for window in windows]).unsqueeze(-1)
-        stops = torch.tensor([window[1][span] for window in windows]).unsqueeze(-1)
-        slab = slice(int(starts.min()), int(stops.max()))
-        slabs.append(slab)
-        key = torch.arange(slab.start, slab.stop)
+        starts = torch.tensor([starts for starts, _ in pattern]).unsqueeze(-1)
+        stops = torch.tensor([stops for _, stops in pattern]).unsqueeze(-1)
+        key = torch.arange(int(starts.min()), int(stops.max()))
         visible = visible & _spread((key >= starts) & (key < stops), axis, axes)
-        offset = _spread((key - torch.arange(span.start, span.stop).unsqueeze(-1)).unsqueeze(0), axis, axes)
+        offset = _spread((key - torch.arange(starts.shape[1]).unsqueeze(-1)).unsqueeze(0), axis, axes)
         index = index * (2 * k - 1) + (offset + k - 1).clamp(0, 2 * k - 2)
         distance = distance + (offset * (math.prod(radii) // radii[axis])) ** 2
     if problem.circular:
@@ -103,12 +109,7 @@ def _tile(problem: _Problem, queries: tuple[slice, ...], device: torch.device) -
     # Where only some axes have classes of two lengths, the others are expanded, so that one index counts all classes.
     if math.prod(visible.shape[:axes]) > 1:
         visible = visible.expand(*problem.classes, -1, -1)
-    return _Tile(
-        queries,
-        tuple(slabs),
-        visible.flatten(0, axes - 1).to(device),
-        index.flatten(2 * axes).flatten(0, 2 * axes - 1).to(device),
-    )
+    return visible.flatten(0, axes - 1).to(device), index.flatten(2 * axes).flatten(0, 2 * axes - 1).to(device)
 
 
 def _spans(length: int, size: int) -> list[slice]:
@@ -181,7 +182,14 @@ class _Attention:
 
     def tiles(self) -> Iterator[tuple[slice, list[_Tile]]]:
         """Yield the maps taken at once, and the tiles to take of them."""
-        tiles = [_tile(self.problem, queries, self.query.device) for queries in _tiles(self.problem)]
+        # Most tiles lie inside the map, where all have the same masks.
+        masks: dict[tuple, tuple[Tensor, Tensor]] = {}
+        tiles = []
+        for queries in _tiles(self.problem):
+            slabs, patterns = zip(*(_slab(self.problem, *item) for item in enumerate(queries)), strict=True)
+            if patterns not in masks:
+                masks[patterns] = _masks(self.problem, patterns, self.query.device)
+            tiles.append(_Tile(queries, slabs, *masks[patterns]))
         most = max(tile.bias_index.numel() + tile.bias_index.shape[0] * self.extra for tile in tiles)
         step = max(1, _SCORES // (most * self.heads))
         maps = self.query.shape[0]

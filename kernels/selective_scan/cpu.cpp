@@ -106,7 +106,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
-  vec D, bias, grad_D, grad_bias;
+  scan::Ends ends;
 };
 
 struct Job {
@@ -153,8 +153,8 @@ struct Job {
       return columns;
     };
     t.B = constant(a.B), t.C = constant(a.C);
-    if (a.D) scan::load_columns(a.D + t.channel, 1, t.width, 1.0f, &t.D);
-    if (a.bias) scan::load_columns(a.bias + t.channel, 1, t.width, 1.0f, &t.bias);
+    if (a.D) scan::load_columns(a.D + t.channel, 1, t.width, 1.0f, &t.ends.D);
+    if (a.bias) scan::load_columns(a.bias + t.channel, 1, t.width, 1.0f, &t.ends.bias);
     return t;
   }
 
@@ -198,8 +198,8 @@ struct Job {
         const Tile& t = side[i];
         read(a.u, task, t, start, count, u);
         read(a.delta, task, t, start, count, delta);
-        scan::activate(count, delta, t.bias, a.softplus);
-        for (int s = 0; s < count; ++s) y[s] = t.D * u[s], u[s] *= delta[s];
+        scan::activate(count, delta, t.ends.bias, a.softplus);
+        for (int s = 0; s < count; ++s) y[s] = t.ends.D * u[s], u[s] *= delta[s];
         scan::forward<true>(count, a.states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
         if (a.z.data) {
           read(a.z, task, t, start, count, z);
@@ -242,7 +242,7 @@ struct Job {
         if (last) continue;
         read(a.u, task, t, start, chunk, u);
         read(a.delta, task, t, start, chunk, delta);
-        scan::activate(chunk, delta, t.bias, a.softplus);
+        scan::activate(chunk, delta, t.ends.bias, a.softplus);
         for (int s = 0; s < chunk; ++s) u[s] *= delta[s];
         scan::forward<false>(chunk, states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
       }
@@ -265,7 +265,7 @@ struct Job {
         read(a.delta, task, t, start, count, raw, true);
         read(a.grad_out, task, t, start, count, grad_y, true);
         std::copy_n(raw, count, delta);
-        scan::activate(count, delta, t.bias, a.softplus);
+        scan::activate(count, delta, t.ends.bias, a.softplus);
         for (int s = 0; s < count; ++s) x[s] = delta[s] * u[s], grad_x[s] = vec{}, grad_rate[s] = vec{};
         if (a.z.data) open(task, t, start, count, u, y, grad_y);
         scan::backward(count, states,
@@ -273,14 +273,7 @@ struct Job {
                         t.B ? t.grad_B : grad_B, t.C ? t.grad_C : grad_C, a.z.data ? y : nullptr, {B, pitch, t.B},
                         {C, pitch, t.C}});
         if (a.z.data) close(task, t, start, count, y);
-        for (int s = 0; s < count; ++s) {
-          vec grad_delta = grad_rate[s] * scan::ln_2 + grad_x[s] * u[s];
-          if (a.softplus) grad_delta *= scan::sigmoid(raw[s] + t.bias);
-          t.grad_bias += grad_delta;
-          t.grad_D += grad_y[s] * u[s];
-          grad_x[s] = grad_x[s] * delta[s] + grad_y[s] * t.D;
-          grad_rate[s] = grad_delta;
-        }
+        scan::finish(count, u, raw, delta, a.softplus, grad_y, grad_x, grad_rate, t.ends);
         write(grad_x, task, t, start, count, a.grad_u);
         write(grad_rate, task, t, start, count, a.grad_delta);
       }
@@ -294,8 +287,8 @@ struct Job {
       scan::store_columns(t.grad_A, states, t.width, 1.0f, a.grad_A + channel * states);
       if (a.B.constant) scan::store_columns(t.grad_B, states, t.width, 1.0f, a.grad_B + channel * states);
       if (a.C.constant) scan::store_columns(t.grad_C, states, t.width, 1.0f, a.grad_C + channel * states);
-      if (a.D) scan::store_columns(&t.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
-      if (a.bias) scan::store_columns(&t.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
+      if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
+      if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
     }
   }
 
@@ -305,7 +298,7 @@ struct Job {
     read(a.z, task, t, start, count, y, true);
     for (int s = 0; s < count; ++s) {
       grad_y[s] *= y[s] * scan::sigmoid(y[s]);
-      y[s] = t.D * u[s];
+      y[s] = t.ends.D * u[s];
     }
   }
 

@@ -87,17 +87,12 @@ class _Call:
             raise MemoryError("not enough memory for the scratch space of selective_scan")
 
 
-@cache
-def _log_float64() -> None:
-    dispatch._log_slow_path(
-        "selective_scan", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
-    )
-
-
 def _is_float64(*tensors: Tensor | None) -> bool:
     if reference.compute_dtype(*tensors) != torch.float64:
         return False
-    _log_float64()
+    dispatch._log_slow_path(
+        "selective_scan", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
+    )
     return True
 
 

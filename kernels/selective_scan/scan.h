@@ -185,8 +185,9 @@ struct Scratch {
   int64_t each;
   float* data;
 
+  // Room is made for 64 pieces' rounding.
   Scratch(int64_t floats, int threads)
-      : each(round_up(floats, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
+      : each(round_up(floats + 64 * 16, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -346,6 +347,24 @@ inline void activate(int count, vec* delta, vec bias, bool through_softplus) {
     for (int t = 0; t < count; ++t) delta[t] = softplus(delta[t] + bias);
   else
     for (int t = 0; t < count; ++t) delta[t] += bias;
+}
+
+// What follows a tile's way back: grad_x, of delta u, becomes the gradient of u, and grad_rate that of delta before the
+// bias and the softplus.
+struct Ends {
+  vec D, bias, grad_D, grad_bias;
+};
+
+inline void finish(int count, const vec* u, const vec* raw, const vec* delta, bool through_softplus, const vec* grad_y,
+                   vec* grad_x, vec* grad_rate, Ends& ends) {
+  for (int t = 0; t < count; ++t) {
+    vec grad_delta = grad_rate[t] * ln_2 + grad_x[t] * u[t];
+    if (through_softplus) grad_delta *= sigmoid(raw[t] + ends.bias);
+    ends.grad_bias += grad_delta;
+    ends.grad_D += grad_y[t] * u[t];
+    grad_x[t] = grad_x[t] * delta[t] + grad_y[t] * ends.D;
+    grad_rate[t] = grad_delta;
+  }
 }
 
 }  // namespace scan

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.registration import register_op
-from visionmix.kernels.selective_scan_2d import reference
+from visionmix.kernels.selective_scan_2d import cpu, reference
 from visionmix.kernels.selective_scan_2d.routes import count_routes
 
 
@@ -125,3 +125,5 @@ register_op(
     backward_flops=_backward_flops,
     reference=_load_reference,
 )
+
+dispatch.register("selective_scan_2d", "cpu", cpu.load)

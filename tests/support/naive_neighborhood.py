@@ -1,4 +1,4 @@
-"""Neighborhood attention as its definition says: softmax over all pairs of tokens, with those outside a window at -inf."""
+"""Neighborhood attention as its definition says: softmax over all pairs of tokens, -inf outside the windows."""
 
 import itertools
 import math

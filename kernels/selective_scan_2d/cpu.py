@@ -1,0 +1,224 @@
+"""The selective scan over several orders of a map in compiled C++, float32; half precision is converted at the edges.
+
+Float64 goes to the PyTorch reference.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visionmix.kernels import dispatch, native
+from visionmix.kernels.selective_scan.reference import compute_dtype
+from visionmix.kernels.selective_scan_2d import reference
+from visionmix.kernels.selective_scan_2d.routes import routes
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+
+
+class _Map(ctypes.Structure):
+    """A float32 tensor (batch, cells, orders, features) or (batch, cells, features): strides in elements, the last 1."""
+
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "cell", "order")]
+
+
+_MAPS = ("x", "delta", "B", "C", "grad_out", "out", "grad_x", "grad_delta")
+_DENSE = (
+    *("delta_weight", "A", "D", "delta_bias"),
+    *("grad_weight", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C", "grad_rank"),
+    *("read", "place", "target", "counts"),
+)
+_NUMBERS = ("batch", "cells", "channels", "states", "rank", "orders", "steps", "rows", "softplus", "threads")
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, _Map) for name in _MAPS),
+        *((name, ctypes.c_void_p) for name in _DENSE),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = native.load(_SOURCE)
+    names = ("selective_scan_2d_parts", "selective_scan_2d_forward", "selective_scan_2d_backward")
+    for name in names:
+        getattr(library, name).argtypes = [ctypes.POINTER(_Arguments)]
+    library.selective_scan_2d_parts.restype = ctypes.c_int64
+    return library
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The steps of K orders as the library reads them.
+
+    Attributes:
+        read: int32 (K, steps), the cell of x that a step reads, -1 for a padded step.
+        place: the same, the cell of delta, B and C.
+        target: the same, the row of the output that takes a step back, -1 for none; rows are cells, or cells x routes.
+        counts: int64 (K,), the steps that matter: padding at the end does not.
+        routes: the number of routes.
+    """
+
+    read: np.ndarray
+    place: np.ndarray
+    target: np.ndarray
+    counts: np.ndarray
+    routes: int
+
+
+@lru_cache(maxsize=64)
+def _table(orders: str, height: int, width: int, apart: bool) -> _Table:
+    """Return the tables of orders whose routes are kept apart or added up."""
+    table = routes(orders, height, width)
+    count, cells = table.inverse.shape
+    # An order's inverse names each of its steps at most once.
+    (back,) = table.inverse_back
+    route, cell = np.divmod(back, cells)
+    target = np.where(back < 0, -1, cell * count + route if apart else cell).reshape(table.index.shape)
+    used = (table.index >= 0) | (target >= 0)
+    counts = used.shape[1] - np.argmax(used[:, ::-1], axis=1)
+    read = table.index.astype(np.int32)
+    return _Table(read, read, np.ascontiguousarray(target, np.int32), counts.astype(np.int64), count)
+
+
+class _Call:
+    """The arguments in the form that the library takes; keeps the converted tensors alive."""
+
+    def __init__(
+        self, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus: bool, orders: str, merge: str, **others
+    ):
+        batch, height, width, channels = x.shape
+        apart = merge == "none"
+        self.table = table = _table(orders, height, width, apart)
+        cells = height * width
+        rank = 0 if delta_weight is None else delta_weight.shape[2]
+        rows = cells * table.routes if apart else cells
+        sizes = (batch, cells, channels, A.shape[2], rank, *table.read.shape, rows, delta_softplus, native.threads())
+        self.arguments = _Arguments(**dict(zip(_NUMBERS, sizes, strict=True)))
+        self.arguments.scale = 1 / table.routes if merge == "mean" else 1
+        for name in ("read", "place", "target", "counts"):
+            setattr(self.arguments, name, getattr(table, name).ctypes.data)
+        self.tensors = []
+        tensors = {"x": x, "delta": delta, "delta_weight": delta_weight, "A": A, "B": B, "C": C} | {
+            "D": D,
+            "delta_bias": delta_bias,
+        }
+        for name, y in (tensors | others).items():
+            if y is not None:
+                self.set(name, y)
+
+    def set(self, name: str, x: Tensor) -> None:
+        x = x.detach().float()
+        if name in _MAPS:
+            x = _one_stride(x)
+            value = _Map(x.data_ptr(), x.stride(0), x.stride(2), x.stride(3) if x.dim() == 5 else 0)
+        else:
+            x = x.contiguous()
+            value = x.data_ptr()
+        setattr(self.arguments, name, value)
+        self.tensors.append(x)
+
+    def set_rows(self, name: str, x: Tensor) -> None:
+        """Set the output or its gradient, whose rows are (cells,) or (cells x routes,)."""
+        x = x.detach().float().contiguous()
+        setattr(self.arguments, name, _Map(x.data_ptr(), x[0].numel() if len(x) else 0, x.shape[-1], 0))
+        self.tensors.append(x)
+
+    def parts(self) -> int:
+        return _library().selective_scan_2d_parts(ctypes.byref(self.arguments))
+
+    def run(self, function: str) -> None:
+        if getattr(_library(), function)(ctypes.byref(self.arguments)):
+            raise MemoryError("not enough memory for the scratch space of selective_scan_2d")
+
+
+def _one_stride(x: Tensor) -> Tensor:
+    """Return the map with one stride over its cells and dense features."""
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1
+    uniform = x.shape[1] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
+    return x if dense and uniform else x.contiguous()
+
+
+def _is_float64(*tensors: Tensor | None) -> bool:
+    if compute_dtype(*tensors) != torch.float64:
+        return False
+    dispatch._log_slow_path(
+        "selective_scan_2d", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
+    )
+    return True
+
+
+def forward(
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: str,
+    merge: str,
+) -> Tensor:
+    """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
+    tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
+    if _is_float64(*tensors):
+        return reference.forward(*tensors, delta_softplus, orders, merge)
+    call = _Call(*tensors, delta_softplus, orders, merge)
+    shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
+    out = torch.empty(shape, dtype=torch.float32)
+    call.set_rows("out", out)
+    call.run("selective_scan_2d_forward")
+    return out.to(x.dtype)
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: str,
+    merge: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
+    tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
+    if _is_float64(*tensors):
+        return reference.backward(grad_out, *tensors, delta_softplus, orders, merge)
+    call = _Call(*tensors, delta_softplus, orders, merge)
+    call.set_rows("grad_out", grad_out)
+    parts = call.parts()
+    names = ("x", "delta" if delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")
+    grads = []
+    for name, y in zip(names, tensors, strict=True):
+        if y is None:
+            grads.append(None)
+            continue
+        # What several tasks add to comes in parts with an axis of its own, summed here in one order.
+        leading = () if name in ("x", "delta") else (parts,) if y.dim() == 5 else (x.shape[0],)
+        grads.append(torch.empty((*leading, *y.shape), dtype=torch.float32))
+        call.set(f"grad_{name}", grads[-1])
+    call.run("selective_scan_2d_backward")
+    return tuple(
+        x.new_empty(0) if y is None else (grad if grad.dim() == y.dim() else grad.sum(0)).to(y.dtype)
+        for y, grad in zip(tensors, grads, strict=True)
+    )
+
+
+def load() -> dispatch.Implementation:
+    """Compile, and return the functions of `selective_scan_2d`."""
+    _library()
+    return dispatch.Implementation(forward, backward)

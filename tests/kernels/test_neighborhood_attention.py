@@ -1,0 +1,467 @@
+import itertools
+
+import golden
+import naive_neighborhood
+import pytest
+import torch
+from choices import choose
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from memory import PeakMemory
+from tolerance import assert_close, assert_gradients_close, gradients
+
+from visionmix.kernels import dispatch, na1d, na2d, na3d, use
+from visionmix.kernels.neighborhood_attention import reference
+
+FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
+ARGUMENTS = ("query", "key", "value", "additional_keys", "additional_values", "relative_position_bias")
+
+
+def compiled_choices():
+    try:
+        dispatch.load("neighborhood_attention", "cpu")
+    except dispatch.Unavailable:
+        return ()
+    return ("cpu",)
+
+
+# PyTorch's autograd, the registered op around the reference, and the compiled kernel where there is a compiler.
+CHOICES = ("reference", "op", *compiled_choices())
+EACH_CHOICE = pytest.mark.parametrize("choice", CHOICES)
+COMPILED = pytest.mark.skipif("cpu" not in CHOICES, reason="no compiler")
+
+
+def make(grid, kernel_size, heads=2, key_heads=2, dim=4, value_dim=5, extra=0, bias=False, batch=2, seed=0):
+    """Return the tensor arguments by name, float64 with values exact in float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).double().requires_grad_()
+
+    tensors = {
+        "query": random(batch, *grid, heads, dim),
+        "key": random(batch, *grid, key_heads, dim),
+        "value": random(batch, *grid, key_heads, value_dim),
+    }
+    if extra:
+        tensors["additional_keys"] = random(batch, extra, key_heads, dim)
+        tensors["additional_values"] = random(batch, extra, key_heads, value_dim)
+    if bias:
+        tensors["relative_position_bias"] = random(heads, *(2 * k - 1 for k in kernel_size))
+    return tensors
+
+
+def cast(tensors, dtype):
+    return {name: x.detach().to(dtype).requires_grad_() for name, x in tensors.items()}
+
+
+def run(tensors, window):
+    """Return the outputs and the gradients of every tensor."""
+    outs = FUNCTIONS[tensors["query"].dim() - 3](**tensors, **window, return_lse=True)
+    return outs, gradients(outs, list(tensors.values()))
+
+
+def naive(tensors, kernel_size, stride=1, dilation=1, is_causal=False, scale=None, circular=False):
+    axes = tensors["query"].dim() - 3
+
+    def each(value):
+        return (value,) * axes if isinstance(value, int) else tuple(value)
+
+    scale = tensors["query"].shape[-1] ** -0.5 if scale is None else scale
+    arguments = (each(kernel_size), each(stride), each(dilation), each(is_causal), scale)
+    outs = naive_neighborhood.neighborhood_attention(
+        *(tensors[name] for name in ARGUMENTS[:3]), *arguments, *map(tensors.get, ARGUMENTS[3:]), circular
+    )
+    return outs, gradients(outs, list(tensors.values()))
+
+
+def check(tensors, window, choice, dtype=None):
+    """Compare with the definition in float64; the dtype is float32 for the compiled kernel, else float64."""
+    outs, grads = naive(tensors, **window)
+    with choose(choice):
+        ours, our_grads = run(cast(tensors, dtype or (torch.float32 if choice == "cpu" else torch.float64)), window)
+    assert_close(ours[0], outs[0], "output")
+    assert_close(ours[1], outs[1], "log-sum-exp")
+    assert_gradients_close(our_grads, grads)
+
+
+# NATTEN's own problem sizes, the small ones: heads, key heads, grid, kernel_size, stride, dilation.
+NATTEN = [
+    (4, 2, (128,), (63,), (31,), (1,)),
+    (1, 1, (128,), (3,), (1,), (1,)),
+    (1, 1, (128,), (3,), (2,), (5,)),
+    (2, 2, (128,), (15,), (1,), (1,)),
+    (1, 1, (128,), (3,), (2,), (10,)),
+    (1, 1, (128,), (8,), (7,), (5,)),
+    (1, 1, (128,), (61,), (33,), (1,)),
+    (2, 2, (125,), (15,), (1,), (1,)),
+    (4, 4, (5, 25), (5, 16), (1, 16), (1, 1)),
+    (4, 1, (5, 25), (5, 16), (1, 16), (1, 1)),
+    (1, 1, (84, 19), (7, 3), (1, 1), (5, 1)),
+    (1, 1, (19, 29), (8, 8), (1, 1), (2, 3)),
+    (1, 1, (48, 17), (24, 16), (1, 1), (2, 1)),
+    (1, 1, (8, 8), (8, 8), (1, 1), (1, 1)),
+    (1, 1, (16, 16), (16, 16), (4, 5), (1, 1)),
+    (1, 1, (16, 16), (14, 14), (1, 1), (1, 1)),
+    (1, 1, (40, 20), (3, 7), (1, 1), (1, 1)),
+    (1, 1, (16, 16), (3, 3), (1, 1), (1, 1)),
+    (4, 1, (8, 8, 16), (3, 3, 3), (2, 1, 2), (2, 2, 4)),
+    (1, 1, (13, 11, 9), (3, 4, 3), (2, 3, 3), (3, 2, 2)),
+    (1, 1, (8, 4, 8), (7, 3, 7), (1, 1, 1), (1, 1, 1)),
+    (2, 2, (8, 8, 10), (3, 4, 3), (3, 4, 1), (1, 1, 1)),
+]
+LARGE = [
+    (1, 1, (67, 80), (12, 7), (8, 4), (5, 11)),
+    (1, 1, (33, 33), (24, 16), (1, 1), (1, 1)),
+    (1, 1, (44, 80), (44, 80), (4, 8), (1, 1)),
+    (1, 1, (44, 80), (9, 10), (1, 1), (1, 1)),
+    (1, 1, (28, 40), (17, 31), (1, 1), (1, 1)),
+    (1, 1, (36, 40), (36, 40), (12, 13), (1, 1)),
+    (1, 1, (2048,), (2048,), (1,), (1,)),
+    (2, 1, (14, 8, 8), (7, 5, 5), (2, 1, 3), (2, 1, 1)),
+    (1, 1, (12, 17, 12), (7, 8, 12), (6, 8, 1), (1, 2, 1)),
+    (2, 2, (5, 45, 13), (2, 7, 6), (1, 4, 6), (2, 2, 2)),
+    (4, 2, (32, 10, 10), (7, 3, 3), (5, 1, 1), (1, 2, 3)),
+]
+
+
+def natten_case(problem, is_causal, choice, extra):
+    heads, key_heads, grid, kernel_size, stride, dilation = problem
+    tensors = make(grid, kernel_size, heads, key_heads, extra=extra, bias=len(grid) < 3, batch=1)
+    window = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
+    check(tensors, window, choice)
+
+
+@EACH_CHOICE
+@pytest.mark.parametrize("is_causal", ["none", "first", "all"])
+@pytest.mark.parametrize("problem", NATTEN, ids=str)
+def test_natten_problem_sizes(problem, is_causal, choice):
+    axes = len(problem[2])
+    causal = {"none": [False] * axes, "first": [True] + [False] * (axes - 1), "all": [True] * axes}[is_causal]
+    natten_case(problem, causal, choice, extra=3 if is_causal == "first" else 0)
+
+
+@pytest.mark.long
+@EACH_CHOICE
+@pytest.mark.parametrize("problem", LARGE, ids=str)
+def test_natten_large_problem_sizes(problem, choice):
+    for is_causal in itertools.product([False, True], repeat=len(problem[2])):
+        natten_case(problem, is_causal, choice, extra=0)
+
+
+@st.composite
+def problems(draw):
+    axes = draw(st.integers(1, 3))
+    most = {1: 70, 2: 21, 3: 9}[axes]
+    grid = tuple(draw(st.integers(1, most)) for _ in range(axes))
+    circular = draw(st.booleans())
+    if circular:
+        kernel_size = tuple(2 * draw(st.integers(0, 4)) + 1 for _ in grid)
+        stride = (1,) * axes
+        dilation = tuple(draw(st.integers(1, 4)) for _ in grid)
+    else:
+        kernel_size = tuple(draw(st.integers(1, n)) for n in grid)
+        stride = tuple(draw(st.integers(1, k)) for k in kernel_size)
+        dilation = tuple(draw(st.integers(1, n // k)) for n, k in zip(grid, kernel_size, strict=True))
+    window = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "circular": circular}
+    window["is_causal"] = tuple(draw(st.booleans()) for _ in grid)
+    window["scale"] = draw(st.sampled_from([None, 0.3]))
+    key_heads = draw(st.integers(1, 2))
+    sizes = {"dim": draw(st.integers(1, 19)), "value_dim": draw(st.integers(1, 19)), "extra": draw(st.integers(0, 3))}
+    bias = draw(st.booleans())
+    heads = key_heads * draw(st.integers(1, 2))
+    return make(grid, kernel_size, heads, key_heads, bias=bias, seed=draw(st.integers(0, 9)), **sizes), window
+
+
+def check_drawn(problem, choice):
+    tensors, window = problem
+    # A gradient that cancels to nothing has no relative error: alone with its key, a query changes nothing.
+    _, grads = naive(tensors, **window)
+    assume(min(grad.abs().max() for grad in grads) > 1e-2)
+    check(tensors, window, choice)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.sampled_from(CHOICES))
+def test_drawn_problems(problem, choice):
+    check_drawn(problem, choice)
+
+
+@pytest.mark.long
+@settings(max_examples=600, deadline=None)
+@given(problems(), st.sampled_from(CHOICES))
+def test_many_drawn_problems(problem, choice):
+    check_drawn(problem, choice)
+
+
+@EACH_CHOICE
+@pytest.mark.parametrize(
+    ("grid", "kernel_size", "dilation"),
+    [((24, 40), 7, 1), ((56, 30), 7, 4), ((300,), 7, 3), ((300,), 299, 1), ((7, 150), 5, 1)],
+    ids=str,
+)
+def test_maps_wider_than_a_vector(grid, kernel_size, dilation, choice):
+    """More than one vector, tile, band and strip of the compiled kernel; more than one tile of the reference."""
+    tensors = make(grid, [kernel_size] * len(grid), dim=8, value_dim=8, bias=True, batch=1)
+    check(tensors, {"kernel_size": kernel_size, "dilation": dilation}, choice)
+
+
+@EACH_CHOICE
+def test_many_additional_keys(choice):
+    check(make((9, 20), (3, 3), 4, 2, dim=17, extra=150), {"kernel_size": 3}, choice)
+
+
+_META, _ARRAYS = golden.load("op_na2d")
+
+
+@EACH_CHOICE
+@pytest.mark.parametrize("case", _META["cases"], ids=lambda case: f"case{case['case']}")
+def test_golden(case, choice):
+    def read(name):  # heads first on file
+        x = torch.from_numpy(_ARRAYS[f"case{case['case']}_{name}"])
+        return x.float() if x.dim() == 3 else x.movedim(1, 3).float()
+
+    names = ("q", "k", "v", "rpb") if case["rpb"] else ("q", "k", "v")
+    inputs = [read(name).requires_grad_() for name in names]
+    with choose(choice):
+        bias = inputs[3] if case["rpb"] else None
+        out = na2d(*inputs[:3], case["kernel"], dilation=case["dilation"], relative_position_bias=bias)
+        grads = torch.autograd.grad((out * read("w")).sum(), inputs)
+    assert_close(out, read("out"), "out")
+    for name, grad in zip(names, grads, strict=True):
+        assert_close(grad, read(f"d{name}"), f"d{name}")
+
+
+@EACH_CHOICE
+def test_circular_window_is_that_of_clear(choice):
+    """CLEAR's attention: image tokens see a disc and the text, text tokens see everything."""
+    meta, arrays = golden.load("clear_local")
+    weights = golden.state_dict(meta)
+    heads, text, height, width, radius = (meta["kwargs"][x] for x in ("heads", "text", "h", "w", "window_size"))
+    x = golden.image(17, 32).reshape(1, text + height * width, 24)
+    qkv = torch.nn.functional.linear(x, weights["qkv.weight"], weights["qkv.bias"])
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    near_text = torch.nn.functional.scaled_dot_product_attention(
+        *(y.transpose(1, 2) for y in (q[:, :text], k, v))
+    ).transpose(1, 2)
+    maps = [y[:, text:].unflatten(1, (height, width)) for y in (q, k, v)]
+    with choose(choice):
+        image = na2d(*maps, 2 * radius - 1, circular=True, additional_keys=k[:, :text], additional_values=v[:, :text])
+    out = torch.cat((near_text, image.flatten(1, 2)), 1).flatten(2)
+    out = torch.nn.functional.linear(out, weights["proj.weight"], weights["proj.bias"])
+    assert golden.relative_error(out, arrays["logits"]) < 1e-5
+
+
+@EACH_CHOICE
+def test_window_of_the_whole_map_is_attention(choice):
+    tensors = cast(make((5, 6), (5, 6)), torch.float32)
+    with choose(choice):
+        out = na2d(**tensors, kernel_size=(5, 6))
+    flat = [x.flatten(1, 2).transpose(1, 2) for x in tensors.values()]
+    expected = torch.nn.functional.scaled_dot_product_attention(*flat)
+    assert_close(out, expected.transpose(1, 2).unflatten(1, (5, 6)))
+
+
+@EACH_CHOICE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype, choice):
+    tensors = make((9, 18), (3, 5), extra=2, bias=True, dim=8, value_dim=8)
+    tensors = {name: (x.detach() / 2).to(dtype).double().requires_grad_() for name, x in tensors.items()}
+    check_half(tensors, {"kernel_size": (3, 5)}, choice, dtype)
+
+
+def check_half(tensors, window, choice, dtype):
+    (expected, expected_lse), expected_grads = naive(tensors, **window)
+    with choose(choice):
+        (out, lse), grads = run(cast(tensors, dtype), window)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert all(grad.dtype == dtype for grad in grads)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
+    assert_gradients_close(grads, expected_grads)
+
+
+@EACH_CHOICE
+def test_output_takes_the_dtype_of_value(choice):
+    tensors = cast(make((9, 9), (3, 3)), torch.float32) | {"value": torch.randn(2, 9, 9, 2, 5).bfloat16()}
+    with choose(choice):
+        out, lse = na2d(**tensors, kernel_size=3, return_lse=True)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+
+
+@EACH_CHOICE
+def test_strides(choice):
+    """A fused projection's slices, permuted and expanded inputs give what their copies give, laid out afresh."""
+    q, k, _ = torch.randn(2, 9, 20, 3, 2, 12).unbind(3)
+    v = torch.randn(2, 1, 8, 9, 20).expand(-1, 2, -1, -1, -1).permute(0, 3, 4, 1, 2)
+    inputs = [x.requires_grad_() for x in (q.detach(), k.detach(), v)]
+    copies = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs]
+    with choose(choice):
+        actual, expected = na2d(*inputs, 5, return_lse=True), na2d(*copies, 5, return_lse=True)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.is_contiguous()
+        assert all(map(torch.equal, gradients(actual, inputs), gradients(expected, copies)))
+
+
+@EACH_CHOICE
+def test_bitwise_repeatable_on_any_number_of_threads(choice):
+    tensors = cast(make((20, 40), (7, 7), 4, 2, extra=5, bias=True, dim=8), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    with choose(choice):
+        # PyTorch's own products depend on the number of threads; the compiled kernel does not.
+        for count in (1, 2, 3) if choice == "cpu" else (1, 1):
+            torch.set_num_threads(count)
+            outs, grads = run(tensors, {"kernel_size": 7})
+            results.append([*outs, *grads])
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+@EACH_CHOICE
+def test_extreme_scores(choice):
+    """Scores of some thousands neither overflow nor lose the largest key; a bias of -inf hides keys."""
+    tensors = cast(make((9, 20), (5, 5), bias=True), torch.float32 if choice == "cpu" else torch.float64)
+    with torch.no_grad():
+        tensors["query"].mul_(1000)
+        tensors["relative_position_bias"][:, :4] = -torch.inf
+    doubles = {name: x.detach().double() for name, x in tensors.items()}
+    expected, expected_lse = naive_neighborhood.neighborhood_attention(
+        doubles["query"], doubles["key"], doubles["value"], (5, 5), (1, 1), (1, 1), (False, False), 0.5,
+        relative_position_bias=doubles["relative_position_bias"],
+    )  # fmt: skip
+    # A query of the last rows sees rows above it alone: every key of its window but its own row's is hidden.
+    with choose(choice):
+        out, lse = na2d(**tensors, kernel_size=5, scale=0.5, return_lse=True)
+    assert out.isfinite().all()
+    assert_close(lse, expected_lse)
+    assert_close(out, expected, factor=100)
+
+
+@EACH_CHOICE
+def test_nan_in_a_query_stays_there(choice):
+    tensors = cast(make((12, 20), (3, 3)), torch.float32)
+    with choose(choice), torch.no_grad():
+        clean = na2d(**tensors, kernel_size=3)
+        tensors["query"][0, 4, 5, 1] = torch.nan
+        out = na2d(**tensors, kernel_size=3)
+    assert out[0, 4, 5, 1].isnan().all()
+    out[0, 4, 5, 1] = clean[0, 4, 5, 1]
+    assert torch.equal(out, clean)
+
+
+@EACH_CHOICE
+def test_nan_in_a_key_reaches_the_queries_that_see_it(choice):
+    tensors = cast(make((12, 20), (3, 3)), torch.float32)
+    with choose(choice), torch.no_grad():
+        tensors["key"][0, 4, 5, 1] = torch.nan
+        out = na2d(**tensors, kernel_size=3)
+    assert out[0, 3:6, 4:7, 1].isnan().all()
+    assert out[0, :, :, 0].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+@EACH_CHOICE
+def test_empty_batch(choice):
+    tensors = make((5, 6), (3, 3), batch=0, extra=2, bias=True)
+    with choose(choice):
+        (out, lse), grads = run(cast(tensors, torch.float32), {"kernel_size": 3})
+    assert out.shape == (0, 5, 6, 2, 5)
+    assert lse.shape == (0, 5, 6, 2)
+    assert [grad.shape for grad in grads] == [x.shape for x in tensors.values()]
+    assert not grads[-1].any()
+
+
+def test_without_lse_the_output_alone():
+    tensors = make((7,), (3,))
+    assert torch.equal(na1d(**tensors, kernel_size=3), na1d(**tensors, kernel_size=3, return_lse=True)[0])
+
+
+def test_reference_holds_no_scores_of_the_whole_map(monkeypatch):
+    """In the op's mode; the weights of the whole map would take 14 MB, its gradients as much again."""
+    monkeypatch.setattr(reference, "_SCORES", 1 << 16)
+    tensors = {name: x.detach() for name, x in cast(make((96, 96), (7, 7), 4, 4, 4, 4), torch.float32).items()}
+    window = ([7, 7], [1, 1], [1, 1], [False, False], 1.0, None, None, None, False)
+    with PeakMemory() as memory:
+        out, lse = reference.forward(*tensors.values(), *window)
+        reference.backward(out, lse, *tensors.values(), out, lse, *window)
+    size = tensors["query"].numel() * 4
+    # Beside tensors as large as the inputs, a few tiles.
+    assert memory.peak < 11 * size + 2**22
+
+
+@COMPILED
+def test_float64_takes_the_reference_and_says_so(caplog):
+    dispatch._log_slow_path.cache_clear()
+    with use("cpu"):
+        tensors = make((7, 7), (3, 3))
+        out, lse = na2d(**tensors, kernel_size=3, return_lse=True)
+    assert out.dtype == lse.dtype == torch.float64
+    assert "neighborhood_attention runs its PyTorch reference: the compiled kernel has no float64" in caplog.text
+
+
+def replaced(**values):
+    tensors = {name: x.detach() for name, x in make((5, 9), (3, 3), 4, 2, extra=2, bias=True).items()}
+    for name, value in values.items():
+        tensors[name] = value(tensors[name]) if callable(value) else value
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"query": lambda x: x.int()}, TypeError, r"query has dtype torch.int32; convert"),
+        ({"key": lambda x: x.cfloat()}, TypeError, r"key has dtype torch.complex64"),
+        ({"value": lambda x: x.numpy()}, TypeError, r"value is a ndarray; it must be a tensor"),
+        ({"query": lambda x: x[0]}, ValueError, r"query has shape \(5, 9, 4, 4\); it must have 5 axes"),
+        ({"key": lambda x: x[:, 1:]}, ValueError, r"key has shape \(2, 4, 9, 2, 4\).*rows=5"),
+        ({"value": lambda x: x[:1]}, ValueError, r"value has shape \(1, 5, 9, 2, 5\).*batch=2"),
+        ({"key": lambda x: x[..., :1, :]}, ValueError, r"key has shape .*heads=2"),
+        ({"query": lambda x: x[..., :3, :]}, ValueError, r"query has 3 heads, but key and value 2; theirs must divide"),
+        ({"query": lambda x: x[..., :0]}, ValueError, r"query has shape \(2, 5, 9, 4, 0\)"),
+        ({"value": lambda x: x.to("meta")}, ValueError, r"value is on meta, but query on cpu; move them"),
+        ({"additional_keys": None}, ValueError, r"additional_keys is None; .* must be given together"),
+        ({"additional_values": None}, ValueError, r"additional_values is None; .* must be given together"),
+        ({"additional_values": lambda x: x[:, 1:]}, ValueError, r"additional_values has shape .*extra=2"),
+        ({"relative_position_bias": lambda x: x[:, 1:]}, ValueError, r"relative_position_bias has shape \(4, 4, 5\)"),
+        ({"relative_position_bias": lambda x: x[:2]}, ValueError, r"relative_position_bias has shape .*heads=4"),
+    ],
+)
+def test_bad_tensors(values, error, message):
+    with pytest.raises(error, match=message):
+        na2d(**replaced(**values), kernel_size=3)
+
+
+@pytest.mark.parametrize(
+    ("window", "error", "message"),
+    [
+        (
+            {"kernel_size": 7, "dilation": 2},
+            ValueError,
+            r"^kernel_size=7 does not fit a 5x9 grid with dilation=2; it needs at least 14 rows$",
+        ),
+        ({"kernel_size": (3, 5), "dilation": (1, 2)}, ValueError, r"kernel_size=\(3, 5\).*at least 10 columns"),
+        ({"kernel_size": 3, "stride": 4}, ValueError, r"stride=4 is larger than kernel_size=3"),
+        ({"kernel_size": 0}, ValueError, r"kernel_size=0 must be at least 1"),
+        ({"kernel_size": 3, "dilation": -1}, ValueError, r"dilation=-1 must be at least 1"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size=\(3, 3, 3\) has 3 values; na2d takes one, or 2"),
+        ({"kernel_size": 3.0}, TypeError, r"kernel_size=3.0 holds a float; it must be int"),
+        ({"kernel_size": True}, TypeError, r"kernel_size=True holds a bool"),
+        ({"kernel_size": 3, "is_causal": 1}, TypeError, r"is_causal=1 holds a int; it must be bool"),
+        ({"kernel_size": 4, "circular": True}, ValueError, r"kernel_size=4 must be odd for a circular window"),
+        ({"kernel_size": 3, "stride": 2, "circular": True}, ValueError, r"stride=2 does not go with a circular window"),
+    ],
+)
+def test_bad_windows(window, error, message):
+    tensors = {name: x.detach() for name, x in make((5, 9), (3, 3)).items()}
+    with pytest.raises(error, match=message):
+        na2d(**tensors, **window)
+
+
+def test_other_functions_name_their_axes():
+    with pytest.raises(ValueError, match=r"does not fit a 8 grid with dilation=3; it needs at least 9 tokens"):
+        na1d(**make((8,), (3,)), kernel_size=3, dilation=3)
+    with pytest.raises(ValueError, match=r"does not fit a 2x5x5 grid with dilation=1; it needs at least 3 levels"):
+        na3d(**make((2, 5, 5), (3,) * 3), kernel_size=3)
