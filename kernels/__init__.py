@@ -7,6 +7,7 @@ if __name__ == "kernels":
     raise ImportError("import this as visionmix.kernels (from an installed visionmix: pip install -e .)")
 
 from visionmix.kernels.dispatch import Unavailable, backends, use
+from visionmix.kernels.flops import fvcore_handles
 from visionmix.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
 from visionmix.kernels.neighborhood_attention import na1d, na2d, na3d
 from visionmix.kernels.selective_scan import selective_scan
@@ -16,6 +17,7 @@ __all__ = [
     "Unavailable",
     "backends",
     "bidirectional_gated_linear_attention",
+    "fvcore_handles",
     "gated_linear_attention",
     "na1d",
     "na2d",

@@ -132,7 +132,7 @@ def load(op: str, implementation: str) -> Implementation:
 
 
 @cache
-def _log_slow_path(op: str, reason: str, remedy: str) -> None:
+def log_slow_path(op: str, reason: str, remedy: str) -> None:
     _logger.warning("%s runs its PyTorch reference: %s; %s", op, reason, remedy)
 
 
@@ -163,7 +163,7 @@ def resolve(op: str, implementation: str, device: torch.device) -> str:
         return "reference"
     loaded = _load(op, fast)
     if isinstance(loaded, Unavailable):
-        _log_slow_path(op, loaded.reason, loaded.remedy)
+        log_slow_path(op, loaded.reason, loaded.remedy)
         return "reference"
     return fast
 

@@ -63,17 +63,18 @@ def load(source: Path) -> ctypes.CDLL:
     Raises:
         Unavailable: there is no compiler, it fails, or no folder can hold a library.
     """
-    command = _command()
-    name = f"{source.parent.name}-{source.stem}-{_key(source, command)}"
-    failures = []
-    for folder in (_cache_folder(), _private_folder()):
+    compiler = _compiler()
+    flags, libraries = _options()
+    name = f"{source.parent.name}-{source.stem}-{_key(source, compiler, [*flags, *libraries])}"
+    # The source comes before the libraries: the linker reads them in order.
+    command = [*compiler, *flags, str(source), *libraries]
+    failures: list[str] = []
+    for choose in (_cache_folder, _private_folder):
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if failures:
-                _check_private(folder)
-            library = _load_from(folder / name, source, command)
+            folder = choose()
+            library = _load_from(folder / name, command)
         except OSError as error:
-            failures.append(f"{folder}: {error}")
+            failures.append(str(error))
             continue
         if failures:
             _logger.warning(
@@ -89,22 +90,20 @@ def load(source: Path) -> ctypes.CDLL:
     )
 
 
-def _command() -> list[str]:
-    """Return the compiler and the flags for this machine."""
-    if sys.platform == "win32":
-        raise Unavailable("compiled kernels are not built on Windows", "run under WSL or Linux for faster kernels")
-    flags = list(FLAGS)
+def _options() -> tuple[list[str], list[str]]:
+    """Return the flags for this machine, and the libraries."""
     if sys.platform == "darwin":
         # Apple's clang knows OpenMP but brings no runtime: torch's own is linked.
         runtime = Path(torch.__file__).parent / "lib"
-        flags += ["-mcpu=native" if platform.machine() == "arm64" else "-march=native", "-Xclang", "-fopenmp"]
-        return [*_compiler(), *flags, f"-L{runtime}", f"-Wl,-rpath,{runtime}", "-lomp"]
-    flags += ["-march=native", "-fopenmp"]
+        target = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
+        return [*FLAGS, target, "-Xclang", "-fopenmp"], [f"-L{runtime}", f"-Wl,-rpath,{runtime}", "-lomp"]
     # torch's own runtime, which some wheels give a name of its own: a second one would have threads of its own.
-    return [*_compiler(), *flags, "-Wl,--as-needed", *_loaded_openmp()]
+    return [*FLAGS, "-march=native", "-fopenmp"], ["-Wl,--as-needed", *_loaded_openmp()]
 
 
 def _compiler() -> list[str]:
+    if sys.platform == "win32":
+        raise Unavailable("compiled kernels are not built on Windows", "run under WSL or Linux for faster kernels")
     chosen = os.environ.get("CXX")
     if chosen:
         command = shlex.split(chosen)
@@ -137,11 +136,11 @@ def _cpu() -> str:
     return platform.machine() + platform.processor()
 
 
-def _version(compiler: str) -> str:
+def _version(compiler: list[str]) -> str:
     try:
-        run = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60)
+        run = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"the compiler {compiler} does not run ({error})", _INSTALL) from error
+        raise Unavailable(f"the compiler {shlex.join(compiler)} does not run ({error})", _INSTALL) from error
     return run.stdout
 
 
@@ -158,32 +157,30 @@ def _texts(source: Path) -> Iterator[str]:
         pending += [(path.parent / name).resolve() for name in re.findall(r'^\s*#include "(.+)"', text, re.MULTILINE)]
 
 
-def _key(source: Path, command: list[str]) -> str:
-    executable = shutil.which(command[0])
-    parts = [*_texts(source), str(executable), _version(executable), *command, _cpu()]
+def _key(source: Path, compiler: list[str], options: list[str]) -> str:
+    parts = [*_texts(source), *compiler, _version(compiler), *options, _cpu()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _cache_folder() -> Path:
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser().absolute()
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen).expanduser().absolute() / "visionmix"
-    # expanduser leaves "~" in place where there is no home; the folder then fails like one that cannot be written.
-    home = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    expanded = os.path.expanduser(home)  # noqa: PTH111 (Path.expanduser raises where there is no home)
-    return Path("/nonexistent" if expanded.startswith("~") else expanded) / "visionmix"
+    """Return the folder of the user's choice or the platform's, created where it is missing."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    try:
+        folder = Path(os.environ.get(CACHE_VARIABLE) or Path(cache_home, "visionmix")).expanduser().absolute()
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder") from error
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def _private_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"visionmix-{os.getuid()}"
-
-
-def _check_private(folder: Path) -> None:
-    """Refuse a folder that another user could have put a library into."""
+    """Return this user's own folder among the temporary files; refuse one that another user could write into."""
+    folder = Path(tempfile.gettempdir()) / f"visionmix-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{folder} is not a folder of this user alone")
+    return folder
 
 
 @contextmanager
@@ -206,28 +203,27 @@ def _intact(library: Path) -> bool:
         return False
 
 
-def _load_from(stem: Path, source: Path, command: list[str]) -> ctypes.CDLL:
+def _load_from(stem: Path, command: list[str]) -> ctypes.CDLL:
     library = stem.with_suffix(".so")
     if not _intact(library):
         with _locked(stem.with_suffix(".lock")):
             if not _intact(library):
-                _compile(library, source, command)
+                _compile(library, command)
     try:
         return ctypes.CDLL(str(library))
     except OSError:  # built against other system libraries, as in a cache that containers share
         with _locked(stem.with_suffix(".lock")):
-            _compile(library, source, command)
+            _compile(library, command)
         return ctypes.CDLL(str(library))
 
 
-def _compile(library: Path, source: Path, command: list[str]) -> None:
+def _compile(library: Path, command: list[str]) -> None:
     """Compile aside, then rename: no process ever sees half a library."""
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         built = Path(folder) / library.name
         try:
             run = subprocess.run(
-                # The source comes before the libraries: the linker reads them in order.
-                [command[0], str(source), *command[1:], "-o", str(built)],
+                [*command, "-o", str(built)],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -240,7 +236,8 @@ def _compile(library: Path, source: Path, command: list[str]) -> None:
         if run.returncode != 0 or not built.is_file():
             said = "\n".join((run.stderr or run.stdout).strip().splitlines()[:_ERROR_LINES])
             raise Unavailable(
-                f"{command[0]} fails on {source.name} (exit status {run.returncode}):\n{said}\n", _INSTALL
+                f"{command[0]} fails on {library.stem} with exit status {run.returncode}: {said or 'it says nothing'}",
+                _INSTALL,
             )
         digest = Path(folder) / "digest"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())

@@ -1,6 +1,8 @@
 """The package as it is installed: its files, its imports, its public names."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,8 +19,6 @@ ROOMS |= {"configs": "visionmix/configs", "tools": "visionmix/tools"}
 
 def run(code: str, **environment) -> str:
     """Return what `code` prints in a fresh interpreter, away from the tree; fail if it prints to stderr."""
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env={**os.environ, **environment}
     )
@@ -37,22 +37,64 @@ def tree() -> set[str]:
     return names
 
 
-def test_the_wheel_holds_the_tree(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
-    source = tmp_path / "source"
-    subprocess.run(["git", "init", "-q", str(source)], check=True)
-    for name in [*ROOMS, "pyproject.toml", "README.md", "LICENSE"]:
-        # A copy, so that no build folder appears in the tree.
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of the tree, so that no build folder appears in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ROOMS:
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     done = subprocess.run(build, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_tree(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
         metadata = next(name for name in file.namelist() if name.endswith("entry_points.txt"))
         assert "visionmix = visionmix.tools.main:main" in file.read(metadata).decode()
     assert held == tree()
     assert "visionmix/py.typed" in held
+
+
+SURFACE = """
+import torch
+import visionmix
+from visionmix import create_mixer, kernels, list_mixers, scans
+
+names: list[str] = list_mixers()
+mixer: torch.nn.Module = create_mixer("gated_linear_attention", 24, num_heads=3)
+index: torch.Tensor = scans.order("hilbert", height=3, width=4).index
+claimed: float | None = visionmix.models.published("vig_s").top1
+q = torch.randn(1, 4, 2, 8)
+with kernels.use("reference"):
+    out, state = kernels.gated_linear_attention(q, q, q, -q.abs())
+out.sum()
+"""
+
+
+@pytest.mark.long
+def test_the_wheels_public_surface_type_checks(wheel, tmp_path):
+    """In an editable install type checkers do not see the mapped folders, so the wheel is unpacked."""
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "site")
+    (tmp_path / "surface.py").write_text(SURFACE)
+    (tmp_path / "wrong.py").write_text(SURFACE + "names.absent()\nscans.order('hilbert', 'three', 4)\n")
+
+    def check(name: str) -> str:
+        command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", name]
+        environment = {**os.environ, "MYPYPATH": str(tmp_path / "site")}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+
+    assert "Success" in check("surface.py")
+    wrong = check("wrong.py")
+    assert "absent" in wrong
+    assert "incompatible type" in wrong
 
 
 @pytest.mark.parametrize("room", ["kernels", "scans"])

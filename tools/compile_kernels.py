@@ -89,7 +89,7 @@ DEVICES = {
 class Report:
     """What one kernel variant takes on one target.
 
-    `spills` counts bytes of spill loads and stores on NVIDIA, spilled vector and scalar registers on AMD; `shared` is
+    `spills` counts bytes of spill loads and stores on NVIDIA, spilled vector registers on AMD; `shared` is
     in bytes.
     """
 
@@ -168,13 +168,16 @@ def _nvidia_usage(asm: dict[str, Any], device: Device) -> tuple[int, int]:
 
 
 def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
-    """Return vector registers a thread (accumulation registers included) and registers spilled, from the metadata."""
+    """Return vector registers a thread (accumulation registers included) and those spilled, from the metadata.
+
+    Scalar registers that do not fit are kept in lanes of vector registers, not in memory: they are no spill.
+    """
     text = asm["amdgcn"]
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
 
-    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+    return field("vgpr_count"), field("vgpr_spill_count")
 
 
 def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:

@@ -47,7 +47,7 @@ def _float(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _view(x: Tensor | None) -> ctypes.POINTER:
+def _view(x: Tensor | None) -> object:
     return ctypes.byref(_View(None, 0, 0, 0) if x is None else _View(x.data_ptr(), *x.stride()[:3]))
 
 
@@ -55,7 +55,7 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _sizes(q: Tensor, v: Tensor) -> ctypes.POINTER:
+def _sizes(q: Tensor, v: Tensor) -> object:
     return ctypes.byref(_Sizes(*q.shape, v.shape[-1]))
 
 
@@ -71,7 +71,7 @@ def _succeed(status: int) -> None:
 def _is_float64(*tensors: Tensor | None) -> bool:
     if reference.compute_dtype(*tensors) != torch.float64:
         return False
-    dispatch._log_slow_path(
+    dispatch.log_slow_path(
         "gated_linear_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
     )
     return True
@@ -179,7 +179,7 @@ def bidirectional_forward(
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
     if _is_float64(q, k, v, g_forward, g_backward):
         return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge)
-    out = _run_forward(q, k, v, (g_forward, g_backward), reference._merged(scale, merge), None, None)
+    out = _run_forward(q, k, v, (g_forward, g_backward), reference.merged(scale, merge), None, None)
     return out.to(v.dtype)
 
 
@@ -197,7 +197,7 @@ def bidirectional_backward(
     if _is_float64(q, k, v, g_forward, g_backward):
         return reference.bidirectional_backward(grad_out, q, k, v, g_forward, g_backward, scale, merge)
     gates = (g_forward, g_backward)
-    return tuple(_run_backward(grad_out, None, q, k, v, gates, reference._merged(scale, merge), None, None))
+    return tuple(_run_backward(grad_out, None, q, k, v, gates, reference.merged(scale, merge), None, None))
 
 
 def load() -> dispatch.Implementation:

@@ -277,7 +277,7 @@ def bidirectional_forward(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
-    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, _merged(scale, merge))
+    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, merged(scale, merge))
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
     return _tokens(attention.out.flatten(1, 2), v, v.dtype)
@@ -294,7 +294,7 @@ def bidirectional_backward(
     merge: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
-    scale = _merged(scale, merge)
+    scale = merged(scale, merge)
     attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, scale)
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
@@ -306,5 +306,5 @@ def bidirectional_backward(
     return tuple(grads)
 
 
-def _merged(scale: float, merge: str) -> float:
+def merged(scale: float, merge: str) -> float:
     return 0.5 * scale if merge == "mean" else scale

@@ -52,7 +52,7 @@ class _Problem:
             "DK": self.dk,
             "DV": self.dv,
             "CHUNK": self.chunk,
-            "BV": _tile(self.dv, 64 if self.half else 32),
+            "BV": _tile(self.dv, 32),
             "PRECISION": precision,
         }
 
@@ -92,10 +92,9 @@ class _Problem:
         return states
 
     def mix(self, y: Tensor, states: list[Tensor | None], out: Tensor, transposed: bool) -> None:
-        tiles = triton.cdiv(self.dv, self.sizes["BV"])
         launch(
             mix_kernel,
-            (self.rows, self.chunks, tiles),
+            (self.rows, self.chunks),
             p_q=self.q,
             p_k=self.k,
             p_y=y,
@@ -112,13 +111,19 @@ class _Problem:
             BK=_tile(self.dk, 32),
             TRANSPOSED=transposed,
             num_warps=4 if self.chunk == 64 else 2,
-            passes=dict.fromkeys(("p_q", "p_k", "p_g", "p_g2"), tiles),
-            flops=self.rows * self.length * self._within(states),
+            flops=self.rows * self.length * self._within(states, len(self.gates)),
         )
 
     def gradients(
-        self, grad_out: Tensor, states: list[Tensor | None], grad_states: list[Tensor | None], outs: list[Tensor]
+        self,
+        number: int,
+        grad_out: Tensor,
+        states: Tensor | None,
+        grad_states: Tensor | None,
+        added: list[Tensor],
+        outs: list[Tensor],
     ) -> None:
+        """Write direction `number`'s gradients of q, k and its gates to `outs`, the former two plus those `added`."""
         block_k = 16
         tiles = triton.cdiv(self.dk, block_k)
         launch(
@@ -127,31 +132,29 @@ class _Problem:
             p_q=self.q,
             p_k=self.k,
             p_v=self.v,
-            p_g=self.gates[0],
-            p_g2=self.gate(1),
+            p_g=self.gates[number],
             p_do=grad_out,
-            p_s=states[0],
-            p_ds=grad_states[0],
-            p_s2=states[1] if len(states) > 1 else None,
-            p_ds2=grad_states[1] if len(states) > 1 else None,
+            p_s=states,
+            p_ds=grad_states,
+            p_added_q=added[0] if added else None,
+            p_added_k=added[1] if added else None,
             p_dq=outs[0],
             p_dk=outs[1],
             p_dg=outs[2],
-            p_dg2=outs[3] if len(outs) > 3 else None,
             scale=self.scale,
             length=self.length,
             heads=self.heads,
-            **_strides(q=self.q, k=self.k, v=self.v, g=self.gates[0], g2=self.gate(1), o=grad_out),
+            **_strides(q=self.q, k=self.k, v=self.v, g=self.gates[number], o=grad_out),
             **self.sizes,
             BK=block_k,
-            num_warps=8 if self.chunk == 64 else 4,
-            passes=dict.fromkeys(("p_v", "p_do"), tiles),
-            flops=2 * self.rows * self.length * self._within(states),
+            REVERSE=number == 1,
+            num_warps=4,
+            passes={"p_v": tiles, "p_do": tiles},
+            flops=2 * self.rows * self.length * self._within([states], 1),
         )
 
-    def _within(self, states: list[Tensor | None]) -> int:
+    def _within(self, states: list[Tensor | None], directions: int) -> int:
         """Operations a token of the chunk's weights, their product with the values and that with the states."""
-        directions = len(self.gates)
         far = sum(2 * self.dk * self.dv for x in states if x is not None)
         return self.chunk * (directions * 2 * self.dk + 2 * self.dv) // (1 if directions > 1 else 2) + far
 
@@ -223,11 +226,15 @@ def _backward(
     if states[0] is None or grad_states[0] is None:
         # One of them is zero throughout: with one chunk, there is no initial state or no gradient of the last one.
         states, grad_states = _with_zeros(states, grad_states)
-    grad_q, grad_k, grad_v, *grad_gates = (
-        x.new_empty(x.shape) for x in (problem.q, problem.k, problem.v, *problem.gates)
-    )
+    q, k, v, gates = problem.q, problem.k, problem.v, problem.gates
+    grad_q, grad_k, grad_v, *grad_gates = (x.new_empty(x.shape) for x in (q, k, v, *gates))
     problem.mix(grad_out, grad_states, grad_v, transposed=True)
-    problem.gradients(grad_out, states, grad_states, [grad_q, grad_k, *grad_gates])
+    added: list[Tensor] = []
+    for number, grad_gate in enumerate(grad_gates):
+        last = number == len(gates) - 1
+        sums = [grad_q, grad_k] if last else [torch.empty_like(x, dtype=torch.float32) for x in (grad_q, grad_k)]
+        problem.gradients(number, grad_out, states[number], grad_states[number], added, [*sums, grad_gate])
+        added = sums
     return grad_q, grad_k, grad_v, *grad_gates
 
 

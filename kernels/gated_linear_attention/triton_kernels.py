@@ -233,13 +233,12 @@ def mix_kernel(
 
     TRANSPOSED: the gradient of v, `out = scale W^T y + (k decay) S`, y = grad_out and S the gradients of the states.
     With `g2`, the gates of the other direction, both directions' terms are added up.
-    Grid: (batch x heads, chunks, tiles of DV).
+    Grid: (batch x heads, chunks).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_row // heads, i_row % heads
     i_c = tl.program_id(1).to(tl.int64)
     o_t = i_c * CHUNK + tl.arange(0, CHUNK)
-    o_v = tl.program_id(2) * BV + tl.arange(0, BV)
     p_q += i_b * sq_b + i_h * sq_h
     p_k += i_b * sk_b + i_h * sk_h
     p_y += i_b * sy_b + i_h * sy_h
@@ -257,23 +256,25 @@ def mix_kernel(
         p_x, sx_t, sx_d = p_k, sk_t, sk_d
     else:
         p_x, sx_t, sx_d = p_q, sq_t, sq_d
-    b_out = tl.dot(b_w, _load(p_y, o_t, o_v, sy_t, sy_d, o_t < length, DV), input_precision=PRECISION)
-    if TRANSPOSED:
-        b_out *= scale
     i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
-    if p_states is not None:
-        b_out = _from_states(
-            b_out, p_x, p_g, p_states + i_s, o_t, o_v, length, sx_t, sx_d, sg_t, sg_d,
-            DK, DV, BK, CHUNK, TRANSPOSED, False, PRECISION,
-        )  # fmt: skip
-    if p_states2 is not None:
-        b_out = _from_states(
-            b_out, p_x, p_g2, p_states2 + i_s, o_t, o_v, length, sx_t, sx_d, sg2_t, sg2_d,
-            DK, DV, BK, CHUNK, TRANSPOSED, True, PRECISION,
-        )  # fmt: skip
-    if not TRANSPOSED:
-        b_out *= scale
-    _store(p_out, b_out, o_t, o_v, so_t, so_d, o_t < length, DV)
+    for o_tile in range(0, DV, BV):
+        o_v = o_tile + tl.arange(0, BV)
+        b_out = tl.dot(b_w, _load(p_y, o_t, o_v, sy_t, sy_d, o_t < length, DV), input_precision=PRECISION)
+        if TRANSPOSED:
+            b_out *= scale
+        if p_states is not None:
+            b_out = _from_states(
+                b_out, p_x, p_g, p_states + i_s, o_t, o_v, length, sx_t, sx_d, sg_t, sg_d,
+                DK, DV, BK, CHUNK, TRANSPOSED, False, PRECISION,
+            )  # fmt: skip
+        if p_states2 is not None:
+            b_out = _from_states(
+                b_out, p_x, p_g2, p_states2 + i_s, o_t, o_v, length, sx_t, sx_d, sg2_t, sg2_d,
+                DK, DV, BK, CHUNK, TRANSPOSED, True, PRECISION,
+            )  # fmt: skip
+        if not TRANSPOSED:
+            b_out *= scale
+        _store(p_out, b_out, o_t, o_v, so_t, so_d, o_t < length, DV)
 
 
 @triton.jit
@@ -292,27 +293,39 @@ def _weight_gradients(
     return b_dw * scale
 
 
-@triton.jit
-def _direction_gradients(
-    b_dq, b_dk, p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dg, o_t, o_d, scale, length,
-    sq_t, sq_d, sk_t, sk_d, sv_t, sv_d, sg_t, sg_d, so_t, so_d, sdg_t, sdg_d,
-    DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit(do_not_specialize=["length"])
+def gradients_kernel(
+    p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_added_q, p_added_k, p_dq, p_dk, p_dg, scale, length, heads,
+    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, sg_b, sg_t, sg_h, sg_d,
+    so_b, so_t, so_h, so_d,
+    DK: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store one direction's gradient of the gates and add what it gives to those of q and k.
+    """One direction's gradients of q, k and its gates, from `dW = scale grad_out v^T` and the states and theirs.
 
-    What a token gives itself depends on no gate and is added here, for this direction.
+    `added_q` and `added_k`, the other direction's, are added. Outputs (batch, length, heads, DK) contiguous.
+    Grid: (batch x heads, chunks, tiles of DK).
     """
-    BK: tl.constexpr = b_dq.shape[1]
-    m_t = o_t < length
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_row // heads, i_row % heads
+    i_c = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, CHUNK)
     o_r = o_c % BLOCK
+    o_t = i_c * CHUNK + o_c
+    o_d = tl.program_id(2) * BK + tl.arange(0, BK)
+    m_t = o_t < length
+    p_q += i_b * sq_b + i_h * sq_h
+    p_k += i_b * sk_b + i_h * sk_h
+    p_v += i_b * sv_b + i_h * sv_h
+    p_g += i_b * sg_b + i_h * sg_h
+    p_do += i_b * so_b + i_h * so_h
+    s_t = heads * DK
+    o_out = i_b * length * s_t + i_h * DK
+    i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
     b_dw = _weight_gradients(p_do, p_v, o_t, scale, length, so_t, so_d, sv_t, sv_d, DV, BV, CHUNK, PRECISION)
     b_q = _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
     b_k = _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
     b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dw, 0.0), axis=1)
-    b_dq += b_own[:, None] * b_k
-    b_dk += b_own[:, None] * b_q
     b_g = _load(p_g, o_t, o_d, sg_t, sg_d, m_t, DK) * LOG2_E
     b_n = _next_gates(p_g, o_t, o_d, sg_t, sg_d, length, DK, REVERSE)
     b_near_q = tl.zeros((CHUNK, BK), tl.float32)
@@ -346,8 +359,8 @@ def _direction_gradients(
         b_e = tl.where((o_r == i)[:, None], 1.0, b_e * tl.exp2(b_gate))
         b_query = _load(p_q, o_i, o_d, sq_t, sq_d, o_i < length, DK)
         b_near_k += _column(b_block, i)[:, None] * b_e * b_query
-    b_dq += b_near_q
-    b_dk += b_near_k
+    b_dq = b_near_q + b_own[:, None] * b_k
+    b_dk = b_near_k + b_own[:, None] * b_q
     # A gate scales what passes from the tokens before it to those from it on: all pairs of them, which are all that
     # the later tokens' queries see less what their keys give among themselves.
     b_sum = b_q * b_near_q - b_k * b_near_k
@@ -357,8 +370,8 @@ def _direction_gradients(
         b_through = tl.zeros((BK,), tl.float32)
         for o_v in range(0, DV, BV):
             o_e = o_v + tl.arange(0, BV)
-            b_s = _load(p_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
-            b_ds = _load(p_ds, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
+            b_s = _load(p_s + i_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
+            b_ds = _load(p_ds + i_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
             b_do = _load(p_do, o_t, o_e, so_t, so_d, m_t, DV)
             b_v = _load(p_v, o_t, o_e, sv_t, sv_d, m_t, DV)
             b_far_q += tl.dot(b_do, tl.trans(b_s), input_precision=PRECISION)
@@ -373,54 +386,10 @@ def _direction_gradients(
         b_dg += (tl.exp2(tl.sum(b_g, axis=0)) * b_through)[None, :]
     else:
         b_dg = _sums(b_sum, CHUNK, not REVERSE)
-    _store(p_dg, b_dg, o_t, o_d, sdg_t, sdg_d, m_t, DK)
-    return b_dq, b_dk
-
-
-@triton.jit(do_not_specialize=["length"])
-def gradients_kernel(
-    p_q, p_k, p_v, p_g, p_g2, p_do, p_s, p_ds, p_s2, p_ds2, p_dq, p_dk, p_dg, p_dg2, scale, length, heads,
-    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, sg_b, sg_t, sg_h, sg_d,
-    sg2_b, sg2_t, sg2_h, sg2_d, so_b, so_t, so_h, so_d,
-    DK: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradients of q, k and the gates from `dW = scale grad_out v^T` and the states and their gradients.
-
-    Outputs (batch, length, heads, DK) contiguous.
-    Grid: (batch x heads, chunks, tiles of DK).
-    """
-    i_row = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_row // heads, i_row % heads
-    i_c = tl.program_id(1).to(tl.int64)
-    o_t = i_c * CHUNK + tl.arange(0, CHUNK)
-    o_d = tl.program_id(2) * BK + tl.arange(0, BK)
-    m_t = o_t < length
-    p_q += i_b * sq_b + i_h * sq_h
-    p_k += i_b * sk_b + i_h * sk_h
-    p_v += i_b * sv_b + i_h * sv_h
-    p_g += i_b * sg_b + i_h * sg_h
-    p_do += i_b * so_b + i_h * so_h
-    s_t = heads * DK
-    o_out = i_b * length * s_t + i_h * DK
-    i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
-    if p_s is not None:
-        p_s += i_s
-        p_ds += i_s
-    b_dq = tl.zeros((CHUNK, BK), tl.float32)
-    b_dk = tl.zeros((CHUNK, BK), tl.float32)
-    b_dq, b_dk = _direction_gradients(
-        b_dq, b_dk, p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dg + o_out, o_t, o_d, scale, length,
-        sq_t, sq_d, sk_t, sk_d, sv_t, sv_d, sg_t, sg_d, so_t, so_d, s_t, 1, DK, DV, BV, CHUNK, False, PRECISION,
-    )  # fmt: skip
-    if p_g2 is not None:
-        p_g2 += i_b * sg2_b + i_h * sg2_h
-        if p_s2 is not None:
-            p_s2 += i_s
-            p_ds2 += i_s
-        b_dq, b_dk = _direction_gradients(
-            b_dq, b_dk, p_q, p_k, p_v, p_g2, p_do, p_s2, p_ds2, p_dg2 + o_out, o_t, o_d, scale, length,
-            sq_t, sq_d, sk_t, sk_d, sv_t, sv_d, sg2_t, sg2_d, so_t, so_d, s_t, 1, DK, DV, BV, CHUNK, True, PRECISION,
-        )  # fmt: skip
+    _store(p_dg + o_out, b_dg, o_t, o_d, s_t, 1, m_t, DK)
+    if p_added_q is not None:
+        b_dq += _load(p_added_q + o_out, o_t, o_d, s_t, 1, m_t, DK)
     _store(p_dq + o_out, b_dq, o_t, o_d, s_t, 1, m_t, DK)
+    if p_added_k is not None:
+        b_dk += _load(p_added_k + o_out, o_t, o_d, s_t, 1, m_t, DK)
     _store(p_dk + o_out, b_dk, o_t, o_d, s_t, 1, m_t, DK)

@@ -106,7 +106,7 @@ def _neighborhood_attention(
         kernels,
         strides,
         dilations,
-        causal,
+        [int(x) for x in causal],
         dim**-0.5 if scale is None else scale,
         additional_keys,
         additional_values,

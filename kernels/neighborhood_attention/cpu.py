@@ -85,7 +85,7 @@ def _succeed(status: int) -> None:
 def _is_float64(*tensors: Tensor | None) -> bool:
     if reference.compute_dtype(*tensors) != torch.float64:
         return False
-    dispatch._log_slow_path(
+    dispatch.log_slow_path(
         "neighborhood_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
     )
     return True
@@ -98,7 +98,7 @@ def forward(
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
@@ -133,7 +133,7 @@ def backward(
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,

@@ -21,14 +21,17 @@ def neighborhood_attention_op(
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     relative_position_bias: Tensor | None,
     circular: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map."""
+    """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map.
+
+    `is_causal` holds 0 or 1: PyTorch cannot trace a list of bools.
+    """
     if not torch.jit.is_scripting():
         if dispatch.bypassed():
             return reference.forward(
@@ -120,7 +123,7 @@ def _load_reference() -> dispatch.Implementation:
 
 
 _OPTIONS = (
-    "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, Tensor? additional_keys, "
+    "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, Tensor? additional_keys, "
     'Tensor? additional_values, Tensor? relative_position_bias, bool circular, str implementation="auto"'
 )
 

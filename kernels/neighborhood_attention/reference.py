@@ -96,9 +96,10 @@ def _masks(problem: _Problem, patterns: list[tuple], device: torch.device) -> tu
     radii = [(k + 1) // 2 for k in problem.kernel_size]
     for axis, pattern in enumerate(patterns):
         k = problem.kernel_size[axis]
+        first, last = min(min(starts) for starts, _ in pattern), max(max(stops) for _, stops in pattern)
         starts = torch.tensor([starts for starts, _ in pattern]).unsqueeze(-1)
         stops = torch.tensor([stops for _, stops in pattern]).unsqueeze(-1)
-        key = torch.arange(int(starts.min()), int(stops.max()))
+        key = torch.arange(first, last)
         visible = visible & _spread((key >= starts) & (key < stops), axis, axes)
         offset = _spread((key - torch.arange(starts.shape[1]).unsqueeze(-1)).unsqueeze(0), axis, axes)
         index = index * (2 * k - 1) + (offset + k - 1).clamp(0, 2 * k - 2)
@@ -230,7 +231,12 @@ class _Attention:
 
 def _problem(query, kernel_size, stride, dilation, is_causal, circular) -> _Problem:
     return _Problem(
-        tuple(query.shape[1:-2]), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), circular
+        tuple(query.shape[1:-2]),
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(dilation),
+        tuple(map(bool, is_causal)),
+        circular,
     )
 
 
@@ -241,7 +247,7 @@ def forward(
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
@@ -281,7 +287,7 @@ def backward(
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,

@@ -98,7 +98,7 @@ struct Columns {
 
 struct Band {
   int64_t level, row, row_count, column, column_count;  // rows of one residue class; columns count vectors
-  int64_t left, right;                                   // columns that its packed lines hold; some may lie outside the map
+  int64_t left, right;  // columns that its packed lines hold; some may lie outside the map
 };
 
 // One side of the pairs in lanes (queries, or keys where their gradients are gathered), and what it meets.

@@ -90,7 +90,7 @@ class _Call:
 def _is_float64(*tensors: Tensor | None) -> bool:
     if reference.compute_dtype(*tensors) != torch.float64:
         return False
-    dispatch._log_slow_path(
+    dispatch.log_slow_path(
         "selective_scan", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
     )
     return True

@@ -47,33 +47,54 @@ struct Arguments {
 
 namespace {
 
-vec load_row(const float* p, int width) {
-  if (width == lanes) return simd::load(p);
+// The first `width` of a row's floats, at most a vector; zeros beyond.
+vec load_row(const float* p, int64_t width) {
+  if (width >= lanes) return simd::load(p);
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << width) - 1), p);
+#else
   vec x{};
-  std::memcpy(&x, p, std::min(width, lanes) * sizeof(float));
+  std::memcpy(&x, p, width * sizeof(float));
   return x;
+#endif
 }
 
-void store_row(vec x, float* p, int width) {
-  if (width == lanes) simd::store(p, x);
-  else std::memcpy(p, &x, std::min(width, lanes) * sizeof(float));
+void store_row(vec x, float* p, int64_t width) {
+  if (width >= lanes) return simd::store(p, x);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << width) - 1), (__m512)x);
+#else
+  std::memcpy(p, &x, width * sizeof(float));
+#endif
 }
 
-// Rows of features, one a step, beside each other; zeros for a padded step.
-void gather(const float* from, int64_t cell, const int32_t* cells, int count, int64_t features, float* rows) {
-  for (int t = 0; t < count; ++t, rows += features) {
-    if (cells[t] < 0) std::fill_n(rows, features, 0.0f);
-    else if (features == 1) *rows = from[cells[t] * cell];
-    else std::copy_n(from + cells[t] * cell, features, rows);
+// Rows of features, one a step, beside each other in a pitch; zeros for a padded step and beyond the features.
+void gather(const float* from, int64_t cell, const int32_t* cells, int count, int64_t features, int64_t pitch,
+            float* rows) {
+  for (int t = 0; t < count; ++t, rows += pitch) {
+    const float* row = from + cells[t] * cell;
+    if (features == 1 && pitch == 1) {
+      *rows = cells[t] < 0 ? 0.0f : *row;
+      continue;
+    }
+    for (int64_t i = 0; i < pitch; i += lanes)
+      simd::store(rows + i, cells[t] < 0 ? vec{} : load_row(row + i, features - i));
   }
 }
 
-void gather(const float* from, int64_t cell, const int32_t* cells, int count, int width, vec* rows) {
-  for (int t = 0; t < count; ++t) rows[t] = cells[t] < 0 ? vec{} : load_row(from + cells[t] * cell, width);
+// A tile's rows. Those of the `next` chunk are fetched meanwhile: an order's cells may lie pages apart.
+void gather(const float* from, int64_t cell, const int32_t* cells, const int32_t* next, int count, int width,
+            vec* rows) {
+  for (int t = 0; t < count; ++t) {
+    __builtin_prefetch(from + next[t] * cell);
+    rows[t] = cells[t] < 0 ? vec{} : load_row(from + cells[t] * cell, width);
+  }
 }
 
-void scatter(const vec* rows, float factor, const int32_t* cells, int count, int width, float* into, int64_t cell) {
+void scatter(const vec* rows, float factor, const int32_t* cells, const int32_t* next, int count, int width,
+             float* into, int64_t cell) {
   for (int t = 0; t < count; ++t) {
+    __builtin_prefetch(into + next[t] * cell, 1);
     if (cells[t] < 0) continue;
     float* row = into + cells[t] * cell;
     store_row(load_row(row, width) + rows[t] * factor, row, width);
@@ -88,40 +109,43 @@ struct Task {
 struct Tile {
   int64_t channel;
   int width;
-  vec *A, *state, *weight, *entering, *grad_A, *grad_weight;
+  vec *A, *state, *weight, *entering, *grad_A;
+  float *rows, *grad_rows;  // the low rank's weight and its gradient, (lanes, rank) in a pitch
   scan::Ends ends;
 };
 
 // The buffers of a task.
 struct Chunk {
-  int64_t order, start;
+  int64_t order;
   int count;
+  int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
   const int32_t *read, *place, *target;
-  float *B, *C, *rank, *sums;
-  vec *u, *raw, *delta, *x, *y, *grad_y, *grad_x, *grad_rate, *grad_B, *grad_C, *grad_rank;
+  float *B, *C, *rank, *sums, *grad_rank;
+  vec *u, *raw, *delta, *x, *y, *grad_y, *grad_x, *grad_rate, *grad_B, *grad_C;
 };
 
 struct Job {
   const Arguments& a;
   bool back;
   int chunk;
-  int64_t tiles, parts;
+  int64_t tiles, parts, pitch, rank_pitch;
 
   Job(const Arguments& arguments, bool back)
       : a(arguments), back(back), chunk(back ? scan::backward_chunk(a.states) : forward_chunk) {
     tiles = scan::tiles_together(a.batch, a.channels);
     parts = (a.channels + tiles * lanes - 1) / (tiles * lanes);
+    pitch = a.states == 1 ? 1 : scan::round_up(a.states, lanes);
+    rank_pitch = scan::round_up(a.rank, lanes);
   }
 
   int64_t tasks() const { return a.batch * parts; }
   int64_t chunks(int64_t order) const { return (a.counts[order] + chunk - 1) / chunk; }
-  int64_t most_features() const { return std::max(a.states, a.rank); }
 
   int64_t floats() const {
-    const int64_t common = chunk * (2 * a.states + a.rank) + 64 + (4 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
+    const int64_t common = chunk * (2 * pitch + rank_pitch) + (4 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
     const int64_t boundaries = tiles * ((a.steps + chunk - 1) / chunk) * a.states;
-    const int64_t rest = (4 * chunk + boundaries + tiles * (a.states + a.rank) + chunk * (2 * a.states + a.rank) +
-                          3 * lanes) * lanes + chunk * most_features() + lanes + 64;
+    const int64_t rest = (4 * chunk + boundaries + tiles * (a.states + 2 * rank_pitch) + 2 * chunk * a.states +
+                          2 * lanes) * lanes + chunk * (a.states + rank_pitch) + lanes;
     return common + (back ? rest : 0);
   }
 
@@ -132,13 +156,13 @@ struct Job {
 
   Chunk buffers(Arena& arena) const {
     Chunk c{};
-    c.B = arena.floats(chunk * a.states), c.C = arena.floats(chunk * a.states), c.rank = arena.floats(chunk * a.rank);
+    c.B = arena.floats(chunk * pitch), c.C = arena.floats(chunk * pitch), c.rank = arena.floats(chunk * rank_pitch);
     for (vec** x : {&c.u, &c.delta, &c.x, &c.y}) *x = arena.vectors(chunk);
     if (!back) return c;
     for (vec** x : {&c.raw, &c.grad_y, &c.grad_x, &c.grad_rate}) *x = arena.vectors(chunk);
     for (vec** x : {&c.grad_B, &c.grad_C}) *x = cleared(arena, chunk * a.states + lanes);
-    c.grad_rank = cleared(arena, chunk * a.rank + lanes);
-    c.sums = arena.floats(chunk * most_features() + lanes);
+    c.grad_rank = arena.floats(chunk * rank_pitch);
+    c.sums = arena.floats(chunk * a.states + lanes);
     return c;
   }
 
@@ -148,8 +172,9 @@ struct Job {
     return x;
   }
 
-  void move(Chunk& c, int64_t order, int64_t start) const {
-    c.order = order, c.start = start;
+  void move(Chunk& c, int64_t order, int64_t start, bool backwards) const {
+    c.order = order;
+    c.next = backwards ? (start > 0 ? -chunk : 0) : (start + chunk < a.counts[order] ? chunk : 0);
     c.count = static_cast<int>(std::min<int64_t>(chunk, a.counts[order] - start));
     const int64_t at = order * a.steps + start;
     c.read = a.read + at, c.place = a.place + at, c.target = a.target + at;
@@ -167,7 +192,11 @@ struct Job {
     if (a.D) scan::load_columns(a.D + row, 1, t.width, 1.0f, &t.ends.D);
     if (a.bias) scan::load_columns(a.bias + row, 1, t.width, 1.0f, &t.ends.bias);
     if (!back) return t;
-    t.grad_A = cleared(arena, a.states), t.grad_weight = cleared(arena, a.rank);
+    t.grad_A = cleared(arena, a.states);
+    t.rows = arena.floats(lanes * rank_pitch), t.grad_rows = arena.floats(lanes * rank_pitch);
+    std::fill_n(t.rows, lanes * rank_pitch, 0.0f);
+    std::fill_n(t.grad_rows, lanes * rank_pitch, 0.0f);
+    for (int i = 0; i < t.width; ++i) std::copy_n(a.weight + (row + i) * a.rank, a.rank, t.rows + i * rank_pitch);
     t.entering = arena.vectors(chunks(order) * a.states);
     return t;
   }
@@ -179,33 +208,35 @@ struct Job {
 
   void clear(const Map& x, const Task& task, int64_t order, int64_t rows) const {
     float* row = base(x, task, order) + task.first;
-    for (int64_t i = 0; i < rows; ++i, row += x.cell) std::fill_n(row, task.channels, 0.0f);
+    for (int64_t i = 0; i < rows; ++i, row += x.cell)
+      for (int64_t j = 0; j < task.channels; j += lanes)
+        store_row(vec{}, row + j, task.channels - j);
   }
 
   // What all tiles share of a chunk.
   void read_rows(const Task& task, Chunk& c, bool with_C) const {
-    gather(base(a.B, task, c.order), a.B.cell, c.place, c.count, a.states, c.B);
-    if (with_C) gather(base(a.C, task, c.order), a.C.cell, c.place, c.count, a.states, c.C);
-    if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, c.rank);
+    gather(base(a.B, task, c.order), a.B.cell, c.place, c.count, a.states, pitch, c.B);
+    if (with_C) gather(base(a.C, task, c.order), a.C.cell, c.place, c.count, a.states, pitch, c.C);
+    if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, rank_pitch, c.rank);
   }
 
   void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* delta) const {
-    gather(base(a.x, task, 0) + t.channel, a.x.cell, c.read, c.count, t.width, c.u);
+    gather(base(a.x, task, 0) + t.channel, a.x.cell, c.read, c.read + c.next, c.count, t.width, c.u);
     if (!a.rank) {
-      gather(base(a.delta, task, c.order) + t.channel, a.delta.cell, c.place, c.count, t.width, delta);
+      gather(base(a.delta, task, c.order) + t.channel, a.delta.cell, c.place, c.place + c.next, c.count, t.width, delta);
       return;
     }
     int s = 0;
     for (; s + 4 <= c.count; s += 4) {
       vec sum[4] = {};
-      const float* rows = c.rank + s * a.rank;
+      const float* rows = c.rank + s * rank_pitch;
       for (int64_t r = 0; r < a.rank; ++r)
-        for (int i = 0; i < 4; ++i) sum[i] += t.weight[r] * rows[i * a.rank + r];
+        for (int i = 0; i < 4; ++i) sum[i] += t.weight[r] * rows[i * rank_pitch + r];
       for (int i = 0; i < 4; ++i) delta[s + i] = sum[i];
     }
     for (; s < c.count; ++s) {
       delta[s] = vec{};
-      for (int64_t r = 0; r < a.rank; ++r) delta[s] += t.weight[r] * c.rank[s * a.rank + r];
+      for (int64_t r = 0; r < a.rank; ++r) delta[s] += t.weight[r] * c.rank[s * rank_pitch + r];
     }
   }
 
@@ -217,16 +248,17 @@ struct Job {
       Arena rest = arena;
       for (int64_t i = 0; i * lanes < task.channels; ++i) side[i] = tile(task, order, i * lanes, rest);
       for (int64_t start = 0; start < a.counts[order]; start += chunk) {
-        move(c, order, start);
+        move(c, order, start, false);
         read_rows(task, c, true);
         for (int64_t i = 0; i * lanes < task.channels; ++i) {
           const Tile& t = side[i];
           read_tile(task, c, t, c.delta);
           scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
           for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s], c.x[s] = c.delta[s] * c.u[s];
-          scan::forward<true>(c.count, a.states, c.delta, c.x, t.A, {c.B, a.states, nullptr},
-                              {c.C, a.states, nullptr}, t.state, c.y);
-          scatter(c.y, a.scale, c.target, c.count, t.width, base(a.out, task, 0) + t.channel, a.out.cell);
+          scan::forward<true>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr},
+                              {c.C, pitch, nullptr}, t.state, c.y);
+          scatter(c.y, a.scale, c.target, c.target + c.next, c.count, t.width, base(a.out, task, 0) + t.channel,
+                  a.out.cell);
         }
       }
     }
@@ -246,18 +278,21 @@ struct Job {
       for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, rest);
       enter(task, c, order, side, count);
       for (int64_t n = chunks(order) - 1; n >= 0; --n) {
-        move(c, order, n * chunk);
+        move(c, order, n * chunk, true);
         read_rows(task, c, true);
+        std::fill_n(c.grad_rank, chunk * rank_pitch, 0.0f);
         for (int64_t i = 0; i < count; ++i) retreat(task, c, side[i], n);
-        reduce(task, c, c.grad_B, a.states, a.grad_B);
-        reduce(task, c, c.grad_C, a.states, a.grad_C);
-        if (a.rank) reduce(task, c, c.grad_rank, a.rank, a.grad_rank);
+        reduce(task, c, c.grad_B, a.grad_B);
+        reduce(task, c, c.grad_C, a.grad_C);
+        if (a.rank) add_rows(task, c, c.grad_rank, rank_pitch, a.rank, a.grad_rank);
       }
       for (int64_t i = 0; i < count; ++i) {
         const Tile& t = side[i];
         const int64_t row = (task.batch * a.orders + order) * a.channels + t.channel;
         scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
-        if (a.rank) scan::store_columns(t.grad_weight, a.rank, t.width, 1.0f, a.grad_weight + row * a.rank);
+        if (a.rank)
+          for (int j = 0; j < t.width; ++j)
+            std::copy_n(t.grad_rows + j * rank_pitch, a.rank, a.grad_weight + (row + j) * a.rank);
         if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + row);
         if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
       }
@@ -268,7 +303,7 @@ struct Job {
   void enter(const Task& task, Chunk& c, int64_t order, Tile* side, int64_t count) const {
     for (int64_t n = 0; n < chunks(order); ++n) {
       const bool last = n + 1 == chunks(order);
-      move(c, order, n * chunk);
+      move(c, order, n * chunk, false);
       if (!last) read_rows(task, c, false);
       for (int64_t i = 0; i < count; ++i) {
         const Tile& t = side[i];
@@ -280,14 +315,15 @@ struct Job {
         read_tile(task, c, t, c.delta);
         scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
         for (int s = 0; s < c.count; ++s) c.x[s] = c.delta[s] * c.u[s];
-        scan::forward<false>(c.count, a.states, c.delta, c.x, t.A, {c.B, a.states, nullptr}, {}, t.state, nullptr);
+        scan::forward<false>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr}, {}, t.state, nullptr);
       }
     }
   }
 
   void retreat(const Task& task, Chunk& c, Tile& t, int64_t n) const {
     read_tile(task, c, t, c.raw);
-    gather(base(a.grad_out, task, 0) + t.channel, a.grad_out.cell, c.target, c.count, t.width, c.grad_y);
+    gather(base(a.grad_out, task, 0) + t.channel, a.grad_out.cell, c.target, c.target + c.next, c.count, t.width,
+           c.grad_y);
     std::copy_n(c.raw, c.count, c.delta);
     scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
     for (int s = 0; s < c.count; ++s) {
@@ -296,22 +332,33 @@ struct Job {
     }
     scan::backward(c.count, a.states,
                    {c.delta, c.x, c.grad_y, t.A, t.entering + n * a.states, t.state, c.grad_x, c.grad_rate, t.grad_A,
-                    c.grad_B, c.grad_C, nullptr, {c.B, a.states, nullptr}, {c.C, a.states, nullptr}});
+                    c.grad_B, c.grad_C, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}});
     scan::finish(c.count, c.u, c.raw, c.delta, a.softplus, c.grad_y, c.grad_x, c.grad_rate, t.ends);
-    scatter(c.grad_x, 1.0f, c.read, c.count, t.width, base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
-    if (!a.rank) {
-      scatter(c.grad_rate, 1.0f, c.place, c.count, t.width, base(a.grad_delta, task, c.order) + t.channel,
-              a.grad_delta.cell);
-      return;
-    }
-    for (int64_t r = 0; r < a.rank; ++r) {
-      const vec weight = t.weight[r];
-      vec grad = t.grad_weight[r];
+    scatter(c.grad_x, 1.0f, c.read, c.read + c.next, c.count, t.width, base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
+    if (a.rank) retreat_rank(c, t);
+    else
+      scatter(c.grad_rate, 1.0f, c.place, c.place + c.next, c.count, t.width,
+              base(a.grad_delta, task, c.order) + t.channel, a.grad_delta.cell);
+  }
+
+  // The gradients of a low-rank delta's factors from that of the full one: here vectors lie along the rank.
+  void retreat_rank(const Chunk& c, const Tile& t) const {
+    const float* grad_delta = reinterpret_cast<const float*>(c.grad_rate);
+    for (int64_t r = 0; r < rank_pitch; r += lanes) {
+      vec weight[lanes], grad[lanes];
+      for (int i = 0; i < lanes; ++i) weight[i] = simd::load(t.rows + i * rank_pitch + r);
       for (int s = 0; s < c.count; ++s) {
-        c.grad_rank[s * a.rank + r] += c.grad_rate[s] * weight;
-        grad += c.grad_rate[s] * c.rank[s * a.rank + r];
+        float* into = c.grad_rank + s * rank_pitch + r;
+        vec sum = simd::load(into);
+        for (int i = 0; i < lanes; ++i) sum += weight[i] * grad_delta[s * lanes + i];
+        simd::store(into, sum);
       }
-      t.grad_weight[r] = grad;
+      for (int i = 0; i < lanes; ++i) grad[i] = simd::load(t.grad_rows + i * rank_pitch + r);
+      for (int s = 0; s < c.count; ++s) {
+        const vec row = simd::load(c.rank + s * rank_pitch + r);
+        for (int i = 0; i < lanes; ++i) grad[i] += row * grad_delta[s * lanes + i];
+      }
+      for (int i = 0; i < lanes; ++i) simd::store(t.grad_rows + i * rank_pitch + r, grad[i]);
     }
   }
 
@@ -323,15 +370,20 @@ struct Job {
     std::fill_n(sums_of(task, x, features), a.cells * a.orders * features, 0.0f);
   }
 
-  // Add the sums over the task's channels to the cells, and clear them for the next chunk.
-  void reduce(const Task& task, const Chunk& c, vec* grad, int64_t features, float* into) const {
-    scan::sum_lanes(grad, c.count * features, c.sums);
-    std::fill_n(grad, c.count * features, vec{});
+  // Sum the gradient of B or C over the task's channels, add it to the cells, and clear it for the next chunk.
+  void reduce(const Task& task, const Chunk& c, vec* grad, float* into) const {
+    scan::sum_lanes(grad, c.count * a.states, c.sums);
+    std::fill_n(grad, c.count * a.states, vec{});
+    add_rows(task, c, c.sums, a.states, a.states, into);
+  }
+
+  void add_rows(const Task& task, const Chunk& c, const float* rows, int64_t row_pitch, int64_t features,
+                float* into) const {
     into = sums_of(task, into, features) + c.order * features;
-    for (int t = 0; t < c.count; ++t) {
+    for (int t = 0; t < c.count; ++t, rows += row_pitch) {
       if (c.place[t] < 0) continue;
       float* row = into + c.place[t] * a.orders * features;
-      for (int64_t i = 0; i < features; ++i) row[i] += c.sums[t * features + i];
+      for (int64_t i = 0; i < features; ++i) row[i] += rows[i];
     }
   }
 };

@@ -18,10 +18,11 @@ from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
+_CHUNK = 64  # the longest chunk of the library
 
 
 class _Map(ctypes.Structure):
-    """A float32 tensor (batch, cells, orders, features) or (batch, cells, features): strides in elements, the last 1."""
+    """A float32 tensor (batch, cells, orders, features) or (batch, cells, features), features dense; strides."""
 
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "cell", "order")]
 
@@ -84,8 +85,15 @@ def _table(orders: str, height: int, width: int, apart: bool) -> _Table:
     target = np.where(back < 0, -1, cell * count + route if apart else cell).reshape(table.index.shape)
     used = (table.index >= 0) | (target >= 0)
     counts = used.shape[1] - np.argmax(used[:, ::-1], axis=1)
-    read = table.index.astype(np.int32)
-    return _Table(read, read, np.ascontiguousarray(target, np.int32), counts.astype(np.int64), count)
+    read, target = (_padded(x) for x in (table.index, target))
+    return _Table(read, read, target, counts.astype(np.int64), count)
+
+
+def _padded(table: np.ndarray) -> np.ndarray:
+    """Return the table as int32, with memory for a chunk behind its end, where the library looks for cells to fetch."""
+    padded = np.zeros(table.size + _CHUNK, np.int32)
+    padded[: table.size] = table.reshape(-1)
+    return padded[: table.size].reshape(table.shape)
 
 
 class _Call:
@@ -149,7 +157,7 @@ def _one_stride(x: Tensor) -> Tensor:
 def _is_float64(*tensors: Tensor | None) -> bool:
     if compute_dtype(*tensors) != torch.float64:
         return False
-    dispatch._log_slow_path(
+    dispatch.log_slow_path(
         "selective_scan_2d", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
     )
     return True

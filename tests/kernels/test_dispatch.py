@@ -23,7 +23,7 @@ def toy():
     yield dispatch._loaders["toy"]
     del dispatch._loaders["toy"]
     dispatch._load.cache_clear()
-    dispatch._log_slow_path.cache_clear()
+    dispatch.log_slow_path.cache_clear()
 
 
 def test_use_is_a_call_and_a_context():

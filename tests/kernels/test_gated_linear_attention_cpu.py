@@ -136,7 +136,7 @@ def test_half_precision(dtype, attention, used):
 
 
 def test_float64_goes_to_the_reference_and_says_so(caplog):
-    dispatch._log_slow_path.cache_clear()
+    dispatch.log_slow_path.cache_clear()
     inputs = [x.detach().double() for x in make(1, 20, 1, 4, 4)]
     with caplog.at_level(logging.WARNING, logger="visionmix.kernels"):
         out = both_ways(*inputs)
@@ -181,9 +181,9 @@ def test_one_input_in_several_places():
 
 
 @EACH_WAY
-@pytest.mark.parametrize(("heads", "dk", "dv"), [(1, 16, 80), (3, 40, 64), (7, 8, 8)])
+@pytest.mark.parametrize(("heads", "dk", "dv"), [(1, 16, 80), (3, 40, 64), (7, 8, 24)])
 def test_the_same_bits_whatever_the_number_of_threads(heads, dk, dv, attention, used):
-    inputs = make(1, 100, heads, dk, dv)
+    inputs = make(1, 600, heads, dk, dv)  # large enough for several threads
     before = torch.get_num_threads()
     results = []
     try:

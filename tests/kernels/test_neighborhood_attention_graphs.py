@@ -32,7 +32,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(-3)
         token = self.token.expand(x.shape[0], -1, -1, -1)
         out, lse = neighborhood_attention_op(
-            q, k, v, [3, 3], [1, 1], [2, 1], [False, False], 0.5, token, token, self.bias, False
+            q, k, v, [3, 3], [1, 1], [2, 1], [0, 0], 0.5, token, token, self.bias, False
         )
         return out.flatten(-2) + lse.mean()
 
@@ -137,12 +137,11 @@ def test_compile_with_inductor():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("size", [(7, 9), (30, 26)], ids=str)
-def test_onnx_under_reference(size, tmp_path):
-    """On maps of one and of several tiles."""
+def test_onnx_under_reference(tmp_path):
+    """On a map of several tiles."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, x = build().eval(), sample(*size)
+    model, x = build().eval(), sample(20, 17)
     with use("reference"), torch.no_grad():
         torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -177,11 +176,11 @@ def op_cases(dtype=torch.float32):
 
     extra = (random(2, 2, 1, 2), random(2, 2, 1, 3))
     return {
-        "1d": (*qkv(7), [3], [2], [2], [True], 0.5, None, None, random(2, 5), False),
-        "2d": (*qkv(4, 5), [3, 2], [1, 2], [1, 2], [False, True], 0.5, None, None, None, False),
-        "2d_extra": (*qkv(3, 4, key_heads=1, batch=2), [3, 3], [1, 1], [1, 1], [False] * 2, 0.5, *extra, None, False),
-        "2d_circular": (*qkv(4, 3), [5, 3], [1, 1], [1, 1], [False] * 2, 0.5, None, None, random(2, 9, 5), True),
-        "3d": (*qkv(2, 3, 3), [1, 3, 2], [1, 1, 2], [2, 1, 1], [False] * 3, 0.5, None, None, random(2, 1, 5, 3), False),
+        "1d": (*qkv(7), [3], [2], [2], [1], 0.5, None, None, random(2, 5), False),
+        "2d": (*qkv(4, 5), [3, 2], [1, 2], [1, 2], [0, 1], 0.5, None, None, None, False),
+        "2d_extra": (*qkv(3, 4, key_heads=1, batch=2), [3, 3], [1, 1], [1, 1], [0] * 2, 0.5, *extra, None, False),
+        "2d_circular": (*qkv(4, 3), [5, 3], [1, 1], [1, 1], [0] * 2, 0.5, None, None, random(2, 9, 5), True),
+        "3d": (*qkv(2, 3, 3), [1, 3, 2], [1, 1, 2], [2, 1, 1], [0] * 3, 0.5, None, None, random(2, 1, 5, 3), False),
     }
 
 

@@ -18,7 +18,7 @@ class Block(nn.Module):
     Args:
         mixer: The token mixer, built.
         dim: Channels.
-        mlp_layer: Makes the feed-forward from `dim`.
+        mlp_layer: Makes the feed-forward from `dim`; None for a block without one.
         norm_layer: Makes a norm over channels from `dim`.
         drop_path: Rate of stochastic depth of both branches.
         layer_scale: Initial value of a learned scale a channel on both branches, or None for none.
@@ -26,12 +26,14 @@ class Block(nn.Module):
         dtype: Type of the parameters.
     """
 
+    has_mlp: Final[bool]
+
     def __init__(
         self,
         mixer: nn.Module,
         dim: int,
         *,
-        mlp_layer: Callable[..., nn.Module],
+        mlp_layer: Callable[..., nn.Module] | None,
         norm_layer: Callable[..., nn.Module],
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -47,14 +49,18 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = mixer
         self.scale1 = scale()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = mlp_layer(dim, **dd)
-        self.scale2 = scale()
+        self.has_mlp = mlp_layer is not None
+        if mlp_layer is not None:
+            self.norm2 = norm_layer(dim, **dd)
+            self.mlp = mlp_layer(dim, **dd)
+            self.scale2 = scale()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        if self.has_mlp:
+            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        return x
 
 
 class TokenBlock(Block):
@@ -72,7 +78,9 @@ class TokenBlock(Block):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = x + self.drop_path(self.scale1(self._mix(self.norm1(x), grid)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        if self.has_mlp:
+            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        return x
 
     def _mix(self, x: Tensor, grid: Grid) -> Tensor:
         if self.mixes_tokens:

@@ -80,7 +80,7 @@ class Hierarchical(Backbone):
             with one entry a stage, each of those or a list of those, taken in turn by the stage's blocks.
         stem_layer: Makes the stem from (in_chans, embed_dims[0], patch_size).
         downsample_layer: Makes a downsampler from (dim, out_dim).
-        mlp_layer: Makes a feed-forward from the width.
+        mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         norm_layer: Makes a norm over channels from the width.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
@@ -106,7 +106,7 @@ class Hierarchical(Backbone):
         mixer: MixerSpec | list[MixerSpec | list[MixerSpec]] = "gated_linear_attention",
         stem_layer: Callable[..., nn.Module] = _STEM,
         downsample_layer: Callable[..., nn.Module] = ConvDownsample,
-        mlp_layer: Callable[..., nn.Module] = swiglu,
+        mlp_layer: Callable[..., nn.Module] | None = swiglu,
         norm_layer: Callable[..., nn.Module] = _NORM,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,

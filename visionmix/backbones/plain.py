@@ -45,7 +45,7 @@ class Plain(Backbone):
         mixer: Token mixer of the blocks: a name of `visionmix.list_mixers()`, ``dict(name=..., options)``, or a list of
             those, taken in turn.
         stem_layer: Makes the stem from (in_chans, embed_dim, patch_size).
-        mlp_layer: Makes a feed-forward from the width.
+        mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         norm_layer: Makes a norm over channels from the width.
         pos_embed: Whether to add a learned position embedding after the stem.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
@@ -71,7 +71,7 @@ class Plain(Backbone):
         num_heads: int = 3,
         mixer: MixerSpec | list[MixerSpec] = "gated_linear_attention",
         stem_layer: Callable[..., nn.Module] = ConvStem,
-        mlp_layer: Callable[..., nn.Module] = swiglu,
+        mlp_layer: Callable[..., nn.Module] | None = swiglu,
         norm_layer: Callable[..., nn.Module] = _NORM,
         pos_embed: bool = True,
         layer_scale: float | None = None,

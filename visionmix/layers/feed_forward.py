@@ -1,8 +1,36 @@
-"""Feed-forwards that differ from timm's only in how their hidden width is chosen."""
+"""Feed-forwards made from the width alone, for blocks on (..., dim) or on maps (batch, height, width, dim)."""
+
+from collections.abc import Callable
 
 import torch
-from timm.layers import GluMlp
-from torch import nn
+from timm.layers import GluMlp, Mlp
+from torch import Tensor, nn
+
+
+def mlp(
+    dim: int,
+    *,
+    mlp_ratio: float = 4.0,
+    act_layer: Callable[[], nn.Module] = nn.GELU,
+    drop: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Mlp:
+    """Return the feed-forward ``fc2(act(fc1(x)))`` of ViT, with biases and ``int(dim * mlp_ratio)`` hidden channels.
+
+    Shapes: (..., dim) to (..., dim).
+
+    Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929).
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden width over `dim`.
+        act_layer: The activation.
+        drop: Dropout rate after the activation and after the last projection.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+    return Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, device=device, dtype=dtype)
 
 
 def swiglu(
@@ -35,3 +63,44 @@ def swiglu(
     return GluMlp(
         dim, 2 * hidden, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False, device=device, dtype=dtype
     )
+
+
+class ConvMlp(nn.Module):
+    """A feed-forward that sees neighbours: ``fc2(act(h + depthwise3x3(h)))`` with ``h = fc1(x)``, all with biases.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174).
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden width over `dim`.
+        act_layer: The activation.
+        drop: Dropout rate after each projection.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 2.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden = int(dim * mlp_ratio)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden, **dd)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.fc1(x))
+        x = self.act(x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.drop(self.fc2(x))

@@ -1,9 +1,12 @@
 """Stems: from an NCHW image to an NHWC map of tokens."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+_NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
 class ConvStem(nn.Module):
@@ -63,3 +66,47 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchStem(nn.Module):
+    """One convolution over patches that do not overlap, and a norm over channels: ``norm1(conv1(x))``.
+
+    ``conv1`` has kernel and stride `patch_size`; pixels beyond the last whole patch are not read.
+
+    Shapes: (batch, in_chans, height, width) to (batch, height // patch_size, width // patch_size, embed_dim).
+
+    Source: the patch embedding of ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), with a norm as in Swin (Liu et al.
+    2021, arXiv 2103.14030).
+
+    Args:
+        in_chans: Channels of the image.
+        embed_dim: Channels of the tokens.
+        patch_size: Pixels a token stands for, along each side.
+        norm_layer: Makes the norm from `embed_dim`; None for no norm, as in ViT.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        patch_size: int = 4,
+        *,
+        norm_layer: Callable[..., nn.Module] | None = _NORM,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
+        stride = self.conv1.stride[0]
+        return height // stride, width // stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm1(self.conv1(x).permute(0, 2, 3, 1))

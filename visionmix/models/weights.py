@@ -31,14 +31,15 @@ class KeyMap:
     Attributes:
         rename: (pattern, replacement) pairs for `re.sub`, applied in turn to every key.
         drop: Reason by pattern; a key of the file that a pattern matches is left out.
-        transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs.
+        transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs; or
+            several tensors by key, where the file has in one what are several here.
         position: Keys of the model that hold position embeddings (1, rows, columns, channels); the file may have them
             flat, (1, rows * columns, channels), and at another size.
     """
 
     rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
     drop: Mapping[str, str] = field(default_factory=dict)
-    transform: Callable[[str, Tensor], Tensor] | None = None
+    transform: Callable[[str, Tensor], Tensor | Mapping[str, Tensor]] | None = None
     position: Sequence[str] = ()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,12 +51,31 @@ class KeyMap:
             key = source
             for pattern, replacement in self.rename:
                 key = re.sub(pattern, replacement, key)
-            if key in mapped:
-                raise ValueError(
-                    f"two keys of the file become {key!r}, one of them {source!r}; this is another model's"
-                )
-            mapped[key] = self.transform(key, tensor) if self.transform else tensor
+            made = self.transform(key, tensor) if self.transform else tensor
+            for each, value in made.items() if isinstance(made, Mapping) else ((key, made),):
+                if each in mapped:
+                    raise ValueError(
+                        f"two keys of the file become {each!r}, one of them {source!r}; this is another model's"
+                    )
+                mapped[each] = value
         return mapped
+
+
+def reshape_to(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """Return a transform for `KeyMap` that gives a tensor the shape of `model`'s, where only the grouping differs.
+
+    Neighbouring axes may be joined, one axis split, axes of length 1 added or dropped: a linear layer saved as a 1x1
+    convolution, or directions stacked along the channels. Any other tensor stays as it is.
+    """
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+
+    def transform(key: str, tensor: Tensor) -> Tensor:
+        shape = shapes.get(key, tensor.shape)
+        ends, own_ends = ({math.prod(each[: axis + 1]) for axis in range(len(each))} for each in (tensor.shape, shape))
+        regrouped = tensor.numel() == math.prod(shape) and (ends <= own_ends or own_ends <= ends)
+        return tensor.reshape(shape) if regrouped else tensor
+
+    return transform
 
 
 class _Inert(dict):

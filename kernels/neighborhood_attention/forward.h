@@ -1,0 +1,154 @@
+// The output and the log-sum-exp, by a softmax over chunks of scores.
+#pragma once
+
+#include <cmath>
+
+#include "work.h"
+
+namespace tile {
+
+// Softmax of a tile, a chunk of scores at a time.
+struct Online {
+  const Problem& p;
+  const Sizes& sizes;
+  const Columns& columns;
+  const int tile_rows;
+  const int64_t line;
+  float *scores, *most, *total, *out;  // (rows, slots, lanes), (rows, lanes) twice, (rows, dv, lanes)
+  Part* parts;  // of `slots` places
+  int64_t used = 0, count = 0;
+  bool first = true;
+
+  void push(const Part& part) {
+    parts[count++] = part;
+    used += part.run.count;
+  }
+
+  void flush() {
+    for (int r = 0; r < tile_rows; ++r) weigh(r);
+    for (int64_t i = 0; i < count; ++i) {
+      const Part& part = parts[i];
+      const Run& run = part.run;
+      const float* weights = scores + run.first_row * score_row + part.slot * lanes;
+      float* sum = out + run.first_row * sizes.dv * lanes;
+      const int64_t row = sizes.dv * lanes;
+      if (part.extra_value) {
+        const Shared met{part.extra_value, p.key_heads * p.dv};
+        add_weighted(run.row_count, run.count, weights, score_row, met, p.dv, sum, row);
+      } else {
+        const Lines met{run.met + sizes.dk * line, line, p.dilation[2]};
+        add_weighted(run.row_count, run.count, weights, score_row, met, sizes.dv, sum, row);
+      }
+    }
+    used = count = 0;
+    first = false;
+  }
+
+  // Turn one row's scores into weights, relative to the largest score so far.
+  void weigh(int r) {
+    const vec former = load(most + r * lanes);
+    vec largest = former;
+    for (int64_t i = 0; i < count; ++i) {
+      const Run& run = parts[i].run;
+      const Span span = span_of(run, r);
+      float* x = scores + r * score_row + parts[i].slot * lanes;
+      if (columns.masked && !parts[i].extra_value) {
+        for (int64_t j = span.first; j < span.last; ++j) {
+          const ivec meet = columns.meet(static_cast<int32_t>(run.first + j));
+          store(x + j * lanes, meet ? load(x + j * lanes) : broadcast(-infinity));
+        }
+      }
+      for (int64_t j = span.first; j < span.last; ++j) {
+        const vec score = load(x + j * lanes);
+        largest = score > largest ? score : largest;
+      }
+    }
+    // While every score is -inf, nothing is to be subtracted.
+    const vec shift = largest == broadcast(-infinity) ? vec{} : largest;
+    const vec scale = simd::exp(former - shift);
+    vec sum = load(total + r * lanes) * scale;
+    for (int64_t i = 0; i < count; ++i) {
+      const Run& run = parts[i].run;
+      if (r < run.first_row || r >= run.first_row + run.row_count) continue;
+      const Span span = span_of(run, r);
+      float* x = scores + r * score_row + parts[i].slot * lanes;
+      for (int64_t j = span.first; j < span.last; ++j) {
+        const vec weight = simd::exp(load(x + j * lanes) - shift);
+        store(x + j * lanes, weight);
+        sum += weight;
+      }
+      clear_outside(run, span, x);
+    }
+    store(most + r * lanes, largest);
+    store(total + r * lanes, sum);
+    if (first) return;
+    float* x = out + r * sizes.dv * lanes;
+    for (int64_t channel = 0; channel < sizes.dv; ++channel) {
+      store(x + channel * lanes, load(x + channel * lanes) * scale);
+    }
+  }
+};
+
+inline bool forward(const Problem& p, const View& query, const View& key, const View& value, Extra extra,
+                    const float* bias, float* out, float* lse) {
+  const Sizes sizes(p);
+  const Side side(p, false);
+  const int64_t lines = sizes.dk + sizes.dv, tile_floats = rows * (lines * lanes + score_row + 2 * lanes);
+  const int64_t floats = side.row_limit * lines * side.line + tile_floats;
+  return each_band(p, side, p.heads, floats, [&](int64_t number, int64_t b, int64_t h, float* memory) {
+    const Band& band = side.bands[number];
+    const int64_t kh = h / (p.heads / p.key_heads);
+    float* packed = memory;
+    float* q = packed + side.row_limit * lines * side.line;
+    float* scores_at = q + rows * sizes.dk * lanes;
+    float* most = scores_at + rows * score_row;
+    float* sum = most + 2 * rows * lanes;
+    side.each_row(band, packed, lines, [&](int64_t z, int64_t y, int64_t x, int64_t count, float* to) {
+      pack(key.at(b, z, y, x, kh), key.axis[2], count, p.dk, sizes.dk, 1, to, side.line);
+      pack(value.at(b, z, y, x, kh), value.axis[2], count, p.dv, sizes.dv, 1, to + sizes.dk * side.line, side.line);
+    });
+    const float* table = bias ? bias + h * sizes.bias : nullptr;
+    each_tile(side, band, [&](const Columns& c, int64_t row, int count) {
+      const int64_t q_row = sizes.dk * lanes;
+      for (int r = 0; r < count; ++r) {
+        pack(query.at(b, band.level, row_of(p, band, row + r), c.x, h), query.axis[2], c.count, p.dk, sizes.dk,
+             static_cast<float>(p.scale), q + r * q_row, lanes);
+        store(most + r * lanes, broadcast(-infinity));
+        store(most + (rows + r) * lanes, vec{});
+      }
+      std::fill(sum, sum + count * sizes.dv * lanes, 0.0f);
+      Part parts[slots];
+      Online online{p, sizes, c, count, side.line, scores_at, most, most + rows * lanes, sum, parts};
+      each_run(side, band, c, row, count, packed, lines, [&](const Run& run) {
+        if (online.used + run.count > slots) online.flush();
+        const Lines keys{run.met, side.line, p.dilation[2]};
+        scores(run.row_count, run.count, q + run.first_row * q_row, q_row, keys, p.dk,
+               Biases(table, run, 1).data, scores_at + run.first_row * score_row + online.used * lanes, score_row);
+        online.push({run, online.used, nullptr, nullptr});
+      });
+      for (int64_t i = 0, step; i < p.extra; i += step) {
+        if (online.used == slots) online.flush();
+        step = std::min(p.extra - i, slots - online.used);
+        const float* keys = extra.keys_of(p, b, kh, i);
+        scores(count, step, q, q_row, Shared{keys, p.key_heads * p.dk}, p.dk, nullptr, scores_at + online.used * lanes,
+               score_row);
+        online.push({run_of_extra(count, step), online.used, keys, extra.values_of(p, b, kh, i)});
+      }
+      online.flush();
+      for (int r = 0; r < count; ++r) {
+        float* x = sum + r * sizes.dv * lanes;
+        const vec inverse = 1.0f / load(most + (rows + r) * lanes);
+        for (int64_t channel = 0; channel < p.dv; ++channel) {
+          store(x + channel * lanes, load(x + channel * lanes) * inverse);
+        }
+        const int64_t at = (b * sizes.tokens + token(p, band, row + r, c)) * p.heads + h;
+        unpack(x, c.count, p.dv, out + at * p.dv, p.heads * p.dv);
+        for (int64_t i = 0; i < c.count; ++i) {
+          lse[at + i * p.heads] = most[r * lanes + i] + std::log(most[(rows + r) * lanes + i]);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace tile

@@ -1,0 +1,92 @@
+"""Selective scans of a map in four directions: VMamba's mixer."""
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.layers import SelectiveScan2d
+from visionmix.mixers.registry import register_mixer
+from visionmix.scans import direction_names
+
+
+@register_mixer("cross_scan")
+class CrossScan(nn.Module):
+    """The 2D selective scan: each direction reads the map as a sequence, with its own parameters, and all are summed.
+
+    With ``x, z = W_in u`` (``z`` with `gate` alone) and the scans S of `visionmix.layers.SelectiveScan2d`:
+
+        y   = norm(sum over directions of S(silu(depthwise3x3(x))))
+        out = W_out (y * silu(z))                                        (without `gate`: W_out y)
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: VMamba (Liu et al. 2024, arXiv 2401.10166).
+
+    Args:
+        dim: Channels.
+        expand: Channels of the scan over `dim`.
+        states: States a channel.
+        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        gate: Whether half of the input's projection gates the output, as in Mamba and VMamba's first version.
+        conv_bias: Whether the depthwise convolution has a bias.
+        order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
+            `visionmix.scans.direction_sets()`.
+        norm_eps: Epsilon of the norm behind the scans.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, or there is no such `order`.
+    """
+
+    gate: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 1.0,
+        states: int = 1,
+        step_rank: int | None = None,
+        gate: bool = False,
+        conv_bias: bool = False,
+        order: str = "raster",
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = scan_width(dim, expand)
+        self.gate = gate
+        self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
+        self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=conv_bias, **dd)
+        self.act = nn.SiLU()
+        self.scan = SelectiveScan2d(
+            inner,
+            direction_names(order),
+            step_rank=math.ceil(dim / 16) if step_rank is None else step_rank,
+            states=states,
+            **dd,
+        )
+        self.norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)
+        z = x
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        y = self.norm(self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)))
+        if self.gate:
+            y = y * self.act(z)
+        return self.proj(y)
+
+
+def scan_width(dim: int, expand: float) -> int:
+    """Return ``int(dim * expand)``, the channels of a scan; raise ValueError where that is less than one."""
+    width = int(dim * expand)
+    if width < 1:
+        raise ValueError(f"expand={expand} leaves no channel of dim={dim} for the scan; give 1 / dim or more")
+    return width

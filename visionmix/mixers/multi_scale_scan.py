@@ -1,0 +1,96 @@
+"""Selective scans at two resolutions: MSVMamba's mixer."""
+
+import math
+from typing import Final
+
+import torch
+from timm.layers import SqueezeExcite
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionmix.layers import SelectiveScan2d
+from visionmix.mixers.cross_scan import scan_width
+from visionmix.mixers.registry import register_mixer
+from visionmix.scans import direction_names
+
+
+@register_mixer("multi_scale_scan")
+class MultiScaleScan(nn.Module):
+    """One scan of the map and three of a map of half its height and width, enlarged and added.
+
+    With ``x, z = W_in u``, the scans S of `visionmix.layers.SelectiveScan2d` and a norm that both branches share:
+
+        full = norm(S_1(silu(depthwise3x3(x))))
+        low  = enlarge(sum over the three directions of norm(S_2(silu(depthwise7x7, stride 2 (x)))))
+        out  = W_out (se(full + low) * silu(z))
+
+    The full map is read in the first of the order's four directions. The small one is read in the other three, one
+    behind the other as one sequence with one set of parameters, so that the state crosses from each into the next, as
+    the published code has it. It is enlarged bilinearly.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174).
+
+    Args:
+        dim: Channels.
+        expand: Channels of the scans over `dim`.
+        states: States a channel.
+        step_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
+        se_reduction: What the squeeze-and-excitation divides its channels by; None for none.
+        order: A scan order, whose directions are the order, the reverse, its transpose and the reverse of that, or one
+            of the `visionmix.scans.direction_sets()` with four directions.
+        norm_eps: Epsilon of the norm.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, there is no such `order`, or it has
+            not four directions.
+    """
+
+    has_se: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 2.0,
+        states: int = 1,
+        step_rank: int | None = None,
+        se_reduction: int | None = 8,
+        order: str = "raster",
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = scan_width(dim, expand)
+        names = direction_names(order)
+        if len(names) != 4:
+            raise ValueError(f"order={order!r} has {len(names)} directions; give one with four, such as 'raster'")
+        full, transposed, backward, transposed_backward = names
+        low = "+".join((backward, transposed, transposed_backward))
+        rank = math.ceil(dim / 16) if step_rank is None else step_rank
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.full_conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
+        self.low_conv = nn.Conv2d(inner, inner, kernel_size=7, stride=2, padding=3, groups=inner, **dd)
+        self.act = nn.SiLU()
+        self.full_scan = SelectiveScan2d(inner, (full,), step_rank=rank, states=states, **dd)
+        self.low_scan = SelectiveScan2d(inner, (low,), step_rank=rank, states=states, merge="none", **dd)
+        self.norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.has_se = se_reduction is not None
+        if se_reduction is not None:
+            self.se = SqueezeExcite(inner, rd_channels=max(1, inner // se_reduction), bias=False, **dd)
+        self.proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = x.permute(0, 3, 1, 2)
+        y = self.norm(self.full_scan(self.act(self.full_conv(x)).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        low = self.norm(self.low_scan(self.act(self.low_conv(x)).permute(0, 2, 3, 1))).sum(dim=3).permute(0, 3, 1, 2)
+        y = y + F.interpolate(low, size=[height, width], mode="bilinear")
+        if self.has_se:
+            y = self.se(y)
+        return self.proj(y.permute(0, 2, 3, 1) * self.act(z))
