@@ -1,6 +1,6 @@
 """Make a small image-classification set from the photographs that ship inside scikit-image's wheel: no download.
 
-Each photograph is a class. Three square blocks of it, two patches wide each, are set aside: test patches lie inside
+Each photograph is a class. Five square blocks of it, two patches wide each, are set aside: test patches lie inside
 them, train patches at least a patch away from them, so no train patch shares a pixel with, or even touches, a test
 patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
 """
@@ -73,7 +73,7 @@ def open_photograph(path: Path, side: int = 640) -> Image.Image:
 
 
 # Centres of the test blocks, as fractions of width and height.
-BLOCKS = ((0.25, 0.3), (0.75, 0.35), (0.5, 0.75))
+BLOCKS = ((0.2, 0.25), (0.8, 0.25), (0.5, 0.5), (0.2, 0.75), (0.8, 0.75))
 
 
 def test_corners(width: int, height: int, patch: int) -> np.ndarray:
@@ -119,7 +119,7 @@ def draw_patches(
             yield Patch(split, label, left, top, patch), image.crop((left, top, left + patch, top + patch))
 
 
-def make_photos(out: Path, *, patch: int = 48, train: int = 180, val: int = 60, seed: int = 0) -> Path:
+def make_photos(out: Path, *, patch: int = 48, train: int = 240, val: int = 60, seed: int = 0) -> Path:
     """Write the ImageFolder tree of photograph patches to `out`, and return `out`.
 
     The tree is written under another name beside it and renamed at the end, so an interrupted run leaves nothing that
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     photos = sets.add_parser("photos", help="classification: patches of photographs, one class a photograph")
     photos.add_argument("--out", type=Path, default=Path("data/photos"), help="folder to make (default: %(default)s)")
     photos.add_argument("--patch", type=int, default=48, help="side of a patch in pixels (default: %(default)s)")
-    photos.add_argument("--train", type=int, default=180, help="train patches a class (default: %(default)s)")
+    photos.add_argument("--train", type=int, default=240, help="train patches a class (default: %(default)s)")
     photos.add_argument("--val", type=int, default=60, help="test patches a class (default: %(default)s)")
     photos.add_argument("--seed", type=int, default=0, help="of the patches' places (default: %(default)s)")
     args = parser.parse_args(argv)

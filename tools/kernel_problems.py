@@ -44,6 +44,57 @@ def gated_linear_attention(
     return run
 
 
+def selective_scan(
+    dim: int, length: int, states: int, *, batch: int = 1, groups: int = 1, options: bool = True, constant: bool = False
+) -> Callable[[torch.dtype], None]:
+    """Return the run of `selective_scan`; `options` are D, z, the bias, softplus and the last state."""
+
+    def run(dtype: torch.dtype) -> None:
+        op = _triton("selective_scan")
+        u, delta, z, grad_out = (_empty(batch, dim, length, dtype=dtype) for _ in range(4))
+        A, D, bias = _empty(dim, states), _empty(dim), _empty(dim)
+        shape = (dim, states) if constant else (batch, groups, states, length)
+        B, C = (_empty(*shape, dtype=dtype) for _ in range(2))
+        inputs = (u, delta, A, B, C, *((D, z, bias) if options else (None, None, None)), options)
+        op.forward(*inputs, options)
+        op.backward(grad_out, _empty(batch, dim, states) if options else None, *inputs)
+
+    return run
+
+
+CROSS = "raster,raster_transposed,raster_reversed,raster_transposed_reversed"
+
+
+def selective_scan_2d(
+    height: int,
+    width: int,
+    channels: int,
+    states: int,
+    *,
+    batch: int = 1,
+    rank: int = 0,
+    orders: str = CROSS,
+    merge: str = "sum",
+) -> Callable[[torch.dtype], None]:
+    """Return the run of `selective_scan_2d`, with D, the bias and softplus; delta of low rank where `rank` is given."""
+
+    def run(dtype: torch.dtype) -> None:
+        op = _triton("selective_scan_2d")
+        count = orders.count(",") + 1
+        x, grad_out = (_empty(batch, height, width, channels, dtype=dtype) for _ in range(2))
+        if merge == "none":
+            grad_out = _empty(batch, height, width, count + orders.count("+"), channels, dtype=dtype)
+        delta = _empty(batch, height, width, count, rank or channels, dtype=dtype)
+        weight = _empty(count, channels, rank, dtype=dtype) if rank else None
+        B, C = (_empty(batch, height, width, count, states, dtype=dtype) for _ in range(2))
+        D, bias = (_empty(count, channels) for _ in range(2))
+        inputs = (x, delta, weight, _empty(count, channels, states), B, C, D, bias, True, orders, merge)
+        op.forward(*inputs)
+        op.backward(grad_out, *inputs)
+
+    return run
+
+
 PROBLEMS = {
     "gated_linear_attention": [
         Problem("vig_s 14x14", gated_linear_attention(196, 6, 32, 64, bidirectional=True)),
@@ -56,5 +107,22 @@ PROBLEMS = {
         Problem("4x4", gated_linear_attention(16, 6, 32, 64, bidirectional=True)),
         Problem("5x6", gated_linear_attention(30, 6, 32, 64, bidirectional=True)),
         Problem("dk 24, dv 40, states", gated_linear_attention(100, 3, 24, 40, state=True)),
+    ],
+    "selective_scan": [
+        Problem("vim_tiny 14x14", selective_scan(384, 197, 16)),
+        Problem("56x56, 16 states", selective_scan(384, 3136, 16)),
+        Problem("one state", selective_scan(96, 3136, 1)),
+        Problem("no options", selective_scan(96, 196, 16, options=False)),
+        Problem("constant B and C", selective_scan(96, 196, 4, constant=True)),
+        Problem("four groups", selective_scan(96, 49, 16, groups=4)),
+    ],
+    "selective_scan_2d": [
+        Problem("vmamba_tiny stage 1", selective_scan_2d(56, 56, 96, 1, rank=6)),
+        Problem("vmamba_tiny stage 1, merged", selective_scan_2d(56, 56, 96, 1, rank=6, batch=128)),
+        Problem("vmamba_tiny stage 4, merged", selective_scan_2d(7, 7, 768, 1, rank=48, batch=128)),
+        Problem("full delta", selective_scan_2d(14, 14, 96, 1)),
+        Problem("16 states", selective_scan_2d(14, 14, 96, 16, rank=6)),
+        Problem("windows, not merged", selective_scan_2d(13, 9, 96, 16, orders="local_2,raster", merge="none")),
+        Problem("joined", selective_scan_2d(28, 28, 192, 1, rank=12, orders="raster+raster_reversed", batch=128)),
     ],
 }

@@ -6,7 +6,7 @@ The functions here check nothing: they script, trace and export. The checked fun
 import torch
 from torch import Tensor
 
-from visionmix.kernels import dispatch
+from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.gated_linear_attention import cpu, reference
 from visionmix.kernels.registration import register_op
 
@@ -160,4 +160,6 @@ register_op(
 )
 
 dispatch.register("gated_linear_attention", "cpu", cpu.load)
+dispatch.register("gated_linear_attention", "triton", gpu.loader("gated_linear_attention", "gated_linear_attention"))
 dispatch.register("bidirectional_gated_linear_attention", "cpu", cpu.load_bidirectional)
+dispatch.register("bidirectional_gated_linear_attention", "triton", gpu.loader("bidirectional_gated_linear_attention", "gated_linear_attention", "bidirectional_forward", "bidirectional_backward"))

@@ -148,7 +148,7 @@ class _Problem:
             **self.sizes,
             BK=block_k,
             REVERSE=number == 1,
-            num_warps=4,
+            num_warps=8 if self.chunk == 64 else 4,
             passes={"p_v": tiles, "p_do": tiles},
             flops=2 * self.rows * self.length * self._within([states], 1),
         )

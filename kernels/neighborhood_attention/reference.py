@@ -47,14 +47,15 @@ class _Problem:
         return tuple(-(-n // c) for n, c in zip(self.grid, self.classes, strict=True))
 
     def windows(self, axis: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Starts and stops of one axis, a pair a residue class, or one if all are alike; padded queries see keys."""
+        """Starts and stops of one axis, a pair a residue class, or one if all are alike."""
         windows = []
         for length in class_lengths(self.grid[axis], self.dilation[axis]):
             starts, stops = axis_window(
                 length, self.kernel_size[axis], self.stride[axis], self.is_causal[axis], self.circular
             )
-            padding = self.map[axis] - length
-            windows.append((starts + starts[-1:] * padding, stops + stops[-1:] * padding))
+            # A padded query sees itself, wherever its window would lie: a softmax over nothing has no gradient.
+            padding = range(length, self.map[axis])
+            windows.append((starts + tuple(padding), stops + tuple(i + 1 for i in padding)))
         return windows if len(set(windows)) > 1 else windows[:1]
 
 

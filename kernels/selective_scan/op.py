@@ -6,7 +6,7 @@ The function here checks nothing: it scripts, traces and exports. The checked on
 import torch
 from torch import Tensor
 
-from visionmix.kernels import dispatch
+from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.registration import register_op
 from visionmix.kernels.selective_scan import cpu, reference
 
@@ -116,3 +116,4 @@ register_op(
 )
 
 dispatch.register("selective_scan", "cpu", cpu.load)
+dispatch.register("selective_scan", "triton", gpu.loader("selective_scan", "selective_scan"))

@@ -23,7 +23,7 @@ using simd::lanes;
 using simd::vec;
 using std::int64_t;
 
-constexpr float log2_e = 1.44269504088896341f, log2_e_rest = 1.925963033500e-08f, ln_2 = 0.693147180559945f;
+constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945f;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int widest = 16;  // states in registers at a time, of 32
@@ -94,7 +94,9 @@ inline vec exp2(vec x) { return power_of_two(remainder(x), round(x)); }
 inline vec exp_negative(vec x) {
   x = at_least(x, -110.0f);
   const vec whole = round(x * log2_e);
-  return power_of_two((x * log2_e - whole) + x * log2_e_rest, whole);
+  // ln 2 in two parts, of which the first has 14 bits, so that `whole` times it is exact.
+  const vec rest = (x - whole * 0.693115234375f) - whole * 3.194618329871e-05f;
+  return power_of_two(rest * log2_e, whole);
 }
 
 // log(1 + exp(x)) = max(x, 0) + log1p(w), w = exp(-|x|): x itself above 20 in float32, as PyTorch has it. log1p(w) is w
@@ -295,8 +297,9 @@ inline void retreat(int count, int64_t states, int64_t n, const Backward& c) {
       c.y[t] += sum;
     }
   }
-  vec grad[width], grad_A[width], grad_B[width] = {}, grad_C[width] = {};
-  for (int i = 0; i < width; ++i) grad[i] = c.grad_state[n + i], grad_A[i] = c.grad_A[n + i];
+  // Sums over time are taken chunk by chunk: a long one would lose the last digits.
+  vec grad[width], grad_A[width] = {}, grad_B[width] = {}, grad_C[width] = {};
+  for (int i = 0; i < width; ++i) grad[i] = c.grad_state[n + i];
   for (int t = count - 1; t >= 0; --t) {
     const vec step = c.delta[t], in = c.x[t], grad_y = c.grad_y[t];
     vec grad_x = c.grad_x[t], grad_rate = c.grad_rate[t];
@@ -318,7 +321,7 @@ inline void retreat(int count, int64_t states, int64_t n, const Backward& c) {
     c.grad_x[t] = grad_x, c.grad_rate[t] = grad_rate;
   }
   for (int i = 0; i < width; ++i) {
-    c.grad_state[n + i] = grad[i], c.grad_A[n + i] = grad_A[i];
+    c.grad_state[n + i] = grad[i], c.grad_A[n + i] += grad_A[i];
     if (constant_B) c.grad_B[n + i] += grad_B[i];
     if (constant_C) c.grad_C[n + i] += grad_C[i];
   }
@@ -357,14 +360,17 @@ struct Ends {
 
 inline void finish(int count, const vec* u, const vec* raw, const vec* delta, bool through_softplus, const vec* grad_y,
                    vec* grad_x, vec* grad_rate, Ends& ends) {
+  vec grad_bias{}, grad_D{};
   for (int t = 0; t < count; ++t) {
     vec grad_delta = grad_rate[t] * ln_2 + grad_x[t] * u[t];
     if (through_softplus) grad_delta *= sigmoid(raw[t] + ends.bias);
-    ends.grad_bias += grad_delta;
-    ends.grad_D += grad_y[t] * u[t];
+    grad_bias += grad_delta;
+    grad_D += grad_y[t] * u[t];
     grad_x[t] = grad_x[t] * delta[t] + grad_y[t] * ends.D;
     grad_rate[t] = grad_delta;
   }
+  ends.grad_bias += grad_bias;
+  ends.grad_D += grad_D;
 }
 
 }  // namespace scan

@@ -22,13 +22,13 @@ def _is_constant(projection: Tensor) -> bool:
 class _Problem:
     """Sizes and the arguments that both kernels take."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, tokens: int):
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         self.batch, self.dim, self.length = u.shape
         self.states = A.shape[1]
         self.groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
         group_dim = self.dim // self.groups
         self.block = min(32, triton.next_power_of_2(group_dim))
-        self.tokens = min(tokens, max(16, triton.next_power_of_2(self.length)))
+        self.tokens = min(32, max(16, triton.next_power_of_2(self.length)))
         self.chunks = triton.cdiv(self.length, self.tokens)
         self.tiles = triton.cdiv(group_dim, self.block)
         self.grid = (self.batch, self.groups, self.tiles)
@@ -82,7 +82,7 @@ class _Problem:
             p_out=out,
             p_states=states,
             p_last=last,
-            num_warps=4,
+            num_warps=8,
             passes=self.passes | ({"p_C": 0} if out is None else {}),
             flops=self.size * (7 * self.states + 3),
         )
@@ -101,7 +101,7 @@ def forward(
     return_last_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
-    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus, 64)
+    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = u.new_empty(u.shape)
     shape = (problem.batch, problem.dim, problem.states) if return_last_state else (0,)
     last = u.new_empty(shape, dtype=torch.float32)
@@ -123,7 +123,7 @@ def backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias in their dtypes, empty for what is None."""
-    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus, 32)
+    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     batch, dim = problem.batch, problem.dim
     states = problem.states_entering()
 
@@ -152,7 +152,7 @@ def backward(
         p_dz=None if z is None else grad_z,
         p_dbias=grad_bias,
         **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bdt")},
-        num_warps=4,
+        num_warps=8,
         passes=problem.passes,
         flops=problem.size * (19 * problem.states + 8),
     )

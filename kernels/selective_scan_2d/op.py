@@ -6,7 +6,7 @@ The function here checks nothing: it scripts, traces and exports. The checked on
 import torch
 from torch import Tensor
 
-from visionmix.kernels import dispatch
+from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.registration import register_op
 from visionmix.kernels.selective_scan_2d import cpu, reference
 from visionmix.kernels.selective_scan_2d.routes import count_routes
@@ -127,3 +127,4 @@ register_op(
 )
 
 dispatch.register("selective_scan_2d", "cpu", cpu.load)
+dispatch.register("selective_scan_2d", "triton", gpu.loader("selective_scan_2d", "selective_scan_2d"))

@@ -215,6 +215,12 @@ def test_many_additional_keys(choice):
     check(make((9, 20), (3, 3), 4, 2, dim=17, extra=150), {"kernel_size": 3}, choice)
 
 
+@EACH_CHOICE
+def test_disc_on_residue_classes_of_two_lengths(choice):
+    """The reference pads the shorter class with queries whose disc holds no key of it."""
+    check(make((4, 7), (1, 3)), {"kernel_size": (1, 3), "dilation": (3, 5), "circular": True}, choice)
+
+
 _META, _ARRAYS = golden.load("op_na2d")
 
 

@@ -1,0 +1,266 @@
+"""The selective scan over several orders of a map in Triton: every order reads the map in place.
+
+A table of slots says which cell each step of an order reads and to which route its output belongs, so no tensor is
+permuted; a low-rank delta is multiplied out tile by tile. With enough images and channels to fill the device, a program
+takes the orders one after the other and adds their outputs up in one map; with few, a program takes one order and
+writes a map of its own, and the maps are summed. Either way the additions have one fixed order.
+
+Liu et al., 2024, VMamba: Visual State Space Model (arXiv 2401.10166).
+"""
+
+import logging
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from visionmix.kernels.gpu import dot_precision, launch
+from visionmix.kernels.selective_scan_2d import reference
+from visionmix.kernels.selective_scan_2d.routes import routes
+from visionmix.kernels.selective_scan_2d.triton_kernels import backward_kernel, forward_kernel
+
+_logger = logging.getLogger("visionmix.kernels")
+
+# From this many (image, channel tile) pairs on, a program takes all orders: two for each processor of a large GPU.
+ENOUGH_PROGRAMS = 256
+
+
+@lru_cache(maxsize=64)
+def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]] | None:
+    """Return the slot of each step, route x cells + cell or -1, int32 (K, steps), and the number of routes an order.
+
+    None if a step that reads a cell does not give its output back to that cell, once.
+    """
+    table = routes(orders, height, width)
+    cells = height * width
+    slots = np.full(table.index.size, -1)
+    taken = table.inverse.reshape(-1)
+    named = np.flatnonzero(taken >= 0)
+    slots[taken[named]] = named
+    slots = slots.reshape(table.index.shape)
+    if not np.array_equal(np.where(slots < 0, -1, slots % cells), table.index):
+        return None
+    return slots.astype(np.int32), [name.count("+") + 1 for name in orders.split(",")]
+
+
+@lru_cache(maxsize=64)
+def _device_slots(orders: str, height: int, width: int, device: torch.device) -> Tensor:
+    return torch.tensor(_slots(orders, height, width)[0], device=device)
+
+
+@cache
+def _log_reference(orders: str) -> None:
+    _logger.warning(
+        "selective_scan_2d runs its PyTorch reference: orders=%r read cells that they do not write back; "
+        "choose orders that do",
+        orders,
+    )
+
+
+class _Problem:
+    """Sizes, tables and the arguments that both kernels take."""
+
+    def __init__(self, x, delta, weight, A, B, C, D, bias, softplus: bool, orders: str, merge: str, block: int):
+        self.batch, self.height, self.width, self.channels = x.shape
+        self.cells = self.height * self.width
+        self.orders, _, self.states = A.shape
+        self.rank = 0 if weight is None else weight.shape[2]
+        table, self.per_order = _slots(orders, self.height, self.width)
+        self.routes, self.steps = sum(self.per_order), table.shape[1]
+        self.complete = table.size == (table >= 0).sum() == self.routes * self.cells
+        self.block = min(block, max(16, triton.next_power_of_2(self.channels)))
+        self.tokens = min(32, max(16, triton.next_power_of_2(self.steps)))
+        self.chunks = triton.cdiv(self.steps, self.tokens)
+        self.tiles = triton.cdiv(self.channels, self.block)
+        enough = self.batch * self.tiles >= ENOUGH_PROGRAMS
+        self.merged = enough and self.routes == self.orders and merge != "none"
+        self.grid = (self.batch, self.tiles, 1 if self.merged else self.orders)
+        self.merge, self.like = merge, x
+        strides = {}
+        for name, y, axes in (
+            ("x", x, "bhwc"),
+            ("d", delta, "bhwkc"),
+            ("w", weight, "kcr"),
+            ("A", A, "kcn"),
+            ("B", B, "bhwkn"),
+            ("C", C, "bhwkn"),
+        ):
+            strides |= {f"s{name}_{axis}": 0 if y is None else y.stride(i) for i, axis in enumerate(axes)}
+        self.arguments = {
+            "p_x": x,
+            "p_delta": delta,
+            "p_weight": weight,
+            "p_A": A,
+            "p_B": B,
+            "p_C": C,
+            "p_D": None if D is None else D.contiguous(),
+            "p_bias": None if bias is None else bias.contiguous(),
+            "p_slots": _device_slots(orders, self.height, self.width, x.device),
+            "steps": self.steps,
+            "cells": self.cells,
+            "width": self.width,
+            "channels": self.channels,
+            **strides,
+            "ORDERS": self.orders if self.merged else 1,
+            "MERGED": self.merged,
+            "ZEROED": not self.complete,
+            "RANK": self.rank,
+            "N": self.states,
+            "BR": max(16, triton.next_power_of_2(self.rank)),
+            "BN": triton.next_power_of_2(self.states),
+            "BC": self.block,
+            "BT": self.tokens,
+            "SOFTPLUS": softplus,
+            "PRECISION": dot_precision(x, delta, weight),
+        }
+        # Each order reads the whole map; maps of all orders are read once a channel tile where they have no channels.
+        self.passes = {"p_x": self.orders, "p_B": self.tiles, "p_C": self.tiles, "p_slots": self.batch * self.tiles}
+        if self.rank:
+            self.passes["p_delta"] = self.tiles
+        self.size = self.batch * self.orders * self.steps * self.channels
+
+    def map_buffer(self) -> tuple[Tensor, dict[str, int]]:
+        """Return where the orders' maps go before they are merged, and its strides."""
+        shape = (1 if self.merged else self.routes, self.batch, self.cells, self.channels)
+        make = self.like.new_empty if self.complete else self.like.new_zeros
+        buffer = make(shape, dtype=torch.float32)
+        return buffer, {"so_b": buffer.stride(1), "so_slot": buffer.stride(0), "so_cell": buffer.stride(2)}
+
+    def merged_map(self, buffer: Tensor, factor: float = 1.0) -> Tensor:
+        """Sum a buffer of maps; (batch, height, width, channels) in x's dtype."""
+        total = buffer.sum(0) if buffer.shape[0] > 1 else buffer[0]
+        return (total if factor == 1.0 else total * factor).view(self.like.shape).to(self.like.dtype)
+
+    def by_order(self, grad: Tensor, like: Tensor) -> Tensor:
+        """Sum (batch, cells, routes, features) over the routes of each order, to the shape and dtype of `like`."""
+        if self.routes != self.orders:
+            grad = torch.stack([part.sum(2) for part in grad.split(self.per_order, 2)], 2)
+        return grad.reshape(like.shape).to(like.dtype)
+
+    def forward(self, out: Tensor | None, states: Tensor | None, strides: dict[str, int]) -> None:
+        # Without an output, D is not read.
+        unused = {} if out is not None else {"p_D": None}
+        merged_passes = {"p_out": 2 * self.orders - 1} if self.merged else {}
+        launch(
+            forward_kernel,
+            self.grid,
+            **self.arguments | unused,
+            **strides,
+            p_out=out,
+            p_states=states,
+            num_warps=8,
+            passes=self.passes | merged_passes | ({"p_C": 0} if out is None else {}),
+            flops=self.size * (7 * self.states + 3 + 2 * self.rank),
+        )
+
+
+def forward(
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: str,
+    merge: str,
+) -> Tensor:
+    """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
+    inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
+    if _slots(orders, x.shape[1], x.shape[2]) is None:
+        _log_reference(orders)
+        return reference.forward(*inputs)
+    problem = _Problem(*inputs, 32)
+    if merge == "none":
+        make = x.new_empty if problem.complete else x.new_zeros
+        out = make(*x.shape[:3], problem.routes, problem.channels)
+        strides = {"so_b": out.stride(0), "so_slot": out.stride(3), "so_cell": out.stride(2)}
+        problem.forward(out, None, strides)
+        return out
+    out, strides = problem.map_buffer()
+    problem.forward(out, None, strides)
+    return problem.merged_map(out, 1 / problem.routes if merge == "mean" else 1.0)
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: str,
+    merge: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
+    inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
+    if _slots(orders, x.shape[1], x.shape[2]) is None:
+        _log_reference(orders)
+        return reference.backward(grad_out, *inputs)
+    problem = _Problem(*inputs, 16)
+
+    def empty(*shape: int, zeros: bool = False) -> Tensor:
+        return (x.new_zeros if zeros else x.new_empty)(shape, dtype=torch.float32)
+
+    batch, count, channels, states = problem.batch, problem.orders, problem.channels, problem.states
+    entering = empty(batch, count, problem.chunks, channels, states)
+    problem.forward(None, entering, {"so_b": 0, "so_slot": 0, "so_cell": 0})
+    grad_x, strides = problem.map_buffer()
+    # What no step reads gets no gradient.
+    unread = not problem.complete
+    by_route = (batch, problem.cells, problem.routes)
+    grad_B, grad_C = (empty(problem.tiles, *by_route, states, zeros=unread) for _ in range(2))
+    if problem.rank:
+        grad_delta = empty(problem.tiles, *by_route, problem.rank, zeros=unread)
+    else:
+        make = x.new_zeros if unread else x.new_empty
+        grad_delta = make((*by_route, channels), dtype=torch.float32 if problem.routes != count else delta.dtype)
+    grad_A = empty(batch, count, channels, states)
+    grad_weight = empty(batch, count, channels, problem.rank) if problem.rank else None
+    grad_D, grad_bias = (None if y is None else empty(batch, count, channels) for y in (D, delta_bias))
+    route_stride = grad_out.stride(3) if merge == "none" else 0
+    launch(
+        backward_kernel,
+        problem.grid,
+        **problem.arguments,
+        **strides,
+        p_states=entering,
+        p_grad=grad_out,
+        p_dx=grad_x,
+        p_ddelta=grad_delta,
+        p_dweight=grad_weight,
+        p_dA=grad_A,
+        p_dB=grad_B,
+        p_dC=grad_C,
+        p_dD=grad_D,
+        p_dbias=grad_bias,
+        scale=1 / problem.routes if merge == "mean" else 1.0,
+        routes=problem.routes,
+        **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bhw")},
+        sg_k=route_stride,
+        sg_c=grad_out.stride(-1),
+        num_warps=8,
+        passes=problem.passes
+        | {"p_grad": 1 if merge == "none" else count}
+        | ({"p_dx": 2 * count - 1} if problem.merged else {}),
+        flops=problem.size * (19 * states + 6 + 6 * problem.rank),
+    )
+    nothing = x.new_empty(0)
+    return (
+        problem.merged_map(grad_x),
+        problem.by_order(grad_delta.sum(0) if problem.rank else grad_delta, delta),
+        nothing if grad_weight is None else grad_weight.sum(0).to(delta_weight.dtype),
+        grad_A.sum(0).to(A.dtype),
+        problem.by_order(grad_B.sum(0), B),
+        problem.by_order(grad_C.sum(0), C),
+        nothing if grad_D is None else grad_D.sum(0).to(D.dtype),
+        nothing if grad_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
+    )

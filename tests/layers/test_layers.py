@@ -1,0 +1,84 @@
+"""Layers against what their docstrings say, at odd sizes too."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import visionmix
+from visionmix.layers import ConvDownsample, ConvMlp, PatchMerging, PatchStem, SelectiveScan2d
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
+def test_patch_merging_takes_the_cells_column_by_column(size):
+    layer = PatchMerging(3, 5)
+    x = torch.randn(2, *size, 3)
+    rows, columns = -(-size[0] // 2), -(-size[1] // 2)
+    out = layer(x)
+    assert out.shape == (2, rows, columns, 5)
+    padded = torch.zeros(2, 2 * rows, 2 * columns, 3)
+    padded[:, : size[0], : size[1]] = x
+    for row in range(rows):
+        for column in range(columns):
+            top, left = 2 * row, 2 * column
+            cells = [padded[:, top + down, left + right] for right in (0, 1) for down in (0, 1)]
+            expected = layer.reduction(layer.norm(torch.cat(cells, dim=-1)))
+            assert torch.allclose(out[:, row, column], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (5, 7)])
+def test_patch_merging_compiled_pads_as_eager_does(size):
+    layer = PatchMerging(3, 5).eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(1, *size, 3)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+def test_conv_mlp_adds_the_neighbours():
+    layer = ConvMlp(6)
+    x = torch.randn(2, 3, 5, 6)
+    hidden = F.linear(x, layer.fc1.weight, layer.fc1.bias).permute(0, 3, 1, 2)
+    hidden = F.gelu(hidden + F.conv2d(hidden, layer.conv.weight, layer.conv.bias, padding=1, groups=12))
+    assert torch.allclose(layer(x), F.linear(hidden.permute(0, 2, 3, 1), layer.fc2.weight, layer.fc2.bias), atol=1e-6)
+
+
+def test_options_of_stems_and_downsamplers():
+    assert PatchStem(3, 8, 4)(torch.randn(1, 3, 19, 9)).shape == (1, *PatchStem(3, 8, 4).grid_size(19, 9), 8)
+    assert isinstance(PatchStem(3, 8, 16, norm_layer=None).norm1, torch.nn.Identity)
+    assert ConvDownsample(4, 8, bias=False).conv.bias is None
+
+
+def test_selective_scan_is_its_formula():
+    torch.manual_seed(0)
+    orders = ("snake", "raster_transposed_reversed")
+    scan = SelectiveScan2d(4, orders, step_rank=2, states=3).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = torch.zeros(2, 12, 4, dtype=torch.float64)
+    for k, name in enumerate(orders):
+        index = visionmix.scans.order(name, 3, 4).index
+        sequence = x.flatten(1, 2)[:, index]
+        weight = scan.x_proj.weight.unflatten(0, (2, 8))[k]
+        low, B, C = (sequence @ weight.T).split([2, 3, 3], dim=-1)
+        delta = F.softplus(low @ scan.delta_weight[k].T + scan.delta_bias[k])
+        state = torch.zeros(2, 4, 3, dtype=torch.float64)
+        for step in range(12):
+            decay = torch.exp(-delta[:, step, :, None] * scan.A_log[k].exp())
+            state = decay * state + (delta[:, step] * sequence[:, step])[..., None] * B[:, step, None]
+            expected[:, index[step]] += (state * C[:, step, None]).sum(-1) + scan.D[k] * sequence[:, step]
+    with visionmix.kernels.use("reference"):
+        assert torch.allclose(scan(x).flatten(1, 2), expected, atol=1e-12)
+
+
+def test_selective_scan_begins_as_mamba_does():
+    scan = SelectiveScan2d(64, ("raster",), step_rank=4, states=16)
+    steps = F.softplus(scan.delta_bias)
+    assert 1e-3 * 0.999 <= steps.min() < 2e-3
+    assert 0.05 < steps.max() <= 0.1 * 1.001
+    assert torch.allclose(scan.A_log.exp(), torch.arange(1.0, 17).expand(1, 64, 16))
+    marked = {name for name, value in scan.named_parameters() if getattr(value, "_no_weight_decay", False)}
+    assert marked == {"A_log", "D", "delta_bias"}
+
+
+@pytest.mark.parametrize("option", ["step_rank", "states"])
+def test_selective_scan_refuses_empty_sizes(option):
+    with pytest.raises(ValueError, match=f"{option}=0 is too small"):
+        SelectiveScan2d(4, ("raster",), **({"step_rank": 1, "states": 1} | {option: 0}))
