@@ -131,6 +131,11 @@ def load(op: str, implementation: str) -> Implementation:
     return loaded
 
 
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """Return the type an op computes in: float64 if any tensor has it, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 @cache
 def log_slow_path(op: str, reason: str, remedy: str) -> None:
     _logger.warning("%s runs its PyTorch reference: %s; %s", op, reason, remedy)

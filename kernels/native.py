@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from visionmix.kernels.dispatch import Unavailable
+from visionmix.kernels.dispatch import Unavailable, compute_dtype, log_slow_path
 
 _logger = logging.getLogger("visionmix.kernels")
 
@@ -54,6 +54,14 @@ def threads() -> int:
     A fork copies no threads, and the OpenMP runtime of the child waits for those of its parent.
     """
     return 1 if _forked else torch.get_num_threads()
+
+
+def leaves_to_reference(op: str, *tensors: torch.Tensor | None) -> bool:
+    """Return whether `op` must run its reference on `tensors`, since compiled kernels have no float64; log it once."""
+    if compute_dtype(*tensors) != torch.float64:
+        return False
+    log_slow_path(op, "the compiled kernel has no float64", "pass float32 tensors where that is enough")
+    return True
 
 
 @cache

@@ -1,6 +1,6 @@
 """Make a small image-classification set from the photographs that ship inside scikit-image's wheel: no download.
 
-Each photograph is a class. Five square blocks of it, two patches wide each, are set aside: test patches lie inside
+Each photograph is a class. Three square blocks of it, two patches wide each, are set aside: test patches lie inside
 them, train patches at least a patch away from them, so no train patch shares a pixel with, or even touches, a test
 patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
 """
@@ -73,7 +73,7 @@ def open_photograph(path: Path, side: int = 640) -> Image.Image:
 
 
 # Centres of the test blocks, as fractions of width and height.
-BLOCKS = ((0.2, 0.25), (0.8, 0.25), (0.5, 0.5), (0.2, 0.75), (0.8, 0.75))
+BLOCKS = ((0.25, 0.3), (0.75, 0.35), (0.5, 0.75))
 
 
 def test_corners(width: int, height: int, patch: int) -> np.ndarray:

@@ -122,7 +122,7 @@ PROBLEMS = {
         Problem("vmamba_tiny stage 4, merged", selective_scan_2d(7, 7, 768, 1, rank=48, batch=128)),
         Problem("full delta", selective_scan_2d(14, 14, 96, 1)),
         Problem("16 states", selective_scan_2d(14, 14, 96, 16, rank=6)),
-        Problem("windows, not merged", selective_scan_2d(13, 9, 96, 16, orders="local_2,raster", merge="none")),
+        Problem("windows, not merged", selective_scan_2d(13, 9, 96, 16, orders="window_2,raster", merge="none")),
         Problem("joined", selective_scan_2d(28, 28, 192, 1, rank=12, orders="raster+raster_reversed", batch=128)),
     ],
 }

@@ -68,15 +68,6 @@ def _succeed(status: int) -> None:
         raise MemoryError("not enough memory for the scratch space of gated_linear_attention")
 
 
-def _is_float64(*tensors: Tensor | None) -> bool:
-    if reference.compute_dtype(*tensors) != torch.float64:
-        return False
-    dispatch.log_slow_path(
-        "gated_linear_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
-    )
-    return True
-
-
 def _run_forward(
     q: Tensor,
     k: Tensor,
@@ -147,7 +138,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
-    if _is_float64(q, k, v, g, initial_state):
+    if native.leaves_to_reference("gated_linear_attention", q, k, v, g, initial_state):
         return reference.forward(q, k, v, g, scale, initial_state, output_final_state)
     batch, _, heads, dk = q.shape
     state = q.new_empty((batch, heads, dk, v.shape[-1]) if output_final_state else 0, dtype=torch.float32)
@@ -166,7 +157,7 @@ def backward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g and initial_state (empty where there is none), in their dtypes."""
-    if _is_float64(q, k, v, g, initial_state):
+    if native.leaves_to_reference("gated_linear_attention", q, k, v, g, initial_state):
         return reference.backward(grad_out, grad_state, q, k, v, g, scale, initial_state)
     grad_initial = None if initial_state is None else _empty(initial_state)
     grads = _run_backward(grad_out, grad_state, q, k, v, (g, None), scale, initial_state, grad_initial)
@@ -177,7 +168,7 @@ def bidirectional_forward(
     q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
-    if _is_float64(q, k, v, g_forward, g_backward):
+    if native.leaves_to_reference("gated_linear_attention", q, k, v, g_forward, g_backward):
         return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge)
     out = _run_forward(q, k, v, (g_forward, g_backward), reference.merged(scale, merge), None, None)
     return out.to(v.dtype)
@@ -194,7 +185,7 @@ def bidirectional_backward(
     merge: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
-    if _is_float64(q, k, v, g_forward, g_backward):
+    if native.leaves_to_reference("gated_linear_attention", q, k, v, g_forward, g_backward):
         return reference.bidirectional_backward(grad_out, q, k, v, g_forward, g_backward, scale, merge)
     gates = (g_forward, g_backward)
     return tuple(_run_backward(grad_out, None, q, k, v, gates, reference.merged(scale, merge), None, None))

@@ -40,7 +40,7 @@ def _like(x: Tensor) -> Tensor:
 def _fake(q, k, v, g, scale, initial_state, output_final_state, implementation="auto"):
     batch, _, heads, dk = q.shape
     shape = (batch, heads, dk, v.shape[-1]) if output_final_state else (0,)
-    return _like(v), v.new_empty(shape, dtype=reference.compute_dtype(q, k, v, g, initial_state))
+    return _like(v), v.new_empty(shape, dtype=dispatch.compute_dtype(q, k, v, g, initial_state))
 
 
 def _fake_backward(grad_out, grad_state, q, k, v, g, scale, initial_state, implementation="auto"):
@@ -162,4 +162,13 @@ register_op(
 dispatch.register("gated_linear_attention", "cpu", cpu.load)
 dispatch.register("gated_linear_attention", "triton", gpu.loader("gated_linear_attention", "gated_linear_attention"))
 dispatch.register("bidirectional_gated_linear_attention", "cpu", cpu.load_bidirectional)
-dispatch.register("bidirectional_gated_linear_attention", "triton", gpu.loader("bidirectional_gated_linear_attention", "gated_linear_attention", "bidirectional_forward", "bidirectional_backward"))
+dispatch.register(
+    "bidirectional_gated_linear_attention",
+    "triton",
+    gpu.loader(
+        "bidirectional_gated_linear_attention",
+        "gated_linear_attention",
+        "bidirectional_forward",
+        "bidirectional_backward",
+    ),
+)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionmix.kernels.dispatch import compute_dtype
+
 CHUNKS = (32, 16)
 
 # Blocks of up to this many tokens are joined by a product and a sum: batched matmuls of so few rows are slower.
@@ -160,11 +162,6 @@ def _chunk_size(length: int) -> int:
     """Return how many tokens a chunk takes: a power of two, of the usual ones that which pads least."""
     # At least 2, so that a single token's gate is part of autograd's graph and its gradient zero, not None.
     return min(max(2, 1 << (length - 1).bit_length()), min(CHUNKS, key=lambda chunk: -length % chunk))
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any tensor has it, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _rows(x: Tensor, padding: int, dtype: torch.dtype) -> Tensor:

@@ -82,15 +82,6 @@ def _succeed(status: int) -> None:
         raise MemoryError("not enough memory for the scratch space of neighborhood_attention")
 
 
-def _is_float64(*tensors: Tensor | None) -> bool:
-    if reference.compute_dtype(*tensors) != torch.float64:
-        return False
-    dispatch.log_slow_path(
-        "neighborhood_attention", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
-    )
-    return True
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -108,7 +99,7 @@ def forward(
     """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
     options = (additional_keys, additional_values, relative_position_bias)
     window = (kernel_size, stride, dilation, is_causal, scale)
-    if _is_float64(query, key, value, *options):
+    if native.leaves_to_reference("neighborhood_attention", query, key, value, *options):
         return reference.forward(query, key, value, *window, *options, circular)
     out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32)
@@ -143,7 +134,7 @@ def backward(
     """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes."""
     options = (additional_keys, additional_values, relative_position_bias)
     window = (kernel_size, stride, dilation, is_causal, scale)
-    if _is_float64(query, key, value, *options):
+    if native.leaves_to_reference("neighborhood_attention", query, key, value, *options):
         return reference.backward(grad_out, grad_lse, query, key, value, out, lse, *window, *options, circular)
     tensors = (query, key, value, *options)
     grads = [_empty(x) for x in tensors]

@@ -70,7 +70,7 @@ def _like(x: Tensor) -> Tensor:
 
 def _fake(query, key, value, *args):
     # kernel_size, stride, dilation, is_causal, scale, then the optional tensors.
-    dtype = reference.compute_dtype(query, key, value, *args[5:8])
+    dtype = dispatch.compute_dtype(query, key, value, *args[5:8])
     shape = query.shape[:-1]
     return value.new_empty((*shape, value.shape[-1])), query.new_empty(shape, dtype=dtype)
 

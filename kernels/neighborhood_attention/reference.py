@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionmix.kernels.dispatch import compute_dtype
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 
 # Scores held at once (4 bytes each), unless one map's tile has more.
@@ -67,11 +68,6 @@ class _Tile:
     keys: tuple[slice, ...]
     visible: Tensor  # (classes or 1, queries, keys)
     bias_index: Tensor  # (queries, keys), into the flattened bias table
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any tensor has it, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _spread(x: Tensor, axis: int, axes: int) -> Tensor:

@@ -87,15 +87,6 @@ class _Call:
             raise MemoryError("not enough memory for the scratch space of selective_scan")
 
 
-def _is_float64(*tensors: Tensor | None) -> bool:
-    if reference.compute_dtype(*tensors) != torch.float64:
-        return False
-    dispatch.log_slow_path(
-        "selective_scan", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
-    )
-    return True
-
-
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -110,7 +101,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if _is_float64(*tensors):
+    if native.leaves_to_reference("selective_scan", *tensors):
         return reference.forward(*tensors, delta_softplus, return_last_state)
     out = torch.empty(u.shape, dtype=torch.float32)
     state = torch.empty((*u.shape[:2], A.shape[1]) if return_last_state else 0, dtype=torch.float32)
@@ -134,7 +125,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias in their dtypes, empty for what is None."""
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if _is_float64(*tensors):
+    if native.leaves_to_reference("selective_scan", *tensors):
         return reference.backward(grad_out, grad_state, *tensors, delta_softplus)
     call = _Call(*tensors, delta_softplus, grad_out=grad_out, grad_state=grad_state)
     parts = call.parts()

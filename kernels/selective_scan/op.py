@@ -41,7 +41,7 @@ def _like(x: Tensor) -> Tensor:
 
 def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, implementation="auto"):
     shape = (*u.shape[:2], A.shape[1]) if return_last_state else (0,)
-    return _like(u), u.new_empty(shape, dtype=reference.compute_dtype(u, delta, A, B, C, D, z, delta_bias))
+    return _like(u), u.new_empty(shape, dtype=dispatch.compute_dtype(u, delta, A, B, C, D, z, delta_bias))
 
 
 def _fake_backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, implementation="auto"):

@@ -17,13 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionmix.kernels.dispatch import compute_dtype
+
 # The states of this many (token, channel, state) triples are kept at a time in backward.
 _BACKWARD_STATES = 1 << 21
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any tensor has it, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 @dataclass

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch, native
-from visionmix.kernels.selective_scan.reference import compute_dtype
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
 
@@ -154,15 +153,6 @@ def _one_stride(x: Tensor) -> Tensor:
     return x if dense and uniform else x.contiguous()
 
 
-def _is_float64(*tensors: Tensor | None) -> bool:
-    if compute_dtype(*tensors) != torch.float64:
-        return False
-    dispatch.log_slow_path(
-        "selective_scan_2d", "the compiled kernel has no float64", "pass float32 tensors where that is enough"
-    )
-    return True
-
-
 def forward(
     x: Tensor,
     delta: Tensor,
@@ -178,7 +168,7 @@ def forward(
 ) -> Tensor:
     """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
-    if _is_float64(*tensors):
+    if native.leaves_to_reference("selective_scan_2d", *tensors):
         return reference.forward(*tensors, delta_softplus, orders, merge)
     call = _Call(*tensors, delta_softplus, orders, merge)
     shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
@@ -204,7 +194,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
-    if _is_float64(*tensors):
+    if native.leaves_to_reference("selective_scan_2d", *tensors):
         return reference.backward(grad_out, *tensors, delta_softplus, orders, merge)
     call = _Call(*tensors, delta_softplus, orders, merge)
     call.set_rows("grad_out", grad_out)

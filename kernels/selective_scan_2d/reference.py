@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from visionmix.kernels import dispatch
 from visionmix.kernels.selective_scan import reference as scan
 from visionmix.kernels.selective_scan_2d.routes import Routes, routes, take, take_sum
 
@@ -32,7 +33,7 @@ class _Inputs:
     """The arguments of the one-dimensional scan."""
 
     def __init__(self, x, delta, delta_weight, A, B, C, D, delta_bias, orders):
-        self.dtype = scan.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
+        self.dtype = dispatch.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
         self.table = routes(orders, x.shape[1], x.shape[2])
         self.u = take(x.to(self.dtype).flatten(1, 2), self.table.index).unflatten(1, self.table.index.shape)
         self.steps = _sequences(delta, self.table, self.dtype)

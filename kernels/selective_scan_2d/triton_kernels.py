@@ -8,6 +8,9 @@ import triton.language as tl
 
 from visionmix.kernels.selective_scan.triton_kernels import LOG2_E, column, combine, set_column, sigmoid, softplus
 
+# Ranks of a low-rank delta that are multiplied out at a time.
+RANKS = tl.constexpr(16)
+
 
 @triton.jit
 def _row(b_x, i):
@@ -31,15 +34,15 @@ def _tile(p_x, o_cell, o_c, width, stride_h, stride_w, stride_c, mask):
 @triton.jit
 def _delta(
     p_delta, p_weight, p_bias, o_cell, o_c, width, m_step, m_cell, m_c,
-    sd_h, sd_w, sd_c, sw_c, sw_r, RANK: tl.constexpr, BR: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    sd_h, sd_w, sd_c, sw_c, sw_r, RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The step sizes (steps, channels), 0 where there is no step, and what softplus took."""
     if RANK > 0:
-        b_raw = tl.dot(
-            _ranks(p_delta, o_cell, width, m_cell, sd_h, sd_w, sd_c, RANK, BR),
-            tl.trans(_weight(p_weight, o_c, m_c, sw_c, sw_r, RANK, BR)),
-            input_precision=PRECISION,
-        )
+        b_raw = tl.zeros((o_cell.shape[0], o_c.shape[0]), tl.float32)
+        for o_r in range(0, RANK, RANKS):
+            b_r = _ranks(p_delta, o_cell, o_r + tl.arange(0, RANKS), width, m_cell, sd_h, sd_w, sd_c, RANK)
+            b_w = _weight(p_weight, o_c, o_r + tl.arange(0, RANKS), m_c, sw_c, sw_r, RANK)
+            b_raw += tl.dot(b_r, tl.trans(b_w), input_precision=PRECISION)
     else:
         b_raw = _tile(p_delta, o_cell, o_c, width, sd_h, sd_w, sd_c, m_cell[:, None] & m_c[None, :])
     if p_bias is not None:
@@ -49,14 +52,12 @@ def _delta(
 
 
 @triton.jit
-def _ranks(p_delta, o_cell, width, m_cell, sd_h, sd_w, sd_c, RANK: tl.constexpr, BR: tl.constexpr):
-    o_r = tl.arange(0, BR)
+def _ranks(p_delta, o_cell, o_r, width, m_cell, sd_h, sd_w, sd_c, RANK: tl.constexpr):
     return _tile(p_delta, o_cell, o_r, width, sd_h, sd_w, sd_c, m_cell[:, None] & (o_r < RANK)[None, :])
 
 
 @triton.jit
-def _weight(p_weight, o_c, m_c, sw_c, sw_r, RANK: tl.constexpr, BR: tl.constexpr):
-    o_r = tl.arange(0, BR)
+def _weight(p_weight, o_c, o_r, m_c, sw_c, sw_r, RANK: tl.constexpr):
     p_w = p_weight + o_c[:, None] * sw_c + o_r[None, :] * sw_r
     return tl.load(p_w, mask=m_c[:, None] & (o_r < RANK)[None, :], other=0.0).to(tl.float32)
 
@@ -74,7 +75,7 @@ def forward_kernel(
     sx_b, sx_h, sx_w, sx_c, sd_b, sd_h, sd_w, sd_k, sd_c, sw_k, sw_c, sw_r, sA_k, sA_c, sA_n,
     sB_b, sB_h, sB_w, sB_k, sB_n, sC_b, sC_h, sC_w, sC_k, sC_n, so_b, so_slot, so_cell,
     ORDERS: tl.constexpr, MERGED: tl.constexpr, ZEROED: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scans of ORDERS orders, one after the other, each chunk by chunk along its slots.
@@ -108,7 +109,7 @@ def forward_kernel(
             b_delta, _ = _delta(
                 p_delta + i_b * sd_b + i_k * sd_k, None if p_weight is None else p_weight + i_k * sw_k,
                 None if p_bias is None else p_bias + o_p, o_cell, o_c, width, o_t < steps, m_cell, m_c,
-                sd_h, sd_w, sd_c, sw_c, sw_r, RANK, BR, SOFTPLUS, PRECISION,
+                sd_h, sd_w, sd_c, sw_c, sw_r, RANK, SOFTPLUS, PRECISION,
             )  # fmt: skip
             b_y = tl.zeros((BT, BC), tl.float32)
             for n in range(N):
@@ -175,7 +176,7 @@ def backward_kernel(
         b_dA = tl.zeros((BC, BN), tl.float32)
         b_dD = tl.zeros((BC,), tl.float32)
         b_dbias = tl.zeros((BC,), tl.float32)
-        b_dweight = tl.zeros((BC, BR), tl.float32)
+        b_dweight = tl.zeros((BR, BC), tl.float32)
         for step in range(chunks):
             i_t = chunks - 1 - step
             o_t = o_l.to(tl.int64) + i_t * BT
@@ -191,14 +192,14 @@ def backward_kernel(
             p_s = None if p_bias is None else p_bias + o_p
             b_delta, b_raw = _delta(
                 p_d, p_w, p_s, o_cell, o_c, width, m_t, m_cell, m_c,
-                sd_h, sd_w, sd_c, sw_c, sw_r, RANK, BR, SOFTPLUS, PRECISION,
+                sd_h, sd_w, sd_c, sw_c, sw_r, RANK, SOFTPLUS, PRECISION,
             )  # fmt: skip
             # The step sizes that follow; the one after the chunk's last step is in b_flow.
             m_next = (o_l < BT - 1) & (o_t + 1 < steps)
             b_after = _slots(p_slots + i_k * steps, o_t + 1, steps)
             b_next, _ = _delta(
                 p_d, p_w, p_s, tl.where(b_after >= 0, b_after % cells, 0), o_c, width, m_next, b_after >= 0, m_c,
-                sd_h, sd_w, sd_c, sw_c, sw_r, RANK, BR, SOFTPLUS, PRECISION,
+                sd_h, sd_w, sd_c, sw_c, sw_r, RANK, SOFTPLUS, PRECISION,
             )  # fmt: skip
             o_g = b_route * sg_k + (o_cell // width) * sg_h + (o_cell % width) * sg_w
             p_g = p_grad + i_b * sg_b + o_g[:, None] + o_c[None, :] * sg_c
@@ -237,12 +238,14 @@ def backward_kernel(
             b_ddelta = tl.where(m_t[:, None] & m_c[None, :], b_ddelta, 0.0)
             b_dbias += tl.sum(b_ddelta, axis=0)
             if RANK > 0:
-                b_w = _weight(p_w, o_c, m_c, sw_c, sw_r, RANK, BR)
-                b_r = _ranks(p_d, o_cell, width, m_cell, sd_h, sd_w, sd_c, RANK, BR)
-                p_r = p_ddelta + (o_part + o_map)[:, None] * RANK + o_r[None, :]
-                m_r = m_cell[:, None] & (o_r < RANK)[None, :]
-                tl.store(p_r, tl.dot(b_ddelta, b_w, input_precision=PRECISION), mask=m_r)
-                b_dweight += tl.dot(tl.trans(b_ddelta), b_r, input_precision=PRECISION)
+                for o_first in range(0, RANK, RANKS):
+                    o_q = o_first + tl.arange(0, RANKS)
+                    b_w = _weight(p_w, o_c, o_q, m_c, sw_c, sw_r, RANK)
+                    p_r = p_ddelta + (o_part + o_map)[:, None] * RANK + o_q[None, :]
+                    m_r = m_cell[:, None] & (o_q < RANK)[None, :]
+                    tl.store(p_r, tl.dot(b_ddelta, b_w, input_precision=PRECISION), mask=m_r)
+                b_r = _ranks(p_d, o_cell, o_r, width, m_cell, sd_h, sd_w, sd_c, RANK)
+                b_dweight += tl.dot(tl.trans(b_r), b_ddelta, input_precision=PRECISION)
             else:
                 p_r = p_ddelta + (i_b * cells * routes + o_map)[:, None] * channels + o_c[None, :]
                 tl.store(p_r, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
@@ -260,8 +263,8 @@ def backward_kernel(
         if p_dbias is not None:
             tl.store(p_dbias + o_sum + o_c, b_dbias, mask=m_c)
         if RANK > 0:
-            p_o = p_dweight + (o_sum + o_c)[:, None] * RANK + o_r[None, :]
-            tl.store(p_o, b_dweight, mask=m_c[:, None] & (o_r < RANK)[None, :])
+            p_o = p_dweight + (o_sum + o_c)[None, :] * RANK + o_r[:, None]
+            tl.store(p_o, b_dweight, mask=m_c[None, :] & (o_r < RANK)[:, None])
         if MERGED:
             # The next order reads what other threads of the program have stored.
             tl.debug_barrier()

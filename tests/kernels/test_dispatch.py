@@ -11,6 +11,7 @@ from visionmix.kernels import backends, dispatch, gated_linear_attention, use
 OPS = (
     "gated_linear_attention",
     "bidirectional_gated_linear_attention",
+    "neighborhood_attention",
     "selective_scan",
     "selective_scan_2d",
 )

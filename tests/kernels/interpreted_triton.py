@@ -1,0 +1,201 @@
+"""The Triton kernels in Triton's interpreter, against the float64 reference: outputs and every gradient.
+
+Run by test_triton.py in a process of its own: TRITON_INTERPRET=1 must be set before the kernels are imported.
+"""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close, assert_gradients_close, gradients
+
+from visionmix import kernels
+
+CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
+
+
+def check(op, tensors: dict, dtype=torch.float32, **options) -> None:
+    """Compare `op` on tensors of a dtype with the float64 reference on the same values."""
+
+    def run(choice, wanted):
+        # Views keep their strides: tensors are cast first and viewed by the maker.
+        inputs = {
+            name: None if x is None else x.detach().to(wanted).requires_grad_() if wanted else x
+            for name, x in tensors.items()
+        }
+        used = [x for x in inputs.values() if x is not None]
+        with kernels.use(choice):
+            out = op(**inputs, **options)
+            return out, gradients(out, used)
+
+    rounded = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
+    tensors = rounded
+    out, grads = run("triton", dtype)
+    expected, expected_grads = run("reference", torch.float64)
+    pairs = [(out, expected)] if isinstance(out, torch.Tensor) else list(zip(out, expected, strict=True))
+    for ours, theirs in pairs:
+        if ours is not None:
+            assert_close(ours, theirs)
+    assert_gradients_close(grads, expected_grads)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def attention(length, dk, dv, *, strong=False, gates=("g",), batch=1, heads=2):
+    names = {"q": dk, "k": dk, "v": dv, **dict.fromkeys(gates, dk)}
+    tensors = {name: normal(batch, length, heads, dim, seed=i) for i, (name, dim) in enumerate(names.items())}
+    for name in gates:
+        tensors[name] = F.logsigmoid(tensors[name])
+        if strong:
+            tensors[name][:, ::5] = -50
+            tensors[name][:, 3::7] = -1e3
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("length", "dk", "dv", "state", "strong"),
+    [
+        (1, 4, 4, True, False),
+        (7, 5, 3, True, True),
+        (40, 20, 8, False, True),
+        pytest.param(63, 33, 40, True, True, marks=pytest.mark.long),
+        pytest.param(100, 16, 70, True, False, marks=pytest.mark.long),
+        pytest.param(333, 8, 8, True, True, marks=pytest.mark.long),
+    ],
+)
+def test_gated_linear_attention(length, dk, dv, state, strong):
+    tensors = attention(length, dk, dv, strong=strong)
+    if state:
+        tensors["initial_state"] = normal(1, 2, dk, dv)
+    check(kernels.gated_linear_attention, tensors, scale=0.3, output_final_state=state)
+
+
+@pytest.mark.parametrize(
+    ("length", "merge", "strong"),
+    [
+        (1, "sum", False),
+        (35, "mean", True),
+        pytest.param(100, "sum", True, marks=pytest.mark.long),
+        pytest.param(333, "mean", False, marks=pytest.mark.long),
+    ],
+)
+def test_bidirectional_gated_linear_attention(length, merge, strong):
+    tensors = attention(length, 6, 9, strong=strong, gates=("g_forward", "g_backward"))
+    check(kernels.bidirectional_gated_linear_attention, tensors, merge=merge)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
+def test_attention_in_half_precision(dtype):
+    check(kernels.bidirectional_gated_linear_attention, attention(20, 8, 8, gates=("g_forward", "g_backward")), dtype)
+
+
+@pytest.mark.long
+def test_half_precision_takes_chunks_of_64():
+    check(
+        kernels.bidirectional_gated_linear_attention, attention(70, 8, 8, gates=("g_forward", "g_backward")), torch.half
+    )
+
+
+def test_gated_linear_attention_of_strided_tensors():
+    q, k, v, g = attention(18, 8, 8).values()
+    tensors = [x.float() for x in (q, k, v, g)]
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]]
+    expanded = tensors[3][:, :1].expand(-1, 18, -1, -1)
+    with kernels.use("triton"):
+        out, _ = kernels.gated_linear_attention(*strided, expanded)
+        expected, _ = kernels.gated_linear_attention(*tensors[:3], expanded.contiguous())
+    assert torch.equal(out, expected)
+
+
+def scan(dim, length, states, *, groups=1, constant="", options=True, batch=2):
+    tensors = {
+        "u": normal(batch, dim, length),
+        "delta": normal(batch, dim, length, seed=1) - (0 if options else 1),
+        "A": -normal(dim, states).abs() * 4,
+        "B": normal(dim, states) if "B" in constant else normal(batch, groups, states, length, seed=2),
+        "C": normal(dim, states, seed=1) if "C" in constant else normal(batch, groups, states, length, seed=3),
+    }
+    if not options:
+        tensors["delta"] = tensors["delta"].exp()
+        return tensors
+    return tensors | {"D": normal(dim), "z": normal(batch, dim, length, seed=4), "delta_bias": normal(dim, seed=5)}
+
+
+@pytest.mark.parametrize(
+    ("length", "states", "groups", "constant", "options"),
+    [
+        (1, 1, 1, "", True),
+        (35, 3, 2, "", True),
+        (20, 1, 1, "B", False),
+        (20, 2, 1, "BC", True),
+        pytest.param(63, 4, 1, "C", True, marks=pytest.mark.long),
+        pytest.param(100, 16, 2, "", True, marks=pytest.mark.long),
+        pytest.param(333, 1, 1, "", False, marks=pytest.mark.long),
+    ],
+)
+def test_selective_scan(length, states, groups, constant, options):
+    tensors = scan(4, length, states, groups=groups, constant=constant, options=options)
+    check(kernels.selective_scan, tensors, delta_softplus=options, return_last_state=options)
+
+
+def test_selective_scan_in_bfloat16():
+    check(kernels.selective_scan, scan(4, 20, 2), torch.bfloat16, delta_softplus=True)
+
+
+def test_softplus_keeps_small_steps():
+    tensors = scan(4, 20, 1, options=False) | {"delta_bias": torch.full((4,), -12.0, dtype=torch.float64)}
+    check(kernels.selective_scan, tensors, delta_softplus=True)
+
+
+def maps(height, width, channels, states, count, rank=0, *, options=True, batch=1):
+    delta = normal(batch, height, width, count, rank or channels)
+    tensors = {
+        "x": normal(batch, channels, height, width).permute(0, 2, 3, 1),
+        "delta": delta,
+        "A": -normal(count, channels, states).abs() * 4,
+        "B": normal(batch, height, width, count, states, seed=1),
+        "C": normal(batch, height, width, count, states, seed=2),
+    }
+    if rank:
+        tensors["delta_weight"] = normal(count, channels, rank)
+    if options:
+        tensors |= {"D": normal(count, channels), "delta_bias": normal(count, channels, seed=1)}
+    return tensors
+
+
+def selective_scan_2d(delta, delta_weight=None, **rest):
+    return kernels.selective_scan_2d(delta=delta if delta_weight is None else (delta, delta_weight), **rest)
+
+
+@pytest.mark.parametrize("programs", ["merged", "split"])
+@pytest.mark.parametrize(
+    ("height", "width", "states", "rank", "orders", "merge"),
+    [
+        (3, 5, 1, 3, CROSS, "sum"),
+        (5, 4, 2, 0, ("hilbert", "raster_reversed"), "mean"),
+        (5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none"),
+        (5, 7, 1, 0, ("window_2", "raster"), "sum"),
+        pytest.param(9, 11, 1, 2, CROSS, "mean", marks=pytest.mark.long),
+        pytest.param(9, 11, 3, 2, ("window_2", "atrous_2+raster"), "sum", marks=pytest.mark.long),
+    ],
+)
+def test_selective_scan_2d(monkeypatch, height, width, states, rank, orders, merge, programs):
+    module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
+    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1 if programs == "merged" else 1 << 30)
+    tensors = maps(height, width, 5, states, len(orders), rank, options=merge != "mean")
+    check(selective_scan_2d, tensors, delta_softplus=True, orders=orders, merge=merge)
+
+
+def test_selective_scan_2d_in_bfloat16():
+    check(selective_scan_2d, maps(3, 4, 4, 1, 4, 2), torch.bfloat16, delta_softplus=True)
+
+
+def test_float64_runs_the_reference():
+    tensors = scan(4, 5, 1)
+    with kernels.use("triton"):
+        out = kernels.selective_scan(**tensors)
+    with kernels.use("reference"):
+        assert torch.equal(out, kernels.selective_scan(**tensors))
