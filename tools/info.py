@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionmix.models.family import Family, family_of, list_family_models
+from visionmix.scans import num_steps
 
 _BEGIN, _END = "<!-- models: written by tools/info.py -->", "<!-- /models -->"
 _GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
@@ -32,7 +33,8 @@ class Cost:
 
     Attributes:
         params: Parameters.
-        macs: Multiply-adds by op: half of what each op's FLOP formula gives.
+        macs: Multiply-adds by op: half of what each op's FLOP formula gives, but for selective scans, which count
+            9 x length x channels x states, as their papers do.
         activations: Elements of the outputs of convolutions, matrix products and fused ops.
     """
 
@@ -41,28 +43,41 @@ class Cost:
     activations: int
 
 
-class _Activations(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
+    """Counts activations, and selective scans by the convention of their papers."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.activations = 0
+        self.scans: dict[str, float] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if name.startswith("visionmix.") or name.rsplit(".", 1)[0] in _COUNTED:
-            self.total += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        op = str(func).rsplit(".", 1)[0]
+        if op.startswith("visionmix.") or op in _COUNTED:
+            self.activations += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        if op == "visionmix.selective_scan":
+            u, _, A, *_ = args
+            self._add(op, u.shape[0] * u.shape[2] * A.numel())
+        elif op == "visionmix.selective_scan_2d":
+            x, A, orders = args[0], args[3], args[9]
+            for states, order in zip(A, orders.split(","), strict=True):
+                self._add(op, x.shape[0] * num_steps(order, x.shape[1], x.shape[2]) * states.numel())
         return out
+
+    def _add(self, op: str, steps: int) -> None:
+        self.scans[op] = self.scans.get(op, 0) + 9 * steps
 
 
 def measure(model: nn.Module, input_size: Sequence[int]) -> Cost:
     """Return what a forward pass of one image of `input_size` (channels, height, width) costs, without running it."""
     model = model.to("meta").eval()
     image = torch.empty(1, *input_size, device="meta")
-    flops, activations = FlopCounterMode(display=False), _Activations()
-    with torch.no_grad(), flops, activations:
+    flops, counter = FlopCounterMode(display=False), _Counter()
+    with torch.no_grad(), flops, counter:
         model(image)
     macs = {str(op): count / 2 for op, count in flops.get_flop_counts()["Global"].items()}
-    return Cost(sum(value.numel() for value in model.parameters()), macs, activations.total)
+    return Cost(sum(value.numel() for value in model.parameters()), macs | counter.scans, counter.activations)
 
 
 def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:

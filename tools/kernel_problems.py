@@ -89,8 +89,8 @@ def selective_scan_2d(
         B, C = (_empty(batch, height, width, count, states, dtype=dtype) for _ in range(2))
         D, bias = (_empty(count, channels) for _ in range(2))
         inputs = (x, delta, weight, _empty(count, channels, states), B, C, D, bias, True, orders, merge)
-        op.forward(*inputs)
-        op.backward(grad_out, *inputs)
+        op.forward(*inputs, "all")
+        op.backward(grad_out, *inputs, "all")
 
     return run
 

@@ -108,7 +108,8 @@ class _Problem:
             heads=self.heads,
             **_strides(q=self.q, k=self.k, y=y, g=self.gates[0], g2=self.gate(1), o=out),
             **self.sizes,
-            BK=_tile(self.dk, 32),
+            # Wider tiles do not fit the registers where there are several, or where they are masked.
+            BK=32 if self.dk == 32 else 16,
             TRANSPOSED=transposed,
             num_warps=4 if self.chunk == 64 else 2,
             flops=self.rows * self.length * self._within(states, len(self.gates)),

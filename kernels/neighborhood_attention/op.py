@@ -34,7 +34,8 @@ def neighborhood_attention_op(
     """
     if not torch.jit.is_scripting():
         if dispatch.bypassed():
-            return reference.forward(
+            return dispatch.call_reference(
+                reference.forward,
                 query,
                 key,
                 value,

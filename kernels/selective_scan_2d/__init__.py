@@ -14,7 +14,7 @@ _CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_r
 _RANKS = {"x": 4, "delta": 5, "delta_weight": 3, "A": 3, "B": 5, "C": 5, "D": 2, "delta_bias": 2}
 
 
-def _check_orders(orders: Sequence[str], height: int, width: int) -> None:
+def _check_orders(orders: Sequence[str], permute: str, height: int, width: int) -> None:
     from visionmix import scans
 
     if isinstance(orders, str) or not all(isinstance(name, str) for name in orders):
@@ -22,7 +22,12 @@ def _check_orders(orders: Sequence[str], height: int, width: int) -> None:
     if not orders:
         raise ValueError("orders is empty; pass the name of at least one scan order")
     for name in orders:
-        scans.num_steps(name, height, width)
+        steps = scans.num_steps(name, height, width)
+        if permute == "input" and steps != height * width:
+            raise ValueError(
+                f"permute='input' takes orders of one step a cell, but {name!r} has {steps} steps on a {height}x{width}"
+                " grid; choose an order that reads each cell once, or permute='all'"
+            )
 
 
 def selective_scan_2d(
@@ -36,6 +41,7 @@ def selective_scan_2d(
     delta_softplus: bool = False,
     orders: Sequence[str] = _CROSS,
     merge: str = "sum",
+    permute: str = "all",
 ) -> Tensor:
     """The selective scan of a map in K orders, each with parameters of its own, brought back to the map and merged.
 
@@ -43,6 +49,15 @@ def selective_scan_2d(
     was read there. A padded step of an order reads zeros (x, B, C and delta before the bias), so that the state still
     decays by `exp(softplus(delta_bias) A)`, as in LocalMamba. Orders joined by "+" are one sequence with one set of
     parameters, which reads a cell several times. Liu et al., 2024, VMamba: Visual State Space Model (arXiv 2401.10166).
+
+    With o(t) the cell of step t, and p(t) = o(t) for `permute="all"` or p(t) = t, raster order, for "input":
+
+        h_t     = exp(delta_p(t) A) h_(t-1) + delta_p(t) B_p(t) x_o(t)
+        y_o(t)  = C_p(t) h_t + D x_o(t)
+
+    "input" is the scan of Yang et al., 2024, PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition (arXiv
+    2403.17695). The vector that PlainMamba adds to B at step t, for the move that led there, needs no argument: B is
+    read in raster order, so the caller adds the vector of entry t of `visionmix.scans.move_codes` to B at cell t.
 
     Args:
         x: input (batch, height, width, channels), of any floating-point dtype, as the others.
@@ -56,6 +71,7 @@ def selective_scan_2d(
         delta_softplus: whether delta goes through softplus.
         orders: the names of the K orders, as `visionmix.scans.order` takes them; the default is VMamba's cross scan.
         merge: "sum" or "mean" of the directions, or "none" for all of them.
+        permute: what is read in the orders: "all" of x, delta, B and C, or "input", x alone.
 
     Returns:
         (batch, height, width, channels) in x's dtype; for `merge="none"` (batch, height, width, routes, channels), a
@@ -64,17 +80,19 @@ def selective_scan_2d(
 
     Raises:
         TypeError: an argument is no real floating-point tensor, or `orders` is no sequence of names.
-        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or an order or `merge` is
-            unknown.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or an order, `merge` or
+            `permute` is unknown, or an order has not one step a cell for `permute="input"`.
     """
     delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)
     tensors = {"x": x, "delta": delta, "delta_weight": weight, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
     check_tensors(tensors, {name: (rank,) for name, rank in _RANKS.items()}, ("x", "delta", "A", "B", "C"))
     check_merge(merge, ("sum", "mean", "none"))
+    if permute not in ("all", "input"):
+        raise ValueError(f"permute={permute!r} is unknown; choose one of 'all', 'input'")
     batch, height, width, channels = x.shape
     check_sizes("x", x)
     check_sizes("A", A)
-    _check_orders(orders, height, width)
+    _check_orders(orders, permute, height, width)
     states = A.shape[2]
     parameters = {"K": len(orders), "channels": channels}
     maps = {"batch": batch, "height": height, "width": width, "K": len(orders)}
@@ -88,4 +106,5 @@ def selective_scan_2d(
     else:
         check_shape("delta", delta, maps | {"rank": weight.shape[2]})
         check_shape("delta_weight", weight, parameters | {"rank": weight.shape[2]})
-    return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, delta_softplus, SEPARATOR.join(orders), merge)
+    names = SEPARATOR.join(orders)
+    return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, delta_softplus, names, merge, permute)

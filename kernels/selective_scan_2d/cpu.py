@@ -60,7 +60,7 @@ class _Table:
 
     Attributes:
         read: int32 (K, steps), the cell of x that a step reads, -1 for a padded step.
-        place: the same, the cell of delta, B and C.
+        place: the same, the cell of delta, B and C that it reads.
         target: the same, the row of the output that takes a step back, -1 for none; rows are cells, or cells x routes.
         counts: int64 (K,), the steps that matter: padding at the end does not.
         routes: the number of routes.
@@ -74,9 +74,9 @@ class _Table:
 
 
 @lru_cache(maxsize=64)
-def _table(orders: str, height: int, width: int, apart: bool) -> _Table:
+def _table(orders: str, height: int, width: int, permute: str, apart: bool) -> _Table:
     """Return the tables of orders whose routes are kept apart or added up."""
-    table = routes(orders, height, width)
+    table = routes(orders, height, width, permute)
     count, cells = table.inverse.shape
     # An order's inverse names each of its steps at most once.
     (back,) = table.inverse_back
@@ -84,8 +84,8 @@ def _table(orders: str, height: int, width: int, apart: bool) -> _Table:
     target = np.where(back < 0, -1, cell * count + route if apart else cell).reshape(table.index.shape)
     used = (table.index >= 0) | (target >= 0)
     counts = used.shape[1] - np.argmax(used[:, ::-1], axis=1)
-    read, target = (_padded(x) for x in (table.index, target))
-    return _Table(read, read, target, counts.astype(np.int64), count)
+    read, place, target = (_padded(x) for x in (table.index, table.place, target))
+    return _Table(read, place, target, counts.astype(np.int64), count)
 
 
 def _padded(table: np.ndarray) -> np.ndarray:
@@ -99,11 +99,23 @@ class _Call:
     """The arguments in the form that the library takes; keeps the converted tensors alive."""
 
     def __init__(
-        self, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus: bool, orders: str, merge: str, **others
+        self,
+        x: Tensor,
+        delta: Tensor,
+        delta_weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        orders: str,
+        merge: str,
+        permute: str,
     ):
         batch, height, width, channels = x.shape
         apart = merge == "none"
-        self.table = table = _table(orders, height, width, apart)
+        self.table = table = _table(orders, height, width, permute, apart)
         cells = height * width
         rank = 0 if delta_weight is None else delta_weight.shape[2]
         rows = cells * table.routes if apart else cells
@@ -113,11 +125,9 @@ class _Call:
         for name in ("read", "place", "target", "counts"):
             setattr(self.arguments, name, getattr(table, name).ctypes.data)
         self.tensors = []
-        tensors = {"x": x, "delta": delta, "delta_weight": delta_weight, "A": A, "B": B, "C": C} | {
-            "D": D,
-            "delta_bias": delta_bias,
-        }
-        for name, y in (tensors | others).items():
+        tensors = {"x": x, "delta": delta, "delta_weight": delta_weight, "A": A, "B": B, "C": C, "D": D}
+        tensors["delta_bias"] = delta_bias
+        for name, y in tensors.items():
             if y is not None:
                 self.set(name, y)
 
@@ -165,12 +175,13 @@ def forward(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str,
 ) -> Tensor:
     """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
-        return reference.forward(*tensors, delta_softplus, orders, merge)
-    call = _Call(*tensors, delta_softplus, orders, merge)
+        return reference.forward(*tensors, delta_softplus, orders, merge, permute)
+    call = _Call(*tensors, delta_softplus, orders, merge, permute)
     shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
     out = torch.empty(shape, dtype=torch.float32)
     call.set_rows("out", out)
@@ -191,12 +202,13 @@ def backward(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
-        return reference.backward(grad_out, *tensors, delta_softplus, orders, merge)
-    call = _Call(*tensors, delta_softplus, orders, merge)
+        return reference.backward(grad_out, *tensors, delta_softplus, orders, merge, permute)
+    call = _Call(*tensors, delta_softplus, orders, merge, permute)
     call.set_rows("grad_out", grad_out)
     parts = call.parts()
     names = ("x", "delta" if delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")

@@ -24,18 +24,19 @@ def selective_scan_2d_op(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str = "all",
 ) -> Tensor:
     """Return the selective scan over several orders of a map; `orders` are their names joined by commas.
 
-    `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`.
+    `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`. `permute` is
+    "all", or "input" where delta, B and C stay in raster order.
     """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
-            return dispatch.call_reference(
-                reference.forward, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge
-            )
+            inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute)
+            return dispatch.call_reference(reference.forward, *inputs)
     return torch.ops.visionmix.selective_scan_2d(
-        x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge
+        x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute
     )
 
 
@@ -43,20 +44,18 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake(x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, implementation="auto"):
+def _fake(x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, *_options):
     if merge == "none":
         return x.new_empty(*x.shape[:3], count_routes(orders), x.shape[3])
     return _like(x)
 
 
-def _fake_backward(
-    grad_out, x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, implementation="auto"
-):
+def _fake_backward(grad_out, x, delta, delta_weight, A, B, C, D, delta_bias, *_options):
     return tuple(x.new_empty(0) if y is None else _like(y) for y in (x, delta, delta_weight, A, B, C, D, delta_bias))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, implementation = inputs
     ctx.implementation = dispatch.resolve("selective_scan_2d", implementation, tensors[0].device)
     ctx.save_for_backward(*tensors)
 
@@ -64,9 +63,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out):
     tensors = ctx.saved_tensors
     grads = torch.ops.visionmix.selective_scan_2d_backward(
-        grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.implementation
+        grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, ctx.implementation
     )
-    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None, None
+    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 5
 
 
 def _flops(
@@ -108,7 +107,7 @@ def _load_reference() -> dispatch.Implementation:
 
 _INPUTS = (
     "Tensor x, Tensor delta, Tensor? delta_weight, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-    'bool delta_softplus, str orders, str merge, str implementation="auto"'
+    'bool delta_softplus, str orders, str merge, str permute, str implementation="auto"'
 )
 
 register_op(

@@ -32,9 +32,9 @@ def _orders_last(x: Tensor, orders: int) -> Tensor:
 class _Inputs:
     """The arguments of the one-dimensional scan."""
 
-    def __init__(self, x, delta, delta_weight, A, B, C, D, delta_bias, orders):
+    def __init__(self, x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute):
         self.dtype = dispatch.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
-        self.table = routes(orders, x.shape[1], x.shape[2])
+        self.table = routes(orders, x.shape[1], x.shape[2], permute)
         self.u = take(x.to(self.dtype).flatten(1, 2), self.table.index).unflatten(1, self.table.index.shape)
         self.steps = _sequences(delta, self.table, self.dtype)
         self.weight = None if delta_weight is None else delta_weight.to(self.dtype)
@@ -63,9 +63,10 @@ def forward(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str,
 ) -> Tensor:
     """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
-    inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders)
+    inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)
     out, _ = scan.forward(*inputs.arguments, delta_softplus, False)
     inverse = inputs.table.inverse
     sequences = _orders_last(out, A.shape[0]).flatten(1, 2)
@@ -92,9 +93,10 @@ def backward(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
-    inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders)
+    inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)
     table, count = inputs.table, A.shape[0]
     grad = grad_out.to(inputs.dtype).flatten(1, 2)
     if merge == "none":

@@ -1,4 +1,4 @@
-"""The index tables of a set of scan orders: which cell each step reads and which step each cell takes back."""
+"""The index tables of a set of scan orders: which cells each step reads and which step each cell takes back."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,19 +21,21 @@ class Routes:
     """K orders of a grid, padded at the end to as many steps as the longest has.
 
     Attributes:
-        index: int64 (K, steps), the cell read at each step, -1 for a padded step.
+        index: int64 (K, steps), the cell of x read at each step, -1 for a padded step.
+        place: int64 (K, steps), the cell of delta, B and C read at each step, -1 for a padded step.
         inverse: int64 (routes, cells), the step at which a cell is read, counted over all orders, order x steps + step;
             -1 for a cell that is not read. An order has one route; n orders joined by "+" have n.
     """
 
     index: np.ndarray
+    place: np.ndarray
     inverse: np.ndarray
 
     @cached_property
     def of_maps(self) -> np.ndarray:
         """(K x steps,): positions in maps of (cells x K), one map an order, -1 for a padded step."""
-        orders = np.arange(len(self.index))[:, None]
-        return np.where(self.index < 0, -1, self.index * len(self.index) + orders).reshape(-1)
+        orders = np.arange(len(self.place))[:, None]
+        return np.where(self.place < 0, -1, self.place * len(self.place) + orders).reshape(-1)
 
     @cached_property
     def index_back(self) -> np.ndarray:
@@ -65,8 +67,8 @@ def _readers(index: np.ndarray, size: int) -> np.ndarray:
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
-def routes(orders: str, height: int, width: int) -> Routes:
-    """Return the tables of the orders, names joined by commas, on a grid.
+def routes(orders: str, height: int, width: int, permute: str) -> Routes:
+    """Return the tables of the orders, names joined by commas, on a grid; for `permute="input"` place is the raster.
 
     They are NumPy arrays: while a graph is being traced they are computed all the same, and enter it as constants.
 
@@ -86,7 +88,8 @@ def routes(orders: str, height: int, width: int) -> Routes:
             for number, inverse in enumerate(inverses)
         ]
     )
-    return Routes(index, inverse)
+    place = index if permute == "all" else np.broadcast_to(np.arange(steps), index.shape)
+    return Routes(index, place, inverse)
 
 
 def take(x: Tensor, index: np.ndarray) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import dot_precision, launch
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
@@ -33,7 +34,7 @@ def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]]
 
     None if a step that reads a cell does not give its output back to that cell, once.
     """
-    table = routes(orders, height, width)
+    table = routes(orders, height, width, "all")
     cells = height * width
     slots = np.full(table.index.size, -1)
     taken = table.inverse.reshape(-1)
@@ -57,6 +58,21 @@ def _log_reference(orders: str) -> None:
         "choose orders that do",
         orders,
     )
+
+
+def _leaves_to_reference(x: Tensor, orders: str, permute: str) -> bool:
+    """Return whether the kernels cannot read what is asked for; log it once."""
+    if permute == "input":
+        log_slow_path(
+            "selective_scan_2d",
+            "the Triton kernels read delta, B and C in the order of x, not in raster order",
+            'pass permute="all" where the model allows another scan',
+        )
+        return True
+    if _slots(orders, x.shape[1], x.shape[2]) is None:
+        _log_reference(orders)
+        return True
+    return False
 
 
 class _Problem:
@@ -167,12 +183,12 @@ def forward(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str,
 ) -> Tensor:
     """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
-    if _slots(orders, x.shape[1], x.shape[2]) is None:
-        _log_reference(orders)
-        return reference.forward(*inputs)
+    if _leaves_to_reference(x, orders, permute):
+        return reference.forward(*inputs, permute)
     problem = _Problem(*inputs, 32)
     if merge == "none":
         make = x.new_empty if problem.complete else x.new_zeros
@@ -198,12 +214,12 @@ def backward(
     delta_softplus: bool,
     orders: str,
     merge: str,
+    permute: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
-    if _slots(orders, x.shape[1], x.shape[2]) is None:
-        _log_reference(orders)
-        return reference.backward(grad_out, *inputs)
+    if _leaves_to_reference(x, orders, permute):
+        return reference.backward(grad_out, *inputs, permute)
     problem = _Problem(*inputs, 16)
 
     def empty(*shape: int, zeros: bool = False) -> Tensor:
@@ -243,7 +259,6 @@ def backward(
         p_dbias=grad_bias,
         scale=1 / problem.routes if merge == "mean" else 1.0,
         routes=problem.routes,
-        BR=max(16, triton.next_power_of_2(problem.rank)),
         **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bhw")},
         sg_k=route_stride,
         sg_c=grad_out.stride(-1),

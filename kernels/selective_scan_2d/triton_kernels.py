@@ -146,7 +146,7 @@ def backward_kernel(
     sx_b, sx_h, sx_w, sx_c, sd_b, sd_h, sd_w, sd_k, sd_c, sw_k, sw_c, sw_r, sA_k, sA_c, sA_n,
     sB_b, sB_h, sB_w, sB_k, sB_n, sC_b, sC_h, sC_w, sC_k, sC_n, sg_b, sg_h, sg_w, sg_k, sg_c, so_b, so_slot, so_cell,
     ORDERS: tl.constexpr, MERGED: tl.constexpr, ZEROED: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of ORDERS orders, one after the other, from the last chunk to the first.
@@ -162,7 +162,6 @@ def backward_kernel(
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < channels
     o_n = tl.arange(0, BN)
-    o_r = tl.arange(0, BR)
     o_l = tl.arange(0, BT)
     m_h = m_c[:, None] & (o_n < N)[None, :]
     orders = tl.num_programs(2) * ORDERS
@@ -176,7 +175,6 @@ def backward_kernel(
         b_dA = tl.zeros((BC, BN), tl.float32)
         b_dD = tl.zeros((BC,), tl.float32)
         b_dbias = tl.zeros((BC,), tl.float32)
-        b_dweight = tl.zeros((BR, BC), tl.float32)
         for step in range(chunks):
             i_t = chunks - 1 - step
             o_t = o_l.to(tl.int64) + i_t * BT
@@ -244,8 +242,15 @@ def backward_kernel(
                     p_r = p_ddelta + (o_part + o_map)[:, None] * RANK + o_q[None, :]
                     m_r = m_cell[:, None] & (o_q < RANK)[None, :]
                     tl.store(p_r, tl.dot(b_ddelta, b_w, input_precision=PRECISION), mask=m_r)
-                b_r = _ranks(p_d, o_cell, o_r, width, m_cell, sd_h, sd_w, sd_c, RANK)
-                b_dweight += tl.dot(tl.trans(b_r), b_ddelta, input_precision=PRECISION)
+                    b_r = _ranks(p_d, o_cell, o_q, width, m_cell, sd_h, sd_w, sd_c, RANK)
+                    b_dw = tl.dot(tl.trans(b_r), b_ddelta, input_precision=PRECISION)
+                    p_o = p_dweight + (o_sum + o_c)[None, :] * RANK + o_q[:, None]
+                    m_o = m_c[None, :] & (o_q < RANK)[:, None]
+                    if step > 0:
+                        b_dw += tl.load(p_o, mask=m_o, other=0.0)
+                    tl.store(p_o, b_dw, mask=m_o)
+                # The next chunk adds to it; registers do not hold all ranks.
+                tl.debug_barrier()
             else:
                 p_r = p_ddelta + (i_b * cells * routes + o_map)[:, None] * channels + o_c[None, :]
                 tl.store(p_r, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
@@ -262,9 +267,6 @@ def backward_kernel(
             tl.store(p_dD + o_sum + o_c, b_dD, mask=m_c)
         if p_dbias is not None:
             tl.store(p_dbias + o_sum + o_c, b_dbias, mask=m_c)
-        if RANK > 0:
-            p_o = p_dweight + (o_sum + o_c)[None, :] * RANK + o_r[:, None]
-            tl.store(p_o, b_dweight, mask=m_c[None, :] & (o_r < RANK)[:, None])
         if MERGED:
             # The next order reads what other threads of the program have stored.
             tl.debug_barrier()

@@ -9,11 +9,14 @@ from torch.export import Dim
 import visionmix
 
 NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
+# Every family's graphs are tested; those of the first one in the quick suite too, since each takes up to a minute.
+QUICK = ("test_vig", "test_vig_h")
+ANY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in NAMES])
 SIZES = [(96, 128), (96, 96), (225, 193)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", NAMES)
+@ANY
 def test_one_compiled_graph_serves_all_sizes(name, backend):
     model = timm.create_model(name).eval()
     torch._dynamo.reset()
@@ -35,7 +38,7 @@ def test_exported_for_any_size(name):
     assert torch.allclose(program.module()(images), model(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@ANY
 def test_onnx_runs_what_the_model_computes(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = timm.create_model(name).eval(), torch.randn(1, 3, 64, 96)

@@ -213,11 +213,40 @@ def op_cases(dtype=torch.float32, batch=2, length=7):
                 True,
                 orders,
                 "sum",
+                "all",
             ),
         ),
         "scan_2d_low_rank": (
             ops.selective_scan_2d,
-            (make(*grid, 4), make(*grid, 2, 1), make(2, 4, 1), rates(2, 4, 2), *maps, None, None, True, orders, "none"),
+            (
+                make(*grid, 4),
+                make(*grid, 2, 1),
+                make(2, 4, 1),
+                rates(2, 4, 2),
+                *maps,
+                None,
+                None,
+                True,
+                orders,
+                "none",
+                "all",
+            ),
+        ),
+        "scan_2d_input_permuted": (
+            ops.selective_scan_2d,
+            (
+                make(*grid, 4),
+                make(*grid, 2, 1),
+                make(2, 4, 1),
+                rates(2, 4, 2),
+                *maps,
+                make(2, 4),
+                None,
+                True,
+                "raster_reversed,snake_transposed",
+                "mean",
+                "input",
+            ),
         ),
     }
 
@@ -329,6 +358,7 @@ FLOPS = {
     "scan_constant": (2 * 4 * 7 * (7 * 3 + 1), 2 * 4 * 7 * (19 * 3 + 4)),
     "scan_2d": (2 * 6 * 4 * 2 * (7 * 2 + 1 + 1 + 2), 2 * 6 * 4 * 2 * (19 * 2 + 5 + 4)),
     "scan_2d_low_rank": (2 * 6 * 4 * 2 * (7 * 2 + 1 + 1 + 2), 2 * 6 * 4 * 2 * (19 * 2 + 5 + 6)),
+    "scan_2d_input_permuted": (2 * 6 * 4 * 2 * (7 * 2 + 1 + 1 + 2 + 2), 2 * 6 * 4 * 2 * (19 * 2 + 5 + 4 + 6)),
 }
 
 

@@ -1,3 +1,5 @@
+import importlib
+
 import naive
 import pytest
 import torch
@@ -6,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, assert_gradients_close, gradients
 
-from visionmix.kernels import selective_scan_2d, use
+from visionmix import scans
+from visionmix.kernels import dispatch, selective_scan_2d, use
+from visionmix.kernels.selective_scan_2d import reference
 
 CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
+PLAIN = ("snake", "snake_transposed", "raster_reversed", "hilbert")
 ORDERS = {
     "cross": CROSS,
     "one": ("hilbert",),
@@ -82,6 +87,49 @@ def test_against_definition(batch, height, width, channels, states, orders, rank
 @pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
 def test_every_set_of_orders(orders, merge):
     check(make(orders=orders), orders=orders, merge=merge, delta_softplus=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from(["sum", "mean", "none"]),
+    st.booleans(),
+    st.sampled_from(CHOICES),
+    st.integers(0, 9),
+)
+def test_input_alone_permuted(height, width, states, rank, merge, softplus, choice, seed):
+    arguments = make(2, height, width, 3, states, PLAIN, rank, seed)
+    with choose(choice):
+        check(arguments, orders=PLAIN, merge=merge, delta_softplus=softplus, permute="input")
+
+
+def test_input_alone_permuted_is_the_scan_of_permuted_maps():
+    """Steps read x in the order, the rest as it lies: the scan in raster order of x permuted beforehand, undone."""
+    arguments = make(1, 4, 5, 3, 2, ("snake_transposed",), seed=1)
+    index, inverse = scans.order("snake_transposed", 4, 5)
+    permuted = arguments | {"x": arguments["x"].flatten(1, 2)[:, index].unflatten(1, (4, 5))}
+    expected = selective_scan_2d(**permuted, orders=("raster",)).flatten(1, 2)[:, inverse].unflatten(1, (4, 5))
+    actual = selective_scan_2d(**arguments, orders=("snake_transposed",), permute="input")
+    assert_close(actual, expected)
+    both = selective_scan_2d(**arguments, orders=("snake_transposed",))
+    assert not torch.isclose(actual, both).flatten()[3:].any()
+
+
+def test_input_alone_permuted_leaves_triton(caplog):
+    """The Triton kernels have no such tables: the reference runs in their place, and the log says so."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
+    dispatch.log_slow_path.cache_clear()
+    arguments = [x.detach() for x in make(orders=PLAIN).values()]
+    arguments = (*arguments[:2], None, *arguments[2:], True, ",".join(PLAIN), "sum", "input")
+    grad_out = torch.randn_like(arguments[0])
+    assert torch.equal(module.forward(*arguments), reference.forward(*arguments))
+    grads = module.backward(grad_out, *arguments)
+    assert all(map(torch.equal, grads, reference.backward(grad_out, *arguments)))
+    assert [record.getMessage().count("raster order") for record in caplog.records] == [1]
 
 
 def test_default_is_the_cross_scan():
@@ -162,6 +210,17 @@ def test_tables_made_in_inference_mode_serve_training():
         ({"delta": (torch.ones(2, 3, 4, 4, 2), torch.ones(3, 4, 2))}, ValueError, r"delta_weight has shape"),
         ({"delta_bias": torch.ones(4, 3, device="meta")}, ValueError, r"delta_bias is on meta, but x on cpu"),
         ({"merge": "max"}, ValueError, r"merge='max' is unknown; choose one of 'sum', 'mean', 'none'"),
+        ({"permute": "x"}, ValueError, r"permute='x' is unknown; choose one of 'all', 'input'"),
+        (
+            {"orders": ("raster", "window_2", "snake", "snake"), "permute": "input"},
+            ValueError,
+            r"permute='input'.*'window_2' has 16 steps on a 3x4 grid.*permute='all'",
+        ),
+        (
+            {"orders": ("raster", "snake", "raster+snake", "snake"), "permute": "input"},
+            ValueError,
+            r"'raster\+snake' has 24 steps",
+        ),
         ({"orders": "raster"}, TypeError, r"orders='raster' is no sequence of names"),
         ({"orders": ()}, ValueError, r"orders is empty"),
         ({"orders": ("raster", "rastr", "snake", "snake")}, ValueError, r"'rastr'.*raster"),

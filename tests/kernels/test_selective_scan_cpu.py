@@ -107,7 +107,7 @@ def check_2d(arguments, **options):
 
 
 def _naive_2d(*, orders=CROSS, merge="sum", **arguments):
-    return naive.selective_scan_2d(**arguments, orders=orders, merge=merge)
+    return naive.selective_scan_2d(orders=orders, merge=merge, **arguments)
 
 
 _META, _ARRAYS = golden.load("op_selective_scan")
@@ -163,6 +163,22 @@ def test_against_definition(batch, channels, groups, length, states, B, C, optio
 def test_2d_against_definition(batch, height, width, channels, states, orders, rank, merge, seed):
     arguments = make_2d(batch, height, width, channels, states, ORDERS[orders], rank, seed)
     check_2d(arguments, orders=ORDERS[orders], merge=merge)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([1, 17, 40]),
+    st.sampled_from([1, 5, 16]),
+    st.sampled_from([None, 3, 17]),
+    st.sampled_from(["sum", "mean", "none"]),
+    st.integers(0, 9),
+)
+def test_2d_input_alone_permuted(height, width, channels, states, rank, merge, seed):
+    orders = ("snake", "raster_transposed_reversed", "hilbert")
+    arguments = make_2d(2, height, width, channels, states, orders, rank, seed)
+    check_2d(arguments, orders=orders, merge=merge, permute="input")
 
 
 # The cases of mamba's own test of the op: variable B and C of one or two groups or constant ones, every option.

@@ -55,8 +55,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     return (out if z is None else out * F.silu(z)), state
 
 
-def selective_scan_2d(x, delta, A, B, C, D, delta_bias, delta_softplus, orders, merge) -> Tensor:
-    """One `selective_scan` an order, on the cells it reads, written back cell by cell."""
+def selective_scan_2d(x, delta, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute="all") -> Tensor:
+    """One `selective_scan` an order, on the cells it reads, written back cell by cell; delta, B and C in raster order
+    for `permute="input"`."""
     if isinstance(delta, tuple):
         delta = torch.einsum("bhwkr,kcr->bhwkc", *delta)
     batch, height, width, channels = x.shape
@@ -64,17 +65,19 @@ def selective_scan_2d(x, delta, A, B, C, D, delta_bias, delta_softplus, orders, 
     for number, name in enumerate(orders):
         index, inverse = scans.order(name, height, width)
 
-        def read(maps: Tensor, index: Tensor = index) -> Tensor:
+        place = index if permute == "all" else range(height * width)
+
+        def read(maps: Tensor, cells) -> Tensor:
             flat = maps.flatten(1, 2)
-            steps = [flat[:, cell] if cell >= 0 else torch.zeros_like(flat[:, 0]) for cell in index.tolist()]
+            steps = [flat[:, cell] if cell >= 0 else torch.zeros_like(flat[:, 0]) for cell in map(int, cells)]
             return torch.stack(steps, -1)
 
         y, _ = selective_scan(
-            read(x),
-            read(delta[..., number, :]),
+            read(x, index),
+            read(delta[..., number, :], place),
             A[number],
-            read(B[..., number, :]),
-            read(C[..., number, :]),
+            read(B[..., number, :], place),
+            read(C[..., number, :], place),
             None if D is None else D[number],
             None,
             None if delta_bias is None else delta_bias[number],

@@ -42,14 +42,13 @@ class ConvDownsample(nn.Module):
 
 
 @torch.fx.wrap
-def _pad_to_even(x: Tensor) -> Tensor:
-    """Return x (batch, height, width, dim) with a zero row below and a zero column to the right where it is odd."""
-    height, width = x.shape[1], x.shape[2]
-    # A compiled graph pads always and cuts what it need not: a branch on the size would compile once more a parity.
+def _pad_if_odd(x: Tensor) -> Tensor:
+    """Return x (batch, height, width, dim), with a row and a column of zeros behind it unless both sides are even."""
+    # A compiled graph pads always: a branch on the size would compile once more for every parity.
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if height % 2 == 0 and width % 2 == 0:
+        if x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             return x
-    return F.pad(x, [0, 0, 0, 1, 0, 1])[:, : height + height % 2, : width + width % 2]
+    return F.pad(x, [0, 0, 0, 1, 0, 1])
 
 
 class PatchMerging(nn.Module):
@@ -85,6 +84,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _pad_to_even(x)
-        cells = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
+        x = _pad_if_odd(x)
+        # These are whole patches whether a side is even, or odd and padded, or even and padded all the same.
+        cells = [x[:, :-1:2, :-1:2], x[:, 1::2, :-1:2], x[:, :-1:2, 1::2], x[:, 1::2, 1::2]]
         return self.reduction(self.norm(torch.cat(cells, dim=-1)))

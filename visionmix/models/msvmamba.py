@@ -28,7 +28,7 @@ VARIANTS = {
     "msvmamba_nano": _variant(48, 5, "1J41w3ApitQhp2O3wHmJoOs4U032uqebK", Published(7, 0.9, 77.3)),
     "msvmamba_micro": _variant(64, 5, "1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk", Published(12, 1.5, 79.8)),
     "msvmamba_tiny": _variant(96, 9, "1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU", Published(33, 4.6, 82.8)),
-    "test_msvmamba": _variant(16, 2, img_size=96, depths=(1, 1, 2, 1)),
+    "test_msvmamba": _variant(16, 1, img_size=96, depths=(1, 1, 1, 1)),
 }
 
 _NAMES = [
