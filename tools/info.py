@@ -34,7 +34,7 @@ class Cost:
     Attributes:
         params: Parameters.
         macs: Multiply-adds by op: half of what each op's FLOP formula gives, but for selective scans, which count
-            9 x length x channels x states, as their papers do.
+            9 x length x channels x states, and length x channels for D, as their papers do.
         activations: Elements of the outputs of convolutions, matrix products and fused ops.
     """
 
@@ -57,16 +57,20 @@ class _Counter(TorchDispatchMode):
         if op.startswith("visionmix.") or op in _COUNTED:
             self.activations += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         if op == "visionmix.selective_scan":
-            u, _, A, *_ = args
-            self._add(op, u.shape[0] * u.shape[2] * A.numel())
+            u, _, A, _, _, D, *_ = args
+            self._add(op, u.shape[0] * u.shape[2], A, D)
         elif op == "visionmix.selective_scan_2d":
-            x, A, orders = args[0], args[3], args[9]
-            for states, order in zip(A, orders.split(","), strict=True):
-                self._add(op, x.shape[0] * num_steps(order, x.shape[1], x.shape[2]) * states.numel())
+            x, _, delta_weight, A, _, _, D, _, _, orders, *_ = args
+            for route, order in enumerate(orders.split(",")):
+                steps = x.shape[0] * num_steps(order, x.shape[1], x.shape[2])
+                self._add(op, steps, A[route], D, None if delta_weight is None else delta_weight[route])
         return out
 
-    def _add(self, op: str, steps: int) -> None:
-        self.scans[op] = self.scans.get(op, 0) + 9 * steps
+    def _add(self, op: str, steps: int, A: Tensor, D: Tensor | None, delta_weight: Tensor | None = None) -> None:
+        """Add 9 a step, channel and state, 1 a step and channel for D, and the product that widens a low-rank delta."""
+        products = 0 if delta_weight is None else delta_weight.numel()
+        skip = 0 if D is None else A.shape[0]
+        self.scans[op] = self.scans.get(op, 0) + steps * (9 * A.numel() + skip + products)
 
 
 def measure(model: nn.Module, input_size: Sequence[int]) -> Cost:

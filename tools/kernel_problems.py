@@ -95,6 +95,39 @@ def selective_scan_2d(
     return run
 
 
+def neighborhood_attention(
+    grid: tuple[int, ...],
+    heads: int,
+    dim: int,
+    kernel_size: int,
+    *,
+    batch: int = 1,
+    key_heads: int = 0,
+    stride: int = 1,
+    dilation: int = 1,
+    causal: bool = False,
+    extra: int = 0,
+    bias: bool = False,
+    circular: bool = False,
+) -> Callable[[torch.dtype], None]:
+    """Return the run of `neighborhood_attention`; the window is the same on all axes."""
+
+    def run(dtype: torch.dtype) -> None:
+        op = _triton("neighborhood_attention")
+        groups, axes = key_heads or heads, len(grid)
+        q, grad_out, out = (_empty(batch, *grid, heads, dim, dtype=dtype) for _ in range(3))
+        k, v = (_empty(batch, *grid, groups, dim, dtype=dtype) for _ in range(2))
+        lse, grad_lse = (_empty(batch, *grid, heads) for _ in range(2))
+        extras = [_empty(batch, extra, groups, dim, dtype=dtype) if extra else None for _ in range(2)]
+        table = _empty(heads, *[2 * kernel_size - 1] * axes) if bias else None
+        window = ([x] * axes for x in (kernel_size, stride, dilation, int(causal)))
+        options = (*window, dim**-0.5, *extras, table, circular)
+        op.forward(q, k, v, *options)
+        op.backward(grad_out, grad_lse, q, k, v, out, lse, *options)
+
+    return run
+
+
 PROBLEMS = {
     "gated_linear_attention": [
         Problem("vig_s 14x14", gated_linear_attention(196, 6, 32, 64, bidirectional=True)),
@@ -124,5 +157,18 @@ PROBLEMS = {
         Problem("16 states", selective_scan_2d(14, 14, 96, 16, rank=6)),
         Problem("windows, not merged", selective_scan_2d(13, 9, 96, 16, orders="window_2,raster", merge="none")),
         Problem("joined", selective_scan_2d(28, 28, 192, 1, rank=12, orders="raster+raster_reversed", batch=128)),
+    ],
+    "neighborhood_attention": [
+        Problem("nat_mini stage 1", neighborhood_attention((56, 56), 2, 32, 7, bias=True)),
+        Problem("nat_mini stage 4", neighborhood_attention((7, 7), 16, 32, 7, bias=True)),
+        Problem("dilation 8", neighborhood_attention((56, 56), 3, 32, 7, dilation=8)),
+        Problem("heads of 64", neighborhood_attention((56, 56), 3, 64, 7, bias=True)),
+        Problem("heads of 64, additional keys", neighborhood_attention((14, 14), 4, 64, 7, extra=77, key_heads=2)),
+        Problem("heads of 128", neighborhood_attention((14, 14), 2, 128, 7, bias=True, extra=4)),
+        Problem("heads of 256", neighborhood_attention((14, 14), 2, 256, 7, bias=True, extra=77)),
+        Problem("heads of 20", neighborhood_attention((14, 14), 2, 20, 7, bias=True, extra=1)),
+        Problem("sequence, causal", neighborhood_attention((4096,), 2, 64, 63, stride=31, causal=True)),
+        Problem("disc", neighborhood_attention((64, 64), 2, 64, 31, circular=True, extra=77)),
+        Problem("volume", neighborhood_attention((16, 28, 28), 2, 32, 5, stride=2, bias=True)),
     ],
 }

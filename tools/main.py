@@ -11,13 +11,17 @@ COMMANDS = {
     "predict": ("predict", "say what is in pictures"),
     "info": ("info", "parameters, operations and published figures of a model"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
+    "benchmark": ("benchmark", "time and memory of whole models, side by side"),
+    "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),
+    "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),
+    "kernel-traffic": ("kernel_traffic", "bytes moved and operations of the Triton kernels"),
     "demo-data": ("demo_data", "make small data sets from images that ship with scikit-image"),
 }
 
 
 def usage() -> str:
     """Return the help text."""
-    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<20}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: visionmix COMMAND ...", "", *lines, "", "visionmix COMMAND --help says more."])
 
 

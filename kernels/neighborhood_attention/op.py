@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from visionmix.kernels import dispatch
+from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.neighborhood_attention import reference
 from visionmix.kernels.neighborhood_attention.windows import count_pairs
 from visionmix.kernels.registration import register_op
@@ -152,3 +152,4 @@ def _load_cpu() -> dispatch.Implementation:
 
 
 dispatch.register("neighborhood_attention", "cpu", _load_cpu)
+dispatch.register("neighborhood_attention", "triton", gpu.loader("neighborhood_attention", "neighborhood_attention"))

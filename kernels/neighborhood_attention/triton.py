@@ -1,0 +1,353 @@
+"""Neighborhood attention in Triton: tiles of queries and the boxes of keys that they see.
+
+A program takes a tile of queries of one residue class (8 x 8 or so), image and head. The union of their windows is a
+box of keys; the program walks over its tokens in blocks, masks the pairs outside a query's own window and goes on with
+an online softmax. The output and the log-sum-exp are saved, and backward computes the probabilities anew:
+
+- `query_gradients_kernel` walks as in forward.
+- `key_gradients_kernel` takes a tile of keys and walks over the box of queries that may see them, with the same mask:
+  no atomics.
+- `extra_gradients_kernel` (additional keys) and `bias_gradients_kernel` write partial sums of chunks of queries, which
+  are added up here in a fixed order. So gradients repeat bit by bit.
+
+As the products are dense, a NaN or an infinity in a key or value reaches every query of the tiles whose box holds it.
+
+Hassani et al., 2025, Generalized Neighborhood Attention (arXiv 2504.16922).
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from visionmix.kernels import dispatch
+from visionmix.kernels.gpu import dot_precision, launch
+from visionmix.kernels.neighborhood_attention import reference
+from visionmix.kernels.neighborhood_attention.triton_kernels import (
+    bias_gradients_kernel,
+    extra_gradients_kernel,
+    forward_kernel,
+    key_gradients_kernel,
+    query_gradients_kernel,
+)
+from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths, count_pairs
+
+# A head's channels lie in registers, all at once.
+_MOST_CHANNELS = 256
+# Queries a program of `extra_gradients_kernel`: a multiple of every block.
+_CHUNK = 1024
+
+
+def _leaves_to_reference(query: Tensor, value: Tensor) -> bool:
+    most = max(query.shape[-1], value.shape[-1])
+    if most <= _MOST_CHANNELS:
+        return False
+    dispatch.log_slow_path(
+        "neighborhood_attention", f"a head has {most} channels", f"use heads of at most {_MOST_CHANNELS} for Triton"
+    )
+    return True
+
+
+def _map_strides(**tensors: Tensor) -> dict[str, int]:
+    """Return the stride arguments of (batch, *grid, heads, dim) tensors; axes that a map lacks have stride 0."""
+    strides = {}
+    for name, x in tensors.items():
+        batch, *axes, head, dim = x.stride()
+        values = (batch, *[0] * (3 - len(axes)), *axes, head, dim)
+        strides |= {f"s{name}_{axis}": value for axis, value in zip("b012hd", values, strict=True)}
+    return strides
+
+
+def _extra_strides(**tensors: Tensor | None) -> dict[str, int]:
+    return {
+        f"s{name}_{axis}": 0 if x is None else x.stride(place)
+        for name, x in tensors.items()
+        for place, axis in enumerate("behd")
+    }
+
+
+def _tile(sizes: list[int], most: int) -> tuple[int, ...]:
+    """Return a tile's tokens along each axis: powers of two, `most` in all and at least 16."""
+    tile = [triton.next_power_of_2(n) for n in sizes]
+    while math.prod(tile) > most:
+        tile[tile.index(max(tile))] //= 2
+    while math.prod(tile) < 16:
+        tile[-1] *= 2
+    return tuple(tile)
+
+
+def _disc(kernel_size: tuple[int, ...]) -> tuple[int, int, int, int, bool]:
+    """Return a circular window's weights of squared offsets, their limit, and whether sums need 64 bits."""
+    radii = [(k + 1) // 2 for k in kernel_size]
+    whole = math.prod(radii)
+    weights = [(whole // r) ** 2 for r in radii]
+    common = math.gcd(*weights, whole**2)
+    limit = whole**2 // common
+    return *(w // common for w in weights), limit, 3 * limit >= 1 << 31
+
+
+@cache
+def _box_width(
+    size: int, kernel_size: int, stride: int, dilation: int, causal: bool, circular: bool, tile: int, inverse: bool
+) -> float:
+    """Return how often an axis' tokens are read in boxes; keys by tiles of queries, or the reverse."""
+    width = 0
+    for length in class_lengths(size, dilation):
+        starts, stops = axis_window(length, kernel_size, stride, causal, circular)
+        for first in range(0, length, tile):
+            last = min(first + tile, length) - 1
+            if inverse:
+                width += sum(stop > first and start <= last for start, stop in zip(starts, stops, strict=True))
+            else:
+                width += stops[last] - starts[first]
+    return width / size
+
+
+class _Problem:
+    """Sizes, tiles and the arguments that the kernels share."""
+
+    def __init__(
+        self, query, key, value, kernel_size, stride, dilation, is_causal, scale, extra_key, extra_value, bias, circular
+    ):
+        self.query, self.value, self.extra_key, self.bias = query, value, extra_key, bias
+        batch, *grid, self.heads, dk = query.shape
+        self.key_heads, dv = value.shape[-2:]
+        self.batch, self.tokens, axes = batch, math.prod(grid), len(grid)
+        lead = (1,) * (3 - axes)
+        self.window = tuple((*lead, *values) for values in (grid, kernel_size, stride, dilation))
+        self.causal = (*(False for _ in lead), *map(bool, is_causal))
+        self.circular = circular
+        grid, kernel_size, stride, dilation = self.window
+        self.classes = [min(n, d) for n, d in zip(grid, dilation, strict=True)]
+        self.sizes = [triton.cdiv(n, c) for n, c in zip(grid, self.classes, strict=True)]
+        precision = dot_precision(query, key, value, extra_key, extra_value)
+        block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (dk, dv))
+        self.rows = _rows(max(block_k, block_v), precision == "tf32")
+        self.tile = _tile(self.sizes, self.rows)
+        self.block = min(32, self.rows)
+        self.extra = 0 if extra_key is None else extra_key.shape[1]
+        self.inputs = {"p_q": query, "p_k": key, "p_v": value}
+        self.options = {
+            "p_extra_k": extra_key if self.extra else None,
+            "p_extra_v": extra_value if self.extra else None,
+            **_extra_strides(ek=extra_key, ev=extra_value),
+        }
+        self.table = None if bias is None else bias.contiguous()
+        self.strides = _map_strides(q=query, k=key, v=value)
+        self.scalars = {
+            "scale": scale,
+            **{f"N{axis}": n for axis, n in enumerate(grid)},
+            "heads": self.heads,
+            "group": self.heads // self.key_heads,
+        }
+        self.channels = {"DK": dk, "DV": dv, "BK": block_k, "BV": block_v}
+        self.precision = {"PRECISION": precision}
+        self.tiles = {
+            "TILE": self.tile,
+            "AXES": axes,
+            "TABLE": math.prod(2 * k - 1 for k in kernel_size),
+            "KERNEL": kernel_size,
+            "STRIDE": stride,
+            "DILATION": dilation,
+            "CAUSAL": self.causal,
+            "DISC": _disc(kernel_size) if circular else None,
+        }
+        self.num_warps = 4 if math.prod(self.tile) >= 32 else 2
+
+    def programs(self, heads: int) -> int:
+        tiles = (
+            triton.cdiv(size, tile) * classes
+            for size, tile, classes in zip(self.sizes, self.tile, self.classes, strict=True)
+        )
+        return self.batch * heads * math.prod(tiles)
+
+    def passes(self, names: list[str], heads: int, inverse: bool = False) -> dict[str, float]:
+        """Return how often tensors are read in boxes by `heads` programs each."""
+        axes = zip(*self.window, self.causal, self.tile, strict=True)
+        times = math.prod(_box_width(*rest, causal, self.circular, tile, inverse) for *rest, causal, tile in axes)
+        return dict.fromkeys(names, heads * times)
+
+    def flops(self, per_pair: int, extra: bool = True) -> int:
+        """Return the operations of all pairs of a query and a key it sees."""
+        pairs = count_pairs(*self.window, self.causal, self.circular)
+        return self.batch * self.heads * (pairs + self.tokens * self.extra * extra) * per_pair
+
+    def float(self, *shape: int) -> Tensor:
+        return self.query.new_empty(shape, dtype=torch.float32)
+
+    def extra_gradients(self, gradients: dict) -> tuple[Tensor, Tensor]:
+        """Return the gradients of additional keys and values, float32."""
+        chunks = triton.cdiv(self.tokens, _CHUNK)
+        block = min(self.rows, max(16, triton.next_power_of_2(self.extra)))
+        dk, dv = self.channels["DK"], self.channels["DV"]
+        grads = [self.float(chunks, self.batch, self.extra, self.key_heads, dim) for dim in (dk, dv)]
+        blocks = triton.cdiv(self.extra, block)
+        launch(
+            extra_gradients_kernel,
+            (self.batch * self.key_heads, chunks, blocks),
+            p_q=self.query,
+            **self.options,
+            **gradients,
+            p_dk=grads[0],
+            p_dv=grads[1],
+            **self.scalars,
+            extra=self.extra,
+            **_map_strides(q=self.query),
+            **self.channels,
+            BN=self.block,
+            BE=block,
+            CHUNK=_CHUNK,
+            **self.precision,
+            num_warps=4 if block >= 32 else 2,
+            passes=dict.fromkeys(("p_q", "p_do", "p_lse", "p_delta"), blocks),
+            flops=self.batch * self.heads * self.tokens * self.extra * (4 * dk + 4 * dv),
+        )
+        return tuple(grad.sum(0) for grad in grads)
+
+    def bias_gradients(self, gradients: dict) -> Tensor:
+        """Return the gradient of the table of position biases, (heads, entries) float32."""
+        programs = self.programs(self.heads)
+        # A tile leaves out the distances that none of its queries sees a key at.
+        partial = torch.zeros_like(self.float(programs, self.tiles["TABLE"]))
+        group = self.heads // self.key_heads
+        launch(
+            bias_gradients_kernel,
+            (programs,),
+            **self.inputs,
+            p_bias=self.table,
+            **gradients,
+            p_dbias=partial,
+            **self.scalars,
+            **self.strides,
+            **self.channels,
+            **self.tiles,
+            num_warps=self.num_warps,
+            passes=self.passes(["p_k", "p_v"], group),
+            flops=self.flops(2 * self.channels["DK"] + 2 * self.channels["DV"], extra=False),
+        )
+        return partial.unflatten(0, (self.batch, self.heads, -1)).sum((0, 2))
+
+
+def _rows(channels: int, half: bool) -> int:
+    """Return the tokens a tile: what the registers hold of a tile's operands and sums, float32 (more in float32)."""
+    most = 64 if half else 32
+    return max(16, most * 64 // max(channels, 64))
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[int],
+    scale: float,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    options = (additional_keys, additional_values, relative_position_bias)
+    if _leaves_to_reference(query, value):
+        return reference.forward(query, key, value, *window, *options, circular)
+    problem = _Problem(query, key, value, *window, *options, circular)
+    out = value.new_empty((*query.shape[:-1], value.shape[-1]))
+    lse = problem.float(*query.shape[:-1])
+    launch(
+        forward_kernel,
+        (problem.programs(problem.heads),),
+        **problem.inputs,
+        **problem.options,
+        p_bias=problem.table,
+        p_out=out,
+        p_lse=lse,
+        **problem.scalars,
+        extra=problem.extra,
+        **problem.strides,
+        **problem.channels,
+        BN=problem.block,
+        **problem.tiles,
+        **problem.precision,
+        num_warps=problem.num_warps,
+        passes=problem.passes(["p_k", "p_v"], problem.scalars["group"]),
+        flops=problem.flops(2 * query.shape[-1] + 2 * value.shape[-1]),
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[int],
+    scale: float,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes."""
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    options = (additional_keys, additional_values, relative_position_bias)
+    if _leaves_to_reference(query, value):
+        return reference.backward(grad_out, grad_lse, query, key, value, out, lse, *window, *options, circular)
+    problem = _Problem(query, key, value, *window, *options, circular)
+    group, dk, dv = problem.scalars["group"], query.shape[-1], value.shape[-1]
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    delta = problem.float(*query.shape[:-1])
+    shared = {
+        **problem.inputs,
+        "p_bias": problem.table,
+        **problem.scalars,
+        **problem.strides,
+        **problem.channels,
+        "BN": problem.block,
+        **problem.tiles,
+        **problem.precision,
+        "num_warps": problem.num_warps,
+    }
+    gradients = {"p_lse": lse.contiguous(), "p_do": grad_out, "p_delta": delta, **_map_strides(o=grad_out)}
+    launch(
+        query_gradients_kernel,
+        (problem.programs(problem.heads),),
+        **shared,
+        **gradients,
+        **problem.options,
+        p_out=out.contiguous(),
+        p_dlse=grad_lse.contiguous(),
+        p_dq=grad_query,
+        extra=problem.extra,
+        passes=problem.passes(["p_k", "p_v"], group),
+        flops=problem.flops(4 * dk + 2 * dv),
+    )
+    launch(
+        key_gradients_kernel,
+        (problem.programs(problem.key_heads),),
+        **shared,
+        **gradients,
+        p_dk=grad_key,
+        p_dv=grad_value,
+        passes=problem.passes(["p_q", "p_do", "p_lse", "p_delta"], 1, inverse=True),
+        flops=problem.flops(4 * dk + 4 * dv, extra=False),
+    )
+    nothing = query.new_empty(0)
+    extras = (nothing if x is None else x.new_zeros(x.shape) for x in options[:2])
+    if problem.extra:
+        grads = problem.extra_gradients(gradients)
+        extras = (grad.to(x.dtype) for grad, x in zip(grads, options[:2], strict=True))
+    grad_bias = nothing
+    if problem.table is not None:
+        grad_bias = problem.bias_gradients(gradients).view_as(problem.table).to(problem.table.dtype)
+    return grad_query, grad_key, grad_value, *extras, grad_bias

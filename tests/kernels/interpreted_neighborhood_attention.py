@@ -1,0 +1,133 @@
+"""Neighborhood attention in Triton's interpreter, against the float64 reference: outputs and every gradient.
+
+Run by test_neighborhood_attention_triton.py in a process of its own: TRITON_INTERPRET=1 must be set before the kernels
+are imported.
+"""
+
+import pytest
+import torch
+from tolerance import assert_close, assert_gradients_close, gradients
+
+from visionmix.kernels import na1d, na2d, na3d, use
+from visionmix.kernels.neighborhood_attention import reference
+
+FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
+
+
+def make(grid, kernel_size, heads=1, key_heads=1, dim=4, value_dim=5, extra=0, bias=False, batch=1):
+    """Return the tensor arguments by name, float64."""
+    generator = torch.Generator().manual_seed(sum(grid) + dim)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = {
+        "query": random(batch, *grid, heads, dim),
+        "key": random(batch, *grid, key_heads, dim),
+        "value": random(batch, *grid, key_heads, value_dim),
+    }
+    if extra:
+        tensors["additional_keys"] = random(batch, extra, key_heads, dim)
+        tensors["additional_values"] = random(batch, extra, key_heads, value_dim)
+    if bias:
+        kernel_size = (kernel_size,) * len(grid) if isinstance(kernel_size, int) else kernel_size
+        tensors["relative_position_bias"] = random(heads, *(2 * k - 1 for k in kernel_size))
+    return tensors
+
+
+def run(tensors, window, choice):
+    """Return the output, the log-sum-exp and the gradients of every tensor."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    with use(choice):
+        outs = FUNCTIONS[tensors["query"].dim() - 3](**leaves, **window, return_lse=True)
+    return outs, gradients(outs, list(leaves.values()))
+
+
+def check(tensors, dtype=torch.float32, **window):
+    tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    outs, grads = run(tensors, window, "triton")
+    assert outs[0].dtype == dtype and outs[1].dtype == torch.float32
+    expected, expected_grads = run({name: x.double() for name, x in tensors.items()}, window, "reference")
+    assert_close(outs[0], expected[0], "output")
+    assert_close(outs[1], expected[1], "log-sum-exp")
+    assert_gradients_close(grads, expected_grads)
+
+
+QUICK = [
+    ((7, 9), {"kernel_size": 3}, {"bias": True}),
+    ((7, 9), {"kernel_size": 5, "stride": 2}, {"heads": 4, "key_heads": 2}),
+    ((7, 9), {"kernel_size": 3, "dilation": 2}, {"extra": 3, "bias": True}),
+    ((7, 9), {"kernel_size": (3, 4), "stride": (1, 3), "is_causal": (False, True)}, {"bias": True}),
+    ((7, 9), {"kernel_size": 5, "dilation": (1, 2), "circular": True}, {"extra": 1, "bias": True}),
+    ((21,), {"kernel_size": 5, "stride": 3, "dilation": 2, "is_causal": True}, {"heads": 2, "extra": 2}),
+    ((3, 4, 5), {"kernel_size": 3, "is_causal": (True, False, False)}, {"bias": True}),
+]
+LONG = [
+    ((7, 9), {"kernel_size": 5, "stride": 5, "is_causal": True}, {"heads": 2, "bias": True}),
+    ((7, 9), {"kernel_size": (7, 3), "circular": True, "is_causal": True}, {"bias": True}),
+    ((15, 6), {"kernel_size": (7, 2), "stride": (4, 2), "dilation": (2, 3)}, {"batch": 2, "extra": 40}),
+    ((19, 23), {"kernel_size": 3, "dilation": 5}, {"heads": 2, "batch": 2, "bias": True}),
+    ((20, 18), {"kernel_size": (13, 7), "stride": (6, 3)}, {"bias": True}),
+    ((333,), {"kernel_size": 63, "stride": 31}, {"bias": True}),
+    ((128,), {"kernel_size": 8, "stride": 7, "dilation": 5}, {"heads": 4, "dim": 33}),
+    ((1200,), {"kernel_size": 3}, {"extra": 2}),
+    ((1,), {"kernel_size": 1}, {"bias": True, "extra": 1}),
+    ((8, 8, 9), {"kernel_size": 3, "stride": (2, 1, 2), "dilation": (2, 2, 3)}, {"heads": 2}),
+    ((5, 6, 7), {"kernel_size": (3, 5, 7), "circular": True}, {"bias": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "tensors"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
+)
+def test_float32(grid, window, tensors):
+    check(make(grid, window["kernel_size"], **tensors), **window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
+def test_half_precision(dtype):
+    tensors = make((7, 9), 5, heads=2, dim=8, value_dim=8, extra=2, bias=True)
+    check(tensors, dtype, kernel_size=5, dilation=(1, 1), stride=2)
+
+
+def test_strided_and_expanded_tensors():
+    tensors = {name: x.float() for name, x in make((5, 6), 3, heads=2, key_heads=2, extra=2, batch=2).items()}
+    strided = {name: x.transpose(1, -1).contiguous().transpose(1, -1) for name, x in tensors.items()}
+    strided["key"] = strided["key"][:1].expand(2, -1, -1, -1, -1)
+    strided["additional_keys"] = strided["additional_keys"][:1].expand(2, -1, -1, -1)
+    dense = {name: x.contiguous() for name, x in strided.items()}
+    outs, grads = run(strided, {"kernel_size": 3}, "triton")
+    expected, expected_grads = run(dense, {"kernel_size": 3}, "triton")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs + grads, expected + expected_grads, strict=True))
+
+
+def test_gradients_repeat_bit_by_bit():
+    tensors = {name: x.float() for name, x in make((5, 6), 3, extra=2, bias=True, batch=2).items()}
+    first, again = (run(tensors, {"kernel_size": 3}, "triton")[1] for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    tensors = make((5, 6), 3, bias=True)
+    tensors["query"] *= 100
+    check(tensors, kernel_size=3, scale=10.0)
+
+
+def test_empty_batch_and_no_additional_keys():
+    tensors = make((5, 6), 3, bias=True, batch=0)
+    outs, grads = run({name: x.float() for name, x in tensors.items()}, {"kernel_size": 3}, "triton")
+    assert outs[0].shape == (0, 5, 6, 1, 5)
+    assert [x.shape for x in grads] == [x.shape for x in tensors.values()]
+    assert not grads[-1].any()
+    tensors = make((5, 6), 3)
+    tensors |= {"additional_keys": torch.zeros(1, 0, 1, 4), "additional_values": torch.zeros(1, 0, 1, 5)}
+    check(tensors, kernel_size=3)
+
+
+def test_wide_heads_run_the_reference(caplog, monkeypatch):
+    called = []
+    forward = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *args: called.append(1) or forward(*args))
+    tensors = {name: x.float() for name, x in make((3, 3), 3, dim=257).items()}
+    run(tensors, {"kernel_size": 3}, "triton")
+    assert called and "a head has 257 channels" in caplog.text
