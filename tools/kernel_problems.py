@@ -165,7 +165,6 @@ PROBLEMS = {
         Problem("heads of 64", neighborhood_attention((56, 56), 3, 64, 7, bias=True)),
         Problem("heads of 64, additional keys", neighborhood_attention((14, 14), 4, 64, 7, extra=77, key_heads=2)),
         Problem("heads of 128", neighborhood_attention((14, 14), 2, 128, 7, bias=True, extra=4)),
-        Problem("heads of 256", neighborhood_attention((14, 14), 2, 256, 7, bias=True, extra=77)),
         Problem("heads of 20", neighborhood_attention((14, 14), 2, 20, 7, bias=True, extra=1)),
         Problem("sequence, causal", neighborhood_attention((4096,), 2, 64, 63, stride=31, causal=True)),
         Problem("disc", neighborhood_attention((64, 64), 2, 64, 31, circular=True, extra=77)),

@@ -35,7 +35,7 @@ from visionmix.kernels.neighborhood_attention.triton_kernels import (
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths, count_pairs
 
 # A head's channels lie in registers, all at once.
-_MOST_CHANNELS = 256
+_MOST_CHANNELS = 128
 # Queries a program of `extra_gradients_kernel`: a multiple of every block.
 _CHUNK = 1024
 
@@ -124,9 +124,10 @@ class _Problem:
         self.sizes = [triton.cdiv(n, c) for n, c in zip(grid, self.classes, strict=True)]
         precision = dot_precision(query, key, value, extra_key, extra_value)
         block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (dk, dv))
-        self.rows = _rows(max(block_k, block_v), precision == "tf32")
+        # Channels that fill no 16-byte loads take more registers for their addresses.
+        channels = max(block_k, block_v) * (2 if dk % 16 or dv % 16 else 1)
+        self.rows, self.block = _blocks(channels, precision)
         self.tile = _tile(self.sizes, self.rows)
-        self.block = min(32, self.rows)
         self.extra = 0 if extra_key is None else extra_key.shape[1]
         self.inputs = {"p_q": query, "p_k": key, "p_v": value}
         self.options = {
@@ -154,14 +155,16 @@ class _Problem:
             "CAUSAL": self.causal,
             "DISC": _disc(kernel_size) if circular else None,
         }
-        self.num_warps = 4 if math.prod(self.tile) >= 32 else 2
+        self.num_warps = _warps(math.prod(self.tile), max(block_k, block_v))
+
+    @property
+    def tile_count(self) -> int:
+        """Tiles of the maps of all residue classes."""
+        axes = zip(self.sizes, self.tile, self.classes, strict=True)
+        return math.prod(triton.cdiv(size, tile) * classes for size, tile, classes in axes)
 
     def programs(self, heads: int) -> int:
-        tiles = (
-            triton.cdiv(size, tile) * classes
-            for size, tile, classes in zip(self.sizes, self.tile, self.classes, strict=True)
-        )
-        return self.batch * heads * math.prod(tiles)
+        return self.batch * heads * self.tile_count
 
     def passes(self, names: list[str], heads: int, inverse: bool = False) -> dict[str, float]:
         """Return how often tensors are read in boxes by `heads` programs each."""
@@ -200,7 +203,7 @@ class _Problem:
             BE=block,
             CHUNK=_CHUNK,
             **self.precision,
-            num_warps=4 if block >= 32 else 2,
+            num_warps=_warps(block, max(self.channels["BK"], self.channels["BV"])),
             passes=dict.fromkeys(("p_q", "p_do", "p_lse", "p_delta"), blocks),
             flops=self.batch * self.heads * self.tokens * self.extra * (4 * dk + 4 * dv),
         )
@@ -227,13 +230,23 @@ class _Problem:
             passes=self.passes(["p_k", "p_v"], group),
             flops=self.flops(2 * self.channels["DK"] + 2 * self.channels["DV"], extra=False),
         )
-        return partial.unflatten(0, (self.batch, self.heads, -1)).sum((0, 2))
+        return partial.unflatten(0, (self.batch, self.heads, self.tile_count)).sum((0, 2))
 
 
-def _rows(channels: int, half: bool) -> int:
-    """Return the tokens a tile: what the registers hold of a tile's operands and sums, float32 (more in float32)."""
-    most = 64 if half else 32
-    return max(16, most * 64 // max(channels, 64))
+def _blocks(channels: int, precision: str) -> tuple[int, int]:
+    """Return the tokens of a tile and of a block that it walks over: what the registers hold, in float32.
+
+    Products in three TF32 parts take three times the operands.
+    """
+    if precision == "tf32x3":
+        return (32 if channels <= 32 else 16), 16
+    rows = max(16, (64 if precision == "tf32" else 32) * 64 // max(channels, 64))
+    return rows, min(rows, 32)
+
+
+def _warps(rows: int, channels: int) -> int:
+    """Return the warps a program, so that the rows of its tile, of so many channels, fit the registers."""
+    return (2 if rows < 32 else 4) * (2 if channels >= 64 else 1)
 
 
 def forward(

@@ -2,14 +2,13 @@
 
 Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<tensor>_<axis>. Maps have three axes, of
 which the last AXES count. Positions on them are tuples of three: token numbers inside a residue class, as vectors or as
-rows and columns of a tile of scores; `n` holds the lengths of the class. Scores are in powers of two.
+rows and columns of a tile of scores; `n` holds the lengths of the class.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -213,10 +212,9 @@ def _scores(
 ):  # fmt: skip
     """The scores of queries `i` with keys `j`, -inf where a query does not see a key or `m_pairs` rules it out."""
     m_pairs &= _visible(i, j, n, AXES, KERNEL, STRIDE, CAUSAL, DISC)
-    b_s = b_products * (scale * LOG2_E)
+    b_s = b_products * scale
     if p_bias is not None:
-        b_bias = tl.load(p_bias + _bias_index(i, j, AXES, KERNEL), mask=m_pairs, other=0.0)
-        b_s += b_bias.to(tl.float32) * LOG2_E
+        b_s += tl.load(p_bias + _bias_index(i, j, AXES, KERNEL), mask=m_pairs, other=0.0).to(tl.float32)
     return tl.where(m_pairs, b_s, float("-inf"))
 
 
@@ -226,8 +224,8 @@ def _add_values(b_out, b_most, b_sum, b_s, b_v, PRECISION: tl.constexpr):
     b_new = tl.maximum(b_most, tl.max(b_s, axis=1))
     # A query may see none of the keys so far.
     b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s - b_finite[:, None])
-    b_shrink = tl.exp2(b_most - b_finite)
+    b_p = tl.exp2((b_s - b_finite[:, None]) * LOG2_E)
+    b_shrink = tl.exp2((b_most - b_finite) * LOG2_E)
     b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
     b_out = b_out * b_shrink[:, None] + tl.dot(b_p, b_v, input_precision=PRECISION)
     return b_out, b_new, b_sum
@@ -277,21 +275,21 @@ def forward_kernel(
             o_e = o_start + tl.arange(0, BN)
             m_e = o_e < extra
             b_k = _load(p_extra_k, o_e.to(tl.int64) * sek_e, o_k, sek_d, m_e, DK)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
             b_s = tl.where(m_e[None, :], b_s, float("-inf"))
             b_v = _load(p_extra_v, o_e.to(tl.int64) * sev_e, o_v, sev_d, m_e, DV)
             b_out, b_most, b_sum = _add_values(b_out, b_most, b_sum, b_s, b_v, PRECISION)
     # Tokens outside the map have summed up nothing.
     b_sum = tl.where(m_i, b_sum, 1.0)
     o_i = (i_b * N0 * N1 * N2 + _offsets(i, r, N1 * N2, N2, 1, DILATION)) * heads + i_h
-    tl.store(p_lse + o_i, b_most * LN_2 + tl.log(b_sum), mask=m_i)
+    tl.store(p_lse + o_i, b_most + tl.log(b_sum), mask=m_i)
     _store(p_out, b_out / b_sum[:, None], o_i * DV, o_v, m_i, DV)
 
 
 @triton.jit
 def _score_gradients(b_s, b_lse, b_from_value, b_delta):
     """Return the probabilities and the gradients of the scores."""
-    b_p = tl.exp2(b_s - b_lse * LOG2_E)
+    b_p = tl.exp2((b_s - b_lse) * LOG2_E)
     return b_p, b_p * (b_from_value - b_delta)
 
 
@@ -348,7 +346,7 @@ def query_gradients_kernel(
             o_e = o_start + tl.arange(0, BN)
             m_e = o_e < extra
             b_k = _load(p_extra_k, o_e.to(tl.int64) * sek_e, o_k, sek_d, m_e, DK)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
             b_s = tl.where(m_e[None, :], b_s, float("-inf"))
             b_v = _load(p_extra_v, o_e.to(tl.int64) * sev_e, o_v, sev_d, m_e, DV)
             b_from_value = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
@@ -448,7 +446,7 @@ def extra_gradients_kernel(
         o_0, o_1, o_2 = o_n // (N1 * N2), o_n // N2 % N1, o_n % N2
         o_q = o_0 * sq_0 + o_1 * sq_1 + o_2 * sq_2
         b_q = _load(p_q + i_b * sq_b + i_h * sq_h, o_q, o_k, sq_d, m_n, DK)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
         b_s = tl.where(m_e[:, None] & m_n[None, :], b_s, float("-inf"))
         o_do = o_0 * so_0 + o_1 * so_1 + o_2 * so_2
         b_do = _load(p_do + i_b * so_b + i_h * so_h, o_do, o_v, so_d, m_n, DV)
@@ -514,7 +512,6 @@ def bias_gradients_kernel(
         b_v = _load(p_v, _offsets(j, r, sv_0, sv_1, sv_2, DILATION), o_v, sv_d, m_j, DV)
         index = _bias_index((0, 0, 0), far, AXES, KERNEL)
         b_bias = tl.load(p_bias + i_h * TABLE + index).to(tl.float32)
-        b_s = (tl.sum(b_q * b_k, axis=1) * scale + b_bias) * LOG2_E
-        b_s = tl.where(m_j, b_s, float("-inf"))
+        b_s = tl.where(m_j, tl.sum(b_q * b_k, axis=1) * scale + b_bias, float("-inf"))
         _, b_ds = _score_gradients(b_s, b_lse, tl.sum(b_do * b_v, axis=1), b_delta)
         tl.store(p_dbias + index, tl.sum(b_ds, axis=0))

@@ -19,6 +19,8 @@ using std::int32_t;
 using std::int64_t;
 
 constexpr int forward_chunk = 64;
+constexpr int64_t most_sums = 2 << 20;  // floats of all orders' sums over channels; beyond, orders go one by one
+constexpr int64_t piece = 4096;         // floats of them that are added up at a time
 
 }  // namespace
 
@@ -33,8 +35,8 @@ struct Map {
 struct Arguments {
   Map x, delta, B, C, grad_out, out, grad_x, grad_delta;
   const float *weight, *A, *D, *bias;
-  // Gradients of parameters have a leading batch axis. Those of B, C and a low-rank delta's first factor are (parts,
-  // batch, cells, orders, features), to be summed over the parts of the channels that tasks walk through.
+  // Gradients of parameters have a leading batch axis. Those of B, C and a low-rank delta's first factor are (batch,
+  // cells, orders, features), dense, and added to.
   float *grad_weight, *grad_A, *grad_D, *grad_bias, *grad_B, *grad_C, *grad_rank;
   // (orders, steps): the cell of x read at each step, that of delta, B and C, and the row of the output written; -1 for
   // none. An order has counts[order] steps.
@@ -118,6 +120,7 @@ struct Tile {
 struct Chunk {
   int64_t order;
   int count;
+  int64_t start;
   int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
   const int32_t *read, *place, *target;
   float *B, *C, *rank, *sums, *grad_rank;
@@ -173,7 +176,7 @@ struct Job {
   }
 
   void move(Chunk& c, int64_t order, int64_t start, bool backwards) const {
-    c.order = order;
+    c.order = order, c.start = start;
     c.next = backwards ? (start > 0 ? -chunk : 0) : (start + chunk < a.counts[order] ? chunk : 0);
     c.count = static_cast<int>(std::min<int64_t>(chunk, a.counts[order] - start));
     const int64_t at = order * a.steps + start;
@@ -264,38 +267,35 @@ struct Job {
     }
   }
 
-  void backward(const Task& task, Arena arena) const {
+  // One order; `sums` is the task's own of the rows' gradients.
+  void backward(const Task& task, int64_t order, Arena arena, float* sums) const {
     Chunk c = buffers(arena);
-    clear(a.grad_x, task, 0, a.cells);
-    clear_sums(task, a.grad_B, a.states);
-    clear_sums(task, a.grad_C, a.states);
-    if (a.rank) clear_sums(task, a.grad_rank, a.rank);
-    for (int64_t order = 0; order < a.orders; ++order) {
-      if (!a.rank) clear(a.grad_delta, task, order, a.cells);
-      Tile side[4];
-      Arena rest = arena;
-      const int64_t count = (task.channels + lanes - 1) / lanes;
-      for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, rest);
-      enter(task, c, order, side, count);
-      for (int64_t n = chunks(order) - 1; n >= 0; --n) {
-        move(c, order, n * chunk, true);
-        read_rows(task, c, true);
-        std::fill_n(c.grad_rank, chunk * rank_pitch, 0.0f);
-        for (int64_t i = 0; i < count; ++i) retreat(task, c, side[i], n);
-        reduce(task, c, c.grad_B, a.grad_B);
-        reduce(task, c, c.grad_C, a.grad_C);
-        if (a.rank) add_rows(task, c, c.grad_rank, rank_pitch, a.rank, a.grad_rank);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const Tile& t = side[i];
-        const int64_t row = (task.batch * a.orders + order) * a.channels + t.channel;
-        scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
-        if (a.rank)
-          for (int j = 0; j < t.width; ++j)
-            std::copy_n(t.grad_rows + j * rank_pitch, a.rank, a.grad_weight + (row + j) * a.rank);
-        if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + row);
-        if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
-      }
+    if (order == 0) clear(a.grad_x, task, 0, a.cells);
+    if (!a.rank) clear(a.grad_delta, task, order, a.cells);
+    Tile side[4];
+    const int64_t count = (task.channels + lanes - 1) / lanes;
+    for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, arena);
+    enter(task, c, order, side, count);
+    for (int64_t n = chunks(order) - 1; n >= 0; --n) {
+      move(c, order, n * chunk, true);
+      read_rows(task, c, true);
+      std::fill_n(c.grad_rank, chunk * rank_pitch, 0.0f);
+      for (int64_t i = 0; i < count; ++i) retreat(task, c, side[i], n);
+      float* rows = sums + c.start * a.states;
+      reduce(c, c.grad_B, rows);
+      reduce(c, c.grad_C, rows + a.counts[order] * a.states);
+      rows = sums + a.counts[order] * 2 * a.states + c.start * a.rank;
+      for (int t = 0; t < c.count; ++t) std::copy_n(c.grad_rank + t * rank_pitch, a.rank, rows + t * a.rank);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Tile& t = side[i];
+      const int64_t row = (task.batch * a.orders + order) * a.channels + t.channel;
+      scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
+      if (a.rank)
+        for (int j = 0; j < t.width; ++j)
+          std::copy_n(t.grad_rows + j * rank_pitch, a.rank, a.grad_weight + (row + j) * a.rank);
+      if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + row);
+      if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
     }
   }
 
@@ -362,27 +362,29 @@ struct Job {
     }
   }
 
-  float* sums_of(const Task& task, float* x, int64_t features) const {
-    return x + (task.part * a.batch + task.batch) * a.cells * a.orders * features;
-  }
-
-  void clear_sums(const Task& task, float* x, int64_t features) const {
-    std::fill_n(sums_of(task, x, features), a.cells * a.orders * features, 0.0f);
-  }
-
-  // Sum the gradient of B or C over the task's channels, add it to the cells, and clear it for the next chunk.
-  void reduce(const Task& task, const Chunk& c, vec* grad, float* into) const {
+  // Sum the gradient of B or C over the task's channels, and clear it for the next chunk.
+  void reduce(const Chunk& c, vec* grad, float* rows) const {
     scan::sum_lanes(grad, c.count * a.states, c.sums);
+    std::copy_n(c.sums, c.count * a.states, rows);
     std::fill_n(grad, c.count * a.states, vec{});
-    add_rows(task, c, c.sums, a.states, a.states, into);
   }
 
-  void add_rows(const Task& task, const Chunk& c, const float* rows, int64_t row_pitch, int64_t features,
-                float* into) const {
-    into = sums_of(task, into, features) + c.order * features;
-    for (int t = 0; t < c.count; ++t, rows += row_pitch) {
-      if (c.place[t] < 0) continue;
-      float* row = into + c.place[t] * a.orders * features;
+  // The floats of a task's sums over one order: those of B, C and the low-rank delta, (steps, features) each.
+  int64_t sums(int64_t steps) const { return steps * (2 * a.states + a.rank); }
+
+  // Add the sums of all parts to those of a map's first, from one float to another.
+  void add_parts(float* first, int64_t each, int64_t from, int64_t to) const {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = from; i < to; ++i) first[i] += first[part * each + i];
+  }
+
+  // Add the sums of one order, (steps, features), to the cells of a map.
+  void add_rows(const float* rows, int64_t batch, int64_t order, int64_t features, float* into) const {
+    const int32_t* place = a.place + order * a.steps;
+    into += (batch * a.cells * a.orders + order) * features;
+    for (int64_t t = 0; t < a.counts[order]; ++t, rows += features) {
+      if (place[t] < 0) continue;
+      float* row = into + place[t] * a.orders * features;
       for (int64_t i = 0; i < features; ++i) row[i] += rows[i];
     }
   }
@@ -391,9 +393,6 @@ struct Job {
 }  // namespace
 
 extern "C" {
-
-// The number of parts that the gradients of B, C and a low-rank delta's first factor come in.
-int64_t selective_scan_2d_parts(const Arguments* arguments) { return Job(*arguments, true).parts; }
 
 // Returns 0, or 1 where memory is short.
 int selective_scan_2d_forward(const Arguments* arguments) {
@@ -408,13 +407,40 @@ int selective_scan_2d_forward(const Arguments* arguments) {
 }
 
 int selective_scan_2d_backward(const Arguments* arguments) {
-  const Job job(*arguments, true);
-  const int threads = static_cast<int>(arguments->threads);
+  const Arguments& a = *arguments;
+  const Job job(a, true);
+  const int threads = static_cast<int>(a.threads);
   const scan::Scratch scratch(job.floats(), threads);
-  if (!scratch.data) return 1;
+  // A task that takes all orders at once finds its map in the cache; where the sums of all would not fit there, orders
+  // go one by one, and the memory serves again.
+  const int64_t of_order = job.tasks() * job.sums(a.steps);
+  const int64_t together = of_order * a.orders <= most_sums ? a.orders : 1;
+  const scan::Scratch sums(of_order * together, 1);
+  if (!scratch.data || !sums.data) return 1;
+  for (int64_t order = 0; order < a.orders; ++order) {
+    float* of_tasks = sums.data + order % together * of_order;
+    const int64_t each = job.sums(a.counts[order]), of_map = job.parts * each;
+    if (order % together == 0) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < job.tasks(); ++i)
-    job.backward(job.task(i), Arena{scratch.data + omp_get_thread_num() * scratch.each});
+      for (int64_t i = 0; i < job.tasks(); ++i)
+        for (int64_t k = 0; k < together; ++k)
+          job.backward(job.task(i), order + k, Arena{scratch.data + omp_get_thread_num() * scratch.each},
+                       sums.data + k * of_order + i * job.sums(a.counts[order + k]));
+    }
+    const int64_t pieces = (each + piece - 1) / piece;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < a.batch * pieces; ++i) {
+      const int64_t from = i % pieces * piece;
+      job.add_parts(of_tasks + i / pieces * of_map, each, from, std::min(from + piece, each));
+    }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t batch = 0; batch < a.batch; ++batch) {
+      const float* rows = of_tasks + batch * of_map;
+      job.add_rows(rows, batch, order, a.states, a.grad_B);
+      job.add_rows(rows + a.counts[order] * a.states, batch, order, a.states, a.grad_C);
+      if (a.rank) job.add_rows(rows + a.counts[order] * 2 * a.states, batch, order, a.rank, a.grad_rank);
+    }
+  }
   return 0;
 }
 }

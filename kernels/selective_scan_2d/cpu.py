@@ -47,10 +47,8 @@ class _Arguments(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     library = native.load(_SOURCE)
-    names = ("selective_scan_2d_parts", "selective_scan_2d_forward", "selective_scan_2d_backward")
-    for name in names:
+    for name in ("selective_scan_2d_forward", "selective_scan_2d_backward"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Arguments)]
-    library.selective_scan_2d_parts.restype = ctypes.c_int64
     return library
 
 
@@ -148,9 +146,6 @@ class _Call:
         setattr(self.arguments, name, _Map(x.data_ptr(), x[0].numel() if len(x) else 0, x.shape[-1], 0))
         self.tensors.append(x)
 
-    def parts(self) -> int:
-        return _library().selective_scan_2d_parts(ctypes.byref(self.arguments))
-
     def run(self, function: str) -> None:
         if getattr(_library(), function)(ctypes.byref(self.arguments)):
             raise MemoryError("not enough memory for the scratch space of selective_scan_2d")
@@ -210,16 +205,18 @@ def backward(
         return reference.backward(grad_out, *tensors, delta_softplus, orders, merge, permute)
     call = _Call(*tensors, delta_softplus, orders, merge, permute)
     call.set_rows("grad_out", grad_out)
-    parts = call.parts()
     names = ("x", "delta" if delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")
     grads = []
     for name, y in zip(names, tensors, strict=True):
         if y is None:
             grads.append(None)
             continue
-        # What several tasks add to comes in parts with an axis of its own, summed here in one order.
-        leading = () if name in ("x", "delta") else (parts,) if y.dim() == 5 else (x.shape[0],)
-        grads.append(torch.empty((*leading, *y.shape), dtype=torch.float32))
+        if name in ("rank", "B", "C"):  # added to
+            grads.append(torch.zeros(y.shape, dtype=torch.float32))
+        else:
+            # Parameters' come with an axis of images, summed here in one order.
+            leading = () if name in ("x", "delta") else x.shape[:1]
+            grads.append(torch.empty((*leading, *y.shape), dtype=torch.float32))
         call.set(f"grad_{name}", grads[-1])
     call.run("selective_scan_2d_backward")
     return tuple(

@@ -20,14 +20,20 @@ def _row(b_x, i):
 
 @triton.jit
 def _slots(p_slots, o_t, steps):
-    """The steps' slots, route x cells + cell; -1 for padded steps and beyond the end."""
-    return tl.load(p_slots + o_t, mask=o_t < steps, other=-1).to(tl.int64)
+    """The steps' slots, route x cells + cell, int32; -1 for padded steps and beyond the end."""
+    return tl.load(p_slots + o_t, mask=o_t < steps, other=-1)
+
+
+@triton.jit
+def _place(o_cell, width, stride_h, stride_w):
+    """The offsets of cells counted row by row, int64; they are divided in int32, which takes far fewer registers."""
+    return (o_cell // width).to(tl.int64) * stride_h + (o_cell % width).to(tl.int64) * stride_w
 
 
 @triton.jit
 def _tile(p_x, o_cell, o_c, width, stride_h, stride_w, stride_c, mask):
     """A (steps, features) tile of a map in float32, 0 outside; `o_cell` counts row by row."""
-    o_place = (o_cell // width) * stride_h + (o_cell % width) * stride_w
+    o_place = _place(o_cell, width, stride_h, stride_w)
     return tl.load(p_x + o_place[:, None] + o_c[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -65,7 +71,7 @@ def _weight(p_weight, o_c, o_r, m_c, sw_c, sw_r, RANK: tl.constexpr):
 @triton.jit
 def _projection(p_x, o_cell, n, width, stride_h, stride_w, stride_n, m_cell):
     """State n's B or C, (steps, 1)."""
-    o_place = (o_cell // width) * stride_h + (o_cell % width) * stride_w
+    o_place = _place(o_cell, width, stride_h, stride_w)
     return tl.load(p_x + o_place + n * stride_n, mask=m_cell, other=0.0).to(tl.float32)[:, None]
 
 
@@ -96,7 +102,7 @@ def forward_kernel(
         b_h = tl.zeros((BC, BN), tl.float32)
         o_p = i_k * channels
         for i_t in range(chunks):
-            o_t = tl.arange(0, BT).to(tl.int64) + i_t * BT
+            o_t = tl.arange(0, BT) + i_t * BT
             b_slot = _slots(p_slots + i_k * steps, o_t, steps)
             m_cell = b_slot >= 0
             o_cell = tl.where(m_cell, b_slot % cells, 0)
@@ -128,11 +134,12 @@ def forward_kernel(
                     b_y += b_x * tl.load(p_D + o_p + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
                 p_y = p_out + i_b * so_b + o_c[None, :]
                 if MERGED:
-                    p_y += o_cell[:, None] * so_cell
+                    p_y += o_cell.to(tl.int64)[:, None] * so_cell
                     if ZEROED or number > 0:
                         b_y += tl.load(p_y, mask=mask, other=0.0)
                 else:
-                    p_y += (b_slot // cells)[:, None] * so_slot + o_cell[:, None] * so_cell
+                    o_y = (b_slot // cells).to(tl.int64) * so_slot + o_cell.to(tl.int64) * so_cell
+                    p_y += o_y[:, None]
                 tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=mask)
         if MERGED:
             # The next order reads what other threads of the program have stored.
@@ -175,9 +182,10 @@ def backward_kernel(
         b_dA = tl.zeros((BC, BN), tl.float32)
         b_dD = tl.zeros((BC,), tl.float32)
         b_dbias = tl.zeros((BC,), tl.float32)
-        for step in range(chunks):
+        # With all that could be hoisted out of the loop, ranks past the first few would spill registers.
+        for step in tl.range(chunks, disable_licm=RANK > RANKS):
             i_t = chunks - 1 - step
-            o_t = o_l.to(tl.int64) + i_t * BT
+            o_t = o_l + i_t * BT
             m_t = o_t < steps
             b_slot = _slots(p_slots + i_k * steps, o_t, steps)
             m_cell = b_slot >= 0
@@ -199,7 +207,7 @@ def backward_kernel(
                 p_d, p_w, p_s, tl.where(b_after >= 0, b_after % cells, 0), o_c, width, m_next, b_after >= 0, m_c,
                 sd_h, sd_w, sd_c, sw_c, sw_r, RANK, SOFTPLUS, PRECISION,
             )  # fmt: skip
-            o_g = b_route * sg_k + (o_cell // width) * sg_h + (o_cell % width) * sg_w
+            o_g = b_route.to(tl.int64) * sg_k + _place(o_cell, width, sg_h, sg_w)
             p_g = p_grad + i_b * sg_b + o_g[:, None] + o_c[None, :] * sg_c
             b_dy = tl.load(p_g, mask=mask, other=0.0).to(tl.float32) * scale
             o_map = o_cell * routes + b_route
@@ -256,11 +264,11 @@ def backward_kernel(
                 tl.store(p_r, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
             p_o = p_dx + i_b * so_b + o_c[None, :]
             if MERGED:
-                p_o += o_cell[:, None] * so_cell
+                p_o += o_cell.to(tl.int64)[:, None] * so_cell
                 if ZEROED or number > 0:
                     b_dx += tl.load(p_o, mask=mask, other=0.0)
             else:
-                p_o += b_route[:, None] * so_slot + o_cell[:, None] * so_cell
+                p_o += (b_route.to(tl.int64) * so_slot + o_cell.to(tl.int64) * so_cell)[:, None]
             tl.store(p_o, b_dx.to(p_dx.dtype.element_ty), mask=mask)
         tl.store(p_dA + o_sum * N + o_c[:, None] * N + o_n[None, :], b_dA, mask=m_h)
         if p_dD is not None:

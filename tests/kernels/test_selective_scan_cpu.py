@@ -181,6 +181,19 @@ def test_2d_input_alone_permuted(height, width, channels, states, rank, merge, s
     check_2d(arguments, orders=orders, merge=merge, permute="input")
 
 
+def test_2d_orders_one_by_one():
+    """The sums over channels of so large a map, 15 tiles and 2 x 33 features, are not kept for all orders at once."""
+    orders = ("raster+raster_transposed", "window_2_reversed")
+    arguments = make_2d(1, 24, 23, 240, 33, orders)
+    twins = doubles(arguments)
+    with use("auto"):  # float64 takes the reference
+        expected = call_2d(selective_scan_2d, twins, orders=orders)
+        expected_grads = gradients(expected, list(twins.values()))
+    actual = call_2d(selective_scan_2d, arguments, orders=orders)
+    assert_close(actual, expected)
+    assert_gradients_close(gradients(actual, list(arguments.values())), expected_grads)
+
+
 # The cases of mamba's own test of the op: variable B and C of one or two groups or constant ones, every option.
 @pytest.mark.parametrize("length", [128, *(pytest.param(n, marks=pytest.mark.long) for n in (256, 512, 1024, 4096))])
 @pytest.mark.parametrize("options", ["", "D z delta_bias"])
