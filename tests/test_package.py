@@ -117,7 +117,8 @@ print({name for name in sys.modules if name.startswith("triton")} - before)
 
 def test_import_is_cheap():
     code = "import timm, time; start = time.perf_counter(); import visionmix; print(time.perf_counter() - start)"
-    assert min(float(run(code)) for _ in range(3)) <= 0.3
+    # A busy machine makes a try slow, never fast.
+    assert any(float(run(code)) <= 0.3 for _ in range(4))
 
 
 BLOCKED = """

@@ -155,7 +155,7 @@ class _Problem:
             "CAUSAL": self.causal,
             "DISC": _disc(kernel_size) if circular else None,
         }
-        self.num_warps = _warps(math.prod(self.tile), max(block_k, block_v))
+        self.num_warps = _warps(math.prod(self.tile), max(block_k, block_v), precision)
 
     @property
     def tile_count(self) -> int:
@@ -203,7 +203,7 @@ class _Problem:
             BE=block,
             CHUNK=_CHUNK,
             **self.precision,
-            num_warps=_warps(block, max(self.channels["BK"], self.channels["BV"])),
+            num_warps=_warps(block, max(self.channels["BK"], self.channels["BV"]), self.precision["PRECISION"]),
             passes=dict.fromkeys(("p_q", "p_do", "p_lse", "p_delta"), blocks),
             flops=self.batch * self.heads * self.tokens * self.extra * (4 * dk + 4 * dv),
         )
@@ -244,9 +244,11 @@ def _blocks(channels: int, precision: str) -> tuple[int, int]:
     return rows, min(rows, 32)
 
 
-def _warps(rows: int, channels: int) -> int:
-    """Return the warps a program, so that the rows of its tile, of so many channels, fit the registers."""
-    return (2 if rows < 32 else 4) * (2 if channels >= 64 else 1)
+def _warps(rows: int, channels: int, precision: str) -> int:
+    """Return the warps a program, so that a tile's operands and sums fit the registers."""
+    if precision == "tf32x3":
+        return 4 if channels <= 64 else 8
+    return 8 if rows >= 64 and channels >= 64 else 4
 
 
 def forward(

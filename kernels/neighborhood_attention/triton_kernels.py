@@ -331,12 +331,13 @@ def query_gradients_kernel(
     for o_start in range(0, count, BN):
         o_n = o_start + tl.arange(0, BN)
         j, m_j = _box_tokens(o_n, low, width), o_n < count
+        # Values first: fewer registers are in use at once than with the keys before them.
+        b_v = _load(p_v, _offsets(j, r, sv_0, sv_1, sv_2, DILATION), o_v, sv_d, m_j, DV)
+        b_from_value = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_k = _load(p_k, _offsets(j, r, sk_0, sk_1, sk_2, DILATION), o_k, sk_d, m_j, DK)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_pairs = m_i[:, None] & m_j[None, :]
         b_s = _scores(b_s, _rows(i), _columns(j), m_pairs, n, scale, p_bias, AXES, KERNEL, STRIDE, CAUSAL, DISC)
-        b_v = _load(p_v, _offsets(j, r, sv_0, sv_1, sv_2, DILATION), o_v, sv_d, m_j, DV)
-        b_from_value = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         _, b_ds = _score_gradients(b_s, b_lse[:, None], b_from_value, b_delta[:, None])
         b_dq += tl.dot(b_ds, b_k, input_precision=PRECISION)
     if p_extra_k is not None:
@@ -345,11 +346,11 @@ def query_gradients_kernel(
         for o_start in range(0, extra, BN):
             o_e = o_start + tl.arange(0, BN)
             m_e = o_e < extra
+            b_v = _load(p_extra_v, o_e.to(tl.int64) * sev_e, o_v, sev_d, m_e, DV)
+            b_from_value = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_k = _load(p_extra_k, o_e.to(tl.int64) * sek_e, o_k, sek_d, m_e, DK)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
             b_s = tl.where(m_e[None, :], b_s, float("-inf"))
-            b_v = _load(p_extra_v, o_e.to(tl.int64) * sev_e, o_v, sev_d, m_e, DV)
-            b_from_value = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             _, b_ds = _score_gradients(b_s, b_lse[:, None], b_from_value, b_delta[:, None])
             b_dq += tl.dot(b_ds, b_k, input_precision=PRECISION)
     _store(p_dq, b_dq * scale, o_i * DK, o_k, m_i, DK)

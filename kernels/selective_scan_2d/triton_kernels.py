@@ -45,7 +45,7 @@ def _delta(
     """The step sizes (steps, channels), 0 where there is no step, and what softplus took."""
     if RANK > 0:
         b_raw = tl.zeros((o_cell.shape[0], o_c.shape[0]), tl.float32)
-        for o_r in range(0, RANK, RANKS):
+        for o_r in tl.range(0, RANK, RANKS, disable_licm=True):
             b_r = _ranks(p_delta, o_cell, o_r + tl.arange(0, RANKS), width, m_cell, sd_h, sd_w, sd_c, RANK)
             b_w = _weight(p_weight, o_c, o_r + tl.arange(0, RANKS), m_c, sw_c, sw_r, RANK)
             b_raw += tl.dot(b_r, tl.trans(b_w), input_precision=PRECISION)
@@ -183,7 +183,7 @@ def backward_kernel(
         b_dD = tl.zeros((BC,), tl.float32)
         b_dbias = tl.zeros((BC,), tl.float32)
         # With all that could be hoisted out of the loop, ranks past the first few would spill registers.
-        for step in tl.range(chunks, disable_licm=RANK > RANKS):
+        for step in range(chunks):
             i_t = chunks - 1 - step
             o_t = o_l + i_t * BT
             m_t = o_t < steps
@@ -244,7 +244,7 @@ def backward_kernel(
             b_ddelta = tl.where(m_t[:, None] & m_c[None, :], b_ddelta, 0.0)
             b_dbias += tl.sum(b_ddelta, axis=0)
             if RANK > 0:
-                for o_first in range(0, RANK, RANKS):
+                for o_first in tl.range(0, RANK, RANKS, disable_licm=True):
                     o_q = o_first + tl.arange(0, RANKS)
                     b_w = _weight(p_w, o_c, o_q, m_c, sw_c, sw_r, RANK)
                     p_r = p_ddelta + (o_part + o_map)[:, None] * RANK + o_q[None, :]

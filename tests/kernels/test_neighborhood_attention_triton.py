@@ -72,4 +72,4 @@ def test_a_disc_of_any_radii():
     *weights, limit, wide = implementation._disc((1, 7, 3))
     assert (weights[1:], limit, wide) == ([1, 4], 16, False)
     assert implementation._disc((1, 7, 7))[3:] == (16, False)
-    assert implementation._disc((63, 61, 59))[4]
+    assert implementation._disc((81, 73, 61))[4]

@@ -38,12 +38,12 @@ def test_unknown_model(capsys):
 
 def test_writes_the_table_between_its_markers(tmp_path):
     file = tmp_path / "README.md"
-    file.write_text(f"before\n{info._BEGIN}\nold\n{info._END}\nafter\n")
+    file.write_text(f"before\n{info._BEGIN}\na stale row\n{info._END}\nafter\n")
     info.write_table(file)
     text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "a stale row" not in text
     assert "| `vig_b` | 89.02 |" in text
     file.write_text("no markers")
     with pytest.raises(ValueError, match="no table of models"):

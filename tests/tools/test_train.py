@@ -86,6 +86,8 @@ def test_resume_after_ctrl_c_ends_in_the_same_numbers(
     recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
 ):
     halted = tmp_path / "halted"
+    # A shell starts what runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
         assert run(recipe_file, tree, halted, "--workers", workers) == 130
