@@ -91,17 +91,19 @@ def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, 
     return model, (channels, img_size or height, img_size or width)
 
 
-def _weights(family: Family, name: str) -> str:
+def _weights(family: Family, name: str) -> tuple[str, str]:
+    """Return the name and the address of the published weights."""
     variant = family.variants[name]
     if "hf_hub_id" in variant.weights:
-        return f"https://huggingface.co/{variant.weights['hf_hub_id']} ({variant.weights['hf_hub_filename']})"
-    return variant.weights.get("url") or variant.page or "none published"
+        return variant.weights["hf_hub_filename"], f"https://huggingface.co/{variant.weights['hf_hub_id']}"
+    address = variant.weights.get("url") or variant.page
+    return (address.rpartition("/")[2] if "url" in variant.weights else "page", address) if address else ("none", "")
 
 
 def _equality(name: str) -> str:
     sizes = [path.stem.partition("__")[2] or "built size" for path in sorted(_GOLDENS.glob(f"{name}*.npz"))
              if path.stem.partition("__")[0] == name]  # fmt: skip
-    return ", ".join(sizes) or "its family's"
+    return ", ".join(sizes) or "not itself: its family is"
 
 
 def show(name: str, img_size: int | None, console: Console) -> None:
@@ -119,7 +121,7 @@ def show(name: str, img_size: int | None, console: Console) -> None:
     table.add_row("published top-1", "none" if published.top1 is None else f"{published.top1} %")
     table.add_row("paper", family.paper)
     table.add_row("licence of the weights", family.license)
-    table.add_row("weights", _weights(family, name))
+    table.add_row("weights", " at ".join(filter(None, _weights(family, name))))
     console.print(table)
 
 
@@ -137,9 +139,10 @@ def markdown() -> str:
         family = family_of(name)
         cost = measure(*_build(name, None))
         top1 = family.variants[name].published.top1
+        file, address = _weights(family, name)
         rows.append(
             f"| `{name}` | {cost.params / 1e6:.2f} | {sum(cost.macs.values()) / 1e9:.2f} | {top1 or 'none'} | "
-            f"{family.license} | {_weights(family, name)} | {_equality(name)} |"
+            f"{family.license} | [{file}]({address}) | {_equality(name)} |"
         )
     return "\n".join(rows)
 
