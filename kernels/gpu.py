@@ -122,15 +122,20 @@ def launch(
     num_stages: int = 1,
     passes: dict[str, float] | None = None,
     flops: int = 0,
+    repeatable: bool = True,
     **arguments: Any,
 ) -> None:
-    """Run `kernel[grid](**arguments)`, or record it while a plan is active. The rest is as in `Launch`."""
+    """Run `kernel[grid](**arguments)`, or record it while a plan is active. The rest is as in `Launch`.
+
+    A launch that is not `repeatable` adds to what its buffers hold, so that tuning, which runs it many times, is left
+    out.
+    """
     if 0 in grid:
         return
     if _plan is not None:
         _plan.append(Launch(kernel, grid, arguments, num_warps, num_stages, passes or {}, flops))
         return
-    if os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
+    if repeatable and os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
         num_warps, num_stages = _tuned(kernel, grid, arguments, (num_warps, num_stages))
     kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
@@ -146,7 +151,7 @@ def _bucket(size: int) -> int:
 def _tuned(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]:
     """Return the fastest (num_warps, num_stages); timed once a kernel, dtypes, tile and bucket of the grid's sizes.
 
-    Kernels write every output from their inputs alone, so that a timed run can be repeated.
+    The kernel must write every output from its inputs alone, so that a timed run can be repeated.
     """
     constants = tuple(arguments[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
     dtypes = tuple(x.dtype for x in arguments.values() if isinstance(x, Tensor))

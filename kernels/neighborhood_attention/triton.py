@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.gpu import dot_precision, launch
+from visionmix.kernels.gpu import dot_precision, launch, target
 from visionmix.kernels.neighborhood_attention import reference
 from visionmix.kernels.neighborhood_attention.triton_kernels import (
     bias_gradients_kernel,
@@ -34,19 +34,22 @@ from visionmix.kernels.neighborhood_attention.triton_kernels import (
 )
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths, count_pairs
 
-# A head's channels lie in registers, all at once.
-_MOST_CHANNELS = 128
+# A head's channels lie in registers, all at once; float32 ones in three TF32 parts on NVIDIA.
+_MOST_CHANNELS = {"tf32": 128, "ieee": 128, "tf32x3": 64}
 # Queries a program of `extra_gradients_kernel`: a multiple of every block.
 _CHUNK = 1024
 
 
-def _leaves_to_reference(query: Tensor, value: Tensor) -> bool:
-    most = max(query.shape[-1], value.shape[-1])
-    if most <= _MOST_CHANNELS:
+def _leaves_to_reference(query: Tensor, key: Tensor, value: Tensor, *extras: Tensor | None) -> bool:
+    channels = max(query.shape[-1], value.shape[-1])
+    precision = dot_precision(query, key, value, *extras)
+    most = _MOST_CHANNELS[precision]
+    if channels <= most:
         return False
-    dispatch.log_slow_path(
-        "neighborhood_attention", f"a head has {most} channels", f"use heads of at most {_MOST_CHANNELS} for Triton"
-    )
+    remedy = f"use heads of at most {most}"
+    if precision == "tf32x3" and channels <= _MOST_CHANNELS["tf32"]:
+        remedy += ", or half precision"
+    dispatch.log_slow_path("neighborhood_attention", f"a head has {channels} channels", f"{remedy} for Triton")
     return True
 
 
@@ -241,14 +244,16 @@ def _blocks(channels: int, precision: str) -> tuple[int, int]:
     if precision == "tf32x3":
         return (32 if channels <= 32 else 16), 16
     rows = max(16, (64 if precision == "tf32" else 32) * 64 // max(channels, 64))
-    return rows, min(rows, 32)
+    # Larger blocks make NVIDIA's assembler spill a few registers here and there.
+    return rows, 16 if target().backend == "cuda" else min(rows, 32)
 
 
 def _warps(rows: int, channels: int, precision: str) -> int:
     """Return the warps a program, so that a tile's operands and sums fit the registers."""
-    if precision == "tf32x3":
-        return 4 if channels <= 64 else 8
-    return 8 if rows >= 64 and channels >= 64 else 4
+    if precision == "tf32x3" and channels >= 64:
+        return 2
+    # AMD's warps are twice as wide, and programs of 8 have half the registers a thread.
+    return 8 if rows >= 64 and channels >= 64 and target().backend != "hip" else 4
 
 
 def forward(
@@ -268,7 +273,7 @@ def forward(
     """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
     window = (kernel_size, stride, dilation, is_causal, scale)
     options = (additional_keys, additional_values, relative_position_bias)
-    if _leaves_to_reference(query, value):
+    if _leaves_to_reference(query, key, value, *options[:2]):
         return reference.forward(query, key, value, *window, *options, circular)
     problem = _Problem(query, key, value, *window, *options, circular)
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -316,7 +321,7 @@ def backward(
     """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes."""
     window = (kernel_size, stride, dilation, is_causal, scale)
     options = (additional_keys, additional_values, relative_position_bias)
-    if _leaves_to_reference(query, value):
+    if _leaves_to_reference(query, key, value, *options[:2]):
         return reference.backward(grad_out, grad_lse, query, key, value, out, lse, *window, *options, circular)
     problem = _Problem(query, key, value, *window, *options, circular)
     group, dk, dv = problem.scalars["group"], query.shape[-1], value.shape[-1]

@@ -20,7 +20,7 @@ from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import dot_precision, launch
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
-from visionmix.kernels.selective_scan_2d.triton_kernels import backward_kernel, forward_kernel
+from visionmix.kernels.selective_scan_2d.triton_kernels import RANKS, backward_kernel, forward_kernel
 
 _logger = logging.getLogger("visionmix.kernels")
 
@@ -92,6 +92,8 @@ class _Problem:
         self.tiles = triton.cdiv(self.channels, self.block)
         enough = self.batch * self.tiles >= ENOUGH_PROGRAMS
         self.merged = enough and self.routes == self.orders and merge != "none"
+        # A merged buffer that the first order does not cover is added to by all: a second run would count twice.
+        self.repeatable = self.complete or not self.merged
         self.grid = (self.batch, self.tiles, 1 if self.merged else self.orders)
         self.merge, self.like = merge, x
         strides = {}
@@ -136,6 +138,11 @@ class _Problem:
             self.passes["p_delta"] = self.tiles
         self.size = self.batch * self.orders * self.steps * self.channels
 
+    def warps(self, backward: bool) -> int:
+        """Return the warps of a program: those with which kernels compiled for all targets spilled least."""
+        large = self.rank > RANKS.value and self.arguments["PRECISION"] != "tf32"
+        return 4 if backward == large else 8
+
     def map_buffer(self) -> tuple[Tensor, dict[str, int]]:
         """Return where the orders' maps go before they are merged, and its strides."""
         shape = (1 if self.merged else self.routes, self.batch, self.cells, self.channels)
@@ -165,7 +172,8 @@ class _Problem:
             **strides,
             p_out=out,
             p_states=states,
-            num_warps=8,
+            num_warps=self.warps(backward=False),
+            repeatable=self.repeatable,
             passes=self.passes | merged_passes | ({"p_C": 0} if out is None else {}),
             flops=self.size * (7 * self.states + 3 + 2 * self.rank),
         )
@@ -262,7 +270,8 @@ def backward(
         **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bhw")},
         sg_k=route_stride,
         sg_c=grad_out.stride(-1),
-        num_warps=8,
+        num_warps=problem.warps(backward=True),
+        repeatable=problem.repeatable,
         passes=problem.passes
         | {"p_grad": 1 if merge == "none" else count}
         | ({"p_dx": 2 * count - 1} if problem.merged else {}),

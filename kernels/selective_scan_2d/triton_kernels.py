@@ -174,6 +174,7 @@ def backward_kernel(
     orders = tl.num_programs(2) * ORDERS
     chunks = tl.cdiv(steps, BT)
     o_part = (i_c * tl.num_programs(0) + i_b) * cells * routes
+    # Addresses hoisted out of the loops over orders and ranks would spill registers at ranks above RANKS.
     for number in tl.range(ORDERS, disable_licm=RANK > RANKS):
         i_k = tl.program_id(2).to(tl.int64) * ORDERS + number
         o_p = i_k * channels
@@ -182,8 +183,7 @@ def backward_kernel(
         b_dA = tl.zeros((BC, BN), tl.float32)
         b_dD = tl.zeros((BC,), tl.float32)
         b_dbias = tl.zeros((BC,), tl.float32)
-        # With all that could be hoisted out of the loop, ranks past the first few would spill registers.
-        for step in tl.range(chunks, disable_licm=RANK > RANKS):
+        for step in range(chunks):
             i_t = chunks - 1 - step
             o_t = o_l + i_t * BT
             m_t = o_t < steps
@@ -238,14 +238,6 @@ def backward_kernel(
             if p_D is not None:
                 b_dx += b_dy * tl.load(p_D + o_p + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
                 b_dD += tl.sum(b_dy * b_x, axis=0)
-            p_o = p_dx + i_b * so_b + o_c[None, :]
-            if MERGED:
-                p_o += o_cell.to(tl.int64)[:, None] * so_cell
-                if ZEROED or number > 0:
-                    b_dx += tl.load(p_o, mask=mask, other=0.0)
-            else:
-                p_o += (b_route.to(tl.int64) * so_slot + o_cell.to(tl.int64) * so_cell)[:, None]
-            tl.store(p_o, b_dx.to(p_dx.dtype.element_ty), mask=mask)
             if SOFTPLUS:
                 b_ddelta *= tl.where(b_raw > 20.0, 1.0, sigmoid(b_raw))
             # A padded step has a step size too, from the bias alone.
@@ -270,6 +262,14 @@ def backward_kernel(
             else:
                 p_r = p_ddelta + (i_b * cells * routes + o_map)[:, None] * channels + o_c[None, :]
                 tl.store(p_r, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
+            p_o = p_dx + i_b * so_b + o_c[None, :]
+            if MERGED:
+                p_o += o_cell.to(tl.int64)[:, None] * so_cell
+                if ZEROED or number > 0:
+                    b_dx += tl.load(p_o, mask=mask, other=0.0)
+            else:
+                p_o += (b_route.to(tl.int64) * so_slot + o_cell.to(tl.int64) * so_cell)[:, None]
+            tl.store(p_o, b_dx.to(p_dx.dtype.element_ty), mask=mask)
         tl.store(p_dA + o_sum * N + o_c[:, None] * N + o_n[None, :], b_dA, mask=m_h)
         if p_dD is not None:
             tl.store(p_dD + o_sum + o_c, b_dD, mask=m_c)

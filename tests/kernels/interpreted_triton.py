@@ -58,7 +58,7 @@ def attention(length, dk, dv, *, strong=False, gates=("g",), batch=1, heads=2):
 @pytest.mark.parametrize(
     ("length", "dk", "dv", "state", "strong"),
     [
-        (1, 4, 4, True, False),
+        pytest.param(1, 4, 4, True, False, marks=pytest.mark.long),
         (7, 5, 3, True, True),
         (40, 20, 8, False, True),
         pytest.param(63, 33, 40, True, True, marks=pytest.mark.long),
@@ -178,6 +178,7 @@ def selective_scan_2d(delta, delta_weight=None, **rest):
         (5, 4, 2, 0, ("hilbert", "raster_reversed"), "mean"),
         (5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none"),
         (5, 7, 1, 0, ("window_2", "raster"), "sum"),
+        (2, 3, 1, 20, ("raster", "raster_reversed"), "sum"),
         pytest.param(9, 11, 1, 2, CROSS, "mean", marks=pytest.mark.long),
         pytest.param(9, 11, 3, 2, ("window_2", "atrous_2+raster"), "sum", marks=pytest.mark.long),
     ],

@@ -1,15 +1,18 @@
 """The Triton kernels without a GPU: interpreted in a process of its own, and compiled ahead of time."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from visionmix.tools import compile_kernels
+from visionmix.kernels import gpu
+from visionmix.tools import compile_kernels, kernel_problems
 
 REPRESENTATIVE = {
     "gated_linear_attention": "5x6",
@@ -64,3 +67,31 @@ def test_occupancy():
     # 65,536 registers: 2 programs of 8 warps at 128 registers a thread, of 64 warps.
     assert device.occupancy(128, 0, 8) == 2 * 8 / 64
     assert device.occupancy(32, 100 << 10, 4) == 2 * 4 / 64
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_only_repeatable_launches_are_tuned(monkeypatch, repeatable):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: ran.append(arguments)
+
+    ran = []
+    monkeypatch.setenv(gpu.TUNE_VARIABLE, "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu, "_tuned", lambda *_: (2, 3))
+    gpu.launch(Kernel(), (1,), num_warps=8, repeatable=repeatable)
+    assert ran == [{"num_warps": 2, "num_stages": 3} if repeatable else {"num_warps": 8, "num_stages": 1}]
+
+
+@pytest.mark.parametrize(
+    ("orders", "programs", "repeatable"),
+    [(kernel_problems.CROSS, 1, True), ("window_2,raster", 1, False), ("window_2,raster", 1 << 30, True)],
+)
+def test_maps_merged_into_zeros_are_not_repeatable(monkeypatch, orders, programs, repeatable):
+    module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
+    found = []
+    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", programs)
+    monkeypatch.setattr(module, "launch", lambda *_, repeatable, **__: found.append(repeatable))
+    with gpu.plan(compile_kernels.DEVICES["sm_90"].target):
+        kernel_problems.selective_scan_2d(5, 7, 16, 1, orders=orders)(torch.float32)
+    assert found == [repeatable] * 3
