@@ -244,16 +244,20 @@ def _blocks(channels: int, precision: str) -> tuple[int, int]:
     if precision == "tf32x3":
         return (32 if channels <= 32 else 16), 16
     rows = max(16, (64 if precision == "tf32" else 32) * 64 // max(channels, 64))
-    # Larger blocks make NVIDIA's assembler spill a few registers here and there.
-    return rows, 16 if target().backend == "cuda" else min(rows, 32)
+    # NVIDIA's assembler spills a few registers with larger blocks, except on Hopper.
+    here = target()
+    return rows, 16 if here.backend == "cuda" and here.arch != 90 else min(rows, 32)
 
 
 def _warps(rows: int, channels: int, precision: str) -> int:
     """Return the warps a program, so that a tile's operands and sums fit the registers."""
     if precision == "tf32x3" and channels >= 64:
         return 2
+    here = target()
     # AMD's warps are twice as wide, and programs of 8 have half the registers a thread.
-    return 8 if rows >= 64 and channels >= 64 and target().backend != "hip" else 4
+    if rows < 64 or here.backend == "hip":
+        return 4
+    return 8 if channels >= 64 or here.arch == 80 else 4
 
 
 def forward(

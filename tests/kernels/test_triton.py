@@ -47,13 +47,6 @@ def test_compiles_without_spills(op, target, capsys):
     assert compile_kernels.main(arguments) == 0, capsys.readouterr().err
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("target", compile_kernels.DEVICES)
-@pytest.mark.parametrize("op", compile_kernels.PROBLEMS)
-def test_every_default_compiles_without_spills(op, target, capsys):
-    assert compile_kernels.main(["--op", op, "--target", target]) == 0, capsys.readouterr().err
-
-
 def test_spills_and_shared_memory_are_faults():
     report = compile_kernels.Report("op", "shapes", "float32", "kernel", "", 4, "gfx942", 64, 0, 1 << 10, 1.0)
     assert report.fault() is None
