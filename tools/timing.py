@@ -4,7 +4,6 @@ import csv
 import datetime
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -88,11 +87,22 @@ def peak_memory(arguments: Iterable[str]) -> float:
 
 
 def print_growth(call: Callable[[], object]) -> None:
-    """Run `call` and print how many bytes the largest resident set of this process grew by."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Run `call` and print by how many bytes the resident set of this process was larger at its peak than before."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        print("nan")  # elsewhere the peak cannot be reset, and importing PyTorch has the highest one
+        return
+    before = _resident("VmRSS")
+    reset.write_text("5")
     call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+    print(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 @cache
