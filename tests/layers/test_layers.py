@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.layers import ConvDownsample, ConvMlp, PatchMerging, PatchStem, SelectiveScan2d
+from visionmix.layers import ConvDownsample, ConvMlp, LogSigmoid, PatchMerging, PatchStem, SelectiveScan2d
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
@@ -82,3 +82,13 @@ def test_selective_scan_begins_as_mamba_does():
 def test_selective_scan_refuses_empty_sizes(option):
     with pytest.raises(ValueError, match=f"{option}=0 is too small"):
         SelectiveScan2d(4, ("raster",), **({"step_rank": 1, "states": 1} | {option: 0}))
+
+
+def test_log_sigmoid_is_exact_and_differentiable():
+    x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([-1e4, -20.0, 0.0, 1e4])]).requires_grad_()
+    expected = torch.nn.functional.logsigmoid(x.detach().double())
+    out = LogSigmoid()(x)
+    assert ((out - expected).abs() <= 1e-7 + 1e-7 * expected.abs()).all()
+    out.sum().backward()
+    assert torch.allclose(x.grad.double(), torch.sigmoid(-x.detach().double()), atol=1e-6)
+    assert LogSigmoid()(x.detach().bfloat16()).dtype == torch.float32

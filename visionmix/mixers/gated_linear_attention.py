@@ -5,9 +5,9 @@ from typing import Final
 import torch
 from timm.layers import RmsNorm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
+from visionmix.layers import LogSigmoid
 from visionmix.mixers.registry import register_mixer
 
 
@@ -82,6 +82,7 @@ class GatedLinearAttention(nn.Module):
         self.qkv = nn.Linear(dim, 2 * key_dim + dim, bias=False, **dd)
         self.gate_down = nn.Linear(dim, gate_rank, bias=False, **dd)
         self.gate_up = nn.Linear(gate_rank, 2 * key_dim, **dd)
+        self.log_sigmoid = LogSigmoid()
         self.out_gate = nn.Linear(dim, dim, **dd)
         self.global_norm = RmsNorm(self.head_value_dim, eps=norm_eps, **dd)
         self.local_norm = RmsNorm(self.head_value_dim, eps=norm_eps, **dd)
@@ -92,20 +93,21 @@ class GatedLinearAttention(nn.Module):
         batch, height, width, dim = x.shape
         local = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).reshape(batch, height * width, dim)
         q, k, v = self.qkv(local).split([self.key_dim, self.key_dim, self.dim], dim=-1)
-        gates = F.logsigmoid(self.gate_up(self.gate_down(local))) / self.gate_divisor
+        gates = self.log_sigmoid(self.gate_up(self.gate_down(local))) / self.gate_divisor
         gate_forward, gate_backward = gates.unflatten(-1, (2 * self.num_heads, self.head_key_dim)).chunk(2, dim=2)
+        scale = self.head_key_dim**-0.5
+        if not self.training:
+            scale = scale * self.eval_scale
         merged = bidirectional_op(
             q.unflatten(-1, (self.num_heads, self.head_key_dim)),
             k.unflatten(-1, (self.num_heads, self.head_key_dim)),
             v.unflatten(-1, (self.num_heads, self.head_value_dim)),
             gate_forward,
             gate_backward,
-            self.head_key_dim**-0.5,
+            scale,
             "mean",
         )
-        if self.eval_scale != 1.0 and not self.training:
-            merged = merged * self.eval_scale
         gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, (self.num_heads, self.head_value_dim))
         local = self.local_norm(local.unflatten(-1, (self.num_heads, self.head_value_dim)))
-        out = local + gate * (self.global_norm(merged) - local)
+        out = torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype))
         return self.proj(self.out_act(out.flatten(2))).reshape(batch, height, width, dim)
