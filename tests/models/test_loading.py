@@ -62,7 +62,7 @@ def test_another_size_resamples_the_positions_once(file, caplog):
     with caplog.at_level(logging.INFO, logger="visionmix"):
         model = create(file, img_size=384)
     assert model.pos_embed.weight.shape == (1, 24, 24, 192)
-    assert re.search(r"pos_embed.*resampled from \(14, 14\) to \(24, 24\)", caplog.text)
+    assert re.search(r"pos_embed.*resampled from \(1, 196, 192\) to \(1, 24, 24, 192\)", caplog.text)
     image = golden.image(384, 384)
     with torch.no_grad():
         assert torch.allclose(model(image), create(file)(image), atol=1e-5)

@@ -7,11 +7,13 @@ import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from visionmix.backbones.grid import Grid
+from visionmix.layers.grid import Grid
 
 
 class Block(nn.Module):
     """``x = x + scale1(mixer(norm1(x)))``, then ``x = x + scale2(mlp(norm2(x)))``, on maps.
+
+    With `pos_layer`, ``x = x + pos(x)`` goes before: a position encoding made from the map itself.
 
     Shapes: (batch, height, width, dim) to the same.
 
@@ -22,11 +24,13 @@ class Block(nn.Module):
         norm_layer: Makes a norm over channels from `dim`.
         drop_path: Rate of stochastic depth of both branches.
         layer_scale: Initial value of a learned scale a channel on both branches, or None for none.
+        pos_layer: Makes the position encoding from `dim`; None for none.
         device: Where the parameters lie.
         dtype: Type of the parameters.
     """
 
     has_mlp: Final[bool]
+    has_pos: Final[bool]
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class Block(nn.Module):
         norm_layer: Callable[..., nn.Module],
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        pos_layer: Callable[..., nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -46,6 +51,9 @@ class Block(nn.Module):
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale, **dd)
 
+        self.has_pos = pos_layer is not None
+        if pos_layer is not None:
+            self.pos = pos_layer(dim, **dd)
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = mixer
         self.scale1 = scale()
@@ -57,6 +65,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.has_pos:
+            x = x + self.pos(x)
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
         if self.has_mlp:
             x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
@@ -67,7 +77,7 @@ class TokenBlock(Block):
     """`Block` on token sequences: (batch, tokens, dim) with their `Grid` to the same.
 
     A mixer that offers ``forward_tokens(x, grid)`` receives the sequence; any other receives the map, which the
-    sequence must then be, whole and without prefix tokens.
+    sequence must then be, whole and without prefix tokens. There is no `pos_layer`: it would ask for a map.
     """
 
     mixes_tokens: Final[bool]

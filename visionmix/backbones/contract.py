@@ -1,10 +1,11 @@
 """What timm asks of every model, once, for both skeletons."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionmix.mixers.registry import create_mixer, mixer_options
@@ -52,6 +53,7 @@ class Backbone(nn.Module):
         self,
         num_features: int,
         *,
+        head_layer: Callable[..., nn.Module],
         in_chans: int,
         num_classes: int,
         global_pool: str,
@@ -63,17 +65,13 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.min_size = min_size
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = num_features
+        self.num_features = num_features
         self.grad_checkpointing = False
-        self.head = ClassifierHead(
-            num_features,
-            num_classes,
-            pool_type=global_pool,
-            drop_rate=drop_rate,
-            input_fmt=self.output_fmt,
-            device=device,
-            dtype=dtype,
+        self.head = head_layer(
+            num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
+        # A head that projects before the classifier says to what width.
+        self.head_hidden_size = getattr(self.head, "hidden_size", num_features)
         self.init_weights()
 
     @torch.jit.ignore
@@ -93,9 +91,14 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that optimisers should not decay: position embeddings and what a mixer marks so."""
-        marked = {name for name, value in self.named_parameters() if getattr(value, "_no_weight_decay", False)}
-        return marked | {name for name, _ in self.named_parameters() if "pos_embed" in name}
+        """Return the parameters that optimisers should not decay: embeddings of positions and of class tokens, and what
+        a mixer marks so.
+        """
+        return {
+            name
+            for name, value in self.named_parameters()
+            if getattr(value, "_no_weight_decay", False) or "pos_embed" in name or "class_token" in name
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -133,16 +136,22 @@ def build_mixer(
     dim: int,
     *,
     num_heads: int,
+    grid_size: tuple[int, int],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Return the mixer that `spec`, a name or a dict of name and options, describes; `num_heads` if it has heads."""
+    """Return the mixer that `spec`, a name or a dict of name and options, describes.
+
+    A mixer that takes `num_heads`, or `grid_size` (rows and columns of the map at the built image size), is given them.
+    """
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in options:
         raise ValueError(f"mixer={spec!r} has no 'name'; give a name or dict(name=..., options)")
     name = options.pop("name")
-    if "num_heads" in mixer_options(name):
-        options.setdefault("num_heads", num_heads)
+    known = mixer_options(name)
+    for option, value in (("num_heads", num_heads), ("grid_size", grid_size)):
+        if option in known:
+            options.setdefault(option, value)
     return create_mixer(name, dim, device=device, dtype=dtype, **options)
 
 
@@ -153,6 +162,26 @@ def mixer_per_block(mixer: MixerSpec | list[MixerSpec], depth: int) -> list[Mixe
     if not isinstance(mixer, list | tuple) or not mixer:
         raise TypeError(f"mixer={mixer!r} is no mixer; give a name, dict(name=..., options), or a list of those")
     return [mixer[index % len(mixer)] for index in range(depth)]
+
+
+def one_each(value: Any, count: int, name: str, what: str = "stage") -> list:
+    """Return `count` values of the option called `name`: those of a list or tuple, or `value` itself for all.
+
+    Raises:
+        ValueError: the list has another length.
+    """
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} {what}s; give one a {what}, or one for all")
+    return list(value)
+
+
+def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:
+    """Make `grid_size` the size that the size-tied tensors inside `module` are stored at."""
+    for each in module.modules():
+        if hasattr(each, "set_grid_size"):
+            each.set_grid_size(grid_size)
 
 
 def check_output_format(output_fmt: str) -> None:

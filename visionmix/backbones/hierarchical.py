@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ from visionmix.backbones.contract import (
     build_mixer,
     check_output_format,
     mixer_per_block,
+    one_each,
+    set_grid_size,
 )
 from visionmix.layers import ConvDownsample, ConvStem, swiglu
 
 _NORM = partial(LayerNorm, eps=1e-5)
 _STEM = partial(ConvStem, act_layer=nn.GELU)
+_HEAD = partial(ClassifierHead, input_fmt="NHWC")
 
 
 class Stage(nn.Module):
@@ -30,21 +33,21 @@ class Stage(nn.Module):
     Shapes: (batch, height, width, in_dim) to (batch, rows, columns, dim).
 
     Args:
-        downsample: Reduces the map and sets its width; an Identity in the first stage.
+        downsample: Reduces the map and sets its width; None in the first stage.
         blocks: The blocks, each from and to (batch, rows, columns, dim).
-        pos_embed: Added behind the downsampler; an Identity for none.
-        norm: Behind the last block; an Identity for none.
+        pos_embed: Added behind the downsampler; None for none.
+        norm: Behind the last block; None for none.
     """
 
     def __init__(
         self,
-        downsample: nn.Module,
+        downsample: nn.Module | None,
         blocks: Sequence[nn.Module],
         pos_embed: nn.Module | None = None,
         norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.downsample = downsample
+        self.downsample = downsample or nn.Identity()
         self.pos_embed = pos_embed or nn.Identity()
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm or nn.Identity()
@@ -62,13 +65,17 @@ class Stage(nn.Module):
 class Hierarchical(Backbone):
     """Stem, stages, norm, average over the last map, classifier.
 
+    A stage is a downsampler (none in the first), a position embedding, blocks and a norm; an option that says "one for
+    all stages or a list" may differ from stage to stage.
+
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the last stage's map
     (batch, rows, columns, embed_dims[-1]). Any height and width of at least `patch_size`.
 
     Source: the four-stage layout of Swin (Liu et al. 2021, arXiv 2103.14030), with the mixer left open.
 
     Args:
-        img_size: Accepted for its place in timm's convention; no tensor is tied to a size.
+        img_size: Image size, one number or (height, width), at which size-tied tensors are built; any other is served
+            by resampling them when called.
         patch_size: Pixels a token of the first stage stands for, along each side; every later stage doubles it.
         in_chans: Channels of the images.
         num_classes: Outputs of the classifier; 0 for none.
@@ -80,8 +87,15 @@ class Hierarchical(Backbone):
             with one entry a stage, each of those or a list of those, taken in turn by the stage's blocks.
         stem_layer: Makes the stem from (in_chans, embed_dims[0], patch_size).
         downsample_layer: Makes a downsampler from (dim, out_dim).
-        mlp_layer: Makes a feed-forward from the width; None for blocks without one.
+        pos_embed: Makes a position embedding from (dim, grid_size), added behind stem and downsampler; None for none.
+            One for all stages or a list.
+        block_layer: Makes a block, as `visionmix.backbones.block.Block` is made. One for all stages or a list.
+        mlp_layer: Makes a feed-forward from the width; None for blocks without one. One for all stages or a list.
         norm_layer: Makes a norm over channels from the width.
+        stage_norm: Whether every stage ends in a norm.
+        final_norm: Whether a norm follows the last stage.
+        head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; one that projects before the
+            classifier has that width as `hidden_size`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
@@ -106,8 +120,13 @@ class Hierarchical(Backbone):
         mixer: MixerSpec | list[MixerSpec | list[MixerSpec]] = "gated_linear_attention",
         stem_layer: Callable[..., nn.Module] = _STEM,
         downsample_layer: Callable[..., nn.Module] = ConvDownsample,
-        mlp_layer: Callable[..., nn.Module] | None = swiglu,
+        pos_embed: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module] | None] | None = None,
+        block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = Block,
+        mlp_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module] | None] | None = swiglu,
         norm_layer: Callable[..., nn.Module] = _NORM,
+        stage_norm: bool = False,
+        final_norm: bool = True,
+        head_layer: Callable[..., nn.Module] = _HEAD,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -122,36 +141,52 @@ class Hierarchical(Backbone):
                 f"embed_dims={tuple(embed_dims)}, depths={tuple(depths)} and num_heads={tuple(num_heads)} differ in "
                 "length; give one entry a stage"
             )
-        if isinstance(mixer, list | tuple) and len(mixer) != stages:
-            raise ValueError(f"mixer has {len(mixer)} entries for {stages} stages; give one a stage, or one for all")
+        mixers = one_each(mixer, stages, "mixer")
+        embeddings = one_each(pos_embed, stages, "pos_embed")
+        block_layers = one_each(block_layer, stages, "block_layer")
+        mlp_layers = one_each(mlp_layer, stages, "mlp_layer")
+        height, width = to_2tuple(img_size)
+        if min(height, width) < patch_size:
+            raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
         self.patch_size = patch_size
         self.stem = stem_layer(in_chans, embed_dims[0], patch_size, **dd)
+        grid_size = self.stem.grid_size(height, width)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         built = []
         for index, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
-            specs = mixer_per_block(mixer[index] if isinstance(mixer, list | tuple) else mixer, depth)
+            downsample = downsample_layer(embed_dims[index - 1], dim, **dd) if index else None
+            if downsample is not None:
+                grid_size = downsample.grid_size(*grid_size)
             blocks = [
-                Block(
-                    build_mixer(spec, dim, num_heads=heads, **dd),
+                block_layers[index](
+                    build_mixer(spec, dim, num_heads=heads, grid_size=grid_size, **dd),
                     dim,
-                    mlp_layer=mlp_layer,
+                    mlp_layer=mlp_layers[index],
                     norm_layer=norm_layer,
                     drop_path=rate,
                     layer_scale=layer_scale,
                     **dd,
                 )
-                for spec, rate in zip(specs, rates[index], strict=True)
+                for spec, rate in zip(mixer_per_block(mixers[index], depth), rates[index], strict=True)
             ]
-            downsample = downsample_layer(embed_dims[index - 1], dim, **dd) if index else nn.Identity()
-            built.append(Stage(downsample, blocks))
+            embedding = embeddings[index]
+            built.append(
+                Stage(
+                    downsample,
+                    blocks,
+                    pos_embed=embedding(dim, grid_size, **dd) if embedding else None,
+                    norm=norm_layer(dim, **dd) if stage_norm else None,
+                )
+            )
         self.stages = nn.ModuleList(built)
-        self.norm = norm_layer(embed_dims[-1], **dd)
+        self.norm = norm_layer(embed_dims[-1], **dd) if final_norm else nn.Identity()
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**index, "module": f"stages.{index}"}
             for index, dim in enumerate(embed_dims)
         ]
         self._finish(
             embed_dims[-1],
+            head_layer=head_layer,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
@@ -169,6 +204,15 @@ class Hierarchical(Backbone):
     def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:
         """Return what `features_only=True` gives unless told otherwise: every stage's map."""
         return tuple(range(len(options["depths"])))
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
+        grid_size = self.stem.grid_size(*to_2tuple(img_size))
+        for index, stage in enumerate(self.stages):
+            if index:
+                grid_size = stage.downsample.grid_size(*grid_size)
+            set_grid_size(stage, grid_size)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -1,11 +1,11 @@
 """The plain skeleton: one resolution from the stem to the head, as in ViT."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
-from timm.layers import LayerNorm, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -17,18 +17,22 @@ from visionmix.backbones.contract import (
     build_mixer,
     check_output_format,
     mixer_per_block,
+    one_each,
+    set_grid_size,
 )
-from visionmix.backbones.grid import Grid
-from visionmix.layers import ConvStem, PositionEmbedding, swiglu
+from visionmix.layers import ClassToken, ConvStem, PositionEmbedding, TokenHead, swiglu
+from visionmix.layers.grid import Grid, split_prefix
 
 _NORM = partial(LayerNorm, eps=1e-6)
+_HEAD = partial(ClassifierHead, input_fmt="NHWC")
 
 
 class Plain(Backbone):
-    """Stem, position embedding, `depth` blocks, norm, average over tokens, classifier.
+    """Stem, position embedding, class token if any, `depth` blocks, norm, average or class token, classifier.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the map
-    (batch, rows, columns, embed_dim). Any height and width of at least `patch_size`.
+    (batch, rows, columns, embed_dim), or with a class token the sequence (batch, 1 + rows * columns, embed_dim). Any
+    height and width of at least `patch_size`.
 
     Source: the Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), with the mixer left open.
 
@@ -38,16 +42,21 @@ class Plain(Backbone):
         patch_size: Pixels a token stands for, along each side.
         in_chans: Channels of the images.
         num_classes: Outputs of the classifier; 0 for none.
-        global_pool: How tokens become one vector: timm's pooling types, "" for none.
+        global_pool: How tokens become one vector: timm's pooling types; with a class token "token" or "avg"; "" for
+            none.
         embed_dim: Channels of the tokens.
         depth: Number of blocks.
         num_heads: Heads of every mixer that has heads.
         mixer: Token mixer of the blocks: a name of `visionmix.list_mixers()`, ``dict(name=..., options)``, or a list of
             those, taken in turn.
         stem_layer: Makes the stem from (in_chans, embed_dim, patch_size).
+        block_layer: Makes a block, as `visionmix.backbones.block.TokenBlock` is made, or a list with one entry a block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         norm_layer: Makes a norm over channels from the width.
-        pos_embed: Whether to add a learned position embedding after the stem.
+        pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
+        class_token: Where among the tokens a class token goes, "first" or "middle"; None for none.
+        head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; None for that one, or with a class
+            token for `visionmix.layers.TokenHead`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
@@ -55,8 +64,11 @@ class Plain(Backbone):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: a mixer or one of its options is unknown, or sizes do not fit.
+        ValueError: a mixer or one of its options is unknown, sizes do not fit, or there is a class token and a mixer
+            that reads whole maps only.
     """
+
+    has_class_token: Final[bool]
 
     def __init__(
         self,
@@ -71,9 +83,12 @@ class Plain(Backbone):
         num_heads: int = 3,
         mixer: MixerSpec | list[MixerSpec] = "gated_linear_attention",
         stem_layer: Callable[..., nn.Module] = ConvStem,
+        block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = TokenBlock,
         mlp_layer: Callable[..., nn.Module] | None = swiglu,
         norm_layer: Callable[..., nn.Module] = _NORM,
-        pos_embed: bool = True,
+        pos_embed: Callable[..., nn.Module] | None = PositionEmbedding,
+        class_token: str | None = None,
+        head_layer: Callable[..., nn.Module] | None = None,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -88,11 +103,20 @@ class Plain(Backbone):
         self.patch_size = patch_size
         self.stem = stem_layer(in_chans, embed_dim, patch_size, **dd)
         grid_size = self.stem.grid_size(height, width)
-        self.pos_embed = PositionEmbedding(embed_dim, grid_size, **dd) if pos_embed else nn.Identity()
+        self.pos_embed = pos_embed(embed_dim, grid_size, **dd) if pos_embed else nn.Identity()
+        self.has_class_token = class_token is not None
+        self.num_prefix_tokens = int(self.has_class_token)
+        self.output_fmt = "NHWC"
+        head = head_layer or _HEAD
+        if class_token is not None:
+            self.class_token = ClassToken(embed_dim, class_token, **dd)
+            self.output_fmt = "NLC"
+            head = head_layer or partial(TokenHead, place=class_token)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
+        specs = mixer_per_block(mixer, depth)
         self.blocks = nn.ModuleList(
-            TokenBlock(
-                build_mixer(spec, embed_dim, num_heads=num_heads, **dd),
+            layer(
+                build_mixer(spec, embed_dim, num_heads=num_heads, grid_size=grid_size, **dd),
                 embed_dim,
                 mlp_layer=mlp_layer,
                 norm_layer=norm_layer,
@@ -100,14 +124,23 @@ class Plain(Backbone):
                 layer_scale=layer_scale,
                 **dd,
             )
-            for spec, rate in zip(mixer_per_block(mixer, depth), rates, strict=True)
+            for layer, spec, rate in zip(
+                one_each(block_layer, depth, "block_layer", "block"), specs, rates, strict=True
+            )
         )
+        for block, spec in zip(self.blocks, specs, strict=True):
+            if self.has_class_token and not block.mixes_tokens:
+                raise ValueError(
+                    f"mixer={spec!r} reads whole maps and cannot serve beside a class token; give class_token=None "
+                    "and global_pool='avg', or a mixer with forward_tokens"
+                )
         self.norm = norm_layer(embed_dim, **dd)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
         ]
         self._finish(
             embed_dim,
+            head_layer=head,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
@@ -128,30 +161,38 @@ class Plain(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that the position embedding is stored at, by resampling it once."""
-        if isinstance(self.pos_embed, PositionEmbedding):
-            self.pos_embed.set_grid_size(self.stem.grid_size(*to_2tuple(img_size)))
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
+        set_grid_size(self, self.stem.grid_size(*to_2tuple(img_size)))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Return timm's layer groups: the stem with the position embedding, each block, the last norm."""
-        return {"stem": r"^stem|^pos_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        """Return timm's layer groups: the stem with the embeddings, each block, the last norm."""
+        return {"stem": r"^stem|^pos_embed|^class_token", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
-    def _embed(self, x: Tensor) -> Tensor:
-        return self.pos_embed(self.stem(self.check(x)))
+    def embed(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Return the tokens (batch, tokens, embed_dim) that the first block receives, and where they lie."""
+        x = self.pos_embed(self.stem(self.check(x)))
+        batch, height, width, dim = x.shape
+        x = x.reshape(batch, height * width, dim)
+        prefix = torch.jit.annotate(list[int], [])
+        if self.has_class_token:
+            prefix = [self.class_token.position(height * width)]
+            x = self.class_token(x)
+        return x, Grid(height, width, prefix, None)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map (batch, rows, columns, embed_dim) of images (batch, in_chans, height, width)."""
-        x = self._embed(x)
-        batch, height, width, dim = x.shape
-        grid = Grid(height, width, [], None)
-        x = x.reshape(batch, height * width, dim)
+        """Return the normalised tokens of images (batch, in_chans, height, width).
+
+        A map (batch, rows, columns, embed_dim); with a class token a sequence (batch, 1 + rows * columns, embed_dim).
+        """
+        x, grid = self.embed(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, grid)
             else:
                 x = block(x, grid)
-        return self.norm(x).reshape(batch, height, width, dim)
+        x = self.norm(x)
+        return x if self.has_class_token else x.unflatten(1, (grid.height, grid.width))
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -162,6 +203,7 @@ class Plain(Backbone):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the maps after the chosen blocks, alone or behind the result of `forward_features`.
 
@@ -172,23 +214,26 @@ class Plain(Backbone):
             stop_early: Whether to skip the blocks behind the last chosen one.
             output_fmt: Axes of the maps, "NCHW" or "NHWC".
             intermediates_only: Whether to return the maps alone.
+            return_prefix_tokens: Whether each map comes in a pair with the class token (batch, 1, embed_dim).
 
         Raises:
             ValueError: `output_fmt` is neither.
         """
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.blocks), indices)
-        x = self._embed(x)
-        batch, height, width, dim = x.shape
-        grid = Grid(height, width, [], None)
-        x = x.reshape(batch, height * width, dim)
+        x, grid = self.embed(x)
         maps = []
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
             if index in take:
-                taken = (self.norm(x) if norm else x).reshape(batch, height, width, dim)
-                maps.append(taken if output_fmt == "NHWC" else taken.permute(0, 3, 1, 2))
-        return maps if intermediates_only else (self.norm(x).reshape(batch, height, width, dim), maps)
+                cells, prefix = split_prefix(self.norm(x) if norm else x, grid)
+                cells = cells.unflatten(1, (grid.height, grid.width))
+                taken = cells if output_fmt == "NHWC" else cells.permute(0, 3, 1, 2)
+                maps.append((taken, prefix) if return_prefix_tokens else taken)
+        if intermediates_only:
+            return maps
+        x = self.norm(x)
+        return (x if self.has_class_token else x.unflatten(1, (grid.height, grid.width))), maps
 
     @torch.jit.ignore
     def prune_intermediate_layers(

@@ -1,23 +1,31 @@
 """Downsamplers between the stages of a hierarchical backbone, NHWC in and out."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_NORM = partial(nn.LayerNorm, eps=1e-5)
+
 
 class ConvDownsample(nn.Module):
-    """A 3x3 convolution of stride 2 and a LayerNorm over channels.
+    """A convolution of stride 2 and a norm over channels: ``norm(conv(x))``.
 
-    Shapes: (batch, height, width, dim) to (batch, ceil(height / 2), ceil(width / 2), out_dim).
+    Shapes: (batch, height, width, dim) to (batch, ceil(height / 2), ceil(width / 2), out_dim) for odd kernels; to
+    (batch, height // 2, width // 2, out_dim) for `kernel_size` 2, where a map of one row or column is padded to two.
 
-    Source: the third downsampler of VMamba's code (Liu et al. 2024, arXiv 2401.10166), which ViG takes over.
+    Source: the third downsampler of VMamba's code (Liu et al. 2024, arXiv 2401.10166), which ViG takes over; with
+    kernel 2, the patch embeddings of PVT (Wang et al. 2021, arXiv 2102.12122).
 
     Args:
         dim: Channels in.
         out_dim: Channels out.
+        kernel_size: Rows and columns of the kernel: 2, or an odd number, which is padded by half of it.
         bias: Whether the convolution has a bias.
-        norm_eps: Epsilon of the norm.
+        norm_layer: Makes the norm from `out_dim`.
         device: Where the parameters lie.
         dtype: Type of the parameters.
     """
@@ -27,18 +35,38 @@ class ConvDownsample(nn.Module):
         dim: int,
         out_dim: int,
         *,
+        kernel_size: int = 3,
         bias: bool = True,
-        norm_eps: float = 1e-5,
+        norm_layer: Callable[..., nn.Module] = _NORM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1, bias=bias, **dd)
-        self.norm = nn.LayerNorm(out_dim, eps=norm_eps, **dd)
+        padding = (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=padding, bias=bias, **dd)
+        self.norm = norm_layer(out_dim, **dd)
+        self.whole = kernel_size > 2  # whether any map, however small, has a cell of output
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns that a map of `height` by `width` becomes."""
+        return ((height + 1) // 2, (width + 1) // 2) if self.whole else (max(height // 2, 1), max(width // 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.whole:
+            x = _pad_to_two(x)
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+@torch.fx.wrap
+def _pad_to_two(x: Tensor) -> Tensor:
+    """Return x (batch, height, width, dim), with a row or a column of zeros behind it where it has just one."""
+    # A compiled graph takes the size as it is: a branch on it would compile once more.
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        if x.shape[1] < 2 or x.shape[2] < 2:
+            return F.pad(x, [0, 0, 0, max(0, 2 - x.shape[2]), 0, max(0, 2 - x.shape[1])])
+    return x
 
 
 @torch.fx.wrap
@@ -82,6 +110,11 @@ class PatchMerging(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * dim, eps=norm_eps, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns that a map of `height` by `width` becomes."""
+        return (height + 1) // 2, (width + 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         x = _pad_if_odd(x)

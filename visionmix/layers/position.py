@@ -1,4 +1,6 @@
-"""Position embeddings that follow the image's size."""
+"""Embeddings of positions, which follow the image's size, and of the class token."""
+
+import math
 
 import torch
 import torch.fx
@@ -8,19 +10,25 @@ from torch.nn import functional as F
 
 
 @torch.fx.wrap
-def resample_position(weight: Tensor, height: int, width: int) -> Tensor:
+def resample_position(weight: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Return `weight` (1, rows, columns, channels) resampled to (1, height, width, channels).
 
-    Bicubic, in float32, without antialiasing; the identity, bit for bit, at the size that `weight` has.
+    In float32, without antialiasing, corners not aligned; the identity, bit for bit, at the size that `weight` has.
 
     Source: what ViT's fine-tuning at other sizes does (Dosovitskiy et al. 2020, arXiv 2010.11929).
+
+    Args:
+        weight: The embedding.
+        height: Rows wanted.
+        width: Columns wanted.
+        mode: "bicubic" or "bilinear".
     """
-    # A compiled graph resamples always (bicubic weights at scale 1 are 0 and 1 exactly): a branch on the size would
+    # A compiled graph resamples always (the weights at scale 1 are 0 and 1 exactly): a branch on the size would
     # compile once more for the built size.
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if height == weight.shape[1] and width == weight.shape[2]:
             return weight
-    resampled = F.interpolate(weight.permute(0, 3, 1, 2).float(), size=[height, width], mode="bicubic")
+    resampled = F.interpolate(weight.permute(0, 3, 1, 2).float(), size=[height, width], mode=mode)
     return resampled.to(weight.dtype).permute(0, 2, 3, 1)
 
 
@@ -32,6 +40,7 @@ class PositionEmbedding(nn.Module):
     Args:
         dim: Channels.
         grid_size: Rows and columns of the built map.
+        mode: How it is resampled, "bicubic" or "bilinear".
         device: Where the parameter lies.
         dtype: Type of the parameter.
     """
@@ -41,19 +50,89 @@ class PositionEmbedding(nn.Module):
         dim: int,
         grid_size: tuple[int, int],
         *,
+        mode: str = "bicubic",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.mode = mode
         self.weight = nn.Parameter(torch.zeros(1, *grid_size, dim, device=device, dtype=dtype))
         trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        return x + resample_position(self.weight, height, width)
+        return x + resample_position(self.weight, height, width, self.mode)
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resample the parameter itself, so that `grid_size` becomes the built size."""
         with torch.no_grad():
-            self.weight = nn.Parameter(resample_position(self.weight, *grid_size).contiguous())
+            self.weight = nn.Parameter(resample_position(self.weight, *grid_size, self.mode).contiguous())
+
+    @torch.jit.ignore
+    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a file's embedding at the built size: (1, rows, columns, dim), or flat (1, rows * columns, dim).
+
+        A flat one of another size is taken to be square. What is no embedding of `dim` channels stays as it is.
+        """
+        _, rows, columns, dim = self.weight.shape
+        if tensor.ndim == 3 and tensor.shape[-1] == dim:
+            cells = tensor.shape[1]
+            side = math.isqrt(cells)
+            if cells == rows * columns:
+                return tensor.unflatten(1, (rows, columns))
+            if side * side == cells:
+                tensor = tensor.unflatten(1, (side, side))
+        if tensor.ndim == 4 and tensor.shape[-1] == dim:
+            return resample_position(tensor, rows, columns, self.mode)
+        return tensor
+
+
+class ClassToken(nn.Module):
+    """A learned token put among the tokens of an image, with a learned position of its own.
+
+    Shapes: (batch, tokens, dim) to (batch, tokens + 1, dim).
+
+    Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); in the middle, Vim (Zhu et al. 2024, arXiv 2401.09417).
+
+    Args:
+        dim: Channels.
+        place: "first", or "middle" for position ``tokens // 2``.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `place` is neither.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        place: str = "first",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_place(place)
+        self.place = place
+        self.weight = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
+        trunc_normal_(self.weight, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def position(self, tokens: int) -> int:
+        """Return where the token goes among `tokens` others."""
+        return tokens // 2 if self.place == "middle" else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        at = self.position(tokens)
+        token = (self.weight + self.pos_embed).expand(batch, -1, -1)
+        return torch.cat([x[:, :at], token, x[:, at:]], dim=1)
+
+
+def check_place(place: str) -> None:
+    """Raise ValueError unless `place` is one of a class token."""
+    if place not in ("first", "middle"):
+        raise ValueError(f"place={place!r} is no place of a class token; give 'first' or 'middle'")

@@ -4,5 +4,14 @@ from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.gated_linear_attention import GatedLinearAttention
 from visionmix.mixers.multi_scale_scan import MultiScaleScan
 from visionmix.mixers.registry import create_mixer, list_mixers, register_mixer
+from visionmix.mixers.softmax import SoftmaxAttention
 
-__all__ = ["CrossScan", "GatedLinearAttention", "MultiScaleScan", "create_mixer", "list_mixers", "register_mixer"]
+__all__ = [
+    "CrossScan",
+    "GatedLinearAttention",
+    "MultiScaleScan",
+    "SoftmaxAttention",
+    "create_mixer",
+    "list_mixers",
+    "register_mixer",
+]

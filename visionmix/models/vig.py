@@ -122,7 +122,7 @@ _HIERARCHICAL_NAMES = [
 def key_map(model: nn.Module) -> KeyMap:
     """Return the map from the published files' keys to those of `model`, plain or hierarchical."""
     if isinstance(model, Plain):
-        return KeyMap(rename=_PLAIN_NAMES + _MIXER_NAMES, position=("pos_embed.weight",))
+        return KeyMap(rename=_PLAIN_NAMES + _MIXER_NAMES)
     return KeyMap(rename=_HIERARCHICAL_NAMES + _MIXER_NAMES)
 
 

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
-from visionmix.layers import resample_position
-
 _logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
@@ -33,14 +31,11 @@ class KeyMap:
         drop: Reason by pattern; a key of the file that a pattern matches is left out.
         transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs; or
             several tensors by key, where the file has in one what are several here.
-        position: Keys of the model that hold position embeddings (1, rows, columns, channels); the file may have them
-            flat, (1, rows * columns, channels), and at another size.
     """
 
     rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
     drop: Mapping[str, str] = field(default_factory=dict)
     transform: Callable[[str, Tensor], Tensor | Mapping[str, Tensor]] | None = None
-    position: Sequence[str] = ()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `tensors`, as the file has them, under the model's names."""
@@ -76,6 +71,18 @@ def reshape_to(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
         return tensor.reshape(shape) if regrouped else tensor
 
     return transform
+
+
+def split_class_position(key: str, tensor: Tensor, place: str = "first") -> Tensor | dict[str, Tensor]:
+    """Return the cells' and the class token's positions that a file has in one, (1, 1 + cells, channels), by key.
+
+    Part of a `KeyMap.transform`; tensors of other keys than the skeleton's ``pos_embed.weight`` stay as they are.
+    """
+    if key != "pos_embed.weight" or tensor.ndim != 3:
+        return tensor
+    at = (tensor.shape[1] - 1) // 2 if place == "middle" else 0
+    cells = torch.cat([tensor[:, :at], tensor[:, at + 1 :]], dim=1)
+    return {key: cells, "class_token.pos_embed": tensor[:, at : at + 1]}
 
 
 class _Inert(dict):
@@ -212,7 +219,8 @@ def load_weights(
     """Load `tensors`, under a published file's names or the model's own, into `model`: all of them or none.
 
     Only these may differ: the classifier, where `model` has another number of classes than `published_classes`; the
-    first convolution, whose input channels are summed or repeated to fit; position embeddings, which are resampled.
+    first convolution, whose input channels are summed or repeated to fit; size-tied tensors, which the modules that own
+    them resample by their method ``fit_tensor(name, tensor)``.
 
     Raises:
         ValueError: keys or shapes differ otherwise; the message lists them.
@@ -228,8 +236,14 @@ def load_weights(
                 mapped.pop(key, None)
                 if key in own:
                     mapped[key] = own[key]
-    for key in set(key_map.position) & mapped.keys() & own.keys():
-        mapped[key] = _fit_position(mapped[key], own[key], f"{name}.{key}")
+    for key in [key for key in mapped.keys() & own.keys() if mapped[key].shape != own[key].shape]:
+        owner, _, leaf = key.rpartition(".")
+        fit = getattr(model.get_submodule(owner), "fit_tensor", None)
+        if fit is not None:
+            given, mapped[key] = mapped[key], fit(leaf, mapped[key])
+            if given.numel() != mapped[key].numel():
+                sizes = tuple(given.shape), tuple(mapped[key].shape)
+                _logger.info("%s: %s is resampled from %s to %s", name, key, *sizes)
     first = "stem.conv1.weight"
     if first in mapped and first in own and _differ_in_chans(mapped[first], own[first]):
         _logger.info("%s: %s is adapted to in_chans=%d", name, first, own[first].shape[1])
@@ -265,19 +279,3 @@ def _differ_in_chans(tensor: Tensor, own: Tensor) -> bool:
         and tensor.shape[0] == own.shape[0]
         and tensor.shape[2:] == own.shape[2:]
     )
-
-
-def _fit_position(tensor: Tensor, own: Tensor, name: str) -> Tensor:
-    """Return a file's position embedding as (1, rows, columns, channels) at the model's size, where it can be."""
-    _, rows, columns, channels = own.shape
-    if tensor.ndim == 3 and tensor.shape[-1] == channels:
-        cells = tensor.shape[1]
-        side = math.isqrt(cells)
-        if cells == rows * columns:
-            tensor = tensor.unflatten(1, (rows, columns))
-        elif side * side == cells:
-            tensor = tensor.unflatten(1, (side, side))
-    if tensor.ndim == 4 and tensor.shape[-1] == channels and tensor.shape != own.shape:
-        _logger.info("%s is resampled from %s to %s", name, tuple(tensor.shape[1:3]), (rows, columns))
-        tensor = resample_position(tensor, rows, columns)
-    return tensor

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,12 @@ class Grid(NamedTuple):
     width: int
     prefix_positions: list[int]
     indices: Tensor | None
+
+
+def split_prefix(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the cells' and the prefix tokens of a sequence (batch, tokens, channels), each in its order."""
+    prefix = sorted(grid.prefix_positions)
+    starts, ends = [0, *(at + 1 for at in prefix)], [*prefix, x.shape[1]]
+    cells = [x[:, start:end] for start, end in zip(starts, ends, strict=True)]
+    tokens = [x[:, at : at + 1] for at in prefix]
+    return torch.cat(cells, dim=1) if prefix else x, torch.cat(tokens, dim=1) if prefix else x[:, :0]

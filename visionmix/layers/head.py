@@ -1,0 +1,80 @@
+"""Heads from tokens to logits."""
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.layers.position import check_place
+
+_POOLS = ("token", "avg", "")
+
+
+class TokenHead(nn.Module):
+    """The classifier of a sequence with a class token, with the interface of timm's `ClassifierHead`.
+
+    ``fc(dropout(pool(x)))``, where pool is the class token ("token"), the mean of the other tokens ("avg"), or nothing
+    ("").
+
+    Shapes: (batch, tokens, in_features) to (batch, num_classes); to (batch, tokens, num_classes) without pooling.
+
+    Args:
+        in_features: Channels of the tokens.
+        num_classes: Outputs; 0 for no classifier.
+        pool_type: "token", "avg" or "".
+        drop_rate: Dropout rate before the classifier.
+        place: Where the class token stands; see `ClassToken`.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `pool_type` or `place` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "token",
+        drop_rate: float = 0.0,
+        *,
+        place: str = "first",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_place(place)
+        _check_pool(pool_type)
+        self.num_features = in_features
+        self.place = place
+        self.pool_type = pool_type
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(in_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replace the classifier by a fresh one, and the pooling where one is given."""
+        if pool_type is not None:
+            _check_pool(pool_type)
+            self.pool_type = pool_type
+        former = getattr(self.fc, "weight", torch.empty(0))
+        self.fc = (
+            nn.Linear(self.num_features, num_classes, device=former.device, dtype=former.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.pool_type != "":
+            at = (x.shape[1] - 1) // 2 if self.place == "middle" else 0
+            # A slice, since an index would compile a graph for every size.
+            x = x[:, at : at + 1].flatten(1) if self.pool_type == "token" else _mean_without(x, at)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+def _mean_without(x: Tensor, at: int) -> Tensor:
+    return torch.cat([x[:, :at], x[:, at + 1 :]], dim=1).mean(dim=1)
+
+
+def _check_pool(pool_type: str) -> None:
+    if pool_type not in _POOLS:
+        raise ValueError(f"global_pool={pool_type!r} does not suit a class token; give one of {_POOLS}")
