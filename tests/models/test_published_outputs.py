@@ -1,5 +1,7 @@
 """Every model against what the published code computes, loaded the way a user loads a published checkpoint."""
 
+import math
+
 import golden
 import pytest
 import timm
@@ -50,4 +52,5 @@ def test_parameters_are_the_published_number(name):
     with torch.device("meta"):
         params = sum(value.numel() for value in timm.create_model(name).parameters()) / 1e6
     digits = len(str(published.params).partition(".")[2].rstrip("0")) if "." in str(published.params) else 0
-    assert round(params, digits) == published.params
+    # Some papers round, some cut: DiNAT-Large's 200.9 is their 200.
+    assert published.params in (round(params, digits), math.floor(params * 10**digits) / 10**digits)

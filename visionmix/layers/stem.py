@@ -12,18 +12,21 @@ _NORM = partial(nn.LayerNorm, eps=1e-5)
 class ConvStem(nn.Module):
     """Two convolutions that halve, then reduce `patch_size`-fold in all, each followed by a LayerNorm over channels.
 
-    Computes ``norm2(conv2(act(norm1(conv1(x)))))`` with ``conv1`` of kernel ``patch_size // 2 + 1`` and stride
-    ``patch_size // 2``, ``conv2`` of kernel 3 and stride 2, both padded by 1. No activation follows the second norm.
+    Computes ``norm2(conv2(act(norm1(conv1(x)))))``, or ``norm2(conv2(conv1(x)))`` where nothing stands `between`, with
+    ``conv1`` of kernel ``patch_size // 2 + 1`` and stride ``patch_size // 2``, ``conv2`` of kernel 3 and stride 2, both
+    padded by 1. No activation follows the second norm.
 
     Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim).
 
-    Source: ViG (Liao et al. 2024, arXiv 2405.18425) and VMamba's second version (Liu et al. 2024, arXiv 2401.10166).
+    Source: ViG (Liao et al. 2024, arXiv 2405.18425) and VMamba's second version (Liu et al. 2024, arXiv 2401.10166);
+    with nothing between the convolutions, NAT (Hassani et al. 2022, arXiv 2204.07143).
 
     Args:
         in_chans: Channels of the image.
         embed_dim: Channels of the tokens; the first convolution makes half as many.
         patch_size: Pixels a token stands for, along each side: an even number, at least 4.
-        act_layer: Activation between the two convolutions.
+        between: Whether a norm and an activation stand between the two convolutions.
+        act_layer: That activation.
         norm_eps: Epsilon of both norms.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -38,6 +41,7 @@ class ConvStem(nn.Module):
         embed_dim: int = 192,
         patch_size: int = 16,
         *,
+        between: bool = True,
         act_layer: Callable[[], nn.Module] = nn.SiLU,
         norm_eps: float = 1e-5,
         device: torch.device | str | None = None,
@@ -51,8 +55,8 @@ class ConvStem(nn.Module):
         dd = {"device": device, "dtype": dtype}
         half, stride = embed_dim // 2, patch_size // 2
         self.conv1 = nn.Conv2d(in_chans, half, kernel_size=stride + 1, stride=stride, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(half, eps=norm_eps, **dd)
-        self.act = act_layer()
+        self.norm1 = nn.LayerNorm(half, eps=norm_eps, **dd) if between else nn.Identity()
+        self.act = act_layer() if between else nn.Identity()
         self.conv2 = nn.Conv2d(half, embed_dim, kernel_size=3, stride=2, padding=1, **dd)
         self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps, **dd)
 

@@ -3,13 +3,21 @@
 from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.gated_linear_attention import GatedLinearAttention
 from visionmix.mixers.multi_scale_scan import MultiScaleScan
+from visionmix.mixers.neighborhood import (
+    CircularNeighborhoodAttention,
+    DilatedNeighborhoodAttention,
+    NeighborhoodAttention,
+)
 from visionmix.mixers.registry import create_mixer, list_mixers, register_mixer
 from visionmix.mixers.softmax import SoftmaxAttention
 
 __all__ = [
+    "CircularNeighborhoodAttention",
     "CrossScan",
+    "DilatedNeighborhoodAttention",
     "GatedLinearAttention",
     "MultiScaleScan",
+    "NeighborhoodAttention",
     "SoftmaxAttention",
     "create_mixer",
     "list_mixers",
