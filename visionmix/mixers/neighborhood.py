@@ -12,15 +12,29 @@ from visionmix.mixers.softmax import check_heads
 
 
 @torch.fx.wrap
-def _pad_to(x: Tensor, least: int) -> Tensor:
-    """Return x (batch, height, width, dim) with zeros at the bottom and on the right up to `least` rows and columns."""
+def _pad_to(x: Tensor, least: int, value: Tensor | None) -> Tensor:
+    """Return x (batch, height, width, dim) with `value` (dim,), or zeros, up to `least` rows below and columns right."""
     # A compiled graph pads always: a branch on the size would compile once more.
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if x.shape[1] >= least and x.shape[2] >= least:
             return x
-        return F.pad(x, [0, 0, 0, max(0, least - x.shape[2]), 0, max(0, least - x.shape[1])])
-    down, right = (torch.sym_max(0, least - side) for side in x.shape[1:3])
-    return F.pad(x, [0, 0, 0, right, 0, down])
+        sides = [0, 0, 0, max(0, least - x.shape[2]), 0, max(0, least - x.shape[1])]
+    else:
+        sides = [0, 0, 0, torch.sym_max(0, least - x.shape[2]), 0, torch.sym_max(0, least - x.shape[1])]
+    padded = F.pad(x, sides)
+    if value is None:
+        return padded
+    outside = 1.0 - F.pad(x.new_ones(1, x.shape[1], x.shape[2], 1), sides)
+    return padded + outside * value.to(x.dtype)
+
+
+@torch.fx.wrap
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Return the first `height` rows and `width` columns of x (batch, rows, columns, dim)."""
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    # A copy, whose strides do not depend on whether the map was padded.
+    return torch.narrow_copy(torch.narrow_copy(x, 1, 0, height), 2, 0, width)
 
 
 class _Neighborhood(nn.Module):
@@ -68,7 +82,8 @@ class _Neighborhood(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        q, k, v = self.qkv(_pad_to(x, self.least)).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        # A token of zeros becomes the projection's bias.
+        q, k, v = _pad_to(self.qkv(x), self.least, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         out, _ = neighborhood_attention_op(
             q,
             k,
@@ -83,7 +98,7 @@ class _Neighborhood(nn.Module):
             self.position_bias,
             self.circular,
         )
-        return self.proj(out[:, :height, :width].flatten(3))
+        return self.proj(_crop(out.flatten(3), height, width))
 
 
 @register_mixer("na")

@@ -104,7 +104,7 @@ VARIANTS = {
     "nat_isotropic_base": _isotropic(768, 24, 1, "nat_isotropic_base_in1k_224.pth", Published(86, 16.9, 81.6)),
     "dinat_isotropic_small": _isotropic(384, 12, 2, "dinat_isotropic_small_in1k_224.pth", Published(22, 4.3, 80.8)),
     "dinat_isotropic_base": _isotropic(768, 24, 2, "dinat_isotropic_base_in1k_224.pth", Published(86, 16.9, 82.1)),
-    "test_dinat": _dilated(16, 1, 2, 2, img_size=96, depths=(2, 2, 2, 1), layer_scale=1e-5),
+    "test_dinat": _dilated(16, 1, 2, 2, img_size=96, depths=(2, 1, 2, 1), layer_scale=1e-5),
     "test_dinat_isotropic": _isotropic(32, 2, 2, img_size=96, depth=3),
 }
 
