@@ -13,7 +13,7 @@ from visionmix.mixers.softmax import check_heads
 
 @torch.fx.wrap
 def _pad_to(x: Tensor, least: int, value: Tensor | None) -> Tensor:
-    """Return x (batch, height, width, dim) with `value` (dim,), or zeros, up to `least` rows below and columns right."""
+    """Return x (batch, height, width, dim) with `value` (dim,), or zeros, below and right up to `least` a side."""
     # A compiled graph pads always: a branch on the size would compile once more.
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if x.shape[1] >= least and x.shape[2] >= least:
