@@ -76,15 +76,16 @@ class Block(nn.Module):
 class TokenBlock(Block):
     """`Block` on token sequences: (batch, tokens, dim) with their `Grid` to the same.
 
-    A mixer that offers ``forward_tokens(x, grid)`` receives the sequence; any other receives the map, which the
-    sequence must then be, whole and without prefix tokens. There is no `pos_layer`: it would ask for a map.
+    A mixer that offers ``forward_tokens(x, grid)`` and is not marked as `needs_map` receives the sequence; any other
+    receives the map, which the sequence must then be, whole and without prefix tokens. There is no `pos_layer`: it
+    would ask for a map.
     """
 
     mixes_tokens: Final[bool]
 
     def __init__(self, mixer: nn.Module, dim: int, **options) -> None:
         super().__init__(mixer, dim, **options)
-        self.mixes_tokens = hasattr(mixer, "forward_tokens")
+        self.mixes_tokens = hasattr(mixer, "forward_tokens") and not getattr(mixer, "needs_map", False)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = x + self.drop_path(self.scale1(self._mix(self.norm1(x), grid)))

@@ -4,27 +4,33 @@ from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import LogSigmoid
 from visionmix.layers.grid import Grid, split_prefix
-from visionmix.layers.head import TokenHead
+from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
-from visionmix.layers.position import ClassToken, PositionEmbedding, resample_position
+from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
+from visionmix.layers.rotary import rotary_map, rotate
 from visionmix.layers.selective_scan import SelectiveScan2d
-from visionmix.layers.stem import ConvStem, PatchStem
+from visionmix.layers.stem import ConvStem, DeepConvStem, PatchStem
 
 __all__ = [
     "BatchNorm",
     "ClassToken",
     "ConvDownsample",
     "ConvMlp",
+    "ConvPosition",
     "ConvStem",
+    "DeepConvStem",
     "Grid",
     "LogSigmoid",
     "PatchMerging",
     "PatchStem",
     "PositionEmbedding",
+    "ProjectionHead",
     "SelectiveScan2d",
     "TokenHead",
     "mlp",
     "resample_position",
+    "rotary_map",
+    "rotate",
     "split_prefix",
     "swiglu",
 ]

@@ -1,6 +1,7 @@
 """Feed-forwards made from the width alone, for blocks on (..., dim) or on maps (batch, height, width, dim)."""
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from timm.layers import GluMlp, Mlp
@@ -68,18 +69,23 @@ def swiglu(
 class ConvMlp(nn.Module):
     """A feed-forward that sees neighbours: ``fc2(act(h + depthwise3x3(h)))`` with ``h = fc1(x)``, all with biases.
 
+    With `act_first` it is ``fc2(h + depthwise3x3(h))`` with ``h = act(fc1(x))``.
+
     Shapes: (batch, height, width, dim) to the same.
 
-    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174).
+    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174); with `act_first`, MALA (Fan et al. 2025, arXiv 2507.00698).
 
     Args:
         dim: Channels.
         mlp_ratio: Hidden width over `dim`.
         act_layer: The activation.
+        act_first: Whether it comes before the convolution rather than behind it.
         drop: Dropout rate after each projection.
         device: Where the parameters lie.
         dtype: Type of the parameters.
     """
+
+    act_first: Final[bool]
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class ConvMlp(nn.Module):
         *,
         mlp_ratio: float = 2.0,
         act_layer: Callable[[], nn.Module] = nn.GELU,
+        act_first: bool = False,
         drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,11 +103,16 @@ class ConvMlp(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden, **dd)
+        self.act_first = act_first
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(self.fc1(x))
-        x = self.act(x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        if self.act_first:
+            x = self.act(x)
+        x = x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if not self.act_first:
+            x = self.act(x)
         return self.drop(self.fc2(x))

@@ -1,8 +1,10 @@
 """Heads from tokens to logits."""
 
 import torch
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import check_place
 
 _POOLS = ("token", "avg", "")
@@ -68,6 +70,47 @@ class TokenHead(nn.Module):
             # A slice, since an index would compile a graph for every size.
             x = x[:, at : at + 1].flatten(1) if self.pool_type == "token" else _mean_without(x, at)
         x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class ProjectionHead(ClassifierHead):
+    """timm's `ClassifierHead` on maps, behind a projection: ``fc(dropout(pool(silu(batch_norm(W x + b)))))``.
+
+    Shapes: (batch, height, width, in_features) to (batch, num_classes); without pooling to (batch, height, width,
+    num_classes), and without a classifier the last axis is `hidden_size`.
+
+    Source: MALA (Fan et al. 2025, arXiv 2507.00698).
+
+    Args:
+        in_features: Channels of the map.
+        num_classes: Outputs; 0 for no classifier.
+        pool_type: timm's pooling types; "" for none.
+        drop_rate: Dropout rate before the classifier.
+        hidden_size: Channels of the projection.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        *,
+        hidden_size: int = 1024,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(hidden_size, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
+        self.hidden_size = hidden_size
+        self.proj = nn.Linear(in_features, hidden_size, **dd)
+        self.norm = BatchNorm(hidden_size, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(self.act(self.norm(self.proj(x)))))
         return x if pre_logits else self.fc(x)
 
 

@@ -88,6 +88,27 @@ class PositionEmbedding(nn.Module):
         return tensor
 
 
+class ConvPosition(nn.Module):
+    """A position encoding made from the map itself: a 3x3 depthwise convolution with a bias and zero padding.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Source: conditional position encodings (Chu et al. 2021, arXiv 2102.10882).
+
+    Args:
+        dim: Channels.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class ClassToken(nn.Module):
     """A learned token put among the tokens of an image, with a learned position of its own.
 

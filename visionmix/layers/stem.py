@@ -114,3 +114,61 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
+
+
+class DeepConvStem(nn.Module):
+    """Four 3x3 convolutions with batch norms, the first and the last of stride 2, GELU behind each but the last.
+
+    The first three have half of the channels. All have biases.
+
+    Shapes: (batch, in_chans, height, width) to (batch, ceil(height / 4), ceil(width / 4), embed_dim).
+
+    Source: MALA (Fan et al. 2025, arXiv 2507.00698) and RALA (Fan et al. 2024, arXiv 2411.07635).
+
+    Args:
+        in_chans: Channels of the image.
+        embed_dim: Channels of the tokens.
+        patch_size: Pixels a token stands for, along each side: 4.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `patch_size` is not 4, or `embed_dim` is odd.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        embed_dim: int = 64,
+        patch_size: int = 4,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if patch_size != 4:
+            raise ValueError(f"patch_size={patch_size} does not suit two convolutions of stride 2; give 4")
+        if embed_dim % 2:
+            raise ValueError(f"embed_dim={embed_dim} is odd; the first convolutions make half as many channels")
+        dd = {"device": device, "dtype": dtype}
+        half = embed_dim // 2
+        self.act = nn.GELU()
+        self.conv1 = nn.Conv2d(in_chans, half, 3, stride=2, padding=1, **dd)
+        self.norm1 = nn.BatchNorm2d(half, **dd)
+        self.conv2 = nn.Conv2d(half, half, 3, padding=1, **dd)
+        self.norm2 = nn.BatchNorm2d(half, **dd)
+        self.conv3 = nn.Conv2d(half, half, 3, padding=1, **dd)
+        self.norm3 = nn.BatchNorm2d(half, **dd)
+        self.conv4 = nn.Conv2d(half, embed_dim, 3, stride=2, padding=1, **dd)
+        self.norm4 = nn.BatchNorm2d(embed_dim, **dd)
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
+        return -(-height // 4), -(-width // 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm2(self.conv2(x)))
+        x = self.act(self.norm3(self.conv3(x)))
+        return self.norm4(self.conv4(x)).permute(0, 2, 3, 1)

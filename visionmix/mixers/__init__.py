@@ -1,7 +1,9 @@
 """Token mixers: maps (batch, height, width, channels) to the same shape, found by name."""
 
+from visionmix.mixers.conv import DepthwiseConv
 from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.gated_linear_attention import GatedLinearAttention
+from visionmix.mixers.linear import LinearAttention, MagnitudeAwareLinearAttention, RankAugmentedLinearAttention
 from visionmix.mixers.multi_scale_scan import MultiScaleScan
 from visionmix.mixers.neighborhood import (
     CircularNeighborhoodAttention,
@@ -14,10 +16,14 @@ from visionmix.mixers.softmax import SoftmaxAttention
 __all__ = [
     "CircularNeighborhoodAttention",
     "CrossScan",
+    "DepthwiseConv",
     "DilatedNeighborhoodAttention",
     "GatedLinearAttention",
+    "LinearAttention",
+    "MagnitudeAwareLinearAttention",
     "MultiScaleScan",
     "NeighborhoodAttention",
+    "RankAugmentedLinearAttention",
     "SoftmaxAttention",
     "create_mixer",
     "list_mixers",

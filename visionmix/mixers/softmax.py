@@ -1,31 +1,109 @@
 """Softmax attention over all tokens: ViT's mixer, the one that the others stand beside."""
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers.grid import Grid
+from visionmix.layers import Grid, rotary_map, rotate
 from visionmix.mixers.registry import register_mixer
 
 
-@register_mixer("softmax")
-class SoftmaxAttention(nn.Module):
-    """Multi-head attention of every token to all: ``W_o softmax(q k^T * head_dim^-0.5) v`` with ``q, k, v = W x``.
+class Attention(nn.Module):
+    """Projections, position encodings and gate around an attention over all tokens, for mixers to fill in.
+
+        q, k, v, o = W x
+        out        = W_o ((attend(q, k, v) + depthwise(v)) * o)        (depthwise with `lepe`, o with `gate`)
+
+    A mixer gives `attend`, from q, k, v (batch, tokens, heads, head_dim) and the map's height and width to the same
+    shape as v.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
-    (batch, tokens, dim), class tokens and all.
-
-    Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929).
+    (batch, tokens, dim), class tokens and all, where there are neither `lepe` nor `rotary` (`needs_map` says so).
 
     Args:
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
         qkv_bias: Whether the projection to q, k and v has a bias.
+        rotary: Whether q and k are turned by rotary position encodings of rows and columns.
+        lepe: Kernel size, an odd number, of a depthwise convolution of v that is added; None for none.
+        gate: Whether a fourth projection multiplies the result, as it is, without an activation.
         device: Where the parameters lie.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        ValueError: `num_heads` does not divide `dim`, `lepe` is even, or `rotary` meets heads whose width is no
+            multiple of 4.
+    """
+
+    rotary: Final[bool]
+    gate: Final[bool]
+    has_lepe: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool,
+        rotary: bool,
+        lepe: int | None,
+        gate: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        head_dim = dim // num_heads
+        if rotary and head_dim % 4:
+            raise ValueError(f"num_heads={num_heads} makes heads of {head_dim} channels; rotary needs a multiple of 4")
+        if lepe is not None and lepe % 2 == 0:
+            raise ValueError(f"lepe={lepe} is even; give an odd kernel size, so that a window has a middle")
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = head_dim**-0.5
+        self.rotary = rotary
+        self.gate = gate
+        self.has_lepe = lepe is not None
+        self.needs_map = rotary or self.has_lepe
+        self.qkv = nn.Linear(dim, (3 + gate) * dim, bias=qkv_bias, **dd)
+        if lepe is not None:
+            self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        tokens = self._mix(x.reshape(batch, height * width, dim), height, width)
+        return tokens.reshape(batch, height, width, dim)
+
+    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim)."""
+        return self._mix(x, grid.height, grid.width)
+
+    def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
+        x = self.qkv(x)
+        o = x
+        if self.gate:
+            x, o = x.split([3 * self.dim, self.dim], dim=-1)
+        q, k, v = x.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        out = self.attend(q, k, v, height, width).flatten(2).to(x.dtype)
+        if self.has_lepe:
+            cells = v.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+            out = out + self.lepe(cells).permute(0, 2, 3, 1).flatten(1, 2)
+        if self.gate:
+            out = out * o
+        return self.proj(out)
+
+
+@register_mixer("softmax")
+class SoftmaxAttention(Attention):
+    """Multi-head attention of every token to all: ``softmax(q k^T * head_dim^-0.5) v``, projected as in `Attention`.
+
+    Shapes, arguments and errors are those of `Attention`.
+
+    Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); `rotary`, `lepe` and `gate` as the later stages of MAViT
+    (Fan et al. 2025, arXiv 2507.00698) have them.
     """
 
     def __init__(
@@ -33,25 +111,20 @@ class SoftmaxAttention(nn.Module):
         dim: int,
         num_heads: int = 3,
         qkv_bias: bool = True,
+        rotary: bool = False,
+        lepe: int | None = None,
+        gate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_heads(dim, num_heads)
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
 
-    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return the mixed tokens (batch, tokens, dim)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """Return the attended values (batch, tokens, heads, head_dim)."""
+        if self.rotary:
+            turn = rotary_map(q, height, width)
+            q, k = rotate(q, turn).to(v.dtype), rotate(k, turn).to(v.dtype)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def check_heads(dim: int, num_heads: int) -> None:

@@ -1,0 +1,167 @@
+"""Linear attention over all tokens: the plain one, magnitude-aware and rank-augmented."""
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionmix.layers import rotary_map, rotate
+from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import Attention
+
+_FEATURE_MAPS = ("elu", "relu", "softplus")
+
+
+def _outer(k: Tensor, v: Tensor, factor: float) -> Tensor:
+    """Return ``factor k^T v`` (batch, heads, dk, dv) of k and v (batch, tokens, heads, dk or dv)."""
+    # The factor, a power of the number of tokens, goes half on each side: in half precision neither overflows.
+    return (k * factor**0.5).permute(0, 2, 3, 1) @ (v * factor**0.5).transpose(1, 2)
+
+
+def _read(q: Tensor, state: Tensor) -> Tensor:
+    """Return ``q state`` (batch, tokens, heads, dv) of q (batch, tokens, heads, dk)."""
+    return (q.transpose(1, 2) @ state).transpose(1, 2)
+
+
+def _inverse(z: Tensor) -> Tensor:
+    """Return ``1 / (z + 1e-6)``."""
+    return 1.0 / (z + 1e-6)
+
+
+def _dot(q: Tensor, k: Tensor) -> Tensor:
+    """Return the products (batch, tokens, heads, 1) of q with one k (batch, 1, heads, dk), in float32 at least."""
+    # Elementwise, so that autocast leaves it in float32: a normaliser in half precision may round to 0.
+    return (q * k).sum(dim=-1, keepdim=True)
+
+
+@torch.fx.wrap
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+@register_mixer("linear")
+class LinearAttention(Attention):
+    """``out = phi(q) (phi(k)^T v) / (phi(q) sum(phi(k)))`` per head, projected as in `Attention`.
+
+    The feature map phi is ``elu(x) + 1``, ``relu(x)`` or ``softplus(x)``. With `rotary`, q and k are turned in the
+    numerator alone.
+
+    Shapes and errors are those of `Attention`; ValueError also for an unknown `feature_map`.
+
+    Source: linear transformers (Katharopoulos et al. 2020, arXiv 2006.16236).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`.
+        feature_map: "elu", "relu" or "softplus".
+        qkv_bias: See `Attention`, as for all that follow.
+        rotary: Whether q and k are turned.
+        lepe: Kernel size of a depthwise convolution of v that is added, or None.
+        gate: Whether a fourth projection multiplies the result.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        feature_map: str = "elu",
+        qkv_bias: bool = True,
+        rotary: bool = False,
+        lepe: int | None = None,
+        gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
+        if feature_map not in _FEATURE_MAPS:
+            raise ValueError(f"feature_map={feature_map!r} is unknown; give one of {_FEATURE_MAPS}")
+        self.feature_map = feature_map
+
+    def _features(self, x: Tensor) -> Tensor:
+        x = _at_least_float32(x)
+        if self.feature_map == "relu":
+            return F.relu(x)
+        return F.softplus(x) if self.feature_map == "softplus" else F.elu(x) + 1.0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """Return the attended values (batch, tokens, heads, head_dim)."""
+        q, k, v = self._features(q), self._features(k), _at_least_float32(v)
+        z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
+        if self.rotary:
+            turn = rotary_map(q, height, width)
+            q, k = rotate(q, turn), rotate(k, turn)
+        return _read(q, _outer(k, v, 1.0 / k.shape[1])) * z
+
+
+class _Rotary(Attention):
+    """What the published magnitude-aware and rank-augmented attention share: their arguments and ``elu + 1``."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        qkv_bias: bool = True,
+        rotary: bool = True,
+        lepe: int | None = 5,
+        gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
+
+    def _turned(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        if self.rotary:
+            turn = rotary_map(q, height, width)
+            return rotate(q, turn), rotate(k, turn)
+        return q, k
+
+
+@register_mixer("mala")
+class MagnitudeAwareLinearAttention(_Rotary):
+    """Linear attention whose weights sharpen as q grows, as a softmax's do.
+
+    Per head of n tokens, with ``q, k`` behind ``elu(x) + 1``, s = head_dim^-0.5 and z = s q mean(k):
+
+        out = (1 + 1 / (z + 1e-6)) s / n * rot(q) (rot(k)^T v) - z mean(v)
+
+    projected, with a depthwise convolution of v and a gate, as in `Attention`, whose shapes, arguments and errors these
+    are.
+
+    Source: MALA (Fan et al. 2025, arXiv 2507.00698).
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """Return the attended values (batch, tokens, heads, head_dim)."""
+        q, k, v = F.elu(_at_least_float32(q)) + 1.0, F.elu(_at_least_float32(k)) + 1.0, _at_least_float32(v)
+        z = _dot(q, k.mean(dim=1, keepdim=True)) * self.scale
+        q, k = self._turned(q, k, height, width)
+        out = _read(q, _outer(k, v, self.scale / k.shape[1]))
+        return out * (1.0 + _inverse(z)) - z * v.mean(dim=1, keepdim=True)
+
+
+@register_mixer("rala")
+class RankAugmentedLinearAttention(_Rotary):
+    """Linear attention whose keys are weighted by what the average query makes of them.
+
+    Per head of n tokens, with ``q, k`` behind ``elu(x) + 1`` and s = head_dim^-0.5:
+
+        k   = n softmax_n(s mean(q) k^T) k
+        out = rot(q) (rot(k)^T v) / (n q mean(k) + 1e-6 n)
+
+    projected, with a depthwise convolution of v and a gate, as in `Attention`, whose shapes, arguments and errors these
+    are.
+
+    Source: RALA (Fan et al. 2024, arXiv 2411.07635).
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """Return the attended values (batch, tokens, heads, head_dim)."""
+        q, k, v = F.elu(_at_least_float32(q)) + 1.0, F.elu(_at_least_float32(k)) + 1.0, _at_least_float32(v)
+        tokens = k.shape[1]
+        weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
+        k = k * weights * tokens
+        z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
+        q, k = self._turned(q, k, height, width)
+        return _read(q, _outer(k, v, 1.0 / tokens)) * z
