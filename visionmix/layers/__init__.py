@@ -7,7 +7,7 @@ from visionmix.layers.grid import Grid, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
-from visionmix.layers.rotary import rotary_map, rotate
+from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan2d
 from visionmix.layers.stem import ConvStem, DeepConvStem, PatchStem
 
@@ -25,12 +25,11 @@ __all__ = [
     "PatchStem",
     "PositionEmbedding",
     "ProjectionHead",
+    "RotaryMap",
     "SelectiveScan2d",
     "TokenHead",
     "mlp",
     "resample_position",
-    "rotary_map",
-    "rotate",
     "split_prefix",
     "swiglu",
 ]

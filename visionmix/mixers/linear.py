@@ -5,7 +5,6 @@ import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionmix.layers import rotary_map, rotate
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import Attention
 
@@ -89,9 +88,8 @@ class LinearAttention(Attention):
         """Return the attended values (batch, tokens, heads, head_dim)."""
         q, k, v = self._features(q), self._features(k), _at_least_float32(v)
         z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
-        if self.rotary:
-            turn = rotary_map(q, height, width)
-            q, k = rotate(q, turn), rotate(k, turn)
+        if self.has_rotary:
+            q, k = self.rotary(q, k, height, width)
         return _read(q, _outer(k, v, 1.0 / k.shape[1])) * z
 
 
@@ -110,12 +108,6 @@ class _Rotary(Attention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
-
-    def _turned(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        if self.rotary:
-            turn = rotary_map(q, height, width)
-            return rotate(q, turn), rotate(k, turn)
-        return q, k
 
 
 @register_mixer("mala")
@@ -136,7 +128,8 @@ class MagnitudeAwareLinearAttention(_Rotary):
         """Return the attended values (batch, tokens, heads, head_dim)."""
         q, k, v = F.elu(_at_least_float32(q)) + 1.0, F.elu(_at_least_float32(k)) + 1.0, _at_least_float32(v)
         z = _dot(q, k.mean(dim=1, keepdim=True)) * self.scale
-        q, k = self._turned(q, k, height, width)
+        if self.has_rotary:
+            q, k = self.rotary(q, k, height, width)
         out = _read(q, _outer(k, v, self.scale / k.shape[1]))
         return out * (1.0 + _inverse(z)) - z * v.mean(dim=1, keepdim=True)
 
@@ -163,5 +156,6 @@ class RankAugmentedLinearAttention(_Rotary):
         weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
         k = k * weights * tokens
         z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
-        q, k = self._turned(q, k, height, width)
+        if self.has_rotary:
+            q, k = self.rotary(q, k, height, width)
         return _read(q, _outer(k, v, 1.0 / tokens)) * z

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import Grid, rotary_map, rotate
+from visionmix.layers import Grid, RotaryMap
 from visionmix.mixers.registry import register_mixer
 
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
             multiple of 4.
     """
 
-    rotary: Final[bool]
+    has_rotary: Final[bool]
     gate: Final[bool]
     has_lepe: Final[bool]
 
@@ -63,10 +63,11 @@ class Attention(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         self.scale = head_dim**-0.5
-        self.rotary = rotary
+        self.has_rotary = rotary
         self.gate = gate
         self.has_lepe = lepe is not None
         self.needs_map = rotary or self.has_lepe
+        self.rotary = RotaryMap() if rotary else nn.Identity()
         self.qkv = nn.Linear(dim, (3 + gate) * dim, bias=qkv_bias, **dd)
         if lepe is not None:
             self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim, **dd)
@@ -121,9 +122,9 @@ class SoftmaxAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        if self.rotary:
-            turn = rotary_map(q, height, width)
-            q, k = rotate(q, turn).to(v.dtype), rotate(k, turn).to(v.dtype)
+        if self.has_rotary:
+            q, k = self.rotary(q, k, height, width)
+            q, k = q.to(v.dtype), k.to(v.dtype)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
