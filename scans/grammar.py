@@ -34,6 +34,7 @@ class Base(NamedTuple):
 
 BASES = {
     "atrous": Base(windows.atrous, ("rate",)),
+    "atrous_window": Base(windows.atrous_window, ("size", "rate"), windows.atrous_window_steps),
     "column": Base(curves.column, volumetric=True),
     # LocalMamba un-reads its column scan with the reshape of the forward pass, height and width not swapped back: the
     # inverse of square grids only. Its published weights were trained with it, at square sizes; at others it scrambles.
@@ -63,8 +64,8 @@ class Part(NamedTuple):
 def names() -> list[str]:
     """Return the base names that `order` takes; those of windowed and sampled orders take numbers (`window_7`).
 
-    `atrous_<rate>`, `skip_<rate>_<row>_<column>`, `window_<size>` and `window_snake_<size>`; any of them may be
-    followed by modifiers (`MODIFIERS`).
+    `atrous_<rate>`, `atrous_window_<size>_<rate>`, `skip_<rate>_<row>_<column>`, `window_<size>` and
+    `window_snake_<size>`; any of them may be followed by modifiers (`MODIFIERS`).
     """
     return sorted(BASES)
 
@@ -104,9 +105,10 @@ def _parse_part(part: str, name: str) -> Part:
     if len(numbers) != len(base.numbers):
         form = "_".join([key, *(f"<{number}>" for number in base.numbers)])
         raise ValueError(f"scan order {part!r} has {len(numbers)} number(s); {key} is written as {form}")
-    if base.numbers and numbers[0] < 1:
-        raise ValueError(f"scan order {part!r}: the {base.numbers[0]} must be at least 1")
-    if any(number >= numbers[0] for number in numbers[1:]):
+    for what, number in zip(base.numbers, numbers, strict=True):
+        if number < 1 and what in ("rate", "size"):
+            raise ValueError(f"scan order {part!r}: the {what} must be at least 1")
+    if "row" in base.numbers and max(numbers[1:]) >= numbers[0]:
         raise ValueError(f"scan order {part!r}: row and column must be below the rate, {numbers[0]}")
     return Part(base, numbers, modifiers)
 

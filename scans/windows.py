@@ -51,6 +51,29 @@ def atrous(height: int, width: int, rate: int) -> torch.Tensor:
     return (sub_grid * (height * width) + row * width + column).reshape(-1).argsort()
 
 
+def atrous_window(height: int, width: int, size: int, rate: int) -> torch.Tensor:
+    """Return windows of size x size cells that lie `rate` rows and columns apart, row-major inside.
+
+    The grid is cut into blocks of size * rate rows and columns, row-major and padded at the bottom and right, each of
+    which holds rate x rate such windows, in the row-major order of their first cells. At rate 1 it is `window`.
+
+    The atrous windows of AtrousMamba (2025, arXiv:2507.16172), whose paper leaves the order of the windows open.
+    """
+    block = size * rate
+    top = torch.arange(0, height, block, device="cpu").view(-1, 1, 1, 1, 1, 1)
+    left = torch.arange(0, width, block, device="cpu").view(1, -1, 1, 1, 1, 1)
+    first_row = torch.arange(rate, device="cpu").view(1, 1, -1, 1, 1, 1)
+    first_column = torch.arange(rate, device="cpu").view(1, 1, 1, -1, 1, 1)
+    row = torch.arange(0, block, rate, device="cpu").view(1, 1, 1, 1, -1, 1)
+    column = torch.arange(0, block, rate, device="cpu").view(1, 1, 1, 1, 1, -1)
+    return _cells(top + first_row + row, left + first_column + column, height, width).reshape(-1)
+
+
+def atrous_window_steps(height: int, width: int, size: int, rate: int) -> int:
+    """Return the number of steps of `atrous_window`, padded ones included."""
+    return window_steps(height, width, size * rate)
+
+
 def skip(height: int, width: int, rate: int, top: int, left: int) -> torch.Tensor:
     """Return only the cells (top + i * rate, left + j * rate), row-major, padded to ceil(height / rate) rows and
     ceil(width / rate) columns so that all sub-grids have equal lengths.

@@ -15,13 +15,14 @@ from visionmix.scans import grammar, orders
 
 NUMBERED = {
     "atrous": ["atrous_1", "atrous_2", "atrous_5"],
+    "atrous_window": ["atrous_window_2_3", "atrous_window_7_1", "atrous_window_7_2"],
     "skip": ["skip_2_0_0", "skip_2_1_0", "skip_3_1_2"],
     "window": ["window_1", "window_2", "window_7"],
     "window_snake": ["window_snake_2", "window_snake_7"],
 }
 NAMES = [name for base in scans.names() for name in NUMBERED.get(base, [base])]
 TRUE = [name for name in NAMES if name != "column_unswapped"]  # whose inverse is the true one
-PERMUTATIONS = [name for name in TRUE if not name.startswith(("window", "skip"))]
+PERMUTATIONS = [name for name in TRUE if not name.startswith(("window", "atrous_window", "skip"))]
 CONTINUOUS = ["snake", "hilbert", "spiral", "snake_transposed", "hilbert_hflip_reversed"]
 VOLUMETRIC = ["raster", "column", "snake", "morton", "u_order"]
 MODIFIED = ["", *(f"_{modifier}" for modifier in scans.MODIFIERS), "_transposed_reversed", "_hflip_transposed_vflip"]
@@ -153,6 +154,8 @@ SMALL = {
     ("window_2", 3, 2): [0, 1, 2, 3, 4, 5, -1, -1],
     ("window_snake_2", 2, 3): [0, 1, 4, 3, 2, -1, -1, 5],
     ("atrous_2", 3, 3): [0, 2, 6, 8, 1, 7, 3, 5, 4],
+    ("atrous_window_2_2", 3, 4): [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, -1, -1, 5, 7, -1, -1],
+    ("atrous_window_1_2", 2, 4): [0, 1, 4, 5, 2, 3, 6, 7],
     ("skip_2_1_0", 3, 3): [3, 5, -1, -1],
     ("u_order", 2, 2): [0, 1, 3, 2],
 }

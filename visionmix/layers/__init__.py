@@ -2,7 +2,7 @@
 
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
-from visionmix.layers.gate import LogSigmoid
+from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
@@ -13,6 +13,7 @@ from visionmix.layers.stem import ConvStem, DeepConvStem, PatchStem
 
 __all__ = [
     "BatchNorm",
+    "ChannelGate",
     "ClassToken",
     "ConvDownsample",
     "ConvMlp",

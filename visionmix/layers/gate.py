@@ -1,4 +1,4 @@
-"""Gates of recurrences."""
+"""Gates: of recurrences, of channels."""
 
 import torch
 import torch.fx
@@ -23,3 +23,39 @@ class LogSigmoid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _log_sigmoid(x)
+
+
+class ChannelGate(nn.Module):
+    """Every channel times a gate made from the mean over all cells: ``x * sigmoid(W_2 gelu(W_1 mean(norm(x))))``.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Source: the BiAttn of LightViT (Huang et al. 2022, arXiv 2207.05557) without its spatial half, as EfficientVMamba
+    (Pei et al. 2024, arXiv 2403.09977) and LocalMamba (Huang et al. 2024, arXiv 2403.09338) have it.
+
+    Args:
+        dim: Channels; the hidden layer has an eighth of them.
+        norm_eps: Epsilon of the norm.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden = max(1, dim // 8)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.norm(x).mean(dim=[1, 2], keepdim=True)
+        return x * torch.sigmoid(self.fc2(self.act(self.fc1(pooled))))

@@ -1,11 +1,13 @@
 """One file a published family; importing this package registers every model with timm."""
 
-from visionmix.models import mavit, msvmamba, nat, skeletons, vig, vmamba
+from visionmix.models import atrous_vmamba, efficient_vmamba, mavit, msvmamba, nat, skeletons, vig, vmamba
 from visionmix.models.family import Published, Variant, list_family_models, published, register_family
 
 __all__ = [
     "Published",
     "Variant",
+    "atrous_vmamba",
+    "efficient_vmamba",
     "list_family_models",
     "mavit",
     "msvmamba",

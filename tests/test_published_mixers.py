@@ -1,0 +1,47 @@
+"""Mixers whose published code is a module, not a classifier, against what that module computes."""
+
+import re
+
+import golden
+import pytest
+import torch
+
+import visionmix
+from visionmix.models.weights import reshape_to
+
+_HEADS = "CXSZ"  # the published heads, in their order
+_NAMES = [
+    (r"(^|mhs\.)x_ssproj_W$", "x_proj.weight"),
+    (r"(^|mhs\.)scanhead_(.)\.mambaeng\.", lambda match: f"heads.{_HEADS.index(match[2])}."),
+    (r"(^|mhs\.)cat_norm\.", "head_norm."),
+    (r"(^|mhs\.)y_proj\.", "y_proj."),
+    (r"^conv2d\.", "conv."),
+    (r"^out_norm\.", "norm."),
+    (r"\.x_proj_weight$", ".x_proj.weight"),
+    (r"\.dt_projs_(weight|bias)$", r".delta_\1"),
+    (r"\.A_logs$", ".A_log"),
+    (r"\.Ds$", ".D"),
+]
+
+
+@pytest.mark.parametrize(("case", "num_heads"), [("mhs_module", 3), ("mhs_module_4head", 4), ("mhs_vssgate", 3)])
+def test_multi_head_scan(case, num_heads):
+    meta, arrays = golden.load(case)
+    mixer = visionmix.create_mixer("multi_head_scan", 96, num_heads=num_heads).eval()
+    tensors = {}
+    for key, shape in meta["filled"]:
+        name = key
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = reshape_to(mixer)(name, torch.from_numpy(golden.fill(key, tuple(shape))))
+    missing, unexpected = mixer.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    image = golden.image(32, 32, channels=96).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        if case == "mhs_vssgate":
+            assert not missing
+            out = mixer(image)
+        else:  # the module without the block's projections around it
+            assert {key.partition(".")[0] for key in missing} == {"in_proj", "conv", "norm"}
+            out = mixer.scan(image)
+    assert golden.relative_error(out, arrays["logits"]) <= 1e-5

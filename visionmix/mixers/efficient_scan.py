@@ -1,0 +1,101 @@
+"""Scans that share the cells among them, beside a convolution: EfficientVMamba's mixers."""
+
+from functools import partial
+
+import torch
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from torch import Tensor, nn
+
+from visionmix.layers import ChannelGate
+from visionmix.mixers.cross_scan import CrossScan
+from visionmix.mixers.registry import register_mixer
+
+
+@register_mixer("efficient_scan")
+class EfficientScan(nn.Module):
+    """Selective scans and a convolution side by side, each behind the same channel gate, added.
+
+        out = gate(scan(x)) + gate(W gelu(batch_norm(depthwise3x3(x))))
+
+    The scan is `CrossScan` with gates. In the default set of directions each scan reads a quarter of the cells, every
+    other row and column, and each cell is read once. A map of odd height or width is padded by zeros, which let the
+    states decay: what the published code does.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: EfficientVMamba (Pei et al. 2024, arXiv 2403.09977).
+
+    Args:
+        dim: Channels.
+        expand: Channels of the scan over `dim`.
+        states: States a channel.
+        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        order: A scan order or a set of directions, as `CrossScan` takes it.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: as `CrossScan`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 2.0,
+        states: int = 16,
+        step_rank: int | None = None,
+        order: str = "efficientvmamba",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.scan = CrossScan(dim, expand, states, step_rank, gate=True, conv_bias=True, order=order, **dd)
+        self.conv = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
+            nn.BatchNorm2d(dim, **dd),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 1, **dd),
+        )
+        self.channel_gate = ChannelGate(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.channel_gate(self.scan(x)) + self.channel_gate(local)
+
+
+@register_mixer("inverted_residual")
+class InvertedResidualMixer(nn.Module):
+    """The convolutions of a MobileNet block: 1x1 to four times the channels, 3x3 depthwise, a squeeze, 1x1 back.
+
+    timm's `InvertedResidual` without its skip connection, which is the block's.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381), with the gate of MobileNetV3 (Howard et al. 2019, arXiv
+    1905.02244), as EfficientVMamba (Pei et al. 2024, arXiv 2403.09977) has it.
+
+    Args:
+        dim: Channels.
+        expand: Channels of the depthwise convolution over `dim`.
+        se_ratio: Hidden channels of the squeeze-and-excitation over those.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 4.0,
+        se_ratio: float = 0.125,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        squeeze = partial(SqueezeExcite, rd_ratio=se_ratio)
+        self.block = InvertedResidual(
+            dim, dim, exp_ratio=expand, noskip=True, se_layer=squeeze, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

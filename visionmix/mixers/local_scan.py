@@ -1,0 +1,82 @@
+"""Selective scans in directions of choice, windows among them: LocalMamba's mixer."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.layers import ChannelGate, SelectiveScan2d
+from visionmix.mixers.cross_scan import scan_width
+from visionmix.mixers.registry import register_mixer
+from visionmix.scans import direction_names
+
+_DIRECTIONS = ("raster", "raster_reversed", "window_7", "window_7_reversed")
+
+
+@register_mixer("local_scan")
+class LocalScan(nn.Module):
+    """A selective scan in each of several directions, each behind the same channel gate, added.
+
+    With ``x, z = W_in u`` and the scans S of `visionmix.layers.SelectiveScan2d`:
+
+        y   = norm(sum over directions of gate(S(silu(depthwise3x3(x)))))
+        out = W_out (y * silu(z))
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: LocalMamba (Huang et al. 2024, arXiv 2403.09338), the block of LocalVMamba.
+
+    Args:
+        dim: Channels.
+        expand: Channels of the scan over `dim`.
+        states: States a channel.
+        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        directions: Names of scan orders, as `visionmix.scans.order` takes them. The published models have four in each
+            block, found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
+        order: A scan order or a set of directions in place of `directions`, as other mixers take it; None for these.
+        norm_eps: Epsilon of the norm behind the scans.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, or there is no such order.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 2.0,
+        states: int = 16,
+        step_rank: int | None = None,
+        directions: Sequence[str] = _DIRECTIONS,
+        order: str | None = None,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = scan_width(dim, expand)
+        if isinstance(directions, str) or not directions:
+            raise ValueError(f"directions={directions!r} are no names of scan orders; give a sequence of them")
+        for name in directions:
+            direction_names(name)  # raises where there is no such order
+        names = tuple(directions) if order is None else direction_names(order)
+        rank = math.ceil(dim / 16) if step_rank is None else step_rank
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
+        self.act = nn.SiLU()
+        self.scan = SelectiveScan2d(inner, names, step_rank=rank, states=states, merge="none", **dd)
+        self.channel_gate = ChannelGate(inner, norm_eps=norm_eps, **dd)
+        self.norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        routes = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        batch, height, width, count, dim = routes.shape
+        # The gate looks at one direction at a time: directions stand in the batch.
+        each = routes.permute(0, 3, 1, 2, 4).reshape(batch * count, height, width, dim)
+        y = self.channel_gate(each).reshape(batch, count, height, width, dim).sum(dim=1)
+        return self.proj(self.norm(y) * self.act(z))

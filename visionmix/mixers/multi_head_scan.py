@@ -1,0 +1,109 @@
+"""Selective scans in heads, each of which reads a part of the channels along routes of its own: MHS-VM's mixer."""
+
+import math
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from visionmix.layers import SelectiveScan2d
+from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import check_heads
+from visionmix.scans import direction_names
+
+_ROUTES = 4
+
+
+@torch.fx.wrap
+def _fuse(routes: Tensor, threshold: float) -> Tensor:
+    """Return the sum of the routes (batch, height, width, routes, dim) times how far they spread past a threshold."""
+    spread = routes.var(dim=3).clamp(min=1e-24).sqrt()  # where all agree the root has no gradient
+    level = (routes - routes.amin(dim=3, keepdim=True)).mean(dim=3)
+    return routes.sum(dim=3) * torch.relu(spread / (level + 1e-5) - threshold)
+
+
+@register_mixer("multi_head_scan")
+class MultiHeadScan(nn.Module):
+    """Heads of channels, each scanned along four routes, whose outputs count by how much the routes differ.
+
+    With ``x, z = W_in u``, heads ``x_i`` of ``W_x silu(depthwise3x3(x))`` and the scans S of
+    `visionmix.layers.SelectiveScan2d`, one a route r:
+
+        y_i = relu(std_r(S_r(x_i)) / (mean_r(S_r(x_i) - min_r S_r(x_i)) + 1e-5) - threshold) * sum_r S_r(x_i)
+        out = norm(W_y norm(concat(y_i))) * silu(z)
+
+    element by element, the deviation with n - 1 in its divisor.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: MHS-VM (Ji 2024, arXiv 2406.05992), its gated block.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`. In the published set of routes 4 at the most.
+        states: States a channel.
+        threshold: What the coefficient of variation must pass for an element to count.
+        order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head), or a scan order,
+            whose four directions all heads then read.
+        norm_eps: Epsilon of the norms.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim` or exceeds the heads of the set of routes, `states` is below 1, or
+            there is no such `order`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        states: int = 16,
+        threshold: float = 0.0,
+        order: str = "mhs_vm",
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        names = direction_names(order)
+        if len(names) == _ROUTES:
+            names = names * num_heads
+        if len(names) < _ROUTES * num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} exceeds the {len(names) // _ROUTES} heads that order={order!r} has routes for; "
+                "give fewer heads or a scan order"
+            )
+        dd = {"device": device, "dtype": dtype}
+        width = dim // num_heads
+        self.threshold = threshold
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.heads = nn.ModuleList(
+            SelectiveScan2d(
+                width,
+                names[_ROUTES * head : _ROUTES * (head + 1)],
+                step_rank=math.ceil(width / 16),
+                states=states,
+                merge="none",
+                **dd,
+            )
+            for head in range(num_heads)
+        )
+        self.head_norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.y_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Return what the heads make of (batch, height, width, dim), in the same shape."""
+        parts = self.x_proj(x).unflatten(-1, (len(self.heads), -1))
+        fused = [_fuse(head(parts[:, :, :, index]), self.threshold) for index, head in enumerate(self.heads)]
+        return self.y_proj(self.head_norm(torch.cat(fused, dim=-1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        return self.norm(y) * self.act(z)
