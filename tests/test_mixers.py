@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import visionmix
+from visionmix.mixers.registry import mixer_options
 
 
 def test_created_by_name():
@@ -23,6 +24,38 @@ def test_every_mixer_on_any_grid(name, grid):
     assert out.shape == x.shape
     out.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("skeleton", ["test_pyramid", "test_plain"])
+@pytest.mark.parametrize("name", visionmix.list_mixers())
+def test_every_mixer_in_every_skeleton(name, skeleton):
+    model = timm.create_model(skeleton, mixer=name, num_classes=3)
+    out = model(torch.randn(2, 3, 72, 100))
+    assert out.shape == (2, 3)
+    out.sum().backward()
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
+
+
+@pytest.mark.parametrize("order", ["hilbert", "snake", "window_3"])
+@pytest.mark.parametrize("name", [n for n in visionmix.list_mixers() if "order" in mixer_options(n)])
+def test_scanning_mixers_take_any_order(name, order):
+    mixer = visionmix.create_mixer(name, 24, order=order)
+    assert mixer(torch.randn(1, 5, 7, 24)).shape == (1, 5, 7, 24)
+    with pytest.raises(ValueError, match="hilbrt"):
+        visionmix.create_mixer(name, 24, order="hilbrt")
+
+
+def test_the_mixers_that_scan():
+    scanning = {n for n in visionmix.list_mixers() if "order" in mixer_options(n)}
+    assert {n for n in visionmix.list_mixers() if "scan" in n or "mamba" in n or "gated" in n} <= scanning
+
+
+def test_a_mixer_of_maps_is_refused_beside_a_class_token():
+    options = {"mixer": "conv", "class_token": "first", "global_pool": "token"}
+    with pytest.raises(ValueError, match="mixer='conv' reads whole maps and cannot serve beside a class token"):
+        timm.create_model("test_plain", **options)
+    with pytest.raises(ValueError, match=r"lepe.*reads whole maps"):
+        timm.create_model("test_plain", **options | {"mixer": {"name": "linear", "lepe": 3}})
 
 
 def test_unknown_names_and_options_name_the_nearest():

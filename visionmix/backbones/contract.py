@@ -1,6 +1,7 @@
 """What timm asks of every model, once, for both skeletons."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,6 +176,11 @@ def one_each(value: Any, count: int, name: str, what: str = "stage") -> list:
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries for {count} {what}s; give one a {what}, or one for all")
     return list(value)
+
+
+def with_ratio(mlp_layer: Callable[..., nn.Module] | None, mlp_ratio: float | None) -> Callable[..., nn.Module] | None:
+    """Return `mlp_layer` with that ratio of hidden width, where one is given."""
+    return mlp_layer if mlp_layer is None or mlp_ratio is None else partial(mlp_layer, mlp_ratio=mlp_ratio)
 
 
 def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:

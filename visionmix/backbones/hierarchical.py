@@ -19,6 +19,7 @@ from visionmix.backbones.contract import (
     mixer_per_block,
     one_each,
     set_grid_size,
+    with_ratio,
 )
 from visionmix.layers import ConvDownsample, ConvStem, swiglu
 
@@ -91,6 +92,7 @@ class Hierarchical(Backbone):
             One for all stages or a list.
         block_layer: Makes a block, as `visionmix.backbones.block.Block` is made. One for all stages or a list.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one. One for all stages or a list.
+        mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
         norm_layer: Makes a norm over channels from the width.
         stage_norm: Whether every stage ends in a norm.
         final_norm: Whether a norm follows the last stage.
@@ -123,6 +125,7 @@ class Hierarchical(Backbone):
         pos_embed: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module] | None] | None = None,
         block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = Block,
         mlp_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module] | None] | None = swiglu,
+        mlp_ratio: float | None = None,
         norm_layer: Callable[..., nn.Module] = _NORM,
         stage_norm: bool = False,
         final_norm: bool = True,
@@ -144,7 +147,7 @@ class Hierarchical(Backbone):
         mixers = one_each(mixer, stages, "mixer")
         embeddings = one_each(pos_embed, stages, "pos_embed")
         block_layers = one_each(block_layer, stages, "block_layer")
-        mlp_layers = one_each(mlp_layer, stages, "mlp_layer")
+        mlp_layers = [with_ratio(each, mlp_ratio) for each in one_each(mlp_layer, stages, "mlp_layer")]
         height, width = to_2tuple(img_size)
         if min(height, width) < patch_size:
             raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")

@@ -19,6 +19,7 @@ from visionmix.backbones.contract import (
     mixer_per_block,
     one_each,
     set_grid_size,
+    with_ratio,
 )
 from visionmix.layers import ClassToken, ConvStem, PositionEmbedding, TokenHead, swiglu
 from visionmix.layers.grid import Grid, split_prefix
@@ -52,6 +53,7 @@ class Plain(Backbone):
         stem_layer: Makes the stem from (in_chans, embed_dim, patch_size).
         block_layer: Makes a block, as `visionmix.backbones.block.TokenBlock` is made, or a list with one entry a block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
+        mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
         norm_layer: Makes a norm over channels from the width.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
         class_token: Where among the tokens a class token goes, "first" or "middle"; None for none.
@@ -85,6 +87,7 @@ class Plain(Backbone):
         stem_layer: Callable[..., nn.Module] = ConvStem,
         block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = TokenBlock,
         mlp_layer: Callable[..., nn.Module] | None = swiglu,
+        mlp_ratio: float | None = None,
         norm_layer: Callable[..., nn.Module] = _NORM,
         pos_embed: Callable[..., nn.Module] | None = PositionEmbedding,
         class_token: str | None = None,
@@ -118,7 +121,7 @@ class Plain(Backbone):
             layer(
                 build_mixer(spec, embed_dim, num_heads=num_heads, grid_size=grid_size, **dd),
                 embed_dim,
-                mlp_layer=mlp_layer,
+                mlp_layer=with_ratio(mlp_layer, mlp_ratio),
                 norm_layer=norm_layer,
                 drop_path=rate,
                 layer_scale=layer_scale,

@@ -40,18 +40,17 @@ class MultiHeadScan(nn.Module):
 
     Args:
         dim: Channels.
-        num_heads: Heads; a divisor of `dim`. In the published set of routes 4 at the most.
+        num_heads: Heads; a divisor of `dim`.
         states: States a channel.
         threshold: What the coefficient of variation must pass for an element to count.
-        order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head), or a scan order,
-            whose four directions all heads then read.
+        order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head; a fifth head reads
+            snakes again), or a scan order, whose four directions all heads then read.
         norm_eps: Epsilon of the norms.
         device: Where the parameters lie.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim` or exceeds the heads of the set of routes, `states` is below 1, or
-            there is no such `order`.
+        ValueError: `num_heads` does not divide `dim`, `states` is below 1, or there is no such `order`.
     """
 
     def __init__(
@@ -68,13 +67,7 @@ class MultiHeadScan(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         names = direction_names(order)
-        if len(names) == _ROUTES:
-            names = names * num_heads
-        if len(names) < _ROUTES * num_heads:
-            raise ValueError(
-                f"num_heads={num_heads} exceeds the {len(names) // _ROUTES} heads that order={order!r} has routes for; "
-                "give fewer heads or a scan order"
-            )
+        names = names * math.ceil(_ROUTES * num_heads / len(names))
         dd = {"device": device, "dtype": dtype}
         width = dim // num_heads
         self.threshold = threshold
