@@ -55,8 +55,9 @@ def test_bad_arguments(arguments, message, capsys):
 @pytest.mark.long
 def test_trains_and_goes_on(tmp_path, monkeypatch, tree):
     monkeypatch.setattr(bakeoff, "cost", lambda *_: {"forward_ms": "1", "peak_mb": "1"})
-    arguments = ["demo/bakeoff.yaml", "--data", str(tree), "--mixers", "conv", "--output", str(tmp_path / "out"),
-                 "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0", "--set", "data.batch_size=4"]  # fmt: skip
+    arguments = ["demo/bakeoff.yaml", "--data", str(tree), "--output", str(tmp_path / "out"), "--mixers",
+                 "conv", "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0", "--set",
+                 "data.batch_size=4"]  # fmt: skip
     assert bakeoff.main(arguments) == 0
     first = (tmp_path / "out" / "results.csv").read_text()
     assert bakeoff.main(arguments) == 0

@@ -1,0 +1,40 @@
+"""Training steps in half precision, and images that are large."""
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+import visionmix
+
+NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
+pytestmark = [pytest.mark.long, pytest.mark.parametrize("name", NAMES)]
+STEPS = 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_steps_in_half_precision_stay_finite(name, dtype):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    images, targets = torch.randn(8, 3, 96, 96), torch.arange(8) % 4
+    losses = []
+    for step in range(STEPS):
+        batch = slice(2 * (step % 4), 2 * (step % 4) + 2)
+        with torch.autocast("cpu", dtype):
+            loss = F.cross_entropy(model(images[batch]).float(), targets[batch])
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert torch.tensor(losses).isfinite().all()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_large_images(name):
+    model = timm.create_model(name).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 1024, 1024)).isfinite().all()
