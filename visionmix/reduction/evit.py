@@ -52,7 +52,9 @@ class EViT(Method):
         self.fuse = fuse
         self.trace_source = trace_source
         if not prefix_positions:
-            raise ValueError("method 'evit' scores tokens by the class token, and this model has none; take another model")
+            raise ValueError(
+                "method 'evit' scores tokens by the class token, and this model has none; take another model"
+            )
         check_leading(self.name, prefix_positions)
         for block in blocks:
             attention_block(block)

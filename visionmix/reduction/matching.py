@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from visionmix.reduction.tokens import take
+from visionmix.reduction.tokens import rows, take
 
 Merge = Callable[..., Tensor]
 Unmerge = Callable[[Tensor], Tensor]
@@ -65,7 +65,8 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
         if mode not in ("mean", "sum"):
             raise ValueError(f"mode={mode!r} is unknown; give 'mean' or 'sum'")
         if mode == "sum":
-            return _add(take(x, kept), target, take(x, gone))
+            y = take(x, kept)
+            return y.flatten(0, 1).index_add_(0, rows(target, y.shape[1]), take(x, gone).flatten(0, 1)).view_as(y)
         if size is None:
             size = x.new_ones(batch, tokens, 1)
             total = merge(x, mode="sum")
@@ -104,10 +105,6 @@ def _kept_order(stay: Tensor, tokens: int, num_prefix_tokens: int) -> tuple[Tens
     first = torch.arange(leading, device=stay.device)
     odd = torch.arange(1, tokens, 2, device=stay.device)[leading // 2 :]
     return first.unsqueeze(0), 2 * stay[:, (leading + 1) // 2 :], odd.unsqueeze(0)
-
-
-def _add(y: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    return y.scatter_add(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]), x)
 
 
 def _keep_all(x: Tensor, size: Tensor | None = None, mode: str = "mean") -> Tensor:

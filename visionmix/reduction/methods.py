@@ -71,9 +71,7 @@ def method_options(name: str) -> dict[str, inspect.Parameter]:
     return options_of(_METHODS[name].__init__, besides=("self", "blocks", "prefix_positions"))
 
 
-def create_method(
-    name: str, blocks: Sequence[nn.Module], prefix_positions: tuple[int, ...], **options: Any
-) -> Method:
+def create_method(name: str, blocks: Sequence[nn.Module], prefix_positions: tuple[int, ...], **options: Any) -> Method:
     """Return the method called `name`, fitted to a model's blocks and prefix tokens.
 
     Raises:

@@ -61,7 +61,7 @@ def attend(layer: Any, x: Tensor, key_bias: Tensor | None = None, queries: int =
         mixed = layer.attn_drop(full) @ v
         weights = full[:, :, :queries] if queries else None
     mixed = layer.norm(mixed.transpose(1, 2).reshape(batch, tokens, -1))
-    gate = getattr(layer, "gate", None)  # timm has it since 1.0.24
+    gate = getattr(layer, "gate", None)  # newer versions of timm have it
     if gate is not None:
         mixed = mixed * gate(x).sigmoid()
     return Attended(layer.proj_drop(layer.proj(mixed)), k, weights)

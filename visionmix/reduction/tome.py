@@ -67,7 +67,9 @@ def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
     x, size = merge(tokens.x, tokens.size), merge(size, mode="sum")
     source = None
     if tokens.source is not None:
-        source = tokens.moved(unmerge(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1).unsqueeze(2))[..., 0])
+        source = tokens.moved(
+            unmerge(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1).unsqueeze(2))[..., 0]
+        )
     return tokens._replace(x=x, size=size, source=source)
 
 
