@@ -155,6 +155,7 @@ def test_public_names_are_these():
         "visionmix": visionmix,
         "visionmix.kernels": visionmix.kernels,
         "visionmix.models": visionmix.models,
+        "visionmix.reduction": visionmix.reduction,
         "visionmix.scans": visionmix.scans,
     }
     public = {name: sorted(module.__all__) for name, module in names.items()}

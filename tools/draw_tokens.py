@@ -19,7 +19,6 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor, nn
 
-from visionmix import reduction
 from visionmix.tools import build, data, demo_data, pictures
 
 DROPPED = 0.15  # brightness left to cells that no token holds

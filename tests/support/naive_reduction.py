@@ -26,6 +26,10 @@ def merge_groups(metric: Tensor, r: int, prefix: int) -> list[list[int]]:
     return [[token] + [gone for gone in away if best[gone][1] == token] for token in order]
 
 
+def _join(members: list[list[int]], group: list[int]) -> list[int]:
+    return [member for token in group for member in members[token]]
+
+
 def attention(layer: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return output (tokens, channels), weights and keys (heads, tokens, ...) of timm's attention on one image."""
     heads = layer.num_heads
@@ -39,7 +43,7 @@ def attention(layer: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor,
 
 
 def tome(model: nn.Module, x: Tensor, amounts: list[int]) -> tuple[Tensor, list[list[int]]]:
-    """Return the tokens of one image (tokens, channels) behind the blocks, and which of the first each is the mean of."""
+    """Return the tokens of one image (tokens, channels) behind the blocks, and which first ones each is the mean of."""
     prefix = model.num_prefix_tokens
     size, members = None, [[token] for token in range(len(x))]
     for block, r in zip(model.blocks, amounts, strict=True):
@@ -50,7 +54,7 @@ def tome(model: nn.Module, x: Tensor, amounts: list[int]) -> tuple[Tensor, list[
             old = torch.ones(len(x), dtype=x.dtype) if size is None else size
             x = torch.stack([(x[group] * old[group, None]).sum(0) / old[group].sum() for group in groups])
             size = torch.stack([old[group].sum() for group in groups])
-            members = [sum((members[token] for token in group), []) for group in groups]
+            members = [_join(members, group) for group in groups]
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return x, members
 
@@ -70,6 +74,6 @@ def evit(model: nn.Module, x: Tensor, rates: list[float], fuse: bool) -> tuple[T
         kept, gone = list(range(prefix)) + ranked[:keep], ranked[keep:]
         fused = [sum(scores[token] * x[token] for token in gone)] if fuse and gone else []
         x = torch.stack([*x[kept], *fused])
-        members = [members[token] for token in kept] + [sum((members[token] for token in gone), []) for _ in fused]
+        members = [members[token] for token in kept] + [_join(members, gone) for _ in fused]
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return x, members

@@ -21,8 +21,8 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
 
     ``merge(x, size=None, mode="mean")`` takes tokens (batch, tokens, channels) to (batch, tokens - r, channels): each
     token is ``sum(size * x) / sum(size)`` of those merged into it, `size` (batch, tokens, 1) being one each where it is
-    not given, or with ``mode="sum"`` ``sum(x)``, which is how sizes are merged. ``unmerge(y)`` takes (batch, tokens - r,
-    channels) to (batch, tokens, channels): every token gets the value of the one it was merged into.
+    not given, or with ``mode="sum"`` ``sum(x)``, which is how sizes are merged. ``unmerge(y)`` goes from
+    (batch, tokens - r, channels) to (batch, tokens, channels): every token gets the value of the one it is merged into.
 
     Order afterwards: what is left of A, then B. Without prefix tokens what is left of A lies in falling order of its
     similarity, with one it keeps the order it had, and with more they all come first. Equal similarities are ranked by

@@ -16,8 +16,8 @@ _METHODS: dict[str, type["Method"]] = {}
 class Method(ABC):
     """How a model's tokens become fewer, block by block. It holds settings only: what changes is in `Tokens`.
 
-    A subclass takes the blocks that it will run and the positions of the prefix tokens, then its options by keyword, and
-    refuses what does not fit.
+    A subclass takes the blocks that it will run and the positions of the prefix tokens, then its options by keyword,
+    and refuses what does not fit.
 
     Attributes:
         name: What it is registered as.

@@ -19,8 +19,8 @@ class Tokens(NamedTuple):
         size: How many cells each token is the mean of, (batch, tokens, 1), or None where it is one each.
         source: Position of the token that holds each cell, int64 (batch, rows * columns) in row-major order, -1 where
             none does; None where this is not followed.
-        rest: For cells that no token holds, the value that their token had last, (batch, rows * columns, channels); None
-            where there are none or this is not followed.
+        rest: For cells that no token holds, the value that their token had last, (batch, rows * columns, channels);
+            None where there are none or this is not followed.
     """
 
     x: Tensor

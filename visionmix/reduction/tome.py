@@ -65,11 +65,8 @@ def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
     merge, unmerge = match(metric, r, len(tokens.prefix_positions))
     size = tokens.x.new_ones(*tokens.x.shape[:2], 1) if tokens.size is None else tokens.size
     x, size = merge(tokens.x, tokens.size), merge(size, mode="sum")
-    source = None
-    if tokens.source is not None:
-        source = tokens.moved(
-            unmerge(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1).unsqueeze(2))[..., 0]
-        )
+    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    source = None if tokens.source is None else tokens.moved(unmerge(places.unsqueeze(2)).squeeze(2))
     return tokens._replace(x=x, size=size, source=source)
 
 

@@ -59,8 +59,8 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
 def remove(model: nn.Module) -> nn.Module:
     """Return the model that `apply` was given, in the mode (training or not) that `model` is in.
 
-    Parameters are shared, so it has learned what `model` has. What was replaced in `model` since, such as its classifier
-    by `reset_classifier`, was replaced there alone.
+    Parameters are shared, so it has learned what `model` has. What was replaced in `model` since, such as its
+    classifier by `reset_classifier`, was replaced there alone.
 
     Raises:
         TypeError: `model` is not reduced.
