@@ -67,9 +67,9 @@ def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
     method, _, text = spec.partition(":")
     try:
         call = ast.parse(f"method({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("every option needs its name")
-        options |= {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        options |= {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the reduction {spec!r} cannot be read ({error}); write it as tome:r=13") from error
     return reduction.apply(model, method, **options)

@@ -8,8 +8,9 @@ from typing import Any
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" with the one of `words` that is most like `word`, or "" where none is."""
-    matches = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    by_lower = {each.lower(): each for each in words}
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[matches[0]]!r}?)" if matches else ""
 
 
 def options_of(function: Callable[..., Any], besides: Iterable[str]) -> dict[str, inspect.Parameter]:

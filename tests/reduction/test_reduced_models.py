@@ -262,7 +262,10 @@ def test_autocast_is_finite(method, dtype):
     assert fast.to(torch.bfloat16)(images().bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("method", "host"), [("tome", "vit"), ("evit", "vit"), ("tome", "average")])
+@pytest.mark.parametrize(
+    ("method", "host"),
+    [("tome", "vit"), ("evit", "vit"), *(pytest.param("tome", host, marks=pytest.mark.long) for host in HOSTS)],
+)
 def test_exports_and_compiles_whole(method, host):
     fast = reduction.apply(vit(**HOSTS[host], depth=3), method, **METHODS[method])
     program = torch.export.export(fast, (images(),))
@@ -285,11 +288,11 @@ class Softmax(nn.Module):
         super().__init__()
         self.attention = timm.layers.Attention(dim, num_heads)
 
-    def attend(self, x, key_bias=None, queries=0):
+    def attend_tokens(self, x, key_bias=None, queries=0):
         return attend(self.attention, x, key_bias, queries)
 
     def forward_tokens(self, x, grid):
-        return self.attend(x).x
+        return self.attend_tokens(x).x
 
     def forward(self, x):
         return self.forward_tokens(x.flatten(1, 2), None).view_as(x)
@@ -318,5 +321,11 @@ def test_reduces_a_plain_model():
     torch.testing.assert_close(fast.forward_head(features, pre_logits=True), pooled)
     fast.train()(images()).sum().backward()
     assert reduction.remove(fast) is model
-    compiled = torch.compile(fast.eval(), fullgraph=True, backend="eager")
+
+
+@pytest.mark.long
+def test_a_reduced_plain_model_exports_and_compiles_whole():
+    fast = reduction.apply(plain(), "tome", r=9)
+    torch.testing.assert_close(torch.export.export(fast, (images(),)).module()(images()), fast(images()))
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images()), fast(images()))

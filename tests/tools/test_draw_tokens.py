@@ -57,5 +57,5 @@ def test_mistakes_are_answered(arguments, text, capsys, tmp_path):
 
 @pytest.mark.parametrize("spec", ["tome:13", "tome:r=open", "tome:r=1)+(", "tome:**{'r': 1}"])
 def test_reductions_that_cannot_be_read_are_refused(spec):
-    with pytest.raises(ValueError, match=r"cannot be read|needs"):
+    with pytest.raises(ValueError, match="cannot be read"):
         build.reduce_model(torch.nn.Identity(), spec)

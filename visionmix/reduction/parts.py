@@ -76,20 +76,20 @@ def attention_block(block: nn.Module) -> AttentionBlock:
     """Return the branches of `block`.
 
     Taken are timm's pre-norm and post-norm ViT blocks with its plain attention, and this library's blocks with a mixer
-    that offers ``attend(x, key_bias=None, queries=0)``, which returns `Attended`; see the function `attend`.
+    that offers ``attend_tokens(x, key_bias=None, queries=0)``, which returns `Attended`; see the function `attend`.
 
     Raises:
         TypeError: `block` is none of these.
     """
     forward = type(block).forward
     if forward is TokenBlock.forward:
-        if not hasattr(block.mixer, "attend"):
+        if not hasattr(block.mixer, "attend_tokens"):
             raise TypeError(
-                f"the mixer {type(block.mixer).__qualname__} shows no attention (it has no method attend), which this "
+                f"the mixer {type(block.mixer).__qualname__} shows no attention (it has no method attend_tokens), which this "
                 f"reduction needs; take a model with softmax attention"
             )
         return AttentionBlock(
-            _residual(block.norm1, block.mixer.attend, lambda y: block.drop_path(block.scale1(y))),
+            _residual(block.norm1, block.mixer.attend_tokens, lambda y: block.drop_path(block.scale1(y))),
             lambda x: x + block.drop_path(block.scale2(block.mlp(block.norm2(x)))) if block.has_mlp else x,
         )
     if forward not in (Block.forward, ResPostBlock.forward):

@@ -63,7 +63,10 @@ class ToMe(Method):
 def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
     """Return `tokens` with the `r` pairs merged that are most alike in `metric`, (batch, tokens, features)."""
     merge, unmerge = match(metric, r, len(tokens.prefix_positions))
-    size = tokens.x.new_ones(*tokens.x.shape[:2], 1) if tokens.size is None else tokens.size
+    size = tokens.size
+    if size is None:
+        # In float32 at least: half types do not hold every number of cells.
+        size = tokens.x.new_ones(*tokens.x.shape[:2], 1, dtype=torch.promote_types(tokens.x.dtype, torch.float32))
     x, size = merge(tokens.x, tokens.size), merge(size, mode="sum")
     places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     source = None if tokens.source is None else tokens.moved(unmerge(places.unsqueeze(2)).squeeze(2))
