@@ -264,10 +264,15 @@ def test_autocast_is_finite(method, dtype):
 
 @pytest.mark.parametrize(
     ("method", "host"),
-    [("tome", "vit"), ("evit", "vit"), *(pytest.param("tome", host, marks=pytest.mark.long) for host in HOSTS)],
+    [
+        ("tome", "vit"),
+        ("evit", "vit"),
+        *(pytest.param("tome", host, marks=pytest.mark.long) for host in HOSTS if host != "vit"),
+    ],
 )
 def test_exports_and_compiles_whole(method, host):
     fast = reduction.apply(vit(**HOSTS[host], depth=3), method, **METHODS[method])
+    torch.compiler.reset()  # graphs of other cases count towards the limit of recompilations
     program = torch.export.export(fast, (images(),))
     torch.testing.assert_close(program.module()(images()), fast(images()))
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
@@ -278,6 +283,7 @@ def test_exports_and_compiles_whole(method, host):
 @pytest.mark.parametrize("method", METHODS)
 def test_compiles_by_inductor(method):
     fast = reduction.apply(vit(depth=3), method, **METHODS[method])
+    torch.compiler.reset()
     torch.testing.assert_close(torch.compile(fast, fullgraph=True)(images()), fast(images()), atol=1e-4, rtol=1e-4)
 
 
@@ -325,6 +331,7 @@ def test_reduces_a_plain_model():
 
 @pytest.mark.long
 def test_a_reduced_plain_model_exports_and_compiles_whole():
+    torch.compiler.reset()
     fast = reduction.apply(plain(), "tome", r=9)
     torch.testing.assert_close(torch.export.export(fast, (images(),)).module()(images()), fast(images()))
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
