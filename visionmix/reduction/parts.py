@@ -85,7 +85,7 @@ def attention_block(block: nn.Module) -> AttentionBlock:
     if forward is TokenBlock.forward:
         if not hasattr(block.mixer, "attend_tokens"):
             raise TypeError(
-                f"the mixer {type(block.mixer).__qualname__} shows no attention (it has no method attend_tokens), which this "
+                f"the mixer {type(block.mixer).__qualname__} shows no attention (no method attend_tokens), which this "
                 f"reduction needs; take a model with softmax attention"
             )
         return AttentionBlock(
