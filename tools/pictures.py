@@ -56,7 +56,7 @@ def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
 
 def draw_trade_off(accuracy: dict[str, float], against: dict[str, float], label: str, path: Path) -> None:
     """Draw accuracy (percent) over what it costs, a named point an entry; `label` says what and in which unit."""
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     axes = figure.subplots()
     for name, value in accuracy.items():
         axes.plot(against[name], value, "o", color=TRAIN)
@@ -65,7 +65,7 @@ def draw_trade_off(accuracy: dict[str, float], against: dict[str, float], label:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, most: int = 20) -> None:

@@ -10,6 +10,7 @@ from visionmix import reduction
 from visionmix.reduction.evit import schedule as evit_schedule
 from visionmix.reduction.tome import schedule as tome_schedule
 
+ROTARY = {"name": "softmax", "rotary": True}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 3}
 
 
@@ -68,7 +69,11 @@ def test_bad_options_are_refused(method, options, error, text):
         (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "class DiffAttention"),
         (lambda: timm.create_model("eva02_tiny_patch14_224"), "class Eva"),
         (lambda: timm.create_model("test_resnet"), "class ResNet"),
-        (lambda: timm.create_model("vig_t"), "GatedLinearAttention shows no attention"),
+        (lambda: timm.create_model("vig_t"), "GatedLinearAttention is no softmax attention"),
+        (
+            lambda: timm.create_model("test_plain", mixer={"name": "softmax", "rotary": True}),
+            "SoftmaxAttention reads a map",
+        ),
         (lambda: nn.Linear(2, 2), "class Linear"),
     ],
 )

@@ -13,9 +13,7 @@ from torch import nn
 
 from visionmix import reduction
 from visionmix.backbones import Plain
-from visionmix.backbones.block import TokenBlock
 from visionmix.layers import mlp
-from visionmix.reduction.parts import attend
 
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 HOSTS = {
@@ -287,35 +285,17 @@ def test_compiles_by_inductor(method):
     torch.testing.assert_close(torch.compile(fast, fullgraph=True)(images()), fast(images()), atol=1e-4, rtol=1e-4)
 
 
-class Softmax(nn.Module):
-    """Softmax attention as a mixer here offers it."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.attention = timm.layers.Attention(dim, num_heads)
-
-    def attend_tokens(self, x, key_bias=None, queries=0):
-        return attend(self.attention, x, key_bias, queries)
-
-    def forward_tokens(self, x, grid):
-        return self.attend_tokens(x).x
-
-    def forward(self, x):
-        return self.forward_tokens(x.flatten(1, 2), None).view_as(x)
-
-
-def plain() -> Plain:
+def plain(**options) -> Plain:
     torch.manual_seed(0)
-    model = Plain(img_size=32, patch_size=4, num_classes=5, embed_dim=32, depth=3, num_heads=2)
-    model.blocks = nn.ModuleList(
-        TokenBlock(Softmax(32, 2), 32, mlp_layer=layer, norm_layer=nn.LayerNorm, drop_path=0.1, layer_scale=0.5)
-        for layer in (mlp, None, mlp)
-    )
+    sizes = {"img_size": 32, "patch_size": 4, "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    model = Plain(**sizes, mixer={"name": "softmax", "gate": True}, mlp_layer=mlp, layer_scale=0.5, **options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 
 def test_reduces_a_plain_model():
-    model = plain()
+    model = plain(drop_path_rate=0.1)
     torch.testing.assert_close(reduction.apply(model, "tome", r=0)(images()), model(images()))
     fast = reduction.apply(model, "tome", r=9, trace_source=True)
     features, maps = fast.forward_intermediates(images(), output_fmt="NHWC")
@@ -327,6 +307,29 @@ def test_reduces_a_plain_model():
     torch.testing.assert_close(fast.forward_head(features, pre_logits=True), pooled)
     fast.train()(images()).sum().backward()
     assert reduction.remove(fast) is model
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("method", METHODS)
+def test_reduces_a_plain_model_with_a_class_token(method, pool):
+    model = plain(class_token="first", global_pool=pool)
+    torch.testing.assert_close(reduction.apply(model, "evit", keep_rate=1.0)(images()), model(images()))
+    fast = reduction.apply(model, method, **METHODS[method], trace_source=True)
+    assert torch.equal(fast.forward_head(fast.forward_features(images())), fast(images()))
+    features, pairs = fast.forward_intermediates(images(), return_prefix_tokens=True, norm=True)
+    assert torch.equal(features, fast.forward_features(images()))
+    assert [(each.shape, prefix.shape) for each, prefix in pairs] == [((2, 32, 8, 8), (2, 1, 32))] * 3
+    tokens = fast.forward_tokens(images())
+    if method == "tome":
+        assert tokens.size[:, 0].tolist() == [[1.0], [1.0]]
+        assert tokens.size.sum(1).tolist() == [[65.0], [65.0]]
+    assert (features.shape[1] == 65) == (method == "tome" and pool == "avg")
+    assert tokens.source.amin() == 1
+
+
+def test_a_class_token_in_the_middle_is_refused():
+    with pytest.raises(ValueError, match="prefix tokens first"):
+        reduction.apply(plain(class_token="middle", global_pool="token"), "tome", r=2)
 
 
 @pytest.mark.long

@@ -65,6 +65,17 @@ class ReducedBackbone(Reduced):
                 taken.append(tokens)
         return tokens, taken
 
+    def _pools_patches(self) -> bool:
+        """Return whether the head pools over the cells' tokens."""
+        raise NotImplementedError
+
+    def _features(self, tokens: Tokens) -> Tensor:
+        """Return what the head takes: the tokens, normalised; where it pools over them and sizes differ, one a cell."""
+        tokens = self._normalised(tokens)
+        if tokens.size is None or not self._pools_patches():
+            return tokens.x
+        return torch.cat([tokens.prefix(), tokens.cells()], dim=1)
+
     def _normalised(self, tokens: Tokens) -> Tokens:
         rest = None if tokens.rest is None else self.norm(tokens.rest)
         return tokens._replace(x=self.norm(tokens.x), rest=rest)
@@ -113,12 +124,6 @@ class ReducedVisionTransformer(ReducedBackbone):
 
     def _pools_patches(self) -> bool:
         return self.attn_pool is not None or self.global_pool in ("avg", "avgmax", "max")
-
-    def _features(self, tokens: Tokens) -> Tensor:
-        tokens = self._normalised(tokens)
-        if tokens.size is None or not self._pools_patches():
-            return tokens.x
-        return torch.cat([tokens.prefix(), tokens.cells()], dim=1)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the normalised tokens (batch, tokens, channels) of images (batch, channels, height, width).
@@ -188,25 +193,44 @@ class ReducedVisionTransformer(ReducedBackbone):
 
 
 class ReducedPlain(ReducedBackbone):
-    """This library's plain skeleton with fewer and fewer tokens; its features are dense, one value a cell."""
+    """This library's plain skeleton with fewer and fewer tokens.
+
+    `forward_features` gives a dense map, one value a cell, and for models with a class token the tokens that are left,
+    as `ReducedVisionTransformer` does.
+    """
 
     skeleton = Plain
-    paths = ("forward", "forward_features", "forward_intermediates")
+    paths = ("forward", "forward_features", "forward_intermediates", "embed")
 
     @staticmethod
     def prefix_of(model: nn.Module) -> tuple[int, ...]:
-        return ()
+        # Where it stands among four cells: whether it leads is what a method asks, and that holds for every size.
+        return (model.class_token.position(4),) if model.has_class_token else ()
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
-        x = self._embed(images)
-        batch, height, width, dim = x.shape
-        source = _source(images, (height, width), 0) if trace else None
-        return Tokens(x.reshape(batch, height * width, dim), (height, width), source=source)
+        x, grid = self.embed(images)
+        prefix = tuple(grid.prefix_positions)
+        size = (grid.height, grid.width)
+        source = None
+        if trace:
+            source = _source(images, size, 0)
+            for position in prefix:
+                source = source + (source >= position)
+        return Tokens(x, size, prefix, source=source)
+
+    def _pools_patches(self) -> bool:
+        return not self.has_class_token or self.head.pool_type == "avg"
+
+    def _features(self, tokens: Tokens) -> Tensor:
+        return super()._features(tokens) if self.has_class_token else _laid_out(self._normalised(tokens), "NHWC")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map (batch, rows, columns, embed_dim) of images (batch, in_chans, height, width)."""
-        tokens, _ = self._run(x, trace=True)
-        return _laid_out(self._normalised(tokens), "NHWC")
+        """Return the normalised features of images (batch, in_chans, height, width).
+
+        A map (batch, rows, columns, embed_dim); with a class token a sequence (batch, tokens, embed_dim).
+        """
+        tokens, _ = self._run(x, trace=self._pools_patches())
+        return self._features(tokens)
 
     def forward_intermediates(
         self,
@@ -216,13 +240,18 @@ class ReducedPlain(ReducedBackbone):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the maps behind the chosen blocks, one value a cell; arguments and errors are the skeleton's."""
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.blocks), indices)
         tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
-        maps = [_laid_out(self._normalised(each) if norm else each, output_fmt) for each in taken]
-        return maps if intermediates_only else (_laid_out(self._normalised(tokens), "NHWC"), maps)
+        if norm:
+            taken = [self._normalised(each) for each in taken]
+        maps = [_laid_out(each, output_fmt) for each in taken]
+        if return_prefix_tokens:
+            maps = [(each, behind.prefix()) for each, behind in zip(maps, taken, strict=True)]
+        return maps if intermediates_only else (self._features(tokens), maps)
 
 
 HOSTS: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)

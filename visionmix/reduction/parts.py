@@ -1,7 +1,8 @@
 """What the methods need of a block: its two branches, with the attention's keys and weights in between."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from visionmix.backbones.block import TokenBlock
+from visionmix.mixers.softmax import SoftmaxAttention
 
 
 class Attended(NamedTuple):
@@ -37,34 +39,58 @@ class AttentionBlock(NamedTuple):
     feed_forward: Callable[[Tensor], Tensor]
 
 
-def attend(layer: Any, x: Tensor, key_bias: Tensor | None = None, queries: int = 0) -> Attended:
-    """Run a softmax attention ``softmax(q k^T / sqrt(head channels) + key_bias) v`` and return its parts too.
-
-    Args:
-        layer: A `timm.layers.Attention`, or what has its attributes.
-        x: Normalised tokens, (batch, tokens, channels).
-        key_bias: Added to the logits of every query, (batch, tokens).
-        queries: Of how many of the first queries the attention weights are wanted.
-    """
+def _timm_attention(layer: Attention, x: Tensor, key_bias: Tensor | None, queries: int) -> Attended:
     batch, tokens, _ = x.shape
     qkv = layer.qkv(x).reshape(batch, tokens, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     q, k = layer.q_norm(q), layer.k_norm(k)
+    mixed, weights = _attend(q, k, v, key_bias, queries, layer.fused_attn, layer.attn_drop)
+    mixed = layer.norm(mixed)
+    gate = getattr(layer, "gate", None)  # newer versions of timm have it
+    if gate is not None:
+        mixed = mixed * gate(x).sigmoid()
+    return Attended(layer.proj_drop(layer.proj(mixed)), k, weights)
+
+
+def _softmax_mixer(mixer: SoftmaxAttention, x: Tensor, key_bias: Tensor | None, queries: int) -> Attended:
+    qkv = mixer.qkv(x)
+    heads = qkv[..., : 3 * mixer.dim].unflatten(-1, (3, mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads.unbind(0)
+    mixed, weights = _attend(q, k, v, key_bias, queries)
+    if mixer.gate:
+        mixed = mixed * qkv[..., 3 * mixer.dim :]
+    return Attended(mixer.proj(mixed), k, weights)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    queries: int,
+    fused: bool = True,
+    dropout: nn.Dropout | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``softmax(q k^T / sqrt(head channels) + key_bias) v``, (batch, tokens, channels), and its weights.
+
+    Args:
+        q: Queries, (batch, heads, tokens, head channels); so are `k` and `v`.
+        key_bias: Added to the logits of every query, (batch, tokens).
+        queries: Of how many of the first queries the weights are returned.
+        fused: Whether PyTorch's fused attention is used.
+        dropout: Of the weights.
+    """
     bias = None if key_bias is None else key_bias.to(q.dtype)[:, None, None, :]
-    if layer.fused_attn:
-        drop = layer.attn_drop.p if layer.training else 0.0
+    if fused:
+        drop = dropout.p if dropout is not None and dropout.training else 0.0
         # The scale is the default one; a bias of one row is read by every query.
         mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
         weights = _weights(q[:, :, :queries], k, bias) if queries else None
     else:
         full = _weights(q, k, bias)
-        mixed = layer.attn_drop(full) @ v
+        mixed = (full if dropout is None else dropout(full)) @ v
         weights = full[:, :, :queries] if queries else None
-    mixed = layer.norm(mixed.transpose(1, 2).reshape(batch, tokens, -1))
-    gate = getattr(layer, "gate", None)  # newer versions of timm have it
-    if gate is not None:
-        mixed = mixed * gate(x).sigmoid()
-    return Attended(layer.proj_drop(layer.proj(mixed)), k, weights)
+    return mixed.transpose(1, 2).flatten(2), weights
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,23 +101,15 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 def attention_block(block: nn.Module) -> AttentionBlock:
     """Return the branches of `block`.
 
-    Taken are timm's pre-norm and post-norm ViT blocks with its plain attention, and this library's blocks with a mixer
-    that offers ``attend_tokens(x, key_bias=None, queries=0)``, which returns `Attended`; see the function `attend`.
+    Taken are timm's pre-norm and post-norm ViT blocks with its plain attention, and this library's blocks of tokens
+    with the mixer "softmax" where it needs no map.
 
     Raises:
         TypeError: `block` is none of these.
     """
     forward = type(block).forward
     if forward is TokenBlock.forward:
-        if not hasattr(block.mixer, "attend_tokens"):
-            raise TypeError(
-                f"the mixer {type(block.mixer).__qualname__} shows no attention (no method attend_tokens), which this "
-                f"reduction needs; take a model with softmax attention"
-            )
-        return AttentionBlock(
-            _residual(block.norm1, block.mixer.attend_tokens, lambda y: block.drop_path(block.scale1(y))),
-            lambda x: x + block.drop_path(block.scale2(block.mlp(block.norm2(x)))) if block.has_mlp else x,
-        )
+        return _token_block(block)
     if forward not in (Block.forward, ResPostBlock.forward):
         raise TypeError(
             f"blocks of class {type(block).__qualname__} cannot be reduced; those of class Block, ResPostBlock (timm) "
@@ -102,9 +120,7 @@ def attention_block(block: nn.Module) -> AttentionBlock:
             f"an attention of class {type(block.attn).__qualname__} cannot be reduced; timm.layers.Attention can"
         )
 
-    def attended(x: Tensor, key_bias: Tensor | None, queries: int) -> Attended:
-        return attend(block.attn, x, key_bias, queries)
-
+    attended = partial(_timm_attention, block.attn)
     if forward is ResPostBlock.forward:
         return AttentionBlock(
             _residual(_same, attended, lambda y: block.drop_path1(block.norm1(y))),
@@ -113,6 +129,19 @@ def attention_block(block: nn.Module) -> AttentionBlock:
     return AttentionBlock(
         _residual(block.norm1, attended, lambda y: block.drop_path1(block.ls1(y))),
         lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+    )
+
+
+def _token_block(block: TokenBlock) -> AttentionBlock:
+    if type(block.mixer) is not SoftmaxAttention or block.mixer.needs_map:
+        need = "reads a map" if type(block.mixer) is SoftmaxAttention else "is no softmax attention"
+        raise TypeError(
+            f"a mixer of class {type(block.mixer).__qualname__} {need}, so that this reduction cannot be applied; "
+            f"SoftmaxAttention without rotary and lepe can be reduced"
+        )
+    return AttentionBlock(
+        _residual(block.norm1, partial(_softmax_mixer, block.mixer), lambda y: block.drop_path(block.scale1(y))),
+        lambda x: x + block.drop_path(block.scale2(block.mlp(block.norm2(x)))) if block.has_mlp else x,
     )
 
 
