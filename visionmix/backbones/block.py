@@ -78,18 +78,30 @@ class TokenBlock(Block):
 
     A mixer that offers ``forward_tokens(x, grid)`` receives the sequence; any other receives the map, which the
     sequence must then be, whole and without prefix tokens. There is no `pos_layer`: it would ask for a map.
+
+    Args:
+        tail_layer: Makes from `dim` what the whole map goes through at the end, NHWC, without a residual around it;
+            None for nothing. Such a block takes whole sequences without prefix tokens, whatever its mixer.
     """
 
     mixes_tokens: Final[bool]
+    has_tail: Final[bool]
 
-    def __init__(self, mixer: nn.Module, dim: int, **options) -> None:
+    def __init__(
+        self, mixer: nn.Module, dim: int, *, tail_layer: Callable[..., nn.Module] | None = None, **options
+    ) -> None:
         super().__init__(mixer, dim, **options)
-        self.mixes_tokens = hasattr(mixer, "forward_tokens")
+        self.has_tail = tail_layer is not None
+        self.mixes_tokens = hasattr(mixer, "forward_tokens") and not self.has_tail
+        if tail_layer is not None:
+            self.tail = tail_layer(dim, device=options.get("device"), dtype=options.get("dtype"))
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = x + self.drop_path(self.scale1(self._mix(self.norm1(x), grid)))
         if self.has_mlp:
             x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        if self.has_tail:
+            x = self.tail(x.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
         return x
 
     def _mix(self, x: Tensor, grid: Grid) -> Tensor:

@@ -53,6 +53,7 @@ class Plain(Backbone):
         block_layer: Makes a block, as `visionmix.backbones.block.TokenBlock` is made, or a list with one entry a block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         norm_layer: Makes a norm over channels from the width.
+        final_norm_layer: Makes the norm behind the last block; None for `norm_layer`.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
         class_token: Where among the tokens a class token goes, "first" or "middle"; None for none.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; None for that one, or with a class
@@ -86,6 +87,7 @@ class Plain(Backbone):
         block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = TokenBlock,
         mlp_layer: Callable[..., nn.Module] | None = swiglu,
         norm_layer: Callable[..., nn.Module] = _NORM,
+        final_norm_layer: Callable[..., nn.Module] | None = None,
         pos_embed: Callable[..., nn.Module] | None = PositionEmbedding,
         class_token: str | None = None,
         head_layer: Callable[..., nn.Module] | None = None,
@@ -128,13 +130,13 @@ class Plain(Backbone):
                 one_each(block_layer, depth, "block_layer", "block"), specs, rates, strict=True
             )
         )
-        for block, spec in zip(self.blocks, specs, strict=True):
+        for index, (block, spec) in enumerate(zip(self.blocks, specs, strict=True)):
             if self.has_class_token and not block.mixes_tokens:
                 raise ValueError(
-                    f"mixer={spec!r} reads whole maps and cannot serve beside a class token; give class_token=None "
-                    "and global_pool='avg', or a mixer with forward_tokens"
+                    f"block {index} with mixer={spec!r} reads whole maps and cannot serve beside a class token; give "
+                    "class_token=None and global_pool='avg', or a mixer with forward_tokens and no tail_layer"
                 )
-        self.norm = norm_layer(embed_dim, **dd)
+        self.norm = (final_norm_layer or norm_layer)(embed_dim, **dd)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
         ]

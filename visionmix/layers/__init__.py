@@ -1,5 +1,6 @@
 """What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
+from visionmix.layers.conv import DepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import LogSigmoid
@@ -8,7 +9,7 @@ from visionmix.layers.head import TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ClassToken, PositionEmbedding, resample_position
 from visionmix.layers.selective_scan import SelectiveScan2d
-from visionmix.layers.stem import ConvStem, PatchStem
+from visionmix.layers.stem import ConvStem, DeepPatchStem, PatchStem
 
 __all__ = [
     "BatchNorm",
@@ -16,6 +17,8 @@ __all__ = [
     "ConvDownsample",
     "ConvMlp",
     "ConvStem",
+    "DeepPatchStem",
+    "DepthwiseConv",
     "Grid",
     "LogSigmoid",
     "PatchMerging",

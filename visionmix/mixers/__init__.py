@@ -3,6 +3,7 @@
 from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.gated_linear_attention import GatedLinearAttention
 from visionmix.mixers.multi_scale_scan import MultiScaleScan
+from visionmix.mixers.plain_scan import PlainScan
 from visionmix.mixers.registry import create_mixer, list_mixers, register_mixer
 from visionmix.mixers.softmax import SoftmaxAttention
 
@@ -10,6 +11,7 @@ __all__ = [
     "CrossScan",
     "GatedLinearAttention",
     "MultiScaleScan",
+    "PlainScan",
     "SoftmaxAttention",
     "create_mixer",
     "list_mixers",

@@ -1,6 +1,6 @@
 """One file a published family; importing this package registers every model with timm."""
 
-from visionmix.models import msvmamba, skeletons, vig, vmamba
+from visionmix.models import msvmamba, plainmamba, skeletons, vig, vmamba
 from visionmix.models.family import Published, Variant, list_family_models, published, register_family
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Variant",
     "list_family_models",
     "msvmamba",
+    "plainmamba",
     "published",
     "register_family",
     "skeletons",
