@@ -40,6 +40,7 @@ class Plain(Backbone):
         img_size: Image size, one number or (height, width), at which size-tied tensors are built; any other is served
             by resampling them when called.
         patch_size: Pixels a token stands for, along each side.
+        stride: Pixels from one patch to the next where patches overlap, an option of the stem; None where they do not.
         in_chans: Channels of the images.
         num_classes: Outputs of the classifier; 0 for none.
         global_pool: How tokens become one vector: timm's pooling types; with a class token "token" or "avg"; "" for
@@ -79,6 +80,7 @@ class Plain(Backbone):
         num_classes: int = 1000,
         global_pool: str = "avg",
         *,
+        stride: int | None = None,
         embed_dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
@@ -103,7 +105,8 @@ class Plain(Backbone):
         if min(height, width) < patch_size:
             raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
         self.patch_size = patch_size
-        self.stem = stem_layer(in_chans, embed_dim, patch_size, **dd)
+        overlap = {} if stride is None else {"stride": stride}
+        self.stem = stem_layer(in_chans, embed_dim, patch_size, **overlap, **dd)
         grid_size = self.stem.grid_size(height, width)
         self.pos_embed = pos_embed(embed_dim, grid_size, **dd) if pos_embed else nn.Identity()
         self.has_class_token = class_token is not None
@@ -138,7 +141,8 @@ class Plain(Backbone):
                 )
         self.norm = (final_norm_layer or norm_layer)(embed_dim, **dd)
         self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
+            {"num_chs": embed_dim, "reduction": stride or patch_size, "module": f"blocks.{index}"}
+            for index in range(depth)
         ]
         self._finish(
             embed_dim,
@@ -152,9 +156,12 @@ class Plain(Backbone):
         )
 
     @staticmethod
-    def total_reduction(options: Mapping[str, Any]) -> int:
-        """Return the pixels a side that a cell of the last map stands for, in a model built with `options`."""
-        return options.get("patch_size", 16)
+    def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of the last map of images of `size`, in a model built with `options`."""
+        patch, stride = options.get("patch_size", 16), options.get("stride")
+        if stride is None:
+            return -(-size[0] // patch), -(-size[1] // patch)
+        return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:

@@ -8,7 +8,7 @@ from visionmix.layers.grid import Grid, split_prefix
 from visionmix.layers.head import TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ClassToken, PositionEmbedding, resample_position
-from visionmix.layers.selective_scan import SelectiveScan2d
+from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
 from visionmix.layers.stem import ConvStem, DeepPatchStem, PatchStem
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "PatchMerging",
     "PatchStem",
     "PositionEmbedding",
+    "SelectiveScan1d",
     "SelectiveScan2d",
     "TokenHead",
     "mlp",

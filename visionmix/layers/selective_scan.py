@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Final
 
-import numpy as np
 import torch
 import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-from visionmix.kernels import dispatch
+from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.layers.order import scan_order
 from visionmix.scans import move_codes
 
 _STEP_RANGE = (1e-3, 0.1)
@@ -29,34 +27,19 @@ def _decay_rates(logarithms: Tensor) -> Tensor:
     return -torch.exp(logarithms)
 
 
-def _move_map(orders: str, height: int, width: int, permute: str, device: torch.device) -> Tensor:
+@torch.fx.wrap
+def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> Tensor:
     """Return, for every cell, the code of the move into the step that reads B there, int64 (height, width, K)."""
     maps = []
     for name in orders.split(","):
-        index, inverse = torch.ops.visionmix.scan_order(name, height, width, device)
+        index, inverse = scan_order(name, height, width, like)
         codes = move_codes(index, width)
         if permute == "input":  # B is read in raster order
             codes = torch.cat([codes, codes.new_zeros(height * width)])[: height * width]
-        else:
-            codes = torch.cat([codes, codes.new_zeros(1)])[inverse]  # a cell that is not read has inverse -1
+        else:  # a cell that is not read has no step, -1
+            codes = torch.cat([codes, codes.new_zeros(1)])[inverse]
         maps.append(codes.reshape(height, width))
     return torch.stack(maps, dim=-1)
-
-
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
-def _constant_move_map(orders: str, height: int, width: int, permute: str) -> np.ndarray:
-    with _disable_current_modes(), torch.inference_mode(False):
-        return _move_map(orders, height, width, permute, torch.device("cpu")).numpy()
-
-
-@torch.fx.wrap
-def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> Tensor:
-    """As `_move_map`, on the device of `like`; a constant where graphs must do without the library's ops."""
-    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
-        if dispatch.bypassed():
-            return torch.tensor(_constant_move_map(orders, height, width, permute), device=like.device)
-    return _move_map(orders, height, width, permute, like.device)
 
 
 class _ScanParameters(nn.Module):
@@ -194,3 +177,61 @@ class SelectiveScan2d(_ScanParameters):
     def _each(self, x: Tensor) -> Tensor:
         """Return x (batch, height, width, 1, features) as it is for each of the orders."""
         return x.expand(-1, -1, -1, self.count, -1)
+
+
+class SelectiveScan1d(_ScanParameters):
+    """A causal convolution along a sequence, SiLU, and the selective scan of it: what stands inside Mamba.
+
+    ``x = silu(conv(x))``, a depthwise convolution over the token and the ``kernel_size - 1`` before it, then the
+    recurrence of `SelectiveScan2d` in the sequence's order.
+
+    Shapes: (batch, length, dim) to the same.
+
+    Source: Mamba (Gu and Dao 2023, arXiv 2312.00752).
+
+    Args:
+        dim: Channels.
+        step_rank: Rank of the projection to the steps.
+        states: States a channel.
+        kernel_size: Tokens that the convolution sees.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `step_rank`, `states` or `kernel_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        step_rank: int,
+        states: int = 16,
+        kernel_size: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, 1, step_rank=step_rank, states=states, **dd)
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size} is too small; give 1 or more")
+        self.before = kernel_size - 1
+        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(F.pad(x, [0, 0, self.before, 0]).transpose(1, 2))).transpose(1, 2)
+        steps, B, C = self.x_proj(x).split(self.widths, dim=-1)
+        y, _ = selective_scan_op(
+            x.transpose(1, 2),
+            F.linear(steps, self.delta_weight[0]).transpose(1, 2),
+            _decay_rates(self.A_log[0]),
+            B.transpose(1, 2).unsqueeze(1),
+            C.transpose(1, 2).unsqueeze(1),
+            self.D[0],
+            None,
+            self.delta_bias[0],
+            True,
+            False,
+        )
+        return y.transpose(1, 2)

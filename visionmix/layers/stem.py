@@ -71,11 +71,12 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution over patches that do not overlap, and a norm over channels: ``norm1(conv1(x))``.
+    """One convolution over patches, and a norm over channels: ``norm1(conv1(x))``.
 
-    ``conv1`` has kernel and stride `patch_size`; pixels beyond the last whole patch are not read.
+    ``conv1`` has kernel `patch_size`; pixels beyond the last whole patch are not read.
 
-    Shapes: (batch, in_chans, height, width) to (batch, height // patch_size, width // patch_size, embed_dim).
+    Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim), with
+    ``(height - patch_size) // stride + 1`` rows, and as many columns.
 
     Source: the patch embedding of ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), with a norm as in Swin (Liu et al.
     2021, arXiv 2103.14030).
@@ -83,7 +84,8 @@ class PatchStem(nn.Module):
     Args:
         in_chans: Channels of the image.
         embed_dim: Channels of the tokens.
-        patch_size: Pixels a token stands for, along each side.
+        patch_size: Pixels a token sees, along each side.
+        stride: Pixels from one patch to the next; None for `patch_size`, patches that do not overlap.
         norm_layer: Makes the norm from `embed_dim`; None for no norm, as in ViT.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -95,20 +97,21 @@ class PatchStem(nn.Module):
         embed_dim: int = 96,
         patch_size: int = 4,
         *,
+        stride: int | None = None,
         norm_layer: Callable[..., nn.Module] | None = _NORM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=stride or patch_size, **dd)
         self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
 
     @torch.jit.ignore
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        stride = self.conv1.stride[0]
-        return height // stride, width // stride
+        size, stride = self.conv1.kernel_size[0], self.conv1.stride[0]
+        return (height - size) // stride + 1, (width - size) // stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))

@@ -78,9 +78,7 @@ def key_map(model: nn.Module) -> KeyMap:
     """Return the map from the published files' keys to those of `model`."""
     return KeyMap(
         rename=_NAMES,
-        drop={
-            r"^ema_": "the averaging hook's other copy of the weights; the plain keys have the average"
-        },
+        drop={r"^ema_": "the averaging hook's other copy of the weights; the plain keys have the average"},
         transform=reshape_to(model),
     )
 
