@@ -27,18 +27,17 @@ _LAYERS = {
 }
 
 
-def _variant(dim: int, page: str = "", published: Published = _NONE, **options: Any) -> Variant:
-    return Variant(Plain, _LAYERS | {"embed_dim": dim} | options, {}, published, page)
+def _variant(dim: int, size: str = "", file: str = "", published: Published = _NONE, **options: Any) -> Variant:
+    weights = {"hf_hub_id": f"hustvl/Vim-{size}-midclstok", "hf_hub_filename": file} if file else {}
+    return Variant(Plain, _LAYERS | {"embed_dim": dim} | options, weights, published)
 
-
-_PAGE = "https://huggingface.co/hustvl/Vim-{}-midclstok"
 
 VARIANTS = {
-    "vim_tiny": _variant(192, _PAGE.format("tiny"), Published(7, None, 76.1)),
-    "vim_small": _variant(384, _PAGE.format("small"), Published(26, None, 80.5)),
-    "vim_base": _variant(768, _PAGE.format("base"), Published(98, None, 81.9)),
-    "vim_tiny_stride8": _variant(192, _PAGE.format("tiny"), Published(7, None, 78.3), stride=8),
-    "vim_small_stride8": _variant(384, _PAGE.format("small"), Published(26, None, 81.6), stride=8),
+    "vim_tiny": _variant(192, "tiny", "vim_t_midclstok_76p1acc.pth", Published(7, None, 76.1)),
+    "vim_small": _variant(384, "small", "vim_s_midclstok_80p5acc.pth", Published(26, None, 80.5)),
+    "vim_base": _variant(768, "base", "vim_b_midclstok_81p9acc.pth", Published(98, None, 81.9)),
+    "vim_tiny_stride8": _variant(192, "tiny", "vim_t_midclstok_ft_78p3acc.pth", Published(7, None, 78.3), stride=8),
+    "vim_small_stride8": _variant(384, "small", "vim_s_midclstok_ft_81p6acc.pth", Published(26, None, 81.6), stride=8),
     "test_vim": _variant(32, depth=3, img_size=96),
 }
 
