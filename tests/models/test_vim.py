@@ -93,3 +93,21 @@ def test_overlapping_patches():
     assert (features.shape, maps[0].shape) == ((1, 730, 192), (1, 192, 27, 27))
     assert model.feature_info[0]["reduction"] == 8
     assert model.default_cfg["pool_size"] == (27, 27)
+
+
+def test_left_tokens_are_those_of_a_sequence_with_zeros_between():
+    """Behind the convolution, which sees what is left: the scans are those of the whole sequence, zeros in the gaps."""
+    torch.manual_seed(0)
+    mixer = visionmix.create_mixer("bidirectional_mamba", 6, states=3, kernel_size=1).double()
+    with torch.no_grad():  # so that a token of zeros stays one
+        for scan in (mixer.forward_scan, mixer.backward_scan):
+            scan.conv.bias.zero_()
+    positions = torch.tensor([[0, 3, 4, 9], [2, 5, 6, 10]])
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    whole = torch.zeros(2, 11, 6, dtype=torch.float64).scatter(1, positions[..., None].expand(-1, -1, 6), x)
+    expected = [each.gather(1, positions[..., None].expand(-1, -1, 12)) for each in mixer.directions(whole)]
+    for ours, theirs in zip(mixer.directions(x, positions), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    near = torch.arange(4).expand(2, -1)
+    assert torch.allclose(mixer.merged(*mixer.directions(x, near)), mixer.forward_tokens(x, Grid(1, 4, [], None)))
+    assert not torch.allclose(mixer.directions(x)[0], expected[0], atol=1e-6)

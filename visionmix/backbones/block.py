@@ -84,8 +84,9 @@ class TokenBlock(Block):
             None for nothing. Such a block takes whole sequences without prefix tokens, whatever its mixer.
     """
 
-    mixes_tokens: Final[bool]
+    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
     has_tail: Final[bool]
+    mixes_tokens: Final[bool]
 
     def __init__(
         self, mixer: nn.Module, dim: int, *, tail_layer: Callable[..., nn.Module] | None = None, **options

@@ -18,7 +18,7 @@ from visionmix.scans import order
 def _constant_order(name: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     with _disable_current_modes(), torch.inference_mode(False):
         index, inverse = order(name, height, width)
-    return index.numpy(), inverse.numpy()
+        return index.numpy(), inverse.numpy()
 
 
 def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:

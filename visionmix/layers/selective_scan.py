@@ -187,6 +187,10 @@ class SelectiveScan1d(_ScanParameters):
 
     Shapes: (batch, length, dim) to the same.
 
+    The second argument of a call, `positions`, is for tokens that were left of a longer sequence: their places in it,
+    int64 (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of
+    zeros would bring there, ``exp(softplus(b) A)`` each; the convolution sees the tokens that are left.
+
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752).
 
     Args:
@@ -219,7 +223,11 @@ class SelectiveScan1d(_ScanParameters):
         self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, **dd)
         self.act = nn.SiLU()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        gap = torch.jit.annotate(Tensor | None, None)
+        if positions is not None:
+            skipped = positions.diff(dim=1, prepend=positions[:, :1] - 1) - 1
+            gap = skipped.unsqueeze(1) * F.softplus(self.delta_bias[0]).unsqueeze(1)
         x = self.act(self.conv(F.pad(x, [0, 0, self.before, 0]).transpose(1, 2))).transpose(1, 2)
         steps, B, C = self.x_proj(x).split(self.widths, dim=-1)
         y, _ = selective_scan_op(
@@ -233,5 +241,6 @@ class SelectiveScan1d(_ScanParameters):
             self.delta_bias[0],
             True,
             False,
+            gap,
         )
         return y.transpose(1, 2)

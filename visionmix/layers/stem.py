@@ -172,5 +172,8 @@ class DeepPatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(self.act1(self.norm1(self.conv1(x))))
-        x = F.pad(x, [0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride])
+        # Not -side % stride: compiled graphs know no remainder of negative numbers.
+        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
+        right = (self.stride - x.shape[3] % self.stride) % self.stride
+        x = F.pad(x, [0, right, 0, bottom])
         return self.proj(x).permute(0, 2, 3, 1)

@@ -78,10 +78,12 @@ class BidirectionalMamba(nn.Module):
         """Return the mixed tokens (batch, tokens, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         if self.in_raster:
-            y = self._scan(x)
+            forward, backward = self._scan(x, None)
+            y = forward + backward
         else:
             index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
-            y = take(self._scan(take(x, index)), inverse)
+            forward, backward = self._scan(take(x, index), None)
+            y = take(forward + backward, inverse)
         return self.proj(y * (0.5 * self.act(z)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,5 +91,24 @@ class BidirectionalMamba(nn.Module):
         tokens = x.reshape(batch, height * width, dim)
         return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
-    def _scan(self, x: Tensor) -> Tensor:
-        return self.forward_scan(x) + self.backward_scan(x.flip(1)).flip(1)
+    @torch.jit.ignore
+    def directions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the gated outputs of both scans, each (batch, tokens, channels of the scans), before they are merged.
+
+        Args:
+            x: Tokens (batch, tokens, dim), read as they lie, whatever the order.
+            positions: Where they lay in the sequence that they are left of; see `visionmix.layers.SelectiveScan1d`.
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        forward, backward = self._scan(x, positions)
+        gate = self.act(z)
+        return forward * gate, backward * gate
+
+    @torch.jit.ignore
+    def merged(self, forward: Tensor, backward: Tensor) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim) of what `directions` returns."""
+        return self.proj(0.5 * (forward + backward))
+
+    def _scan(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        from_the_end = None if positions is None else -positions.flip(1)
+        return self.forward_scan(x, positions), self.backward_scan(x.flip(1), from_the_end).flip(1)
