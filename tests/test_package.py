@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_tree(wheel):
 SURFACE = """
 import torch
 import visionmix
-from visionmix import create_mixer, kernels, list_mixers, scans
+from visionmix import create_mixer, kernels, list_mixers, reduction, scans
 
 names: list[str] = list_mixers()
 mixer: torch.nn.Module = create_mixer("gated_linear_attention", 24, num_heads=3)
@@ -75,6 +75,8 @@ q = torch.randn(1, 4, 2, 8)
 with kernels.use("reference"):
     out, state = kernels.gated_linear_attention(q, q, q, -q.abs())
 out.sum()
+merge, unmerge = reduction.match(torch.randn(1, 9, 4), 2)
+left: torch.Tensor = merge(torch.randn(1, 9, 4))
 """
 
 
@@ -155,6 +157,7 @@ def test_public_names_are_these():
         "visionmix": visionmix,
         "visionmix.kernels": visionmix.kernels,
         "visionmix.models": visionmix.models,
+        "visionmix.reduction": visionmix.reduction,
         "visionmix.scans": visionmix.scans,
     }
     public = {name: sorted(module.__all__) for name, module in names.items()}

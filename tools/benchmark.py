@@ -1,9 +1,11 @@
 """Time and memory of whole models side by side.
 
     python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224
+    python tools/benchmark.py deit_small_patch16_224 --reduce tome:r=13 --reduce evit:keep_rate=0.5 --batch 8
 
 Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
-float32 and eval mode unless `--train` is given, which times a forward and backward pass.
+float32 and eval mode unless `--train` is given, which times a forward and backward pass. `--reduce` adds each model
+with that token reduction, as NAME+METHOD:OPTIONS.
 """
 
 import argparse
@@ -16,19 +18,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import visionmix  # noqa: F401 (registers the models)
-from visionmix.tools import info, timing
+from visionmix.tools import build, info, timing
 
 _CSV = Path("benchmarks/models.csv")
 
 
 def _build(name: str, img_size: int) -> torch.nn.Module:
-    """Return the model at `img_size`: built for it where its sizes are baked in, as a user would."""
+    """Return the model NAME or NAME+REDUCTION at `img_size`: built for it where its sizes are baked in."""
     torch.manual_seed(0)
+    name, _, reduction = name.partition("+")
     try:
-        return timm.create_model(name, img_size=img_size)
+        model = timm.create_model(name, img_size=img_size)
     except TypeError:  # timm's convolutional models take no img_size
-        return timm.create_model(name)
+        model = timm.create_model(name)
+    return build.reduce_model(model, reduction) if reduction else model
 
 
 def _call(name: str, img_size: int, batch: int, train: bool, device: str) -> Callable[[], None]:
@@ -79,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "model", nargs="+", help="names that timm knows; the first is what the others are compared with"
     )
+    parser.add_argument("--reduce", action="append", default=[], metavar="METHOD:OPTIONS", help="may be repeated")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="time a forward and backward pass")
@@ -88,9 +92,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    unknown = [name for name in args.model if not timm.is_model(name)]
+    unknown = [name for name in args.model if not timm.is_model(name.partition("+")[0])]
     if unknown:
         parser.error(f"timm knows no model called {unknown[0]!r}; timm.list_models() has those it knows")
+    names = [f"{name}{reduction}" for name in args.model for reduction in ("", *(f"+{spec}" for spec in args.reduce))]
     torch.set_num_threads(args.threads)
     if args.child:
         timing.print_growth(_call(args.model[0], args.img_size, args.batch, args.train, "cpu"))
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {"img_size": args.img_size, "batch": args.batch, "train": args.train}
     console = Console()
     try:
-        rows = [run(name, **options, device=args.device, memory=memory) for name in args.model]
+        rows = [run(name, **options, device=args.device, memory=memory) for name in names]
     except timing.NoisyMachine as error:
         console.print(f"nothing recorded: {error}", style="red")
         return 1

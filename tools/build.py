@@ -1,5 +1,6 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
+import ast
 import difflib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
-import visionmix  # noqa: F401 - registers its models with timm
+from visionmix import reduction
 from visionmix.tools import checkpoint
 
 
@@ -49,6 +50,29 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f"model {name!r} does not take these arguments: {error}") from error
+
+
+def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
+    """Return `model` reduced as `spec` says: a method, then behind a colon its options, ``tome:r=(13, -1.0)``.
+
+    Args:
+        model: What `visionmix.reduction.apply` takes.
+        spec: The method and its options as Python literals, commas between them.
+        **options: More options.
+
+    Raises:
+        TypeError: the model cannot be reduced.
+        ValueError: `spec` cannot be read, or the method refuses it.
+    """
+    method, _, text = spec.partition(":")
+    try:
+        call = ast.parse(f"method({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("every option needs its name")
+        options |= {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the reduction {spec!r} cannot be read ({error}); write it as tome:r=13") from error
+    return reduction.apply(model, method, **options)
 
 
 def check_input(model: nn.Module, name: str, image_size: int, device: torch.device) -> None:

@@ -11,6 +11,7 @@ COMMANDS = {
     "predict": ("predict", "say what is in pictures"),
     "info": ("info", "parameters, operations and published figures of a model"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
+    "draw-tokens": ("draw_tokens", "draw images with the regions that a reduced model merges"),
     "benchmark": ("benchmark", "time and memory of whole models, side by side"),
     "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),
     "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),

@@ -107,7 +107,7 @@ class Plain(Backbone):
         self.patch_size = patch_size
         overlap = {} if stride is None else {"stride": stride}
         self.stem = stem_layer(in_chans, embed_dim, patch_size, **overlap, **dd)
-        grid_size = self.stem.grid_size(height, width)
+        self.grid_size = grid_size = self.stem.grid_size(height, width)
         self.pos_embed = pos_embed(embed_dim, grid_size, **dd) if pos_embed else nn.Identity()
         self.has_class_token = class_token is not None
         self.num_prefix_tokens = int(self.has_class_token)
@@ -171,7 +171,8 @@ class Plain(Backbone):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
-        set_grid_size(self, self.stem.grid_size(*to_2tuple(img_size)))
+        self.grid_size = self.stem.grid_size(*to_2tuple(img_size))
+        set_grid_size(self, self.grid_size)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -1,12 +1,13 @@
 """Mixers by name."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from visionmix.names import check_options, nearest, options_of
 
 _MIXERS: dict[str, type[nn.Module]] = {}
 
@@ -39,9 +40,8 @@ def mixer_options(name: str) -> dict[str, inspect.Parameter]:
         ValueError: no mixer has this name.
     """
     if name not in _MIXERS:
-        raise ValueError(f"unknown mixer name={name!r}{_nearest(name, _MIXERS)}; the mixers are {list_mixers()}")
-    parameters = inspect.signature(_MIXERS[name].__init__).parameters
-    return {key: value for key, value in parameters.items() if key not in ("self", "dim", "device", "dtype")}
+        raise ValueError(f"unknown mixer name={name!r}{nearest(name, _MIXERS)}; the mixers are {list_mixers()}")
+    return options_of(_MIXERS[name].__init__, besides=("self", "dim", "device", "dtype"))
 
 
 def create_mixer(
@@ -67,16 +67,5 @@ def create_mixer(
     Raises:
         ValueError: `name` or an option is unknown (the message has the nearest one), or an option's value is refused.
     """
-    known = mixer_options(name)
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"mixer {name!r} has no option {option}={options[option]!r}{_nearest(option, known)}; "
-                f"its options are {sorted(known)}"
-            )
+    check_options(f"mixer {name!r}", options, mixer_options(name))
     return _MIXERS[name](dim, device=device, dtype=dtype, **options)
-
-
-def _nearest(word: str, words: Any) -> str:
-    matches = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,6 +1,5 @@
 """From a table of variants to timm's registry."""
 
-import difflib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from visionmix.models.weights import KeyMap, load_pretrained
+from visionmix.names import nearest
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def family_of(name: str) -> Family:
         ValueError: no model of this library has this name.
     """
     if name not in _FAMILIES:
-        nearest = difflib.get_close_matches(name, _FAMILIES, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        hint = nearest(name, _FAMILIES)
         raise ValueError(f"name={name!r} is no model of visionmix{hint}; its models are {sorted(_FAMILIES)}")
     return _FAMILIES[name]
 

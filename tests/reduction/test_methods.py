@@ -1,0 +1,111 @@
+"""Methods by name, their schedules, and what is refused."""
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
+from torch import nn
+
+from visionmix import reduction
+from visionmix.reduction.evit import schedule as evit_schedule
+from visionmix.reduction.tome import schedule as tome_schedule
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 3}
+
+
+def test_schedules_of_merging():
+    assert tome_schedule(8, 3) == (8, 8, 8)
+    assert tome_schedule([3, 0, 2], 5) == (3, 0, 2, 0, 0)
+    assert tome_schedule((13, -1.0), 12) == (26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0)
+    assert tome_schedule((8, 0), 4) == (8, 8, 8, 8)
+    assert tome_schedule((8, 1.0), 5) == (0, 4, 8, 12, 16)
+    assert tome_schedule((8, -1.0), 1) == (16,)
+
+
+def test_schedules_of_pruning():
+    assert evit_schedule(0.7, None, 12) == (1, 1, 1, 0.7, 1, 1, 0.7, 1, 1, 0.7, 1, 1)
+    assert evit_schedule([0.9, 0.8, 0.7], None, 8) == (1, 1, 0.9, 1, 0.8, 1, 0.7, 1)
+    assert evit_schedule([0.9, 0.8], [2, 0], 3) == (0.8, 1, 0.9)
+    assert evit_schedule([1, 0.5, 1, 0.5], None, 4) == (1, 0.5, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "text"),
+    [
+        ("tomme", {"r": 8}, ValueError, "did you mean 'tome'"),
+        ("tome", {"R": 8}, ValueError, r"no option R=8 \(did you mean"),
+        ("tome", {"r": 8, "propattn": True}, ValueError, "did you mean 'prop_attn'"),
+        ("tome", {}, ValueError, "needs the option r"),
+        ("tome", {"r": -1}, ValueError, "r=-1"),
+        ("tome", {"r": [2, -1]}, ValueError, r"r=\[2, -1\]"),
+        ("tome", {"r": [1] * 5}, ValueError, "5 entries and the model 4 blocks"),
+        ("tome", {"r": 2.5}, TypeError, r"r=2\.5"),
+        ("tome", {"r": True}, TypeError, "r=True"),
+        ("tome", {"r": (1, 2, 3)}, TypeError, r"\(1, 2, 3\)"),
+        ("tome", {"r": (8, -1.5)}, ValueError, "slope"),
+        ("tome", {"r": (-8, 0.5)}, ValueError, "slope"),
+        ("evit", {"keep_rate": 0}, ValueError, r"keep_rate=0: .*\(0, 1\]"),
+        ("evit", {"keep_rate": 1.01}, ValueError, r"keep_rate=1\.01"),
+        ("evit", {"keep_rate": float("nan")}, ValueError, "keep_rate=nan"),
+        ("evit", {"keep_rate": [0.5, 0.5]}, ValueError, "2 entries"),
+        ("evit", {"keep_rate": "half"}, TypeError, "keep_rate='half'"),
+        ("evit", {"layers": [4]}, ValueError, r"layers=\[4\]"),
+        ("evit", {"layers": [1, 1]}, ValueError, r"layers=\[1, 1\]"),
+        ("evit", {"layers": 2}, TypeError, "layers=2"),
+        ("evit", {"layers": [1, 2], "keep_rate": [0.5]}, ValueError, "1 entries"),
+    ],
+)
+def test_bad_options_are_refused(method, options, error, text):
+    with pytest.raises(error, match=text):
+        reduction.apply(VisionTransformer(**SMALL), method, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "class ParallelScalingBlock"),
+        (lambda: VisionTransformer(**SMALL, block_fn=DiffParallelScalingBlock), "class DiffParallelScalingBlock"),
+        (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "class DiffAttention"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224"), "class Eva"),
+        (lambda: timm.create_model("test_resnet"), "class ResNet"),
+        (lambda: timm.create_model("vig_t"), "GatedLinearAttention shows no attention"),
+        (lambda: nn.Linear(2, 2), "class Linear"),
+    ],
+)
+def test_models_that_cannot_be_reduced_are_refused(make, text):
+    with pytest.raises(TypeError, match=text):
+        reduction.apply(make(), "tome", r=2)
+
+
+def test_a_forward_path_of_its_own_is_not_overruled():
+    class Other(VisionTransformer):
+        def forward_features(self, x):
+            return super().forward_features(x) * 2
+
+    with pytest.raises(TypeError, match="forward_features of its own"):
+        reduction.apply(Other(**SMALL), "tome", r=2)
+
+
+def test_applying_twice_and_removing_nothing_are_refused():
+    model = VisionTransformer(**SMALL)
+    with pytest.raises(ValueError, match=r"reduction\.remove"):
+        reduction.apply(reduction.apply(model, "tome", r=2), "evit")
+    with pytest.raises(TypeError, match="not reduced"):
+        reduction.remove(model)
+
+
+def test_masks_are_refused():
+    fast = reduction.apply(VisionTransformer(**SMALL), "tome", r=2)
+    with pytest.raises(ValueError, match="attn_mask"):
+        fast(torch.randn(1, 3, 32, 32), attn_mask=torch.ones(17, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match="output_fmt='NCWH'"):
+        fast.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NCWH")
+    with pytest.raises(ValueError, match="trace_source=True"):
+        fast.forward_tokens(torch.randn(1, 3, 32, 32)).cells()
+
+
+def test_methods_are_registered_by_name():
+    assert {"tome", "evit"} <= set(reduction.list_methods())
+    with pytest.raises(ValueError, match="taken by ToMe"):
+        reduction.register_method("tome")(reduction.EViT)
+    assert repr(reduction.apply(VisionTransformer(**SMALL), "tome", r=2).reduction).startswith("tome(r=(2, 2, 2, 2)")

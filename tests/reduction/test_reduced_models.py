@@ -1,0 +1,338 @@
+"""Reduced models against their definition, and as models of timm."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from naive_reduction import evit, tome
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import nn
+
+from visionmix import reduction
+from visionmix.backbones import Plain
+from visionmix.backbones.block import TokenBlock
+from visionmix.layers import mlp
+from visionmix.reduction.parts import attend
+
+SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+HOSTS = {
+    "vit": {},
+    "registers": {"reg_tokens": 4, "no_embed_class": True},
+    "no_class": {"class_token": False, "global_pool": "avg"},
+    "norms": {"qk_norm": True, "init_values": 0.5, "pre_norm": True, "scale_attn_norm": True},
+    "average": {"global_pool": "avg", "reg_tokens": 1},
+    "map": {"global_pool": "map", "class_token": False},
+    "post_norm": {"block_fn": ResPostBlock, "init_values": 0.5},
+    "distilled": {"distilled": True},
+}
+METHODS = {"tome": {"r": 5}, "evit": {"keep_rate": 0.6, "layers": [1, 2]}}
+
+
+def vit(distilled: bool = False, **options) -> VisionTransformer:
+    """Return a small ViT in eval mode with weights that are not small."""
+    torch.manual_seed(0)
+    model = (VisionTransformerDistilled if distilled else VisionTransformer)(**SIZES | options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def images(batch: int = 2, size: int | tuple[int, int] = 32) -> torch.Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("host", HOSTS)
+def test_removing_no_token_is_the_model_itself(host, fused):
+    model = vit(**HOSTS[host], drop_path_rate=0.5, proj_drop_rate=0.2)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    fast = reduction.apply(model, "tome", r=0)
+    torch.testing.assert_close(fast(images()), model(images()), atol=1e-5, rtol=1e-5)
+    model.train()
+    fast.train()
+    torch.manual_seed(3)
+    expected = model(images())
+    torch.manual_seed(3)
+    torch.testing.assert_close(fast(images()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("host", ["vit", "registers", "no_class", "norms", "average", "distilled"])
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_definition(host, method, fused):
+    model = vit(**HOSTS[host]).double()
+    if method == "evit" and not model.has_class_token:
+        pytest.skip("the class token is what scores")
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    fast = reduction.apply(model, method, **METHODS[method], trace_source=True)
+    x = images().double()
+    with torch.no_grad():
+        tokens = fast.forward_tokens(x)
+        embedded = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for image, start in enumerate(embedded):
+            if method == "tome":
+                expected, members = tome(model, start, [5] * 4)
+            else:
+                expected, members = evit(model, start, [1, 0.6, 0.6, 1], fuse=True)
+            torch.testing.assert_close(tokens.x[image], model.norm(expected))
+            for position, group in enumerate(members):
+                cells = [token - model.num_prefix_tokens for token in group if token >= model.num_prefix_tokens]
+                assert tokens.source[image, cells].tolist() == [position] * len(cells)
+            if method == "tome":
+                assert tokens.size[image, :, 0].tolist() == [len(group) for group in members]
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "map"])
+def test_merged_tokens_count_as_often_as_they_have_cells(pool):
+    model = vit(global_pool=pool)
+    fast = reduction.apply(model, "tome", r=9, trace_source=True)
+    tokens = fast.forward_tokens(images())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(images()), model.forward_head(torch.cat([tokens.prefix(), tokens.cells()], dim=1))
+        )
+    if pool == "avg":
+        weighted = (tokens.x * tokens.size)[:, 1:].sum(1) / tokens.size[:, 1:].sum(1)
+        torch.testing.assert_close(fast.forward_head(fast.forward_features(images()), True), model.fc_norm(weighted))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_is_a_model_of_timm(host, method):
+    model = vit(**HOSTS[host])
+    if method == "evit" and not model.has_class_token:
+        with pytest.raises(ValueError, match="class token"):
+            reduction.apply(model, method, **METHODS[method])
+        return
+    before = model(images())
+    fast = reduction.apply(model, method, **METHODS[method])
+    assert isinstance(fast, type(model))
+    assert [name for name, _ in fast.named_modules()] == [name for name, _ in model.named_modules()]
+    assert all(fast.get_parameter(name) is value for name, value in model.named_parameters())
+    fast.load_state_dict(model.state_dict())
+    assert fast.no_weight_decay() == model.no_weight_decay()
+    assert fast.group_matcher() == model.group_matcher()
+    assert fast.feature_info == model.feature_info
+    out = fast(images())
+    assert out.shape == before.shape
+    assert not torch.equal(out, before)
+    assert torch.equal(model(images()), before)
+    assert torch.equal(fast.forward_head(fast.forward_features(images())), out)
+    features, maps = fast.forward_intermediates(images(), indices=[1, 3], norm=True)
+    assert torch.equal(features, fast.forward_features(images()))
+    assert [each.shape for each in maps] == [(2, 32, 8, 8)] * 2
+    (nhwc,) = fast.forward_intermediates(images(), [1], norm=True, output_fmt="NHWC", intermediates_only=True)
+    assert torch.equal(nhwc.permute(0, 3, 1, 2), maps[0])
+    nlc, prefix = fast.get_intermediate_layers(images(), [3], return_prefix_tokens=True, norm=True)[0], None
+    if model.num_prefix_tokens:
+        nlc, prefix = nlc
+        assert torch.equal(prefix[:, 0], fast.forward_intermediates(images(), [3])[0][:, 0])
+    assert torch.equal(nlc.reshape(2, 8, 8, 32).permute(0, 3, 1, 2), maps[1])
+    found = fast.forward_intermediates(images(), 1, output_dict=True, return_prefix_tokens=True)
+    assert ("image_intermediates_prefix" in found) == (model.num_prefix_tokens > 0)
+    assert torch.equal(found["image_features"], fast.forward_features(images()))
+    fast.reset_classifier(7)
+    assert fast(images()).shape == (2, 7)
+    assert model(images()).shape == (2, 5)
+    fast.train()
+    assert reduction.remove(fast) is model
+    assert model.training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_untraced_blocks_agree_with_the_maps(method):
+    """Before any token goes, a dense map is the model's own; behind, cells of one token share its value."""
+    model = vit()
+    fast = reduction.apply(model, method, **METHODS[method], trace_source=True)
+    if method == "evit":
+        torch.testing.assert_close(
+            fast.get_intermediate_layers(images(), [0]), model.get_intermediate_layers(images(), [0])
+        )
+    found = fast.forward_intermediates(images(), [2], output_dict=True, output_fmt="NLC")
+    dense, source = found["image_intermediates"][0][0], found["image_source"][0][0]
+    assert len(source.unique()) < 64
+    for position in source.unique():
+        assert len(dense[source == position].unique(dim=0)) == 1
+
+
+def test_dropped_cells_keep_their_last_value():
+    model = vit()
+    fast = reduction.apply(model, "evit", keep_rate=0.5, layers=[1, 3], fuse=False, trace_source=True)
+    found = fast.forward_intermediates(images(), output_dict=True, output_fmt="NLC", return_prefix_tokens=True)
+    dense, source = found["image_intermediates"], found["image_source"]
+    assert [(each >= 0).sum(1).tolist() for each in source] == [[64, 64], [32, 32], [32, 32], [16, 16]]
+    gone = source[1] < 0
+    attended = (
+        dense[0]
+        + model.blocks[1].attn(
+            model.blocks[1].norm1(torch.cat([found["image_intermediates_prefix"][0], dense[0]], dim=1))
+        )[:, 1:]
+    )
+    for behind in dense[1:]:
+        torch.testing.assert_close(behind[gone], attended[gone])
+    tokens = fast.forward_tokens(images())
+    torch.testing.assert_close(tokens.cells()[gone], model.norm(attended[gone]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains(method):
+    options = {"drop_path_rate": 0.1, "patch_drop_rate": 0.3, "pos_drop_rate": 0.1, "init_values": 0.1}
+    fast = reduction.apply(vit(**options), method, **METHODS[method]).train()
+    grads = []
+    for checkpointing in (False, True, False):
+        torch.manual_seed(4)
+        fast.set_grad_checkpointing(checkpointing)
+        fast.zero_grad()
+        fast(images()).square().sum().backward()
+        grads.append([value.grad.clone() for value in fast.parameters()])
+    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(grads[0], grads[2], strict=True))
+    for a, b in zip(grads[0], grads[1], strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="patch_drop_rate"):
+        fast.forward_intermediates(images())
+
+
+def test_gradients_are_those_of_the_definition():
+    model = vit().double()
+    fast = reduction.apply(model, "tome", r=7)
+    fast.forward_tokens(images(1).double()).x.sin().sum().backward()
+    ours = [value.grad.clone() for value in model.blocks.parameters()]
+    model.zero_grad()
+    start = model._pos_embed(model.patch_embed(images(1).double()))[0]
+    model.norm(tome(model, start, [7] * 4)[0]).sin().sum().backward()
+    for a, value in zip(ours, model.blocks.parameters(), strict=True):
+        torch.testing.assert_close(a, value.grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_is_copied_and_pickled(method):
+    fast = reduction.apply(vit(), method, **METHODS[method])
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(other(images()), fast(images()))
+        assert type(other) is type(fast)
+        assert other.cls_token is not fast.cls_token
+        assert reduction.remove(other).cls_token is other.cls_token
+    assert torch.equal(reduction.apply(reduction.remove(fast), method, **METHODS[method])(images()), fast(images()))
+
+
+@pytest.mark.parametrize("out_indices", [(1, 3), (0,), 2])
+def test_features_only(out_indices):
+    name, options = "vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "features_only": True}
+    model = timm.create_model(name, out_indices=out_indices, **options)
+    fast = reduction.apply(model, "tome", r=3)
+    assert [each.shape for each in fast(images(2, 64))] == [each.shape for each in model(images(2, 64))]
+    assert fast.feature_info.channels() == model.feature_info.channels()
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert not torch.equal(fast(images(2, 64))[-1], model(images(2, 64))[-1])
+    assert reduction.remove(fast) is model
+    with pytest.raises(ValueError, match="remove"):
+        reduction.apply(fast, "tome", r=3)
+
+
+def test_other_sizes_and_the_given_model():
+    model = vit(dynamic_img_size=True)
+    fast = reduction.apply(model, "tome", r=5)
+    assert fast.forward_intermediates(images(1, (24, 40)), 1)[1][0].shape == (1, 32, 6, 10)
+    model = vit()
+    fast = reduction.apply(model, "tome", r=5)
+    fast.set_input_size((24, 40))
+    assert fast.forward_intermediates(images(1, (24, 40)), 1)[1][0].shape == (1, 32, 6, 10)
+    assert model(images()).shape == (2, 5)
+
+
+def test_tokens_never_run_out():
+    fast = reduction.apply(vit(), "tome", r=1000)
+    assert fast.forward_features(images()).shape == (2, 5, 32)
+    assert reduction.apply(vit(), "evit", keep_rate=0.001)(images()).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_finite(method, dtype):
+    fast = reduction.apply(vit(), method, **METHODS[method])
+    with torch.autocast("cpu", dtype=dtype):
+        assert fast(images()).isfinite().all()
+    assert fast.to(torch.bfloat16)(images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("method", "host"),
+    [
+        ("tome", "vit"),
+        ("evit", "vit"),
+        *(pytest.param("tome", host, marks=pytest.mark.long) for host in HOSTS if host != "vit"),
+    ],
+)
+def test_exports_and_compiles_whole(method, host):
+    fast = reduction.apply(vit(**HOSTS[host], depth=3), method, **METHODS[method])
+    torch.compiler.reset()  # graphs of other cases count towards the limit of recompilations
+    program = torch.export.export(fast, (images(),))
+    torch.testing.assert_close(program.module()(images()), fast(images()))
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), fast(images()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_by_inductor(method):
+    fast = reduction.apply(vit(depth=3), method, **METHODS[method])
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(fast, fullgraph=True)(images()), fast(images()), atol=1e-4, rtol=1e-4)
+
+
+class Softmax(nn.Module):
+    """Softmax attention as a mixer here offers it."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = timm.layers.Attention(dim, num_heads)
+
+    def attend_tokens(self, x, key_bias=None, queries=0):
+        return attend(self.attention, x, key_bias, queries)
+
+    def forward_tokens(self, x, grid):
+        return self.attend_tokens(x).x
+
+    def forward(self, x):
+        return self.forward_tokens(x.flatten(1, 2), None).view_as(x)
+
+
+def plain() -> Plain:
+    torch.manual_seed(0)
+    model = Plain(img_size=32, patch_size=4, num_classes=5, embed_dim=32, depth=3, num_heads=2)
+    model.blocks = nn.ModuleList(
+        TokenBlock(Softmax(32, 2), 32, mlp_layer=layer, norm_layer=nn.LayerNorm, drop_path=0.1, layer_scale=0.5)
+        for layer in (mlp, None, mlp)
+    )
+    return model.eval()
+
+
+def test_reduces_a_plain_model():
+    model = plain()
+    torch.testing.assert_close(reduction.apply(model, "tome", r=0)(images()), model(images()))
+    fast = reduction.apply(model, "tome", r=9, trace_source=True)
+    features, maps = fast.forward_intermediates(images(), output_fmt="NHWC")
+    assert [len(each.reshape(-1, 32).unique(dim=0)) for each in maps] == [2 * (64 - 9 * n) for n in (1, 2, 3)]
+    assert torch.equal(features, fast.forward_features(images()))
+    assert torch.equal(features, model.norm(maps[-1]))
+    tokens = fast.forward_tokens(images())
+    pooled = (tokens.x * tokens.size).sum(1) / tokens.size.sum(1)
+    torch.testing.assert_close(fast.forward_head(features, pre_logits=True), pooled)
+    fast.train()(images()).sum().backward()
+    assert reduction.remove(fast) is model
+
+
+@pytest.mark.long
+def test_a_reduced_plain_model_exports_and_compiles_whole():
+    torch.compiler.reset()
+    fast = reduction.apply(plain(), "tome", r=9)
+    torch.testing.assert_close(torch.export.export(fast, (images(),)).module()(images()), fast(images()))
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), fast(images()))

@@ -1,0 +1,124 @@
+"""Pruning of the tokens that the class token does not look at."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.reduction.methods import Method, check_leading, register_method
+from visionmix.reduction.parts import attention_block
+from visionmix.reduction.tokens import Tokens, take
+
+
+@register_method("evit")
+class EViT(Method):
+    """Keep the tokens that the class token attends to most, in some blocks, between attention and feed-forward.
+
+    A token's score is the attention weight that the class token gives it, averaged over the heads. Of N tokens that are
+    no prefix, ``ceil(keep_rate * N)`` with the highest scores stay, in falling order of them (equal ones by position).
+    The others are summed up, weighted by their scores, in one token at the end of the sequence, which from there on is
+    a token like any other; with ``fuse=False`` they are dropped. No parameters are added, but the published accuracies
+    are those of models trained with the method.
+
+    Source: EViT (Liang et al. 2022, arXiv 2202.07800).
+
+    Args:
+        blocks: The model's blocks.
+        prefix_positions: Its prefix tokens, the class token first; they always stay.
+        keep_rate: Share of the tokens that stay in each of `layers`; or a list, of one for each of them or, where
+            `layers` is not given, of one a block.
+        layers: Numbers of the blocks, from 0, that prune; None for those a quarter, a half and three quarters of the
+            way (3, 6, 9 of 12).
+        fuse: Whether what does not stay is fused into one token.
+        trace_source: Whether every pass follows which token holds which cell.
+
+    Raises:
+        TypeError: an option is of another type, or a block has no attention to look into.
+        ValueError: the model has no prefix token, a rate is outside (0, 1], or numbers of blocks do not fit.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        prefix_positions: tuple[int, ...],
+        *,
+        keep_rate: float | Sequence[float] = 0.7,
+        layers: Sequence[int] | None = None,
+        fuse: bool = True,
+        trace_source: bool = False,
+    ) -> None:
+        self.keep_rate = schedule(keep_rate, layers, len(blocks))
+        self.fuse = fuse
+        self.trace_source = trace_source
+        if not prefix_positions:
+            raise ValueError(
+                "method 'evit' scores tokens by the class token, and this model has none; take another model"
+            )
+        check_leading(self.name, prefix_positions)
+        for block in blocks:
+            attention_block(block)
+
+    def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
+        parts = attention_block(block)
+        prefix = len(tokens.prefix_positions)
+        rate, count = self.keep_rate[index], tokens.x.shape[1] - prefix
+        keep = math.ceil(rate * count)
+        prunes = keep < count
+        attended = parts.attention(tokens.x, queries=1 if prunes else 0)
+        tokens = tokens._replace(x=attended.x)
+        if prunes:
+            tokens = pruned(tokens, attended.weights[:, :, 0, prefix:].mean(dim=1), keep, self.fuse)
+        return tokens._replace(x=parts.feed_forward(tokens.x))
+
+
+def pruned(tokens: Tokens, scores: Tensor, keep: int, fuse: bool) -> Tokens:
+    """Return `tokens` with those of the `keep` highest `scores`, (batch, tokens that are no leading prefix), alone.
+
+    With `fuse` the others' sum, weighted by their scores, comes last.
+    """
+    prefix = len(tokens.prefix_positions)
+    batch, count = scores.shape
+    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    kept, gone = ranked[:, :keep], ranked[:, keep:]
+    parts = [tokens.x[:, :prefix], take(tokens.x, prefix + kept)]
+    if fuse:
+        weights = scores.gather(1, gone).unsqueeze(1)
+        parts.append(weights.to(tokens.x.dtype) @ take(tokens.x, prefix + gone))
+    if tokens.source is None:
+        return tokens._replace(x=torch.cat(parts, dim=1))
+    places = torch.arange(prefix, prefix + count, device=scores.device).expand(batch, -1)
+    places = torch.where(places < prefix + keep, places, prefix + keep if fuse else -1)
+    position = torch.cat([torch.arange(prefix, device=scores.device).expand(batch, -1), places], dim=1)
+    position = position.scatter(1, prefix + ranked, places)
+    rest = tokens.rest if fuse else tokens.cells()
+    return tokens._replace(x=torch.cat(parts, dim=1), source=tokens.moved(position), rest=rest)
+
+
+def schedule(keep_rate: float | Sequence[float], layers: Sequence[int] | None, depth: int) -> tuple[float, ...]:
+    """Return the share of tokens that each of `depth` blocks keeps; see `EViT` for the rest."""
+    rates = [keep_rate] if isinstance(keep_rate, int | float) else keep_rate
+    if not isinstance(rates, list | tuple) or not all(_is_number(rate) for rate in rates):
+        raise TypeError(f"keep_rate={keep_rate!r}: give a number, or a list of them")
+    if not all(0 < rate <= 1 for rate in rates):
+        raise ValueError(f"keep_rate={keep_rate}: a share of the tokens that stay must lie in (0, 1]")
+    if layers is None and rates is keep_rate and len(rates) == depth:
+        return tuple(rates)
+    chosen = sorted({depth * quarter // 4 for quarter in (1, 2, 3)}) if layers is None else layers
+    if not isinstance(chosen, list | tuple | range) or not all(isinstance(layer, int) for layer in chosen):
+        raise TypeError(f"layers={layers!r}: give a list of block numbers")
+    if not all(0 <= layer < depth for layer in chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers={layers}: give different block numbers from 0 to {depth - 1}")
+    if rates is not keep_rate:
+        rates = rates * len(chosen)
+    if len(rates) != len(chosen):
+        raise ValueError(
+            f"keep_rate={keep_rate} has {len(rates)} entries; give one for each of the blocks {list(chosen)} that prune"
+            + (f", or one for each of all {depth}" if layers is None else "")
+        )
+    rate_of = dict(zip(chosen, rates, strict=True))
+    return tuple(rate_of.get(index, 1.0) for index in range(depth))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

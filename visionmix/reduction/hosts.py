@@ -1,0 +1,283 @@
+"""The forward paths of reduced models, one class a skeleton; each is mixed with the class of the model it reduces."""
+
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from visionmix.backbones import Plain
+from visionmix.backbones.contract import check_output_format
+from visionmix.reduction.methods import Method
+from visionmix.reduction.share import Reduced, share
+from visionmix.reduction.tokens import Tokens
+
+
+class ReducedBackbone(Reduced):
+    """A backbone whose blocks are run by a reduction method; a subclass knows one skeleton's stem and output.
+
+    Attributes:
+        reduction: The method.
+    """
+
+    skeleton: ClassVar[type[nn.Module]]
+    paths: ClassVar[tuple[str, ...]]
+    reduction: Method
+    blocks: nn.Module
+    norm: nn.Module
+    grad_checkpointing: bool
+
+    @staticmethod
+    def prefix_of(model: nn.Module) -> tuple[int, ...]:
+        """Return the positions of the prefix tokens of `model`."""
+        raise NotImplementedError
+
+    def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
+        raise NotImplementedError
+
+    def forward_tokens(self, images: Tensor) -> Tokens:
+        """Return the tokens that are left behind the last block, normalised, with their sizes.
+
+        With ``trace_source=True`` they say which token holds which cell, `Tokens.source`, and `Tokens.cells` gives one
+        token a cell.
+
+        Args:
+            images: (batch, channels, height, width).
+        """
+        tokens, _ = self._run(images, trace=self.reduction.trace_source)
+        return self._normalised(tokens)
+
+    def _run(
+        self, images: Tensor, trace: bool, take: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tokens, list[Tokens]]:
+        """Return the tokens behind block `last` (None: the last one), and those behind each of the blocks `take`."""
+        tokens = self._embed_tokens(images, trace)
+        taken = []
+        for index, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
+            if self.grad_checkpointing:
+                tokens = checkpoint(self.reduction.step, block, tokens, index)
+            else:
+                tokens = self.reduction.step(block, tokens, index)
+            if index in take:
+                taken.append(tokens)
+        return tokens, taken
+
+    def _normalised(self, tokens: Tokens) -> Tokens:
+        rest = None if tokens.rest is None else self.norm(tokens.rest)
+        return tokens._replace(x=self.norm(tokens.x), rest=rest)
+
+    def extra_repr(self) -> str:
+        return repr(self.reduction)
+
+
+def _source(images: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    cells = torch.arange(prefix, prefix + grid[0] * grid[1], device=images.device)
+    return cells.expand(images.shape[0], -1)
+
+
+class ReducedVisionTransformer(ReducedBackbone):
+    """timm's VisionTransformer, VisionTransformerDistilled included, with fewer and fewer tokens.
+
+    `forward_features` gives the tokens that are left, (batch, tokens, channels). Where the head pools over patches and
+    tokens have been merged, it gives one token a cell instead, so that each counts as often as it has cells.
+    Intermediate features are always dense: one value a cell.
+    """
+
+    skeleton = VisionTransformer
+    paths = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
+
+    @staticmethod
+    def prefix_of(model: nn.Module) -> tuple[int, ...]:
+        return tuple(range(model.num_prefix_tokens))
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        self.patch_embed = share(self.patch_embed)  # so that the given model keeps its size
+        super().set_input_size(*args, **kwargs)
+
+    def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        grid = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        prefix = self.num_prefix_tokens
+        if not trace:
+            return Tokens(x, grid, tuple(range(prefix)))
+        if x.shape[1] != prefix + grid[0] * grid[1]:
+            raise ValueError(
+                f"patch_drop_rate={self.patch_drop.prob} leaves {x.shape[1] - prefix} tokens for "
+                f"{grid[0]}x{grid[1]} cells in training; dense features and traces need all: call eval() or build the "
+                f"model with patch_drop_rate=0"
+            )
+        return Tokens(x, grid, tuple(range(prefix)), source=_source(images, grid, prefix))
+
+    def _pools_patches(self) -> bool:
+        return self.attn_pool is not None or self.global_pool in ("avg", "avgmax", "max")
+
+    def _features(self, tokens: Tokens) -> Tensor:
+        tokens = self._normalised(tokens)
+        if tokens.size is None or not self._pools_patches():
+            return tokens.x
+        return torch.cat([tokens.prefix(), tokens.cells()], dim=1)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the normalised tokens (batch, tokens, channels) of images (batch, channels, height, width).
+
+        Raises:
+            ValueError: an attention mask is given.
+        """
+        _check_unmasked(attn_mask, is_causal)
+        tokens, _ = self._run(x, trace=self._pools_patches())
+        return self._features(tokens)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Return dense features behind the chosen blocks, alone or behind the result of `forward_features`.
+
+        Every cell has the value of the token that holds it; a cell whose token was dropped has its last value.
+
+        Args:
+            x: Images (batch, channels, height, width).
+            indices: Which blocks: their numbers, how many of the last, or None for all.
+            return_prefix_tokens: Whether to return pairs of features and prefix tokens.
+            norm: Whether to apply the last norm to all of them.
+            stop_early: Whether to skip the blocks behind the last chosen one.
+            output_fmt: Axes of the features: "NCHW", "NHWC" or "NLC".
+            intermediates_only: Whether to return the features alone.
+            output_dict: Whether to return a dict with 'image_intermediates' and, where asked for,
+                'image_intermediates_prefix', 'image_features' and 'image_source' (`Tokens.source` behind each of the
+                blocks, with ``trace_source=True``).
+            attn_mask: Must be None.
+            is_causal: Must be False.
+
+        Raises:
+            ValueError: an attention mask is given, or `output_fmt` is none of the three.
+        """
+        _check_unmasked(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is unknown; give 'NCHW', 'NHWC' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
+        if norm:
+            taken = [self._normalised(each) for each in taken]
+        features = [_laid_out(each, output_fmt) for each in taken]
+        prefix = [each.prefix() for each in taken] if return_prefix_tokens and self.num_prefix_tokens else None
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": features}
+            if prefix is not None:
+                found["image_intermediates_prefix"] = prefix
+            if self.reduction.trace_source:
+                found["image_source"] = [each.source for each in taken]
+            if not intermediates_only:
+                found["image_features"] = self._features(tokens)
+            return found
+        if prefix is not None:
+            features = list(zip(features, prefix, strict=True))
+        return features if intermediates_only else (self._features(tokens), features)
+
+
+class ReducedPlain(ReducedBackbone):
+    """This library's plain skeleton with fewer and fewer tokens; its maps are dense, one value a cell.
+
+    With a class token `forward_features` gives the tokens that are left, (batch, tokens, embed_dim); where the head
+    pools over cells and tokens have been merged, one token a cell, so that each counts as often as it has cells.
+    """
+
+    skeleton = Plain
+    paths = ("forward", "forward_features", "forward_intermediates", "embed")
+
+    @staticmethod
+    def prefix_of(model: nn.Module) -> tuple[int, ...]:
+        rows, columns = model.grid_size
+        return (model.class_token.position(rows * columns),) if model.has_class_token else ()
+
+    def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
+        x, grid = self.embed(images)
+        source = _source(images, (grid.height, grid.width), 0) if trace else None
+        for position in grid.prefix_positions if trace else ():
+            source = source + (source >= position)
+        return Tokens(x, (grid.height, grid.width), tuple(grid.prefix_positions), source=source)
+
+    def _pools_cells(self) -> bool:
+        return not self.has_class_token or self.head.pool_type != "token"
+
+    def _features(self, tokens: Tokens) -> Tensor:
+        tokens = self._normalised(tokens)
+        if not self.has_class_token:
+            return _laid_out(tokens, "NHWC")
+        if tokens.size is None or not self._pools_cells():
+            return tokens.x
+        cells, position = tokens.cells(), self.class_token.position(tokens.grid[0] * tokens.grid[1])
+        return torch.cat([cells[:, :position], tokens.prefix(), cells[:, position:]], dim=1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normalised map (batch, rows, columns, embed_dim) of images (batch, in_chans, height, width).
+
+        With a class token the tokens that are left, (batch, tokens, embed_dim).
+        """
+        tokens, _ = self._run(x, trace=self._pools_cells() or self.reduction.trace_source)
+        return self._features(tokens)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps behind the chosen blocks, one value a cell; arguments and errors are the skeleton's."""
+        check_output_format(output_fmt)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
+        taken = [self._normalised(each) for each in taken] if norm else taken
+        maps = [_laid_out(each, output_fmt) for each in taken]
+        if return_prefix_tokens:
+            maps = [(each, tokens.prefix()) for each, tokens in zip(maps, taken, strict=True)]
+        return maps if intermediates_only else (self._features(tokens), maps)
+
+
+HOSTS: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
+
+
+def host_of(model: nn.Module) -> type[ReducedBackbone]:
+    """Return the forward paths for `model`.
+
+    Raises:
+        TypeError: there are none for its class, or the class has forward paths of its own.
+    """
+    cls = type(model)
+    for host in HOSTS:
+        if isinstance(model, host.skeleton):
+            own = [path for path in host.paths if getattr(cls, path) is not getattr(host.skeleton, path)]
+            if own:
+                raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
+            return host
+    names = " and ".join(host.skeleton.__qualname__ for host in HOSTS)
+    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of class {names} can")
+
+
+def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask and is_causal speak of tokens that a reduced model has not; leave them out")
+
+
+def _laid_out(tokens: Tokens, output_fmt: str) -> Tensor:
+    cells = tokens.cells()
+    if output_fmt == "NLC":
+        return cells
+    maps = cells.reshape(cells.shape[0], *tokens.grid, cells.shape[2])
+    return maps if output_fmt == "NHWC" else maps.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,137 @@
+"""What the methods need of a block: its two branches, with the attention's keys and weights in between."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from visionmix.backbones.block import TokenBlock
+
+
+class Attended(NamedTuple):
+    """What an attention gives.
+
+    Attributes:
+        x: Its output, (batch, tokens, channels).
+        keys: Its keys as they enter the product, (batch, heads, tokens, head channels).
+        weights: Attention weights of the first queries asked for, (batch, heads, queries, tokens), or None.
+    """
+
+    x: Tensor
+    keys: Tensor
+    weights: Tensor | None
+
+
+class AttentionBlock(NamedTuple):
+    """The branches of a block, each with its norm, scale, stochastic depth and residual.
+
+    Attributes:
+        attention: ``attention(x, key_bias=None, queries=0)`` returns `Attended`, with ``x + branch(x)`` as its `x`.
+        feed_forward: ``feed_forward(x)`` returns ``x + branch(x)``.
+    """
+
+    attention: Callable[..., Attended]
+    feed_forward: Callable[[Tensor], Tensor]
+
+
+def attend(layer: Any, x: Tensor, key_bias: Tensor | None = None, queries: int = 0) -> Attended:
+    """Run a softmax attention ``softmax(q k^T / sqrt(head channels) + key_bias) v`` and return its parts too.
+
+    Args:
+        layer: A `timm.layers.Attention`, or what has its attributes.
+        x: Normalised tokens, (batch, tokens, channels).
+        key_bias: Added to the logits of every query, (batch, tokens).
+        queries: Of how many of the first queries the attention weights are wanted.
+    """
+    batch, tokens, _ = x.shape
+    qkv = layer.qkv(x).reshape(batch, tokens, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    bias = None if key_bias is None else key_bias.to(q.dtype)[:, None, None, :]
+    if layer.fused_attn:
+        drop = layer.attn_drop.p if layer.training else 0.0
+        # The scale is the default one; a bias of one row is read by every query.
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
+        weights = _weights(q[:, :, :queries], k, bias) if queries else None
+    else:
+        full = _weights(q, k, bias)
+        mixed = layer.attn_drop(full) @ v
+        weights = full[:, :, :queries] if queries else None
+    mixed = layer.norm(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    gate = getattr(layer, "gate", None)  # newer versions of timm have it
+    if gate is not None:
+        mixed = mixed * gate(x).sigmoid()
+    return Attended(layer.proj_drop(layer.proj(mixed)), k, weights)
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1)
+
+
+def attention_block(block: nn.Module) -> AttentionBlock:
+    """Return the branches of `block`.
+
+    Taken are timm's pre-norm and post-norm ViT blocks with its plain attention, and this library's blocks with a mixer
+    that offers ``attend_tokens(x, key_bias=None, queries=0)``, which returns `Attended`; see the function `attend`.
+
+    Raises:
+        TypeError: `block` is none of these.
+    """
+    forward = type(block).forward
+    if forward is TokenBlock.forward:
+        check_tail(block)
+        if not hasattr(block.mixer, "attend_tokens"):
+            raise TypeError(
+                f"the mixer {type(block.mixer).__qualname__} shows no attention (no method attend_tokens), which this "
+                f"reduction needs; take a model with softmax attention"
+            )
+        return AttentionBlock(
+            _residual(block.norm1, block.mixer.attend_tokens, lambda y: block.drop_path(block.scale1(y))),
+            lambda x: x + block.drop_path(block.scale2(block.mlp(block.norm2(x)))) if block.has_mlp else x,
+        )
+    if forward not in (Block.forward, ResPostBlock.forward):
+        raise TypeError(
+            f"blocks of class {type(block).__qualname__} cannot be reduced; those of class Block, ResPostBlock (timm) "
+            f"and TokenBlock (visionmix) can"
+        )
+    if type(block.attn).forward is not Attention.forward:
+        raise TypeError(
+            f"an attention of class {type(block.attn).__qualname__} cannot be reduced; timm.layers.Attention can"
+        )
+
+    def attended(x: Tensor, key_bias: Tensor | None, queries: int) -> Attended:
+        return attend(block.attn, x, key_bias, queries)
+
+    if forward is ResPostBlock.forward:
+        return AttentionBlock(
+            _residual(_same, attended, lambda y: block.drop_path1(block.norm1(y))),
+            lambda x: x + block.drop_path2(block.norm2(block.mlp(x))),
+        )
+    return AttentionBlock(
+        _residual(block.norm1, attended, lambda y: block.drop_path1(block.ls1(y))),
+        lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+    )
+
+
+def check_tail(block: TokenBlock) -> None:
+    """Raise TypeError where `block` ends in a layer that reads the whole map."""
+    if block.has_tail:
+        raise TypeError(
+            f"a block that ends in a {type(block.tail).__qualname__} reads whole maps and cannot be reduced"
+        )
+
+
+def _residual(opening: Callable, attended: Callable, closing: Callable) -> Callable[..., Attended]:
+    def attention(x: Tensor, key_bias: Tensor | None = None, queries: int = 0) -> Attended:
+        found = attended(opening(x), key_bias, queries)
+        return found._replace(x=x + closing(found.x))
+
+    return attention
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,77 @@
+"""Reduced models from given ones, and back."""
+
+from typing import Any
+
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from visionmix.reduction.hosts import ReducedBackbone, host_of
+from visionmix.reduction.methods import create_method, method_options
+from visionmix.reduction.share import Reduced, reduced
+
+
+class ReducedFeatures(Reduced):
+    """A timm feature extractor, as `features_only=True` makes it, around a reduced model."""
+
+
+def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
+    """Return `model` with fewer tokens from block to block; the given model stays as it is.
+
+    The new module holds the same children and parameters under the same names, so that training one trains both and
+    state dicts fit both. It has all methods and attributes of the model, and forward paths of its own over its parts:
+    they call what a block is made of and not the block, whose hooks do not run. What changes during a pass is passed
+    along as a value (`Tokens`), so that passes may be nested and run in parallel. With settings that are constant, so
+    are the shapes: it compiles to a full graph and exports. `forward_intermediates` gives dense maps, one value a cell.
+
+    Where a head pools over merged patch tokens, each counts as often as it has cells.
+
+    Example:
+        ``fast = reduction.apply(timm.create_model("deit_small_patch16_224"), "tome", r=13)``
+
+    Args:
+        model: A VisionTransformer of timm, VisionTransformerDistilled included, a `visionmix.backbones.Plain` whose
+            mixers offer ``attend_tokens`` (see `visionmix.reduction.parts.attend`), or what ``create_model(...,
+            features_only=True)`` makes of one. A compiled or wrapped model is reduced before it is compiled or wrapped.
+        method: One of `list_methods()`.
+        **options: The method's own options.
+
+    Raises:
+        TypeError: a class of model, block or attention that cannot be reduced, or an option of a wrong type.
+        ValueError: the model is reduced already; `method` or an option is unknown (the message has the nearest one), or
+            its value is refused.
+    """
+    if isinstance(model, Reduced):
+        raise ValueError(
+            f"model is reduced already, by {_backbone(model).reduction!r}; reduction.remove(model) returns the one "
+            f"without"
+        )
+    method_options(method)  # an unknown name is refused before an unfit model
+    if isinstance(model, FeatureGetterNet):
+        features = reduced(model, ReducedFeatures)
+        features.model = apply(model.model, method, **options)
+        return features
+    host = host_of(model)
+    new = reduced(model, host)
+    new.reduction = create_method(method, list(model.blocks), host.prefix_of(model), **options)
+    return new
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Return the model that `apply` was given, in the mode (training or not) that `model` is in.
+
+    Parameters are shared, so it has learned what `model` has. What was replaced in `model` since, such as its
+    classifier by `reset_classifier`, was replaced there alone.
+
+    Raises:
+        TypeError: `model` is not reduced.
+    """
+    if not isinstance(model, Reduced):
+        raise TypeError(f"model, a {type(model).__qualname__}, is not reduced; reduction.apply makes such models")
+    model.given.training = model.training
+    if isinstance(model, ReducedFeatures):
+        remove(model.model)
+    return model.given
+
+
+def _backbone(model: Reduced) -> ReducedBackbone:
+    return model.model if isinstance(model, ReducedFeatures) else model
