@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from visionmix import reduction
+from visionmix.backbones import Plain
+from visionmix.models.vim import VARIANTS
 
 OPTIONS = {"img_size": 96, "depth": 4, "drop_path_rate": 0.1}
 
@@ -15,7 +17,7 @@ OPTIONS = {"img_size": 96, "depth": 4, "drop_path_rate": 0.1}
 def vim(**options) -> torch.nn.Module:
     """Return a small Vim in eval mode, of weights large enough that its states matter."""
     torch.manual_seed(0)
-    model = timm.create_model("test_vim", **OPTIONS | options).double()
+    model = Plain(**VARIANTS["test_vim"].options | OPTIONS | options).double()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith(("x_proj.weight", "in_proj.weight", "mixer.proj.weight")):
@@ -123,7 +125,7 @@ def test_what_it_cannot_prune():
     with pytest.raises(TypeError, match="PlainScan shows none"):
         reduction.apply(timm.create_model("test_plainmamba"), "ssm_prune")
     hilbert = {"name": "bidirectional_mamba", "order": "hilbert"}
-    with pytest.raises(ValueError, match="order='hilbert'.*'raster'"):
+    with pytest.raises(ValueError, match=r"order='hilbert'.*'raster'"):
         reduction.apply(timm.create_model("test_vim", mixer=hilbert), "ssm_prune")
     with pytest.raises(ValueError, match="keep_rate"):
         reduction.apply(timm.create_model("test_vim"), "ssm_prune", keep_rate=1.5)

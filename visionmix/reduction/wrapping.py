@@ -30,8 +30,9 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
 
     Args:
         model: A VisionTransformer of timm, VisionTransformerDistilled included, a `visionmix.backbones.Plain` whose
-            mixers offer ``attend_tokens`` (see `visionmix.reduction.parts.attend`), or what ``create_model(...,
-            features_only=True)`` makes of one. A compiled or wrapped model is reduced before it is compiled or wrapped.
+            mixers offer what the method asks for (``attend_tokens``, see `visionmix.reduction.parts.attend`; for
+            'ssm_prune' ``directions``), or what ``create_model(..., features_only=True)`` makes of one. A compiled or
+            wrapped model is reduced before it is compiled or wrapped.
         method: One of `list_methods()`.
         **options: The method's own options.
 
