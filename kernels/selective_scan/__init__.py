@@ -7,7 +7,8 @@ from visionmix.kernels.selective_scan.op import selective_scan_op
 
 __all__ = ["selective_scan", "selective_scan_op"]
 
-_RANKS = {"u": (3,), "delta": (3,), "A": (2,), "B": (2, 3, 4), "C": (2, 3, 4), "D": (1,), "z": (3,), "delta_bias": (1,)}
+_RANKS = {"u": (3,), "delta": (3,), "A": (2,), "B": (2, 3, 4), "C": (2, 3, 4), "D": (1,), "z": (3,)}
+_RANKS |= {"delta_bias": (1,), "gap": (3,)}
 
 
 def _check_projection(name: str, x: Tensor, batch: int, dim: int, states: int, length: int) -> None:
@@ -33,6 +34,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    gap: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan: a diagonal linear state space whose step size, input and output depend on the token.
 
@@ -40,6 +42,11 @@ def selective_scan(
     given, from h_0 = 0. delta_t is `softplus(delta_t + delta_bias)` with `delta_softplus` (x itself above 20).
     Arguments and layouts are those of mamba_ssm. Gu and Dao, 2023, Mamba: Linear-Time Sequence Modeling with Selective
     State Spaces (arXiv 2312.00752).
+
+    Where tokens were taken out of the sequence, `gap` lets the state cross their places: it decays by
+    `exp((delta_t + gap_t) A)` on its way to token t, with gap_t the steps of those between t and its predecessor added
+    up. That is the scan of the whole sequence with an input of 0 in the gaps, read at the tokens that are there. Any
+    implementation runs it, for it is the same scan of other steps and inputs.
 
     Args:
         u: input (batch, dim, length), of any floating-point dtype, as the others.
@@ -53,6 +60,8 @@ def selective_scan(
         delta_bias: added to delta (dim,).
         delta_softplus: whether delta goes through softplus.
         return_last_state: whether to return the state after the last token.
+        gap: steps that no token is there for, since the token before (batch, dim, length), of the size that delta has
+            behind the softplus; not negative, and steps beside them are positive. Differentiable like the others.
 
     Returns:
         The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state
@@ -63,11 +72,12 @@ def selective_scan(
         ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
     """
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    tensors["gap"] = gap
     check_tensors(tensors, _RANKS, ("u", "delta", "A", "B", "C"))
     check_sizes("u", u)
     check_sizes("A", A)
     batch, dim, length = u.shape
-    for name in ("delta", "z"):
+    for name in ("delta", "z", "gap"):
         check_shape(name, tensors[name], {"batch": batch, "dim": dim, "length": length})
     for name in ("D", "delta_bias"):
         check_shape(name, tensors[name], {"dim": dim})
@@ -78,5 +88,5 @@ def selective_scan(
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     if B.dim() == C.dim() == 4 and B.shape[1] != C.shape[1]:
         raise ValueError(f"B has {B.shape[1]} groups and C has {C.shape[1]}; give them the same number")
-    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap)
     return (out, state) if return_last_state else out

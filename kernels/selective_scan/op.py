@@ -4,6 +4,7 @@ The function here checks nothing: it scripts, traces and exports. The checked on
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels import dispatch, gpu
@@ -22,11 +23,45 @@ def selective_scan_op(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    gap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state) of the selective scan, the state empty unless asked for.
 
-    B and C are (batch, groups, states, length) or, constant, (dim, states).
+    B and C are (batch, groups, states, length) or, constant, (dim, states); gap is (batch, dim, length).
     """
+    if gap is None:
+        return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    # The scan with gaps is one without: of steps as long as step and gap together, and of an input smaller by as much.
+    double = u.dtype == torch.float64 or delta.dtype == torch.float64 or gap.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    step = delta.to(dtype)
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype).unsqueeze(-1)
+    if delta_softplus:
+        step = F.softplus(step)
+    whole = step + gap
+    none = whole.abs() < 1e-30  # of larger ones the reciprocal, times a gradient, is a float
+    share = torch.where(none, torch.ones_like(step), step / torch.where(none, torch.ones_like(step), whole))
+    out, state = _scan(u * share, whole, A, B, C, None, None, None, False, return_last_state)
+    if D is not None:
+        out = out + D.to(dtype).unsqueeze(-1) * u
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(u.dtype), state
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor]:
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
             return dispatch.call_reference(

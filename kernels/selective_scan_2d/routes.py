@@ -68,7 +68,9 @@ def _readers(index: np.ndarray, size: int) -> np.ndarray:
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def routes(orders: str, height: int, width: int, permute: str) -> Routes:
-    """Return the tables of the orders, names joined by commas, on a grid; for `permute="input"` place is the raster.
+    """Return the tables of the orders, names joined by commas, on a grid.
+
+    For `permute="input"` place is the raster: step t reads cell t, and a step beyond the last cell is padded.
 
     They are NumPy arrays: while a graph is being traced they are computed all the same, and enter it as constants.
 
@@ -88,7 +90,8 @@ def routes(orders: str, height: int, width: int, permute: str) -> Routes:
             for number, inverse in enumerate(inverses)
         ]
     )
-    place = index if permute == "all" else np.broadcast_to(np.arange(steps), index.shape)
+    raster = np.where(np.arange(steps) < height * width, np.arange(steps), -1)
+    place = index if permute == "all" else np.broadcast_to(raster, index.shape)
     return Routes(index, place, inverse)
 
 

@@ -92,6 +92,55 @@ def test_against_definition(batch, pairs, length, states, B, C, options, softplu
         assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(2, 30),  # before the first token there is no state to cross a gap
+    st.sampled_from(["constant", "ungrouped", "2"]),
+    st.sampled_from(["", "D", "z", "D z delta_bias"]),
+    st.booleans(),
+    st.sampled_from(CHOICES),
+    st.integers(0, 9),
+)
+def test_gaps_against_definition(length, B, options, softplus, choice, seed):
+    arguments = make(2, 4, length, B=B, C=B, options=options, seed=seed)
+    gap = torch.rand(2, 4, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gap = (gap * (gap > 0.4)).requires_grad_()
+    arguments["gap"] = gap
+    inputs = list(arguments.values())
+    expected = naive.selective_scan(**arguments, delta_softplus=softplus)
+    with choose(choice):
+        actual = selective_scan(**arguments, delta_softplus=softplus, return_last_state=True)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_close(ours, theirs)
+        assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+def test_gaps_are_tokens_without_input():
+    """The tokens that stay see the state that the whole sequence would have brought, had the others been silent."""
+    arguments = {name: x.detach() for name, x in make(2, 4, 40, 3, B="2", C="2").items()}
+    stays = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.4
+    whole = selective_scan(**arguments | {"u": arguments["u"] * stays}, delta_softplus=True)
+    step = torch.nn.functional.softplus(arguments["delta"] + arguments["delta_bias"][:, None])
+    passed = torch.where(stays, 0, step).cumsum(-1)[..., stays]
+    left = {name: x[..., stays] if name in ("u", "delta", "B", "C", "z") else x for name, x in arguments.items()}
+    actual = selective_scan(**left, delta_softplus=True, gap=passed.diff(prepend=passed[..., :1]))
+    assert_close(actual, whole[..., stays])
+    assert not torch.allclose(selective_scan(**left, delta_softplus=True), actual, atol=1e-3)
+
+
+@EACH_CHOICE
+def test_no_gap_and_no_step(choice):
+    """A gap of 0 changes nothing, and steps so small that they are 0 have finite gradients."""
+    arguments = {name: x.detach().requires_grad_() for name, x in make(1, 2, 9, dtype=torch.float32).items()}
+    gap = torch.zeros(1, 2, 9, requires_grad=True)
+    with choose(choice):
+        expected = selective_scan(**arguments, delta_softplus=True)
+        assert_close(selective_scan(**arguments, delta_softplus=True, gap=gap), expected)
+        arguments["delta"].data[..., ::2] = -200
+        out = selective_scan(**arguments, delta_softplus=True, gap=gap)
+        assert all(torch.isfinite(grad).all() for grad in gradients((out,), [*arguments.values(), gap]))
+
+
 def test_one_channel_one_token():
     arguments = make(1, 1, 1, 1)
     assert_close(selective_scan(**arguments), naive.selective_scan(**arguments)[0])

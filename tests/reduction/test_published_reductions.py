@@ -18,6 +18,24 @@ CASES = {
 }
 
 
+def test_pruned_vim_equals_the_published(tmp_path):
+    """The published code runs one image; more are each as it would be alone."""
+    meta, arrays = golden.load("topvim_vim_tiny")
+    torch.save({"model": golden.state_dict(meta)}, tmp_path / "published.pth")
+    overlay = {"file": str(tmp_path / "published.pth")}
+    model = timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    fast = reduction.apply(model, "ssm_prune", released=True)
+    counts = []
+    for block in fast.blocks:
+        block.mixer.in_proj.register_forward_pre_hook(lambda layer, inputs: counts.append(inputs[0].shape[1]))
+    image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
+    other = golden.image(*meta["image_size"], batch=1, seed=meta["seed"] + 1)
+    with torch.no_grad():
+        assert golden.relative_error(fast(image), arrays["logits"]) <= 1e-5
+        assert counts == [197] * 6 + [157] * 5 + [125] * 5 + [101] * 8
+        assert golden.relative_error(fast(torch.cat([other, image]))[1:], arrays["logits"]) <= 1e-5
+
+
 def tokens_after_blocks(meta: dict) -> list[int]:
     """Return the numbers of tokens that the golden's note gives, class token included."""
     note = meta["note"].partition("after each block")[2]

@@ -28,7 +28,7 @@ def bidirectional_gated_linear_attention(q, k, v, g_forward, g_backward, scale, 
     return out / 2 if merge == "mean" else out
 
 
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> tuple[Tensor, Tensor]:
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, gap=None):
     """Return (output, last state)."""
     batch, dim, length = u.shape
 
@@ -47,7 +47,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     out = []
     for t in range(length):
         step = delta[:, :, t, None]
-        state = (step * A).exp() * state + step * B[..., t] * u[:, :, t, None]
+        through = step if gap is None else step + gap[:, :, t, None]
+        state = (through * A).exp() * state + step * B[..., t] * u[:, :, t, None]
         out.append((C[..., t] * state).sum(-1))
     out = torch.stack(out, -1)
     if D is not None:

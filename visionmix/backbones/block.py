@@ -79,18 +79,33 @@ class TokenBlock(Block):
     A mixer that offers ``forward_tokens(x, grid)`` and is not marked as `needs_map` receives the sequence; any other
     receives the map, which the sequence must then be, whole and without prefix tokens. There is no `pos_layer`: it
     would ask for a map.
+
+    Args:
+        tail_layer: Makes from `dim` what the whole map goes through at the end, NHWC, without a residual around it;
+            None for nothing. Such a block takes whole sequences without prefix tokens, whatever its mixer.
     """
 
+    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
+    has_tail: Final[bool]
     mixes_tokens: Final[bool]
 
-    def __init__(self, mixer: nn.Module, dim: int, **options) -> None:
+    def __init__(
+        self, mixer: nn.Module, dim: int, *, tail_layer: Callable[..., nn.Module] | None = None, **options
+    ) -> None:
         super().__init__(mixer, dim, **options)
-        self.mixes_tokens = hasattr(mixer, "forward_tokens") and not getattr(mixer, "needs_map", False)
+        self.has_tail = tail_layer is not None
+        self.mixes_tokens = (
+            hasattr(mixer, "forward_tokens") and not getattr(mixer, "needs_map", False) and not self.has_tail
+        )
+        if tail_layer is not None:
+            self.tail = tail_layer(dim, device=options.get("device"), dtype=options.get("dtype"))
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = x + self.drop_path(self.scale1(self._mix(self.norm1(x), grid)))
         if self.has_mlp:
             x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        if self.has_tail:
+            x = self.tail(x.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
         return x
 
     def _mix(self, x: Tensor, grid: Grid) -> Tensor:

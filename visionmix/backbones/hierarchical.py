@@ -199,9 +199,10 @@ class Hierarchical(Backbone):
         )
 
     @staticmethod
-    def total_reduction(options: Mapping[str, Any]) -> int:
-        """Return the pixels a side that a cell of the last map stands for, in a model built with `options`."""
-        return options.get("patch_size", 4) * 2 ** (len(options["depths"]) - 1)
+    def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of the last map of images of `size`, in a model built with `options`."""
+        reduction = options.get("patch_size", 4) << (len(options["depths"]) - 1)
+        return -(-size[0] // reduction), -(-size[1] // reduction)
 
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:

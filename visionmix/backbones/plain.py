@@ -41,6 +41,7 @@ class Plain(Backbone):
         img_size: Image size, one number or (height, width), at which size-tied tensors are built; any other is served
             by resampling them when called.
         patch_size: Pixels a token stands for, along each side.
+        stride: Pixels from one patch to the next where patches overlap, an option of the stem; None where they do not.
         in_chans: Channels of the images.
         num_classes: Outputs of the classifier; 0 for none.
         global_pool: How tokens become one vector: timm's pooling types; with a class token "token" or "avg"; "" for
@@ -55,6 +56,7 @@ class Plain(Backbone):
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
         norm_layer: Makes a norm over channels from the width.
+        final_norm_layer: Makes the norm behind the last block; None for `norm_layer`.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
         class_token: Where among the tokens a class token goes, "first" or "middle"; None for none.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; None for that one, or with a class
@@ -80,6 +82,7 @@ class Plain(Backbone):
         num_classes: int = 1000,
         global_pool: str = "avg",
         *,
+        stride: int | None = None,
         embed_dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
@@ -89,6 +92,7 @@ class Plain(Backbone):
         mlp_layer: Callable[..., nn.Module] | None = swiglu,
         mlp_ratio: float | None = None,
         norm_layer: Callable[..., nn.Module] = _NORM,
+        final_norm_layer: Callable[..., nn.Module] | None = None,
         pos_embed: Callable[..., nn.Module] | None = PositionEmbedding,
         class_token: str | None = None,
         head_layer: Callable[..., nn.Module] | None = None,
@@ -104,8 +108,9 @@ class Plain(Backbone):
         if min(height, width) < patch_size:
             raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
         self.patch_size = patch_size
-        self.stem = stem_layer(in_chans, embed_dim, patch_size, **dd)
-        grid_size = self.stem.grid_size(height, width)
+        overlap = {} if stride is None else {"stride": stride}
+        self.stem = stem_layer(in_chans, embed_dim, patch_size, **overlap, **dd)
+        self.grid_size = grid_size = self.stem.grid_size(height, width)
         self.pos_embed = pos_embed(embed_dim, grid_size, **dd) if pos_embed else nn.Identity()
         self.has_class_token = class_token is not None
         self.num_prefix_tokens = int(self.has_class_token)
@@ -131,15 +136,16 @@ class Plain(Backbone):
                 one_each(block_layer, depth, "block_layer", "block"), specs, rates, strict=True
             )
         )
-        for block, spec in zip(self.blocks, specs, strict=True):
+        for index, (block, spec) in enumerate(zip(self.blocks, specs, strict=True)):
             if self.has_class_token and not block.mixes_tokens:
                 raise ValueError(
-                    f"mixer={spec!r} reads whole maps and cannot serve beside a class token; give class_token=None "
-                    "and global_pool='avg', or a mixer with forward_tokens"
+                    f"block {index} with mixer={spec!r} reads whole maps and cannot serve beside a class token; give "
+                    "class_token=None and global_pool='avg', or a mixer with forward_tokens and no tail_layer"
                 )
-        self.norm = norm_layer(embed_dim, **dd)
+        self.norm = (final_norm_layer or norm_layer)(embed_dim, **dd)
         self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
+            {"num_chs": embed_dim, "reduction": stride or patch_size, "module": f"blocks.{index}"}
+            for index in range(depth)
         ]
         self._finish(
             embed_dim,
@@ -153,9 +159,12 @@ class Plain(Backbone):
         )
 
     @staticmethod
-    def total_reduction(options: Mapping[str, Any]) -> int:
-        """Return the pixels a side that a cell of the last map stands for, in a model built with `options`."""
-        return options.get("patch_size", 16)
+    def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of the last map of images of `size`, in a model built with `options`."""
+        patch, stride = options.get("patch_size", 16), options.get("stride")
+        if stride is None:
+            return -(-size[0] // patch), -(-size[1] // patch)
+        return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:
@@ -165,7 +174,8 @@ class Plain(Backbone):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
-        set_grid_size(self, self.stem.grid_size(*to_2tuple(img_size)))
+        self.grid_size = self.stem.grid_size(*to_2tuple(img_size))
+        set_grid_size(self, self.grid_size)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

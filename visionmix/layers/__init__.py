@@ -1,5 +1,6 @@
 """What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
+from visionmix.layers.conv import DepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
@@ -8,8 +9,8 @@ from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
 from visionmix.layers.rotary import RotaryMap
-from visionmix.layers.selective_scan import SelectiveScan2d
-from visionmix.layers.stem import ConvStem, DeepConvStem, PatchStem
+from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
+from visionmix.layers.stem import ConvStem, DeepConvStem, DeepPatchStem, PatchStem
 
 __all__ = [
     "BatchNorm",
@@ -20,6 +21,8 @@ __all__ = [
     "ConvPosition",
     "ConvStem",
     "DeepConvStem",
+    "DeepPatchStem",
+    "DepthwiseConv",
     "Grid",
     "LogSigmoid",
     "PatchMerging",
@@ -27,6 +30,7 @@ __all__ = [
     "PositionEmbedding",
     "ProjectionHead",
     "RotaryMap",
+    "SelectiveScan1d",
     "SelectiveScan2d",
     "TokenHead",
     "mlp",

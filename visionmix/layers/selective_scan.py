@@ -1,15 +1,22 @@
-"""The selective scan of a map with what it learns: the projection to its inputs, decay rates, step sizes, skip."""
+"""Selective scans with what they learn: the projection to their inputs, decay rates, step sizes, skip."""
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.fx
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.layers.order import scan_order
+from visionmix.scans import move_codes
 
 _STEP_RANGE = (1e-3, 0.1)
+_MOVES = 5
 
 
 @torch.fx.wrap
@@ -20,43 +27,31 @@ def _decay_rates(logarithms: Tensor) -> Tensor:
     return -torch.exp(logarithms)
 
 
-class SelectiveScan2d(nn.Module):
-    """The selective scan over K orders of a map, each with parameters of its own, brought back to the map and merged.
+@torch.fx.wrap
+def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> Tensor:
+    """Return, for every cell, the code of the move into the step that reads B there, int64 (height, width, K)."""
+    maps = []
+    for name in orders.split(","):
+        index, inverse = scan_order(name, height, width, like)
+        codes = move_codes(index, width)
+        if permute == "input":  # B is read in raster order
+            codes = torch.cat([codes, codes.new_zeros(height * width)])[: height * width]
+        else:  # a cell that is not read has no step, -1
+            codes = torch.cat([codes, codes.new_zeros(1)])[inverse]
+        maps.append(codes.reshape(height, width))
+    return torch.stack(maps, dim=-1)
 
-    In order k, with ``dt, B_t, C_t = W_k x_t`` of widths `step_rank`, `states` and `states`:
 
-        delta_t = softplus(V_k dt + b_k)
-        h_t     = exp(delta_t A_k) * h_(t-1) + delta_t B_t x_t,  A_k = -exp(A_log_k)
-        y_t     = C_t h_t + D_k x_t
-
-    ``A_log`` begins as ``log(1..states)``, D as 1, and ``b`` so that the steps begin log-uniform between 0.001 and 0.1;
-    optimisers do not decay these three.
-
-    Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``.
-
-    Source: Mamba (Gu and Dao 2023, arXiv 2312.00752); over several orders, VMamba (Liu et al. 2024, arXiv 2401.10166).
-
-    Args:
-        dim: Channels.
-        orders: Names of the orders, as `visionmix.scans.order` takes them; those joined by "+" are one sequence.
-        step_rank: Rank of the projection to the steps.
-        states: States a channel.
-        merge: "sum" or "mean" of the orders' outputs, or "none" for all of them.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
-
-    Raises:
-        ValueError: `step_rank` or `states` is below 1.
-    """
+class _ScanParameters(nn.Module):
+    """`count` sets of a selective scan's parameters; see `SelectiveScan2d`."""
 
     def __init__(
         self,
         dim: int,
-        orders: Sequence[str],
+        count: int,
         *,
         step_rank: int,
-        states: int = 1,
-        merge: str = "sum",
+        states: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,9 +60,6 @@ class SelectiveScan2d(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}={value} is too small; give 1 or more")
         dd = {"device": device, "dtype": dtype}
-        count = len(orders)
-        self.orders = ",".join(orders)
-        self.merge = merge
         self.widths = [step_rank, states, states]
         self.x_proj = nn.Linear(dim, count * sum(self.widths), bias=False, **dd)
         self.delta_weight = nn.Parameter(torch.empty(count, dim, step_rank, **dd))
@@ -92,18 +84,163 @@ class SelectiveScan2d(nn.Module):
             self.A_log.copy_(torch.arange(1, states + 1, dtype=torch.float32, device=self.A_log.device).log())
             self.D.fill_(1.0)
 
+
+class SelectiveScan2d(_ScanParameters):
+    """The selective scan over K orders of a map, each with parameters of its own, brought back to the map and merged.
+
+    In order k, with ``dt, B_t, C_t = W_k x_t`` of widths `step_rank`, `states` and `states`:
+
+        delta_t = softplus(V_k dt + b_k)
+        h_t     = exp(delta_t A_k) * h_(t-1) + delta_t B_t x_t,  A_k = -exp(A_log_k)
+        y_t     = C_t h_t + D_k x_t
+
+    ``A_log`` begins as ``log(1..states)``, D as 1, and ``b`` so that the steps begin log-uniform between 0.001 and 0.1;
+    optimisers do not decay these three.
+
+    Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``.
+
+    Source: Mamba (Gu and Dao 2023, arXiv 2312.00752); over several orders, VMamba (Liu et al. 2024, arXiv 2401.10166);
+    `shared`, `permute` and `moves`, PlainMamba (Yang et al. 2024, arXiv 2403.17695).
+
+    Args:
+        dim: Channels.
+        orders: Names of the orders, as `visionmix.scans.order` takes them; those joined by "+" are one sequence.
+        step_rank: Rank of the projection to the steps.
+        states: States a channel.
+        merge: "sum" or "mean" of the orders' outputs, or "none" for all of them.
+        shared: Whether the orders share one set of parameters.
+        permute: What is read in the orders: "all", or "input" for x alone, where step t takes ``dt``, B and C from cell
+            t in raster order, or zeros beyond the last cell.
+        moves: Whether a learned vector is added to B at each step, for the move that led there: start, right, left, up
+            or down, as `visionmix.scans.move_codes` numbers them.
+        bias_scale: What ``b`` is multiplied by.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `step_rank` or `states` is below 1, or `permute` is unknown.
+    """
+
+    bias_scale: Final[float]
+    moves: Final[bool]
+    shared: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        orders: Sequence[str],
+        *,
+        step_rank: int,
+        states: int = 1,
+        merge: str = "sum",
+        shared: bool = False,
+        permute: str = "all",
+        moves: bool = False,
+        bias_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if permute not in ("all", "input"):
+            raise ValueError(f"permute={permute!r} is unknown; give 'all' or 'input'")
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, 1 if shared else len(orders), step_rank=step_rank, states=states, **dd)
+        self.orders = ",".join(orders)
+        self.count = len(orders)
+        self.merge = merge
+        self.shared = shared
+        self.permute = permute
+        self.moves = moves
+        self.bias_scale = bias_scale
+        if moves:
+            self.move_B = nn.Parameter(trunc_normal_(torch.empty(_MOVES, states, **dd), std=0.02))
+            self.move_B._no_weight_decay = True
+
     def forward(self, x: Tensor) -> Tensor:
         steps, B, C = self.x_proj(x).unflatten(-1, (-1, sum(self.widths))).split(self.widths, dim=-1)
+        delta_weight = torch.jit.annotate(Tensor | None, self.delta_weight)
+        A, D, delta_bias = _decay_rates(self.A_log), self.D, self.delta_bias
+        if self.shared:
+            # The step sizes at full rank are one map for all orders: they are made once, not in each.
+            steps, delta_weight = self._each(F.linear(steps, self.delta_weight[0])), None
+            B, C = self._each(B), self._each(C)
+            A = A.expand(self.count, -1, -1)
+            D, delta_bias = D.expand(self.count, -1), delta_bias.expand(self.count, -1)
+        if self.bias_scale != 1.0:
+            delta_bias = delta_bias * self.bias_scale
+        if self.moves:
+            codes = _moves(self.orders, x.shape[1], x.shape[2], self.permute, x)
+            B = B + F.embedding(codes, self.move_B).to(B.dtype)
         return selective_scan_2d_op(
-            x,
-            steps,
-            self.delta_weight,
-            _decay_rates(self.A_log),
-            B,
-            C,
-            self.D,
-            self.delta_bias,
-            True,
-            self.orders,
-            self.merge,
+            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute
         )
+
+    def _each(self, x: Tensor) -> Tensor:
+        """Return x (batch, height, width, 1, features) as it is for each of the orders."""
+        return x.expand(-1, -1, -1, self.count, -1)
+
+
+class SelectiveScan1d(_ScanParameters):
+    """A causal convolution along a sequence, SiLU, and the selective scan of it: what stands inside Mamba.
+
+    ``x = silu(conv(x))``, a depthwise convolution over the token and the ``kernel_size - 1`` before it, then the
+    recurrence of `SelectiveScan2d` in the sequence's order.
+
+    Shapes: (batch, length, dim) to the same.
+
+    The second argument of a call, `positions`, is for tokens that were left of a longer sequence: their places in it,
+    int64 (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of
+    zeros would bring there, ``exp(softplus(b) A)`` each; the convolution sees the tokens that are left.
+
+    Source: Mamba (Gu and Dao 2023, arXiv 2312.00752).
+
+    Args:
+        dim: Channels.
+        step_rank: Rank of the projection to the steps.
+        states: States a channel.
+        kernel_size: Tokens that the convolution sees.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `step_rank`, `states` or `kernel_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        step_rank: int,
+        states: int = 16,
+        kernel_size: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, 1, step_rank=step_rank, states=states, **dd)
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size} is too small; give 1 or more")
+        self.before = kernel_size - 1
+        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        gap = torch.jit.annotate(Tensor | None, None)
+        if positions is not None:
+            skipped = positions.diff(dim=1, prepend=positions[:, :1] - 1) - 1
+            gap = skipped.unsqueeze(1) * F.softplus(self.delta_bias[0]).unsqueeze(1)
+        x = self.act(self.conv(F.pad(x, [0, 0, self.before, 0]).transpose(1, 2))).transpose(1, 2)
+        steps, B, C = self.x_proj(x).split(self.widths, dim=-1)
+        y, _ = selective_scan_op(
+            x.transpose(1, 2),
+            F.linear(steps, self.delta_weight[0]).transpose(1, 2),
+            _decay_rates(self.A_log[0]),
+            B.transpose(1, 2).unsqueeze(1),
+            C.transpose(1, 2).unsqueeze(1),
+            self.D[0],
+            None,
+            self.delta_bias[0],
+            True,
+            False,
+            gap,
+        )
+        return y.transpose(1, 2)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from timm.layers import ConvNormAct
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 
@@ -172,3 +174,65 @@ class DeepConvStem(nn.Module):
         x = self.act(self.norm2(self.conv2(x)))
         x = self.act(self.norm3(self.conv3(x)))
         return self.norm4(self.conv4(x)).permute(0, 2, 3, 1)
+
+
+class DeepPatchStem(nn.Module):
+    """Convolutions with batch norms at half the resolution, then one over patches that do not overlap.
+
+    ``proj(convs(relu(norm1(conv1(x)))))``: ``conv1`` 7x7 of stride 2, `depth` times a 3x3 convolution, batch norm and
+    ReLU, all of `width` channels and without bias, and ``proj`` of kernel and stride ``patch_size // 2``, before which
+    zeros are put at the bottom and on the right until patches fit.
+
+    Shapes: (batch, in_chans, height, width) to (batch, ceil(height / patch_size), ceil(width / patch_size), embed_dim).
+
+    Source: Shunted Transformer (Ren et al. 2021, arXiv 2111.15193), as PlainMamba (Yang et al. 2024, arXiv 2403.17695)
+    takes it over.
+
+    Args:
+        in_chans: Channels of the image.
+        embed_dim: Channels of the tokens.
+        patch_size: Pixels a token stands for, along each side: an even number.
+        depth: How many 3x3 convolutions.
+        width: Channels before the last convolution.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `patch_size` is odd.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        patch_size: int = 16,
+        *,
+        depth: int = 1,
+        width: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if patch_size < 2 or patch_size % 2:
+            raise ValueError(f"patch_size={patch_size} is odd; the first convolution halves, so give an even number")
+        dd = {"device": device, "dtype": dtype}
+        self.stride = patch_size // 2
+        self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
+        self.norm1 = nn.BatchNorm2d(width, **dd)
+        self.act1 = nn.ReLU()
+        self.convs = nn.Sequential(*(ConvNormAct(width, width, 3, **dd) for _ in range(depth)))
+        self.proj = nn.Conv2d(width, embed_dim, kernel_size=self.stride, stride=self.stride, **dd)
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
+        rows, columns = (-(-((side + 1) // 2) // self.stride) for side in (height, width))
+        return rows, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs(self.act1(self.norm1(self.conv1(x))))
+        # Not -side % stride: compiled graphs know no remainder of negative numbers.
+        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
+        right = (self.stride - x.shape[3] % self.stride) % self.stride
+        x = F.pad(x, [0, right, 0, bottom])
+        return self.proj(x).permute(0, 2, 3, 1)

@@ -1,6 +1,7 @@
 """Token mixers: maps (batch, height, width, channels) to the same shape, found by name."""
 
 from visionmix.mixers.atrous_scan import AtrousScan
+from visionmix.mixers.bidirectional_mamba import BidirectionalMamba
 from visionmix.mixers.conv import DepthwiseConv
 from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.efficient_scan import EfficientScan, InvertedResidualMixer
@@ -14,11 +15,13 @@ from visionmix.mixers.neighborhood import (
     DilatedNeighborhoodAttention,
     NeighborhoodAttention,
 )
+from visionmix.mixers.plain_scan import PlainScan
 from visionmix.mixers.registry import create_mixer, list_mixers, register_mixer
 from visionmix.mixers.softmax import SoftmaxAttention
 
 __all__ = [
     "AtrousScan",
+    "BidirectionalMamba",
     "CircularNeighborhoodAttention",
     "CrossScan",
     "DepthwiseConv",
@@ -32,6 +35,7 @@ __all__ = [
     "MultiHeadScan",
     "MultiScaleScan",
     "NeighborhoodAttention",
+    "PlainScan",
     "RankAugmentedLinearAttention",
     "SoftmaxAttention",
     "create_mixer",

@@ -1,6 +1,17 @@
 """One file a published family; importing this package registers every model with timm."""
 
-from visionmix.models import atrous_vmamba, efficient_vmamba, mavit, msvmamba, nat, skeletons, vig, vmamba
+from visionmix.models import (
+    atrous_vmamba,
+    efficient_vmamba,
+    mavit,
+    msvmamba,
+    nat,
+    plainmamba,
+    skeletons,
+    vig,
+    vim,
+    vmamba,
+)
 from visionmix.models.family import Published, Variant, list_family_models, published, register_family
 
 __all__ = [
@@ -12,9 +23,11 @@ __all__ = [
     "mavit",
     "msvmamba",
     "nat",
+    "plainmamba",
     "published",
     "register_family",
     "skeletons",
     "vig",
+    "vim",
     "vmamba",
 ]

@@ -118,11 +118,10 @@ def published(name: str) -> Published:
 def _cfg(variant: Variant, license: str) -> dict[str, Any]:
     height = variant.options.get("img_size", 224)
     size = (height, height) if isinstance(height, int) else tuple(height)
-    reduction = variant.skeleton.total_reduction(variant.options)
     return {
         "num_classes": 1000,
         "input_size": (3, *size),
-        "pool_size": tuple(-(-side // reduction) for side in size),
+        "pool_size": variant.skeleton.last_grid(variant.options, size),
         "crop_pct": 0.875 if size == (224, 224) else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,

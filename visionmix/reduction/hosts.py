@@ -193,10 +193,10 @@ class ReducedVisionTransformer(ReducedBackbone):
 
 
 class ReducedPlain(ReducedBackbone):
-    """This library's plain skeleton with fewer and fewer tokens.
+    """This library's plain skeleton with fewer and fewer tokens; its maps are dense, one value a cell.
 
-    `forward_features` gives a dense map, one value a cell, and for models with a class token the tokens that are left,
-    as `ReducedVisionTransformer` does.
+    With a class token `forward_features` gives the tokens that are left, (batch, tokens, embed_dim); where the head
+    pools over cells and tokens have been merged, one token a cell, so that each counts as often as it has cells.
     """
 
     skeleton = Plain
@@ -204,32 +204,34 @@ class ReducedPlain(ReducedBackbone):
 
     @staticmethod
     def prefix_of(model: nn.Module) -> tuple[int, ...]:
-        # Where it stands among four cells: whether it leads is what a method asks, and that holds for every size.
-        return (model.class_token.position(4),) if model.has_class_token else ()
+        rows, columns = model.grid_size
+        return (model.class_token.position(rows * columns),) if model.has_class_token else ()
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         x, grid = self.embed(images)
-        prefix = tuple(grid.prefix_positions)
-        size = (grid.height, grid.width)
-        source = None
-        if trace:
-            source = _source(images, size, 0)
-            for position in prefix:
-                source = source + (source >= position)
-        return Tokens(x, size, prefix, source=source)
+        source = _source(images, (grid.height, grid.width), 0) if trace else None
+        for position in grid.prefix_positions if trace else ():
+            source = source + (source >= position)
+        return Tokens(x, (grid.height, grid.width), tuple(grid.prefix_positions), source=source)
 
-    def _pools_patches(self) -> bool:
-        return not self.has_class_token or self.head.pool_type == "avg"
+    def _pools_cells(self) -> bool:
+        return not self.has_class_token or self.head.pool_type != "token"
 
     def _features(self, tokens: Tokens) -> Tensor:
-        return super()._features(tokens) if self.has_class_token else _laid_out(self._normalised(tokens), "NHWC")
+        tokens = self._normalised(tokens)
+        if not self.has_class_token:
+            return _laid_out(tokens, "NHWC")
+        if tokens.size is None or not self._pools_cells():
+            return tokens.x
+        cells, position = tokens.cells(), self.class_token.position(tokens.grid[0] * tokens.grid[1])
+        return torch.cat([cells[:, :position], tokens.prefix(), cells[:, position:]], dim=1)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised features of images (batch, in_chans, height, width).
+        """Return the normalised map (batch, rows, columns, embed_dim) of images (batch, in_chans, height, width).
 
-        A map (batch, rows, columns, embed_dim); with a class token a sequence (batch, tokens, embed_dim).
+        With a class token the tokens that are left, (batch, tokens, embed_dim).
         """
-        tokens, _ = self._run(x, trace=self._pools_patches())
+        tokens, _ = self._run(x, trace=self._pools_cells() or self.reduction.trace_source)
         return self._features(tokens)
 
     def forward_intermediates(
@@ -246,11 +248,10 @@ class ReducedPlain(ReducedBackbone):
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.blocks), indices)
         tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
-        if norm:
-            taken = [self._normalised(each) for each in taken]
+        taken = [self._normalised(each) for each in taken] if norm else taken
         maps = [_laid_out(each, output_fmt) for each in taken]
         if return_prefix_tokens:
-            maps = [(each, behind.prefix()) for each, behind in zip(maps, taken, strict=True)]
+            maps = [(each, tokens.prefix()) for each, tokens in zip(maps, taken, strict=True)]
         return maps if intermediates_only else (self._features(tokens), maps)
 
 

@@ -133,6 +133,7 @@ def attention_block(block: nn.Module) -> AttentionBlock:
 
 
 def _token_block(block: TokenBlock) -> AttentionBlock:
+    check_tail(block)
     if type(block.mixer) is not SoftmaxAttention or block.mixer.needs_map:
         need = "reads a map" if type(block.mixer) is SoftmaxAttention else "is no softmax attention"
         raise TypeError(
@@ -143,6 +144,14 @@ def _token_block(block: TokenBlock) -> AttentionBlock:
         _residual(block.norm1, partial(_softmax_mixer, block.mixer), lambda y: block.drop_path(block.scale1(y))),
         lambda x: x + block.drop_path(block.scale2(block.mlp(block.norm2(x)))) if block.has_mlp else x,
     )
+
+
+def check_tail(block: TokenBlock) -> None:
+    """Raise TypeError where `block` ends in a layer that reads the whole map."""
+    if block.has_tail:
+        raise TypeError(
+            f"a block that ends in a {type(block.tail).__qualname__} reads whole maps and cannot be reduced"
+        )
 
 
 def _residual(opening: Callable, attended: Callable, closing: Callable) -> Callable[..., Attended]:

@@ -21,6 +21,8 @@ class Tokens(NamedTuple):
             none does; None where this is not followed.
         rest: For cells that no token holds, the value that their token had last, (batch, rows * columns, channels);
             None where there are none or this is not followed.
+        position: Where each token stood in the whole sequence, int64 (batch, tokens), for methods that ask; None before
+            tokens went.
     """
 
     x: Tensor
@@ -29,6 +31,7 @@ class Tokens(NamedTuple):
     size: Tensor | None = None
     source: Tensor | None = None
     rest: Tensor | None = None
+    position: Tensor | None = None
 
     def prefix(self) -> Tensor:
         """Return the prefix tokens, (batch, prefix tokens, channels)."""

@@ -1,0 +1,67 @@
+"""Token sequences in scan orders, inside graphs."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.fx
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+from visionmix.kernels import dispatch
+from visionmix.scans import order
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _constant_order(name: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    with _disable_current_modes(), torch.inference_mode(False):
+        index, inverse = order(name, height, width)
+        return index.numpy(), inverse.numpy()
+
+
+def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (index, inverse) as `visionmix.scans.order`, on the device of `like`.
+
+    They come from the library's op, or enter the graph as constants where it must do without such ops.
+    """
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            index, inverse = _constant_order(name, height, width)
+            return torch.tensor(index, device=like.device), torch.tensor(inverse, device=like.device)
+    return torch.ops.visionmix.scan_order(name, height, width, like.device)
+
+
+@torch.fx.wrap
+def token_order(name: str, height: int, width: int, prefix: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of a sequence of a map's cells in row-major order and, at the positions `prefix`, other tokens.
+
+    The others keep their positions; the cells are read in the order called `name` around them.
+
+    Args:
+        name: An order as `visionmix.scans.order` takes it, which reads no cell twice.
+        height: Rows of the map.
+        width: Columns of the map.
+        prefix: Positions of the other tokens, rising.
+        like: A tensor on the device where the order is wanted.
+
+    Returns:
+        index, int64 (steps,), the position read at each step, -1 for a padded step; inverse, int64 (tokens,), the step
+        at which each position is read, -1 for one that is not.
+    """
+    index, _ = scan_order(name, height, width, like)
+    for at in prefix:
+        index = torch.where(index >= at, index + 1, index)
+        index = torch.cat([index[:at], torch.full([1], at, dtype=index.dtype, device=index.device), index[at:]])
+    tokens = height * width + len(prefix)
+    inverse = torch.full([tokens + 1], -1, dtype=index.dtype, device=index.device)
+    steps = torch.arange(index.shape[0], device=index.device)
+    inverse = inverse.index_copy(0, torch.where(index < 0, tokens, index), steps)
+    return index, inverse[:tokens]
+
+
+@torch.fx.wrap
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return ``x[:, index]`` of a sequence (batch, tokens, channels), zeros where the index is -1."""
+    return F.pad(x, [0, 0, 0, 1]).index_select(1, torch.where(index < 0, x.shape[1], index))

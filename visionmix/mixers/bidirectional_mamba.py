@@ -1,0 +1,114 @@
+"""Mamba in both directions along a sequence: Vim's mixer."""
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.layers import Grid, SelectiveScan1d
+from visionmix.layers.order import take, token_order
+from visionmix.mixers.cross_scan import scan_width
+from visionmix.mixers.registry import register_mixer
+from visionmix.scans import direction_names
+
+
+@register_mixer("bidirectional_mamba")
+class BidirectionalMamba(nn.Module):
+    """Two selective scans of the tokens, one from each end, with parameters of their own, and a gate for both.
+
+    With ``x, z = W_in u`` and the convolution and scan S of `visionmix.layers.SelectiveScan1d`:
+
+        out = W_out ((S_1(x) + reverse(S_2(reverse(x)))) / 2 * silu(z))
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
+    (batch, tokens, dim). Tokens that are no cells (a class token) keep their places in the sequence and the cells are
+    read in the order around them.
+
+    Source: Vim (Zhu et al. 2024, arXiv 2401.09417).
+
+    Args:
+        dim: Channels.
+        expand: Channels of the scans over `dim`.
+        states: States a channel.
+        step_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
+        kernel_size: Tokens that the causal convolutions see.
+        order: The scan order of the cells; the other direction is its reverse. A padded step of an order is a token of
+            zeros.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `expand` leaves no channel, `states`, `step_rank` or `kernel_size` is below 1, or there is no such
+            `order`, or it joins several.
+    """
+
+    in_raster: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 2.0,
+        states: int = 16,
+        step_rank: int | None = None,
+        kernel_size: int = 4,
+        order: str = "raster",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = scan_width(dim, expand)
+        options = {
+            "step_rank": math.ceil(dim / 16) if step_rank is None else step_rank,
+            "states": states,
+            "kernel_size": kernel_size,
+        }
+        self.order = direction_names(order)[0]
+        if "+" in self.order:
+            raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+        self.in_raster = self.order == "raster"
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.forward_scan = SelectiveScan1d(inner, **options, **dd)
+        self.backward_scan = SelectiveScan1d(inner, **options, **dd)
+        self.act = nn.SiLU()
+        self.proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim)."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.in_raster:
+            forward, backward = self._scan(x, None)
+            y = forward + backward
+        else:
+            index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
+            forward, backward = self._scan(take(x, index), None)
+            y = take(forward + backward, inverse)
+        return self.proj(y * (0.5 * self.act(z)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        tokens = x.reshape(batch, height * width, dim)
+        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
+
+    @torch.jit.ignore
+    def directions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the gated outputs of both scans, each (batch, tokens, channels of the scans), before they are merged.
+
+        Args:
+            x: Tokens (batch, tokens, dim), read as they lie, whatever the order.
+            positions: Where they lay in the sequence that they are left of; see `visionmix.layers.SelectiveScan1d`.
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        forward, backward = self._scan(x, positions)
+        gate = self.act(z)
+        return forward * gate, backward * gate
+
+    @torch.jit.ignore
+    def merged(self, forward: Tensor, backward: Tensor) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim) of what `directions` returns."""
+        return self.proj(0.5 * (forward + backward))
+
+    def _scan(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        from_the_end = None if positions is None else -positions.flip(1)
+        return self.forward_scan(x, positions), self.backward_scan(x.flip(1), from_the_end).flip(1)

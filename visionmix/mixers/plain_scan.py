@@ -1,0 +1,85 @@
+"""Selective scans along continuous paths, with one set of parameters: PlainMamba's mixer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.layers import SelectiveScan2d
+from visionmix.mixers.cross_scan import scan_width
+from visionmix.mixers.registry import register_mixer
+from visionmix.scans import direction_names
+
+
+@register_mixer("plain_scan")
+class PlainScan(nn.Module):
+    """Four scans of the map along snakes, which share their parameters and know the direction of each step.
+
+    With ``x, z = W_in u + b_in`` and the scans S of `visionmix.layers.SelectiveScan2d`, whose B has a learned vector
+    added for the move that led to each step:
+
+        out = W_out (sum over directions of S(silu(depthwise7x7(x))) * silu(z)) + b_out
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: PlainMamba (Yang et al. 2024, arXiv 2403.17695).
+
+    Args:
+        dim: Channels.
+        expand: Channels of the scans over `dim`.
+        states: States a channel.
+        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        kernel_size: Rows and columns of the depthwise convolution, an odd number.
+        order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
+            `visionmix.scans.direction_sets()`.
+        permute: What is read in the orders. "all" is everything, as the paper has it. "input" is what the published
+            code does and its weights were trained with: step t takes its pixel from the order, but step size, B and C
+            from cell t in raster order.
+        bias_scale: What the steps' bias is multiplied by. The published code adds it twice, once in the projection and
+            once in the scan, so its weights are run with 2.0.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, `kernel_size` is even, `permute` is
+            unknown, or there is no such `order`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expand: float = 2.0,
+        states: int = 16,
+        step_rank: int | None = None,
+        kernel_size: int = 7,
+        order: str = "plainmamba",
+        permute: str = "all",
+        bias_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} is even; give an odd number, so that a window has a middle")
+        dd = {"device": device, "dtype": dtype}
+        inner = scan_width(dim, expand)
+        self.in_proj = nn.Linear(dim, 2 * inner, **dd)
+        self.conv = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, **dd)
+        self.act = nn.SiLU()
+        self.scan = SelectiveScan2d(
+            inner,
+            direction_names(order),
+            step_rank=math.ceil(dim / 16) if step_rank is None else step_rank,
+            states=states,
+            shared=True,
+            permute=permute,
+            moves=True,
+            bias_scale=bias_scale,
+            **dd,
+        )
+        self.proj = nn.Linear(inner, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        return self.proj(y * self.act(z))

@@ -1,0 +1,142 @@
+"""Pruning of tokens in state-space models, whose states cross the places of those that went."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from visionmix.backbones.block import TokenBlock
+from visionmix.reduction.evit import schedule
+from visionmix.reduction.methods import Method, register_method
+from visionmix.reduction.parts import check_tail
+from visionmix.reduction.tokens import Tokens, take
+
+
+@register_method("ssm_prune")
+class SSMPrune(Method):
+    """Behind some blocks, keep the tokens that the block's scans make most of; a state crosses the gaps as before.
+
+    A token's score is the sum over the scans and their channels of ``max(0, y)``, y the scan's gated output at that
+    token. Of N tokens that are no class token, ``ceil(keep_rate * N)`` with the highest scores stay, in their order.
+    From there on tokens are read in the whole sequence's order, the class token at its own place in it, and on its way
+    from one token to the next the state decays as often as there are places: once a gap, by ``exp(softplus(b) A)``,
+    which is what a token of zeros brings there. Nothing is trained, but the published accuracies are those of models
+    trained with the method.
+
+    From the paper: the score with its clipping, and that a token's neighbourhood, traversal and decay remain those of
+    the whole sequence. Decided here, where it says too little: that scores of both directions are added, that the step
+    of a place without a token is that of a token of zeros (the step it would have had depends on what is no longer
+    computed), that the convolution before the scan sees the tokens that are left, and `layers`.
+
+    Source: Zhan et al. 2024, Exploring Token Pruning in Vision State Space Models (arXiv 2409.18962).
+
+    Args:
+        blocks: The model's blocks; each needs a mixer that offers ``directions(x, positions)`` and ``merged``, as
+            `visionmix.mixers.BidirectionalMamba`.
+        prefix_positions: Its class token, if any; it always stays.
+        keep_rate: Share of the tokens that stay behind each of `layers`; or a list, of one for each of them or, where
+            `layers` is not given, of one a block.
+        layers: Numbers of the blocks, from 0, that prune; None for those 5, 10 and 15 twenty-fourths of the way, which
+            are 5, 10 and 15 of Vim's 24.
+        align: Whether states cross the gaps; without, what is left is a sequence of its own, with the class token in
+            its middle.
+        released: Whether to do what the published code does, which differs from its paper: no alignment; the score is
+            the plain sum over channels of the backward scan alone, read from the sequence's end, so that tokens are
+            scored by those opposite; of the tokens that stay and the class token together there are an odd number.
+            (It keeps the class token in the first image of a batch only; here it stays in all.)
+        trace_source: Whether every pass follows which token holds which cell.
+
+    Raises:
+        TypeError: an option is of another type, or a block has no scans to look into.
+        ValueError: there are several prefix tokens, a rate is outside (0, 1], numbers of blocks do not fit, or a mixer
+            reads cells in another order than row by row.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        prefix_positions: tuple[int, ...],
+        *,
+        keep_rate: float | Sequence[float] = 0.8,
+        layers: Sequence[int] | None = None,
+        align: bool = True,
+        released: bool = False,
+        trace_source: bool = False,
+    ) -> None:
+        depth = len(blocks)
+        if layers is None and isinstance(keep_rate, int | float):
+            layers = sorted({depth * part // 24 for part in (5, 10, 15)})
+        self.keep_rate = schedule(keep_rate, layers, depth)
+        self.align = align and not released
+        self.released = released
+        self.trace_source = trace_source
+        if len(prefix_positions) > 1:
+            raise ValueError(f"method 'ssm_prune' knows one class token; this model has {len(prefix_positions)}")
+        for block in blocks:
+            _check_block(block)
+
+    def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
+        x, order = block.norm1(tokens.x), None
+        if self.align and tokens.position is not None:
+            # All but the class token lie in their order already: it lies where heads look for it.
+            order = tokens.position.argsort(dim=1)
+            forward, backward = block.mixer.directions(take(x, order), tokens.position.gather(1, order))
+        else:
+            forward, backward = block.mixer.directions(x)
+        mixed = block.mixer.merged(forward, backward)
+        back = None if order is None else order.argsort(dim=1)
+        x = tokens.x + block.drop_path(block.scale1(mixed if back is None else take(mixed, back)))
+        if block.has_mlp:
+            x = x + block.drop_path(block.scale2(block.mlp(block.norm2(x))))
+        tokens = tokens._replace(x=x)
+        count = x.shape[1] - len(tokens.prefix_positions)
+        keep = self._kept(self.keep_rate[index], count)
+        if keep >= count:
+            return tokens
+        scores = self._scores(forward.detach(), backward.detach())
+        return pruned(tokens, scores if back is None else scores.gather(1, back), keep)
+
+    def _kept(self, rate: float, count: int) -> int:
+        keep = math.ceil(rate * count)
+        return keep if rate == 1 or not self.released else max(1, keep - keep % 2)
+
+    def _scores(self, forward: Tensor, backward: Tensor) -> Tensor:
+        if self.released:
+            return backward.sum(dim=2).flip(1)
+        return forward.clamp(min=0).sum(dim=2) + backward.clamp(min=0).sum(dim=2)
+
+
+def pruned(tokens: Tokens, scores: Tensor, keep: int) -> Tokens:
+    """Return `tokens` with those of the `keep` highest `scores`, (batch, tokens), and the class token alone.
+
+    They stay in their order, with the class token at the front if it was there and else in the middle.
+    """
+    batch, count, _ = tokens.x.shape
+    places = torch.arange(count, device=scores.device).expand(batch, -1)
+    for place in tokens.prefix_positions:
+        scores = scores.masked_fill(places == place, -math.inf)
+    kept = scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
+    prefix = tuple(keep // 2 if place else 0 for place in tokens.prefix_positions)
+    for place, new in zip(tokens.prefix_positions, prefix, strict=True):
+        kept = torch.cat([kept[:, :new], places[:, place : place + 1], kept[:, new:]], dim=1)
+    before = places if tokens.position is None else tokens.position
+    new = tokens._replace(x=take(tokens.x, kept), prefix_positions=prefix, position=before.gather(1, kept))
+    if tokens.source is None:
+        return new
+    moved = torch.full_like(places, -1).scatter(1, kept, places[:, : kept.shape[1]])
+    return new._replace(source=tokens.moved(moved), rest=tokens.cells())
+
+
+def _check_block(block: nn.Module) -> None:
+    if type(block).forward is not TokenBlock.forward or not hasattr(block.mixer, "directions"):
+        what = type(getattr(block, "mixer", block)).__qualname__
+        raise TypeError(
+            f"method 'ssm_prune' looks into selective scans, and a {what} shows none (it has no method directions); "
+            "take a model with the mixer 'bidirectional_mamba'"
+        )
+    check_tail(block)
+    if not block.mixer.in_raster:
+        raise ValueError(
+            f"order={block.mixer.order!r}: method 'ssm_prune' prunes sequences of rows; give the mixer order='raster'"
+        )
