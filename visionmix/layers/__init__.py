@@ -3,7 +3,7 @@
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import LogSigmoid
-from visionmix.layers.grid import Grid, split_prefix
+from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.head import TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ClassToken, PositionEmbedding, resample_position
@@ -23,6 +23,7 @@ __all__ = [
     "PositionEmbedding",
     "SelectiveScan2d",
     "TokenHead",
+    "join_prefix",
     "mlp",
     "resample_position",
     "split_prefix",

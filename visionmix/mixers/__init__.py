@@ -1,16 +1,20 @@
 """Token mixers: maps (batch, height, width, channels) to the same shape, found by name."""
 
+from visionmix.mixers.agent import AgentAttention
 from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.gated_linear_attention import GatedLinearAttention
 from visionmix.mixers.multi_scale_scan import MultiScaleScan
 from visionmix.mixers.registry import create_mixer, list_mixers, register_mixer
 from visionmix.mixers.softmax import SoftmaxAttention
+from visionmix.mixers.window import WindowAttention
 
 __all__ = [
+    "AgentAttention",
     "CrossScan",
     "GatedLinearAttention",
     "MultiScaleScan",
     "SoftmaxAttention",
+    "WindowAttention",
     "create_mixer",
     "list_mixers",
     "register_mixer",
