@@ -1,6 +1,8 @@
 """Token mixers: maps (batch, height, width, channels) to the same shape, found by name."""
 
 from visionmix.mixers.cross_scan import CrossScan
+from visionmix.mixers.cross_window import CrossWindowAttention
+from visionmix.mixers.focused import FocusedLinearAttention
 from visionmix.mixers.gated_linear_attention import GatedLinearAttention
 from visionmix.mixers.multi_scale_scan import MultiScaleScan
 from visionmix.mixers.registry import create_mixer, list_mixers, register_mixer
@@ -8,6 +10,8 @@ from visionmix.mixers.softmax import SoftmaxAttention
 
 __all__ = [
     "CrossScan",
+    "CrossWindowAttention",
+    "FocusedLinearAttention",
     "GatedLinearAttention",
     "MultiScaleScan",
     "SoftmaxAttention",
