@@ -63,13 +63,13 @@ class CrossWindowAttention(nn.Module):
         self.heads = heads
         self.split_size = split_size or 0
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.lepe = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         qkv = self.qkv(x).unflatten(-1, (3, self.branches, -1))
-        weight, bias = self.lepe.weight.chunk(self.branches), self.lepe.bias.chunk(self.branches)
+        weight, bias = self.conv.weight.chunk(self.branches), self.conv.bias.chunk(self.branches)
         if self.branches == 1:
             y = _attend(qkv[..., 0, :], weight[0], bias[0], self.heads, height, width)
         else:

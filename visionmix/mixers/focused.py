@@ -77,7 +77,7 @@ class FocusedLinearAttention(nn.Module):
         self.dwc = _SharedDepthwise(dim // num_heads, num_heads, kernel_size, **dd)
         self.has_lepe = lepe
         if lepe:
-            self.lepe = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+            self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.init_layer_weights()
 
@@ -103,7 +103,7 @@ class FocusedLinearAttention(nn.Module):
         v = v.permute(0, 3, 1, 2)
         local = self.dwc(v)
         if self.has_lepe:
-            local = local + self.lepe(v)
+            local = local + self.conv(v)
         return self.proj(y + local.permute(0, 2, 3, 1))
 
     def _heads(self, x: Tensor) -> Tensor:
