@@ -1,5 +1,7 @@
 """Attention inside the stripes of a map, vertical and horizontal ones: CSWin's mixer."""
 
+from typing import Final
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ class CrossWindowAttention(nn.Module):
         ValueError: heads do not divide the channels they share, or `split_size` is below 1.
     """
 
+    has_stripes: Final[bool]
+
     def __init__(
         self,
         dim: int,
@@ -48,59 +52,72 @@ class CrossWindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        branches = 1 if split_size is None else 2
-        heads = max(num_heads // branches, 1)
-        if dim % (branches * heads):
-            raise ValueError(
-                f"num_heads={num_heads} does not divide dim={dim}"
-                + (" in two halves with half of the heads each" if branches == 2 else "")
-                + "; give another number"
-            )
-        if split_size is not None and split_size < 1:
+        self.has_stripes = split_size is not None
+        self.split_size = 0 if split_size is None else split_size
+        halves = 2 if self.has_stripes else 1
+        self.heads = max(num_heads // halves, 1)
+        if dim % (halves * self.heads):
+            shared = f"the {dim // 2} channels of a half in {self.heads} heads" if self.has_stripes else f"dim={dim}"
+            raise ValueError(f"num_heads={num_heads} does not divide {shared}; give another number")
+        if self.has_stripes and self.split_size < 1:
             raise ValueError(f"split_size={split_size} is too small; give 1 or more, or None for the whole map")
         dd = {"device": device, "dtype": dtype}
-        self.branches = branches
-        self.heads = heads
-        self.split_size = split_size or 0
+        width = dim // halves
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, **dd)
+        if self.has_stripes:
+            self.horizontal_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        qkv = self.qkv(x).unflatten(-1, (3, self.branches, -1))
-        weight, bias = self.conv.weight.chunk(self.branches), self.conv.bias.chunk(self.branches)
-        if self.branches == 1:
-            y = _attend(qkv[..., 0, :], weight[0], bias[0], self.heads, height, width)
-        else:
-            columns = _attend(qkv[..., 0, :], weight[0], bias[0], self.heads, height, self.split_size)
-            rows = _attend(qkv[..., 1, :], weight[1], bias[1], self.heads, self.split_size, width)
-            y = torch.cat([columns, rows], dim=-1)
-        return self.proj(y)
+        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        if self.has_stripes:
+            left, right = qkv.chunk(2, dim=-1)
+            vertical, horizontal = _cut(left, height, self.split_size), _cut(right, self.split_size, width)
+            columns = _attend(vertical, self.conv(_values(vertical)), self.heads, height, width)
+            rows = _attend(horizontal, self.horizontal_conv(_values(horizontal)), self.heads, height, width)
+            return self.proj(torch.cat([columns, rows], dim=-1))
+        whole = _cut(qkv, height, width)
+        return self.proj(_attend(whole, self.conv(_values(whole)), self.heads, height, width))
 
 
-def _attend(qkv: Tensor, weight: Tensor, bias: Tensor, heads: int, rows: int, columns: int) -> Tensor:
-    """Return what q, k and v, together (batch, height, width, 3, channels), give in windows of `rows` by `columns`."""
+def _cut(qkv: Tensor, rows: int, columns: int) -> Tensor:
+    """Return a map (batch, height, width, 3, channels) as windows (batch, down, across, rows, columns, 3, channels)."""
     batch, height, width, _, channels = qkv.shape
     down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
-    missing_rows, missing_columns = down * rows - height, across * columns - width
-    top, left = missing_rows // 2, missing_columns // 2
-    qkv = _pad(qkv, [top, missing_rows - top, left, missing_columns - left])
-    windows = qkv.reshape(batch, down, rows, across, columns, 3, channels).transpose(2, 3)
-    q, k, v = windows.reshape(-1, rows * columns, 3, heads, channels // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    above, below = _halves(down * rows - height)
+    left, right = _halves(across * columns - width)
+    qkv = _pad(qkv, [0, 0, 0, 0, left, right, above, below])
+    return qkv.reshape(batch, down, rows, across, columns, 3, channels).transpose(2, 3)
+
+
+def _values(windows: Tensor) -> Tensor:
+    """Return v of windows as maps (windows, channels, rows, columns)."""
+    return windows.select(5, 2).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def _attend(windows: Tensor, local: Tensor, heads: int, height: int, width: int) -> Tensor:
+    """Return what attention inside windows gives, and `local` besides, as a map (batch, height, width, channels)."""
+    batch, down, across, rows, columns, _, channels = windows.shape
+    qkv = windows.reshape(batch * down * across, rows * columns, 3, heads, channels // heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, rows, columns, channels)
-    v = v.transpose(1, 2).reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
-    y = y + F.conv2d(v, weight, bias, padding=1, groups=channels).permute(0, 2, 3, 1)
-    y = y.reshape(batch, down, across, rows, columns, channels).transpose(2, 3)
-    return y.reshape(batch, down * rows, across * columns, channels)[:, top : top + height, left : left + width]
+    y = (y + local.permute(0, 2, 3, 1)).reshape(batch, down, across, rows, columns, channels).transpose(2, 3)
+    y = y.reshape(batch, down * rows, across * columns, channels)
+    top, left = (down * rows - height) // 2, (across * columns - width) // 2
+    return y[:, top : top + height, left : left + width]
+
+
+def _halves(cells: int) -> tuple[int, int]:
+    return cells // 2, cells - cells // 2
 
 
 @torch.fx.wrap
 def _pad(x: Tensor, amounts: list[int]) -> Tensor:
-    """Return x (batch, height, width, 3, channels) with zeros: (above, below, on the left, on the right)."""
-    above, below, left, right = amounts
+    """Return `torch.nn.functional.pad(x, amounts)`, or x itself where there is nothing to pad."""
     # A compiled graph pads always: a branch on the size would compile once more.
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if above + below + left + right == 0:
+        if sum(amounts) == 0:
             return x
-    return F.pad(x, [0, 0, 0, 0, left, right, above, below])
+    return F.pad(x, amounts)

@@ -11,8 +11,6 @@ from visionmix.layers import PositionEmbedding
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
-_FLOOR = 1e-6  # of queries and keys, and of the normaliser
-
 
 @register_mixer("focused")
 class FocusedLinearAttention(nn.Module):
@@ -97,7 +95,7 @@ class FocusedLinearAttention(nn.Module):
         mean = k.mean(dim=[1, 2], keepdim=True)
         cells = self._heads((k / (mean * (height * width))).to(v.dtype))
         channels = (q * mean).unflatten(-1, (self.num_heads, -1))
-        channels = (channels / (channels.sum(dim=-1, keepdim=True) + _FLOOR)).flatten(-2)
+        channels = (channels / (channels.sum(dim=-1, keepdim=True) + 1e-6)).flatten(-2)
         y = self._heads(channels.to(v.dtype)) @ (cells.transpose(-2, -1) @ self._heads(v))
         y = y.transpose(1, 2).reshape(batch, height, width, dim)
         v = v.permute(0, 3, 1, 2)
@@ -116,31 +114,25 @@ def _focused(x: Tensor, scale: Tensor, focus: float) -> Tensor:
     """Return phi(x), see `FocusedLinearAttention`, of the last axis."""
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
         x = x.float()  # 1e-6 to the third power underflows in half precision
-    x = (F.relu(x) + _FLOOR) / scale
+    x = (F.relu(x) + 1e-6) / scale
     sharp = x**focus
-    length, sharp_length = (torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (x, sharp))
-    return sharp * (length / sharp_length)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return sharp * (length / torch.linalg.vector_norm(sharp, dim=-1, keepdim=True))
 
 
-class _SharedDepthwise(nn.Conv2d):
+class _SharedDepthwise(nn.Module):
     """A depthwise convolution of `heads` groups of `head_dim` channels, with one group's kernels for all.
 
     Shapes: (batch, heads * head_dim, height, width) to the same.
     """
 
     def __init__(self, head_dim: int, heads: int, kernel_size: int, device=None, dtype=None) -> None:
-        super().__init__(
-            head_dim,
-            head_dim,
-            kernel_size,
-            padding=kernel_size // 2,
-            groups=head_dim,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__()
+        one = nn.Conv2d(head_dim, head_dim, kernel_size, groups=head_dim, device=device, dtype=dtype)
+        self.weight, self.bias = one.weight, one.bias
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
         # Copies of the few kernels, where heads in the batch's axis would copy the map.
         weight, bias = self.weight.repeat(self.heads, 1, 1, 1), self.bias.repeat(self.heads)
-        return F.conv2d(x, weight, bias, padding=self.padding, groups=self.heads * self.groups)
+        return F.conv2d(x, weight, bias, padding=self.weight.shape[-1] // 2, groups=x.shape[1])

@@ -59,7 +59,7 @@ def key_map(model: nn.Module) -> KeyMap:
     return KeyMap(
         rename=[*pvt.NAMES, *cswin.NAMES, *_NAMES],
         drop=unused if isinstance(model.norm, nn.Identity) else {},
-        join=pvt.JOIN | cswin.JOIN,
+        join=pvt.JOIN,
         transform=reshape_to(model),
     )
 

@@ -22,8 +22,6 @@ NAMES = [
     (r"\.attns\.0\.", "."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-# The files have the kernels for vertical and for horizontal stripes apart.
-JOIN = {"conv": ("conv", "horizontal_conv")}
 
 _STRIPES = (1, 2, 7, None)
 
