@@ -1,6 +1,7 @@
 """Feed-forwards made from the width alone, for blocks on (..., dim) or on maps (batch, height, width, dim)."""
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from timm.layers import GluMlp, Mlp
@@ -68,24 +69,31 @@ def swiglu(
 class ConvMlp(nn.Module):
     """A feed-forward that sees neighbours: ``fc2(act(h + depthwise3x3(h)))`` with ``h = fc1(x)``, all with biases.
 
+    Without `residual` it is ``fc2(act(depthwise3x3(h)))``.
+
     Shapes: (batch, height, width, dim) to the same.
 
-    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174).
+    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174); without the residual, PVTv2 (Wang et al. 2021, arXiv
+    2106.13797).
 
     Args:
         dim: Channels.
         mlp_ratio: Hidden width over `dim`.
+        residual: Whether the convolution's input is added to its output.
         act_layer: The activation.
         drop: Dropout rate after each projection.
         device: Where the parameters lie.
         dtype: Type of the parameters.
     """
 
+    residual: Final[bool]
+
     def __init__(
         self,
         dim: int,
         *,
         mlp_ratio: float = 2.0,
+        residual: bool = True,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         drop: float = 0.0,
         device: torch.device | str | None = None,
@@ -94,6 +102,7 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
+        self.residual = residual
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden, **dd)
         self.act = act_layer()
@@ -102,5 +111,7 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(self.fc1(x))
-        x = self.act(x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return self.drop(self.fc2(x))
+        y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.residual:
+            y = x + y
+        return self.drop(self.fc2(self.act(y)))

@@ -31,11 +31,14 @@ class KeyMap:
         drop: Reason by pattern; a key of the file that a pattern matches is left out.
         transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs; or
             several tensors by key, where the file has in one what are several here.
+        join: Names of the file's modules by the name of the model's one that they make, their tensors one behind the
+            other along the first axis: ``{"qkv": ("q", "kv")}``.
     """
 
     rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
     drop: Mapping[str, str] = field(default_factory=dict)
     transform: Callable[[str, Tensor], Tensor | Mapping[str, Tensor]] | None = None
+    join: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `tensors`, as the file has them, under the model's names."""
@@ -53,6 +56,11 @@ class KeyMap:
                         f"two keys of the file become {each!r}, one of them {source!r}; this is another model's"
                     )
                 mapped[each] = value
+        for whole, parts in self.join.items():
+            for key in [key for key in mapped if f".{parts[0]}." in key]:
+                keys = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+                if all(each in mapped for each in keys):
+                    mapped[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat([mapped.pop(each) for each in keys])
         return mapped
 
 
