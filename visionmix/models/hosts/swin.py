@@ -16,7 +16,7 @@ NAMES = [
     # The published code ends a stage with its downsampler; here the next stage begins with it.
     (r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
     (r"^layers\.", "stages."),
-    (r"\.attn\.relative_position_bias_table$", ".attn.bias_table"),
+    (r"\.relative_position_bias_table$", ".bias_table"),
     (r"\.attn\.", ".mixer."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
