@@ -20,6 +20,11 @@ def model(name):
     return timm.create_model(name).eval()
 
 
+def model_prefix(model):
+    """Return how many tokens of `model` are no cells: none, where its features are maps."""
+    return getattr(model, "num_prefix_tokens", 0) if model.output_fmt == "NLC" else 0
+
+
 def image(height=96, width=96, batch=1):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height * width))
 
@@ -36,10 +41,11 @@ def test_forward_at_any_size(name, model, size, batch):
 
 
 def test_features_and_heads(name, model):
-    cfg, images = model.default_cfg, image()
+    images = image()
     features = model.forward_features(images)
-    assert model.output_fmt == "NHWC"
-    assert features.shape == (1, *cfg["pool_size"], model.num_features)
+    rows, columns = model.default_cfg["pool_size"]
+    shape = {"NHWC": (rows, columns), "NLC": (model_prefix(model) + rows * columns,)}[model.output_fmt]
+    assert features.shape == (1, *shape, model.num_features)
     before = model.forward_head(features, pre_logits=True)
     assert before.shape == (1, model.head_hidden_size)
     assert torch.allclose(model.forward_head(features), model.get_classifier()(before))
@@ -95,6 +101,9 @@ def test_intermediates(name, model):
         for side, pixels in zip(each.shape[2:], (96, 128), strict=True):
             assert side <= math.ceil(pixels / info["reduction"]) + 1
     last = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)[0]
+    if model_prefix(model):
+        at = model.class_token.position(last[0, :, :, 0].numel())
+        final = torch.cat([final[:, :at], final[:, at + 1 :]], dim=1).unflatten(1, last.shape[1:3])
     assert torch.allclose(last, final)
     early = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
     assert torch.equal(early[0], maps[0])

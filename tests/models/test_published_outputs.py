@@ -33,9 +33,10 @@ def load_published(case: str, folder) -> tuple[torch.nn.Module, torch.Tensor, di
     meta, arrays = golden.load(case)
     file = folder / "published.pth"
     torch.save({"model": golden.state_dict(meta)}, file)
-    model = timm.create_model(
-        case.partition("__")[0], pretrained=True, pretrained_cfg_overlay={"file": str(file)}
-    ).eval()
+    # Where the published model bakes its size in, its checkpoint is of that size.
+    size = {"img_size": tuple(meta["image_size"])} if "img_size" in meta["kwargs"] else {}
+    overlay = {"file": str(file)}
+    model = timm.create_model(case.partition("__")[0], pretrained=True, pretrained_cfg_overlay=overlay, **size).eval()
     image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
     assert sum(value.numel() for value in model.parameters()) == meta["params"] - dropped_parameters(model, case, meta)
     return model, image, arrays

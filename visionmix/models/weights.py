@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file
@@ -195,6 +196,12 @@ def _how_to_give(name: str) -> str:
     )
 
 
+def weights_file(url: str, name: str) -> str:
+    """Return the file's name in an address, or one after the model's `name` where the address has none."""
+    file = Path(urlsplit(url).path).name
+    return file if Path(file).suffix else f"{name}.pth"
+
+
 def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import hf_hub_download
     from torch.hub import download_url_to_file, get_dir
@@ -207,7 +214,7 @@ def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Pa
             )
         folder = Path(cache_dir) if cache_dir else Path(get_dir()) / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / Path(cfg.url).name
+        path = folder / weights_file(cfg.url, name)
         if not path.exists():
             download_url_to_file(cfg.url, str(path))  # writes aside, then renames
         return path
