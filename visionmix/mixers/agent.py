@@ -102,7 +102,7 @@ class AgentAttention(nn.Module):
         cells, _ = split_prefix(v, grid)
         local = self.conv(cells.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         if len(grid.prefix_positions) > 0:
-            key_prefix = key_bias.new_zeros(self.num_heads, len(grid.prefix_positions), self.side**2)
+            key_prefix = key_bias.new_zeros(self.num_heads, len(grid.prefix_positions), self.side * self.side)
             query_prefix = key_prefix
             if self.class_bias:
                 key_prefix = key_prefix + self.key_class.transpose(1, 2)

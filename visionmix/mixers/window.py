@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
-_APART = -100.0  # what the published code adds between cells that are no neighbours
-
 
 @register_mixer("window")
 class WindowAttention(nn.Module):
@@ -133,7 +131,7 @@ class WindowAttention(nn.Module):
 
 @torch.fx.wrap
 def _apart(rows: int, columns: int, side: int, shift: int, like: Tensor) -> Tensor:
-    """Return (windows, query cells, key cells): `_APART` between those that a roll made neighbours, else 0.
+    """Return (windows, query cells, key cells): -100 between those that a roll made neighbours, else 0.
 
     A roll by `shift` puts the map's first rows and columns behind its last, so only windows at the bottom and on the
     right hold cells of both ends.
@@ -142,4 +140,4 @@ def _apart(rows: int, columns: int, side: int, shift: int, like: Tensor) -> Tens
     column = torch.arange(columns * side, device=like.device) >= columns * side - shift
     part = 2 * row.to(torch.int32).unsqueeze(1) + column.to(torch.int32)
     part = part.reshape(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, side * side)
-    return (part.unsqueeze(2) != part.unsqueeze(1)).to(like.dtype) * _APART
+    return (part.unsqueeze(2) != part.unsqueeze(1)).to(like.dtype) * -100.0  # as published
