@@ -1,5 +1,7 @@
 """What the agent models' configurations say, at the built size and at others."""
 
+import pickle
+
 import golden
 import pytest
 import timm
@@ -52,6 +54,13 @@ def test_setting_the_size_is_building_at_it():
     set_later.load_state_dict(built.state_dict())
     image = golden.image(288, 288)
     assert torch.equal(set_later.eval()(image), built.eval()(image))
+
+
+def test_whole_models_are_pickled():
+    model = timm.create_model("test_agent_swin").eval()
+    again = pickle.loads(pickle.dumps(model))
+    image = golden.image(96, 96)
+    assert torch.equal(again(image), model(image))
 
 
 @pytest.mark.parametrize("name", ["agent_swin_tiny", "agent_deit_tiny"])

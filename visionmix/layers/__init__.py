@@ -6,6 +6,7 @@ from visionmix.layers.gate import LogSigmoid
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.head import TokenHead
 from visionmix.layers.norm import BatchNorm
+from visionmix.layers.padding import pad
 from visionmix.layers.position import ClassToken, PositionEmbedding, resample_position
 from visionmix.layers.selective_scan import SelectiveScan2d
 from visionmix.layers.stem import ConvStem, PatchStem
@@ -25,6 +26,7 @@ __all__ = [
     "TokenHead",
     "join_prefix",
     "mlp",
+    "pad",
     "resample_position",
     "split_prefix",
     "swiglu",

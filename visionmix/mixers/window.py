@@ -8,6 +8,7 @@ from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers import pad
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
@@ -85,7 +86,7 @@ class WindowAttention(nn.Module):
         batch, height, width, dim = x.shape
         side, shift = self.side, self.shift_size
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
-        x = F.pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height])
+        x = pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height])
         if shift > 0:
             x = torch.roll(x, [-shift, -shift], [1, 2])
         x = x.reshape(batch, rows, side, columns, side, dim).transpose(2, 3).reshape(-1, side * side, dim)

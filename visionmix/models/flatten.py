@@ -28,8 +28,12 @@ def _pvt_v2(depths: Sequence[int], dims: Sequence[int] = (64, 128, 320, 512)) ->
     return pvt.pvt_v2(dims, depths, "focused")
 
 
+def _window_size(side: int) -> int:
+    return 7 if side <= 56 else 12
+
+
 def _swin(dim: int, depths: Sequence[int], heads: int) -> dict[str, Any]:
-    return swin.swin(dim, depths, heads, "LLSS", lambda stage: "focused", lambda side: 7 if side <= 56 else 12)
+    return swin.swin(dim, depths, heads, "LLSS", lambda stage: "focused", _window_size)
 
 
 def _cswin(dim: int, depths: Sequence[int], heads: int) -> dict[str, Any]:

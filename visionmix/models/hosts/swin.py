@@ -4,6 +4,7 @@ Source: Swin (Liu et al. 2021, arXiv 2103.14030).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from visionmix.backbones.contract import MixerSpec
@@ -47,12 +48,8 @@ def swin(
     """
 
     def window(stage: int, block: int) -> MixerSpec:
-        # The mixer knows its own stage's map alone, whose sides the first stage's are a multiple of.
-        return {
-            "name": "window",
-            "window_size": lambda grid_size: window_size(min(grid_size) << stage),
-            "shift": block % 2 == 1,
-        }
+        size = partial(_window_size, stage=stage, of_first=window_size)
+        return {"name": "window", "window_size": size, "shift": block % 2 == 1}
 
     return {
         "embed_dims": tuple(embed_dim << stage for stage in range(len(depths))),
@@ -63,3 +60,8 @@ def swin(
         "downsample_layer": PatchMerging,
         "mlp_layer": mlp,
     }
+
+
+def _window_size(grid_size: tuple[int, int], stage: int, of_first: Callable[[int], int]) -> int:
+    """Return the window of a stage with a map of `grid_size`; the first stage's is ``2**stage`` times as large."""
+    return of_first(min(grid_size) << stage)
