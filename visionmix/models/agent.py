@@ -75,7 +75,7 @@ VARIANTS = {
     "agent_cswin_base": _variant(
         Hierarchical, _cswin(96, (3, 6, 29, 2), 4), "c8035b0839b2410c8c9f", Published(73, 14.9, 84.7)
     ),
-    "test_agent_deit": _variant(Plain, _deit(32, 2, 9, blocks=2, depth=3), img_size=96),
+    "test_agent_deit_tiny": _variant(Plain, _deit(32, 2, 9, blocks=2, depth=3), img_size=96),
     "test_agent_pvt": _variant(Hierarchical, _pvt((1, 1, 2, 1), (8, 16, 40, 64)), img_size=96),
     "test_agent_swin": _variant(Hierarchical, _swin(16, (3, 1, 1, 1), 1, "MAAB1"), img_size=96),
     "test_agent_cswin": _variant(Hierarchical, _cswin(16, (1, 1, 2, 1), 2), img_size=96),
