@@ -84,24 +84,21 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
-        side, shift = self.side, self.shift_size
+        side, shift, cells = self.side, self.shift_size, self.side * self.side
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
-        x = pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height])
-        if shift > 0:
-            x = torch.roll(x, [-shift, -shift], [1, 2])
-        x = x.reshape(batch, rows, side, columns, side, dim).transpose(2, 3).reshape(-1, side * side, dim)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height]).flatten(1, 2)
+        # One copy rolls the map and cuts it, another undoes both and crops. Reshaped axes would be copied too, by a
+        # compiled graph for the sizes alone for which they have to be.
+        x = self.qkv(x.index_select(1, _window_order(rows, columns, side, shift, x)))
+        q, k, v = x.reshape(-1, cells, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._relative_bias()
         if shift > 0:
             # An axis of windows, so that the mask is not repeated for every image.
             q, k, v = [each.unflatten(0, (batch, rows * columns)) for each in (q, k, v)]
             bias = bias + _apart(rows, columns, side, shift, x).unsqueeze(1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        x = x.transpose(-3, -2).reshape(batch, rows, columns, side, side, dim)
-        x = x.transpose(2, 3).reshape(batch, rows * side, columns * side, dim)
-        if shift > 0:
-            x = torch.roll(x, [shift, shift], [1, 2])
-        return self.proj(x[:, :height, :width])
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(-3, -2).flatten(-2)
+        x = x.reshape(batch, -1, dim).index_select(1, _cell_order(height, width, side, shift, x))
+        return self.proj(x.unflatten(1, (height, width)))
 
     def _relative_bias(self) -> Tensor:
         """Return the biases (heads, query cells, key cells) of a window."""
@@ -130,6 +127,30 @@ class WindowAttention(nn.Module):
         return resize_rel_pos_bias_table(table, (self.side, self.side), shape)
 
 
+def _rolled(rows: int, columns: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row and the column, in the rolled map, of every cell of every window."""
+    index = torch.arange(rows * columns * side * side, device=like.device)
+    window, cell = index // (side * side), index % (side * side)
+    return window // columns * side + cell // side, window % columns * side + cell % side
+
+
+@torch.fx.wrap
+def _window_order(rows: int, columns: int, side: int, shift: int, like: Tensor) -> Tensor:
+    """Return where in the padded map every cell of every window lies."""
+    row, column = _rolled(rows, columns, side, like)
+    return (row + shift) % (rows * side) * (columns * side) + (column + shift) % (columns * side)
+
+
+@torch.fx.wrap
+def _cell_order(height: int, width: int, side: int, shift: int, like: Tensor) -> Tensor:
+    """Return where among the windows' cells every cell of the map lies."""
+    rows, columns = (height + side - 1) // side, (width + side - 1) // side
+    cell = torch.arange(height * width, device=like.device)
+    row = (cell // width - shift) % (rows * side)
+    column = (cell % width - shift) % (columns * side)
+    return (row // side * columns + column // side) * (side * side) + row % side * side + column % side
+
+
 @torch.fx.wrap
 def _apart(rows: int, columns: int, side: int, shift: int, like: Tensor) -> Tensor:
     """Return (windows, query cells, key cells): -100 between those that a roll made neighbours, else 0.
@@ -137,8 +158,7 @@ def _apart(rows: int, columns: int, side: int, shift: int, like: Tensor) -> Tens
     A roll by `shift` puts the map's first rows and columns behind its last, so only windows at the bottom and on the
     right hold cells of both ends.
     """
-    row = torch.arange(rows * side, device=like.device) >= rows * side - shift
-    column = torch.arange(columns * side, device=like.device) >= columns * side - shift
-    part = 2 * row.to(torch.int32).unsqueeze(1) + column.to(torch.int32)
-    part = part.reshape(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, side * side)
+    row, column = _rolled(rows, columns, side, like)
+    part = 2 * (row >= rows * side - shift).to(torch.int32) + (column >= columns * side - shift).to(torch.int32)
+    part = part.unflatten(0, (rows * columns, side * side))
     return (part.unsqueeze(2) != part.unsqueeze(1)).to(like.dtype) * -100.0  # as published
