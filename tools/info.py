@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionmix.models.family import Family, family_of, list_family_models
+from visionmix.models.weights import weights_file
 from visionmix.scans import num_steps
 
 _BEGIN, _END = "<!-- models: written by tools/info.py -->", "<!-- /models -->"
@@ -96,8 +97,9 @@ def _weights(family: Family, name: str) -> tuple[str, str]:
     variant = family.variants[name]
     if "hf_hub_id" in variant.weights:
         return variant.weights["hf_hub_filename"], f"https://huggingface.co/{variant.weights['hf_hub_id']}"
-    address = variant.weights.get("url") or variant.page
-    return (address.rpartition("/")[2] if "url" in variant.weights else "page", address) if address else ("none", "")
+    if "url" in variant.weights:
+        return weights_file(variant.weights["url"], name), variant.weights["url"]
+    return ("page", variant.page) if variant.page else ("none", "")
 
 
 def _equality(name: str) -> str:

@@ -4,9 +4,10 @@ from visionmix.layers.conv import DepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
-from visionmix.layers.grid import Grid, split_prefix
+from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
+from visionmix.layers.padding import pad
 from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
@@ -33,7 +34,9 @@ __all__ = [
     "SelectiveScan1d",
     "SelectiveScan2d",
     "TokenHead",
+    "join_prefix",
     "mlp",
+    "pad",
     "resample_position",
     "split_prefix",
     "swiglu",

@@ -69,15 +69,18 @@ def swiglu(
 class ConvMlp(nn.Module):
     """A feed-forward that sees neighbours: ``fc2(act(h + depthwise3x3(h)))`` with ``h = fc1(x)``, all with biases.
 
-    With `act_first` it is ``fc2(h + depthwise3x3(h))`` with ``h = act(fc1(x))``.
+    With `act_first` it is ``fc2(h + depthwise3x3(h))`` with ``h = act(fc1(x))``; without `residual`, the convolution's
+    output stands alone.
 
     Shapes: (batch, height, width, dim) to the same.
 
-    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174); with `act_first`, MALA (Fan et al. 2025, arXiv 2507.00698).
+    Source: MSVMamba (Shi et al. 2024, arXiv 2405.14174); with `act_first`, MALA (Fan et al. 2025, arXiv 2507.00698);
+    without the residual, PVTv2 (Wang et al. 2021, arXiv 2106.13797).
 
     Args:
         dim: Channels.
         mlp_ratio: Hidden width over `dim`.
+        residual: Whether the convolution's input is added to its output.
         act_layer: The activation.
         act_first: Whether it comes before the convolution rather than behind it.
         drop: Dropout rate after each projection.
@@ -86,12 +89,14 @@ class ConvMlp(nn.Module):
     """
 
     act_first: Final[bool]
+    residual: Final[bool]
 
     def __init__(
         self,
         dim: int,
         *,
         mlp_ratio: float = 2.0,
+        residual: bool = True,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         act_first: bool = False,
         drop: float = 0.0,
@@ -101,6 +106,7 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
+        self.residual = residual
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden, **dd)
         self.act_first = act_first
@@ -112,7 +118,9 @@ class ConvMlp(nn.Module):
         x = self.drop(self.fc1(x))
         if self.act_first:
             x = self.act(x)
-        x = x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.residual:
+            y = x + y
         if not self.act_first:
-            x = self.act(x)
-        return self.drop(self.fc2(x))
+            y = self.act(y)
+        return self.drop(self.fc2(y))

@@ -25,8 +25,26 @@ class Grid(NamedTuple):
 
 def split_prefix(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the cells' and the prefix tokens of a sequence (batch, tokens, channels), each in its order."""
-    prefix = sorted(grid.prefix_positions)
-    starts, ends = [0, *(at + 1 for at in prefix)], [*prefix, x.shape[1]]
-    cells = [x[:, start:end] for start, end in zip(starts, ends, strict=True)]
-    tokens = [x[:, at : at + 1] for at in prefix]
-    return torch.cat(cells, dim=1) if prefix else x, torch.cat(tokens, dim=1) if prefix else x[:, :0]
+    cells = torch.jit.annotate(list[Tensor], [])
+    prefix = torch.jit.annotate(list[Tensor], [])
+    start = 0
+    for at in sorted(grid.prefix_positions):
+        cells.append(x[:, start:at])
+        prefix.append(x[:, at : at + 1])
+        start = at + 1
+    cells.append(x[:, start:])
+    if len(prefix) == 0:
+        return x, x[:, :0]
+    return torch.cat(cells, dim=1), torch.cat(prefix, dim=1)
+
+
+def join_prefix(cells: Tensor, prefix: Tensor, grid: Grid) -> Tensor:
+    """Return the sequence (batch, tokens, channels) of which `split_prefix` gives `cells` and `prefix`."""
+    parts = torch.jit.annotate(list[Tensor], [])
+    start = 0
+    for index, at in enumerate(sorted(grid.prefix_positions)):
+        parts.append(cells[:, start : at - index])
+        parts.append(prefix[:, index : index + 1])
+        start = at - index
+    parts.append(cells[:, start:])
+    return torch.cat(parts, dim=1) if len(parts) > 1 else cells

@@ -75,19 +75,22 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution over patches that do not overlap, and a norm over channels: ``norm1(conv1(x))``.
+    """One convolution of stride `patch_size` and a norm over channels: ``norm1(conv1(x))``.
 
-    ``conv1`` has kernel and stride `patch_size`; pixels beyond the last whole patch are not read.
+    By default the kernel is a patch, patches do not overlap, and pixels beyond the last whole one are not read.
 
-    Shapes: (batch, in_chans, height, width) to (batch, height // patch_size, width // patch_size, embed_dim).
+    Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim), where a side becomes
+    ``(side + 2 * padding - kernel_size) // patch_size + 1``: by default ``side // patch_size``.
 
     Source: the patch embedding of ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), with a norm as in Swin (Liu et al.
-    2021, arXiv 2103.14030).
+    2021, arXiv 2103.14030); with patches that overlap, PVTv2 (Wang et al. 2021, arXiv 2106.13797).
 
     Args:
         in_chans: Channels of the image.
         embed_dim: Channels of the tokens.
         patch_size: Pixels a token stands for, along each side.
+        kernel_size: Rows and columns of the kernel; None for `patch_size`.
+        padding: Rows and columns of zeros around the image.
         norm_layer: Makes the norm from `embed_dim`; None for no norm, as in ViT.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -99,20 +102,23 @@ class PatchStem(nn.Module):
         embed_dim: int = 96,
         patch_size: int = 4,
         *,
+        kernel_size: int | None = None,
+        padding: int = 0,
         norm_layer: Callable[..., nn.Module] | None = _NORM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, patch_size, padding, **dd)
         self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
 
     @torch.jit.ignore
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        stride = self.conv1.stride[0]
-        return height // stride, width // stride
+        (stride, _), (kernel, _), (padding, _) = self.conv1.stride, self.conv1.kernel_size, self.conv1.padding
+        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))

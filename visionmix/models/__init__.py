@@ -1,8 +1,10 @@
 """One file a published family; importing this package registers every model with timm."""
 
 from visionmix.models import (
+    agent,
     atrous_vmamba,
     efficient_vmamba,
+    flatten,
     mavit,
     msvmamba,
     nat,
@@ -17,8 +19,10 @@ from visionmix.models.family import Published, Variant, list_family_models, publ
 __all__ = [
     "Published",
     "Variant",
+    "agent",
     "atrous_vmamba",
     "efficient_vmamba",
+    "flatten",
     "list_family_models",
     "mavit",
     "msvmamba",

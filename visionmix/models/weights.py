@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file
@@ -31,11 +32,14 @@ class KeyMap:
         drop: Reason by pattern; a key of the file that a pattern matches is left out.
         transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs; or
             several tensors by key, where the file has in one what are several here.
+        join: Names of the file's modules by the name of the model's one that they make, their tensors one behind the
+            other along the first axis: ``{"qkv": ("q", "kv")}``.
     """
 
     rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
     drop: Mapping[str, str] = field(default_factory=dict)
     transform: Callable[[str, Tensor], Tensor | Mapping[str, Tensor]] | None = None
+    join: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `tensors`, as the file has them, under the model's names."""
@@ -53,6 +57,11 @@ class KeyMap:
                         f"two keys of the file become {each!r}, one of them {source!r}; this is another model's"
                     )
                 mapped[each] = value
+        for whole, parts in self.join.items():
+            for key in [key for key in mapped if f".{parts[0]}." in key]:
+                keys = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+                if all(each in mapped for each in keys):
+                    mapped[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat([mapped.pop(each) for each in keys])
         return mapped
 
 
@@ -187,6 +196,12 @@ def _how_to_give(name: str) -> str:
     )
 
 
+def weights_file(url: str, name: str) -> str:
+    """Return the file's name in an address, or one after the model's `name` where the address has none."""
+    file = Path(urlsplit(url).path).name
+    return file if Path(file).suffix else f"{name}.pth"
+
+
 def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import hf_hub_download
     from torch.hub import download_url_to_file, get_dir
@@ -199,7 +214,7 @@ def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Pa
             )
         folder = Path(cache_dir) if cache_dir else Path(get_dir()) / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / Path(cfg.url).name
+        path = folder / weights_file(cfg.url, name)
         if not path.exists():
             download_url_to_file(cfg.url, str(path))  # writes aside, then renames
         return path

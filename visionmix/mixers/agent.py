@@ -1,0 +1,175 @@
+"""Agent attention: a few pooled tokens that gather from all tokens, and that all tokens read."""
+
+import math
+from typing import Final
+
+import torch
+import torch.fx
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionmix.layers.grid import Grid, join_prefix, split_prefix
+from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import check_heads
+
+_TABLE_SIDE = 7
+
+
+@register_mixer("agent")
+class AgentAttention(nn.Module):
+    """Softmax attention in two steps, through a few agents, at a cost linear in the tokens.
+
+    With ``q, k, v = W x`` and the agents ``a = adaptive_average_pool(q)``, `num_agents` of them on a square grid, per
+    head:
+
+        gathered = softmax(a k^T * head_dim^-0.5 + B_k) v
+        out      = W_o (softmax(q a^T * head_dim^-0.5 + B_q) gathered + depthwise3x3(v))
+
+    B_k and B_q are learned biases of agent and cell: a 7x7 table resampled bilinearly to the map, plus one term a row
+    and one a column, stored at the built map's size and resampled linearly to any other. Tokens that are no cells
+    (class tokens) take part in both attentions, with a bias of their own, but neither in the agents nor in the
+    convolution.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
+    (batch, tokens, dim), class tokens and all.
+
+    Source: Agent Attention (Han et al. 2023, arXiv 2312.08874).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`.
+        num_agents: Agents: a square number.
+        qkv_bias: Whether the projection to q, k and v has a bias.
+        class_bias: Whether there are learned biases for tokens that are no cells; else those are 0.
+        grid_size: Rows and columns of the map that the biases are built for.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or `num_agents` is no square number.
+    """
+
+    class_bias: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        num_agents: int = 49,
+        qkv_bias: bool = True,
+        class_bias: bool = False,
+        grid_size: tuple[int, int] = (14, 14),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        side = math.isqrt(max(num_agents, 0))
+        if num_agents < 1 or side * side != num_agents:
+            raise ValueError(f"num_agents={num_agents} is no square number; give 1, 4, 9, 16 and so on")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.side = side
+        self.class_bias = class_bias
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+        def bias(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(trunc_normal_(torch.zeros(num_heads, num_agents, *sizes, **dd), std=0.02))
+
+        self.key_table = bias(_TABLE_SIDE, _TABLE_SIDE)
+        self.key_rows, self.key_columns = bias(grid_size[0]), bias(grid_size[1])
+        self.query_table = bias(_TABLE_SIDE, _TABLE_SIDE)
+        self.query_rows, self.query_columns = bias(grid_size[0]), bias(grid_size[1])
+        if class_bias:
+            self.key_class, self.query_class = bias(1), bias(1)
+
+    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim).
+
+        Raises:
+            ValueError: `grid` has lost cells, so that there is no map to pool and convolve.
+        """
+        if grid.indices is not None:
+            raise ValueError("agent attention pools a whole map and cannot serve where cells are dropped or merged")
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        cells, prefix = split_prefix(q, grid)
+        agents = self._heads(_pool(cells, grid.height, grid.width, self.side))
+        key_bias = _cell_bias(self.key_table, self.key_rows, self.key_columns, grid.height, grid.width)
+        query_bias = _cell_bias(self.query_table, self.query_rows, self.query_columns, grid.height, grid.width)
+        cells, _ = split_prefix(v, grid)
+        local = self.conv(cells.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        if len(grid.prefix_positions) > 0:
+            key_prefix = key_bias.new_zeros(self.num_heads, len(grid.prefix_positions), self.side * self.side)
+            query_prefix = key_prefix
+            if self.class_bias:
+                key_prefix = key_prefix + self.key_class.transpose(1, 2)
+                query_prefix = query_prefix + self.query_class.transpose(1, 2)
+            key_bias = join_prefix(key_bias, key_prefix, grid)
+            query_bias = join_prefix(query_bias, query_prefix, grid)
+            local = join_prefix(local, torch.zeros_like(prefix), grid)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=key_bias.transpose(1, 2))
+        out = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=query_bias)
+        return self.proj(out.transpose(1, 2).flatten(2) + local)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Return (batch, heads, tokens, head_dim) of (batch, tokens, dim)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        tokens = x.reshape(batch, height * width, dim)
+        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
+
+    @torch.jit.ignore
+    def set_grid_size(self, grid_size: tuple[int, int]) -> None:
+        """Resample the rows' and columns' biases themselves, so that `grid_size` becomes the built size."""
+        with torch.no_grad():
+            for step in ("key", "query"):
+                for axis, length in zip(("rows", "columns"), grid_size, strict=True):
+                    bias = getattr(self, f"{step}_{axis}")
+                    setattr(self, f"{step}_{axis}", nn.Parameter(_resample_line(bias, length).contiguous()))
+
+    @torch.jit.ignore
+    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a file's biases of the rows or columns at the built size; what is none stays as it is."""
+        own = getattr(self, name)
+        if name.endswith(("_rows", "_columns")) and tensor.ndim == 3 and tensor.shape[:2] == own.shape[:2]:
+            return _resample_line(tensor, own.shape[2])
+        return tensor
+
+
+def _resample_line(bias: Tensor, length: int) -> Tensor:
+    """Return `bias` (heads, agents, cells) resampled linearly to (heads, agents, length)."""
+    return F.interpolate(bias.float(), size=[length], mode="linear").to(bias.dtype)
+
+
+@torch.fx.wrap
+def _cell_bias(table: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """Return the biases (heads, cells, agents) of a map of `height` by `width` cells."""
+    lines = _resample_line(rows, height).unsqueeze(3) + _resample_line(columns, width).unsqueeze(2)
+    bias = F.interpolate(table.float(), size=[height, width], mode="bilinear").to(table.dtype) + lines
+    return bias.flatten(2).transpose(1, 2)
+
+
+@torch.fx.wrap
+def _pool(x: Tensor, height: int, width: int, side: int) -> Tensor:
+    """Return the means (batch, side * side, dim) of the windows of a map's cells (batch, height * width, dim).
+
+    The windows are those of `torch.nn.AdaptiveAvgPool2d`, which overlap where `side` does not divide the map. Its own
+    op would be compiled, and exported to ONNX, for one size at a time.
+    """
+    x = torch.matmul(_averaging(width, side, x), x.unflatten(1, (height, width)))
+    return torch.matmul(_averaging(height, side, x), x.flatten(2)).unflatten(-1, (side, -1)).flatten(1, 2)
+
+
+def _averaging(length: int, bins: int, like: Tensor) -> Tensor:
+    """Return the matrix (bins, length) that averages `length` cells over adaptive pooling's windows."""
+    cell = torch.arange(length, device=like.device)
+    window = torch.arange(bins, device=like.device).unsqueeze(1)
+    start, end = window * length // bins, ((window + 1) * length + bins - 1) // bins
+    inside = (cell >= start) & (cell < end)
+    return (inside.float() / (end - start)).to(like.dtype)

@@ -1,0 +1,37 @@
+"""Hosts: published layouts that several families share and fill with token mixers of their own.
+
+A host is a function from sizes and mixers to the options of a skeleton, and `NAMES`, the renames from the keys of that
+layout's published files to the skeleton's (`DROP`: the keys that the files have beside them). A family adds its mixers
+and their tensors' names. Every host's names begin differently, so a family with several hosts joins their lists.
+"""
+
+from collections.abc import Callable, Sequence
+
+from visionmix.backbones.contract import MixerSpec
+
+
+def mixers_by_letter(
+    layout: str,
+    depths: Sequence[int],
+    linear: Callable[[int], MixerSpec],
+    softmax: Callable[[int, int], MixerSpec],
+) -> list[list[MixerSpec]]:
+    """Return one mixer a block, by stage, of a layout as the published configurations spell it.
+
+    Args:
+        layout: A letter a stage: "B" or "S" for softmax attention, "M" for linear attention in the stage's first blocks
+            and softmax in the others, any other for linear attention. Behind the stages' letters, the number of blocks
+            that "M" stands for: ``"AAMB2"``.
+        depths: Blocks of each stage.
+        linear: Makes the family's own mixer from the stage's number, which counts from 0.
+        softmax: Makes softmax attention from the stage's and the block's number.
+    """
+    letters, first = layout[: len(depths)], layout[len(depths) :]
+    linear_blocks = [
+        0 if letter in "BS" else int(first) if letter == "M" else depth
+        for letter, depth in zip(letters, depths, strict=True)
+    ]
+    return [
+        [linear(stage) if block < count else softmax(stage, block) for block in range(depth)]
+        for stage, (depth, count) in enumerate(zip(depths, linear_blocks, strict=True))
+    ]

@@ -1,0 +1,52 @@
+"""CSWin as a host: convolutions before every stage, softmax attention in stripes or a mixer over the whole map.
+
+Source: CSWin (Dong et al. 2021, arXiv 2107.00652).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from visionmix.backbones.contract import MixerSpec
+from visionmix.layers import PatchStem, mlp
+from visionmix.models.hosts import mixers_by_letter
+
+NAMES = [
+    (r"^stage1_conv_embed\.0\.", "stem.conv1."),
+    (r"^stage1_conv_embed\.2\.", "stem.norm1."),
+    (r"^merge(\d)\.", r"stages.\1.downsample."),
+    (r"^stage(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+    (r"(\.blocks\.\d+)\.(qkv|proj|attns)\.", r"\1.mixer.\2."),
+    (r"\.attns\.0\.get_v\.", ".conv."),
+    (r"\.attns\.1\.get_v\.", ".horizontal_conv."),
+    (r"\.attns\.0\.", "."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+_STRIPES = (1, 2, 7, None)
+
+
+def cswin(
+    embed_dim: int, depths: Sequence[int], num_heads: int, layout: str, mixer: Callable[[int], MixerSpec]
+) -> dict[str, Any]:
+    """Return the options of a `Hierarchical` skeleton in the layout of CSWin.
+
+    Args:
+        embed_dim: Channels of the first stage; every later one doubles them.
+        depths: Blocks of each stage.
+        num_heads: Heads of the first stage; every later one doubles them.
+        layout: A letter a stage, as `mixers_by_letter` has it.
+        mixer: Makes the family's own mixer from the stage's number.
+    """
+
+    def stripes(stage: int, block: int) -> MixerSpec:
+        return {"name": "cross_window", "split_size": _STRIPES[stage]}
+
+    return {
+        "embed_dims": tuple(embed_dim << stage for stage in range(len(depths))),
+        "depths": depths,
+        "num_heads": tuple(num_heads << stage for stage in range(len(depths))),
+        "mixer": mixers_by_letter(layout, depths, mixer, stripes),
+        "stem_layer": partial(PatchStem, kernel_size=7, padding=2),
+        "mlp_layer": mlp,
+    }

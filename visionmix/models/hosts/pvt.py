@@ -1,0 +1,96 @@
+"""PVT and PVTv2 as hosts: patch embeddings before every stage.
+
+Source: PVT (Wang et al. 2021, arXiv 2102.12122) and PVTv2 (Wang et al. 2021, arXiv 2106.13797).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from timm.layers import LayerNorm
+
+from visionmix.backbones.contract import MixerSpec
+from visionmix.layers import ConvDownsample, ConvMlp, PatchStem, PositionEmbedding, mlp
+
+_Mixers = MixerSpec | list[MixerSpec | list[MixerSpec]]
+
+NAMES = [
+    (r"^patch_embed1\.proj\.", "stem.conv1."),
+    (r"^patch_embed1\.norm\.", "stem.norm1."),
+    (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.conv."),
+    (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.norm."),
+    (r"^pos_embed(\d)$", lambda match: f"stages.{int(match[1]) - 1}.pos_embed.weight"),
+    (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+    (r"^norm(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.norm."),
+    (r"\.attn\.", ".mixer."),
+    (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+JOIN = {"qkv": ("q", "kv")}
+
+
+def pvt(
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    mixer: _Mixers,
+    num_heads: Sequence[int] = (1, 2, 5, 8),
+    mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+) -> dict[str, Any]:
+    """Return the options of a `Hierarchical` skeleton in the layout of PVT, without its class token.
+
+    Every stage has patches that do not overlap and a position embedding; the mean of the last map goes to the
+    classifier without a norm.
+
+    Args:
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        mixer: The mixers, as the skeleton takes them.
+        num_heads: Heads of each stage.
+        mlp_ratios: Hidden width of each stage's feed-forwards over its channels.
+    """
+    return {
+        "stem_layer": PatchStem,
+        "downsample_layer": partial(ConvDownsample, kernel_size=2),
+        "pos_embed": partial(PositionEmbedding, mode="bilinear"),
+        "mlp_layer": [partial(mlp, mlp_ratio=ratio) for ratio in mlp_ratios],
+        "final_norm": False,
+        **_sizes(embed_dims, depths, mixer, num_heads),
+    }
+
+
+def pvt_v2(
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    mixer: _Mixers,
+    num_heads: Sequence[int] = (1, 2, 5, 8),
+    mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+) -> dict[str, Any]:
+    """Return the options of a `Hierarchical` skeleton in the layout of PVTv2; the arguments are those of `pvt`.
+
+    Patches overlap, feed-forwards have a depthwise convolution in the place of position embeddings, and every stage
+    ends in a norm.
+    """
+    return {
+        "stem_layer": partial(PatchStem, kernel_size=7, padding=3),
+        "downsample_layer": ConvDownsample,
+        "mlp_layer": [partial(ConvMlp, mlp_ratio=ratio, residual=False) for ratio in mlp_ratios],
+        "stage_norm": True,
+        "final_norm": False,
+        **_sizes(embed_dims, depths, mixer, num_heads),
+    }
+
+
+def _sizes(
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    mixer: _Mixers,
+    num_heads: Sequence[int],
+) -> dict[str, Any]:
+    return {
+        "embed_dims": tuple(embed_dims),
+        "depths": tuple(depths),
+        "num_heads": tuple(num_heads),
+        "mixer": mixer,
+        # The norms of the patch embeddings have PyTorch's epsilon, 1e-5, which stem and downsampler have too.
+        "norm_layer": partial(LayerNorm, eps=1e-6),
+    }
