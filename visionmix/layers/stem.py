@@ -75,12 +75,12 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution of stride `patch_size` and a norm over channels: ``norm1(conv1(x))``.
+    """One convolution over patches and a norm over channels: ``norm1(conv1(x))``.
 
     By default the kernel is a patch, patches do not overlap, and pixels beyond the last whole one are not read.
 
     Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim), where a side becomes
-    ``(side + 2 * padding - kernel_size) // patch_size + 1``: by default ``side // patch_size``.
+    ``(side + 2 * padding - kernel_size) // stride + 1``: by default ``side // patch_size``.
 
     Source: the patch embedding of ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), with a norm as in Swin (Liu et al.
     2021, arXiv 2103.14030); with patches that overlap, PVTv2 (Wang et al. 2021, arXiv 2106.13797).
@@ -90,6 +90,7 @@ class PatchStem(nn.Module):
         embed_dim: Channels of the tokens.
         patch_size: Pixels a token stands for, along each side.
         kernel_size: Rows and columns of the kernel; None for `patch_size`.
+        stride: Pixels from one patch to the next; None for `patch_size`.
         padding: Rows and columns of zeros around the image.
         norm_layer: Makes the norm from `embed_dim`; None for no norm, as in ViT.
         device: Where the parameters lie.
@@ -103,6 +104,7 @@ class PatchStem(nn.Module):
         patch_size: int = 4,
         *,
         kernel_size: int | None = None,
+        stride: int | None = None,
         padding: int = 0,
         norm_layer: Callable[..., nn.Module] | None = _NORM,
         device: torch.device | str | None = None,
@@ -110,7 +112,7 @@ class PatchStem(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, patch_size, padding, **dd)
+        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, stride or patch_size, padding, **dd)
         self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
 
     @torch.jit.ignore
