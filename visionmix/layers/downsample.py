@@ -5,6 +5,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers.layout import channels_first
+
 
 class ConvDownsample(nn.Module):
     """A 3x3 convolution of stride 2 and a LayerNorm over channels.
@@ -38,7 +40,7 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim, eps=norm_eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(self.conv(channels_first(x)).permute(0, 2, 3, 1))
 
 
 @torch.fx.wrap
