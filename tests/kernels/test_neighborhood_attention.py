@@ -363,7 +363,7 @@ def test_nan_in_a_query_stays_there(choice):
 
 
 @EACH_CHOICE
-@pytest.mark.parametrize("row, column", [(4, 5), (1, 17), (11, 0)])  # inside, and where windows are shifted
+@pytest.mark.parametrize(("row", "column"), [(4, 5), (1, 17), (11, 0)])  # inside, and where windows are shifted
 def test_nan_in_a_key_reaches_the_queries_that_see_it(row, column, choice):
     tensors = cast(make((12, 20), (3, 3)), torch.float32)
     values = torch.zeros_like(tensors["value"])
