@@ -5,7 +5,7 @@ padded to the longest one's length. On such a map, a tile of queries (8 x 8 or s
 windows, which is a slice. Scores of the slab outside a query's own window are masked. Slices and matmuls only: no
 (queries, window) copies of keys, and memory is bounded by one tile's scores over as many maps as fit in `_SCORES`.
 
-As the products are dense, a NaN or an infinity in a key or value reaches every query of the tiles whose slab holds it.
+As the products are dense, a NaN or an infinity in a value reaches every query of the tiles whose slab holds it.
 """
 
 import itertools

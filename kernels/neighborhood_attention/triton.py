@@ -10,7 +10,7 @@ an online softmax. The output and the log-sum-exp are saved, and backward comput
 - `extra_gradients_kernel` (additional keys) and `bias_gradients_kernel` write partial sums of chunks of queries, which
   are added up here in a fixed order. So gradients repeat bit by bit.
 
-As the products are dense, a NaN or an infinity in a key or value reaches every query of the tiles whose box holds it.
+As the products are dense, a NaN or an infinity in a value reaches every query of the tiles whose box holds it.
 
 Hassani et al., 2025, Generalized Neighborhood Attention (arXiv 2504.16922).
 """

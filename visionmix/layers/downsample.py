@@ -8,6 +8,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers.layout import channels_first
+
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
@@ -56,7 +58,7 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.whole:
             x = _pad_to_two(x)
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(self.conv(channels_first(x)).permute(0, 2, 3, 1))
 
 
 @torch.fx.wrap

@@ -8,6 +8,8 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers.layout import channels_first
+
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
@@ -71,7 +73,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm2(self.conv2(channels_first(x)).permute(0, 2, 3, 1))
 
 
 class PatchStem(nn.Module):

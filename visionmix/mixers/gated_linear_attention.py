@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
 from visionmix.layers import LogSigmoid
+from visionmix.layers.order import take, token_order
 from visionmix.mixers.registry import register_mixer
+from visionmix.scans import direction_names
 
 
 @register_mixer("gated_linear_attention")
@@ -22,7 +24,8 @@ class GatedLinearAttention(nn.Module):
         o          = sigmoid(W_g y + b_g)
         out        = W_o act(rms(mean(forward, backward)) * o + rms(y) * (1 - o))
 
-    The tokens are read in row-major order, in both directions; each token counts in both. ``scale = dk^-0.5``.
+    The tokens are read in row-major order, or another scan order, in both directions; each token counts in both.
+    ``scale = dk^-0.5``.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -38,12 +41,14 @@ class GatedLinearAttention(nn.Module):
         out_act: SiLU before the output projection.
         eval_scale: Factor on the merged directions in eval mode only. The published plain ViG halves twice there, once
             in its kernel and once outside, so its weights are evaluated with 0.5; only the norm's epsilon sees it.
+        order: The scan order in which the tokens are read; see `visionmix.scans`. A padded step of an order is a token
+            of zeros.
         norm_eps: Epsilon of both RMS norms.
         device: Where the parameters lie.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim` or the key width.
+        ValueError: `num_heads` does not divide `dim` or the key width, or there is no such `order`.
     """
 
     eval_scale: Final[float]
@@ -58,6 +63,7 @@ class GatedLinearAttention(nn.Module):
         conv_act: bool = False,
         out_act: bool = False,
         eval_scale: float = 1.0,
+        order: str = "raster",
         norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -68,6 +74,10 @@ class GatedLinearAttention(nn.Module):
             raise ValueError(
                 f"num_heads={num_heads} does not divide dim={dim} and the key width {key_dim} (key_ratio={key_ratio})"
             )
+        self.order = direction_names(order)[0]
+        if "+" in self.order:
+            raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+        self.in_raster = self.order == "raster"
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.key_dim = key_dim
@@ -92,13 +102,25 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
         local = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).reshape(batch, height * width, dim)
+        if self.in_raster:
+            merged = self._attend(local)
+        else:
+            index, inverse = token_order(self.order, height, width, torch.jit.annotate(list[int], []), x)
+            merged = take(self._attend(take(local, index)).flatten(2), inverse).unflatten(-1, (self.num_heads, -1))
+        out = self._merge(local, merged)
+        return self.proj(self.out_act(out)).reshape(batch, height, width, dim)
+
+    # Each half is a method so that its tensors are freed where it ends.
+
+    def _attend(self, local: Tensor) -> Tensor:
+        """Return the directions' mean (batch, tokens, heads, value channels) over `local` (batch, tokens, dim)."""
         q, k, v = self.qkv(local).split([self.key_dim, self.key_dim, self.dim], dim=-1)
         gates = self.log_sigmoid(self.gate_up(self.gate_down(local))) / self.gate_divisor
         gate_forward, gate_backward = gates.unflatten(-1, (2 * self.num_heads, self.head_key_dim)).chunk(2, dim=2)
         scale = self.head_key_dim**-0.5
         if not self.training:
             scale = scale * self.eval_scale
-        merged = bidirectional_op(
+        return bidirectional_op(
             q.unflatten(-1, (self.num_heads, self.head_key_dim)),
             k.unflatten(-1, (self.num_heads, self.head_key_dim)),
             v.unflatten(-1, (self.num_heads, self.head_value_dim)),
@@ -107,7 +129,10 @@ class GatedLinearAttention(nn.Module):
             scale,
             "mean",
         )
-        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, (self.num_heads, self.head_value_dim))
-        local = self.local_norm(local.unflatten(-1, (self.num_heads, self.head_value_dim)))
-        out = torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype))
-        return self.proj(self.out_act(out.flatten(2))).reshape(batch, height, width, dim)
+
+    def _merge(self, local: Tensor, merged: Tensor) -> Tensor:
+        """Return `local` (batch, tokens, dim) and `merged`, both normalised a head, mixed by the output gate."""
+        heads = (self.num_heads, self.head_value_dim)
+        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, heads)
+        local = self.local_norm(local.unflatten(-1, heads))
+        return torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype)).flatten(2)
