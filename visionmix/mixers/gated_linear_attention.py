@@ -52,6 +52,7 @@ class GatedLinearAttention(nn.Module):
     """
 
     eval_scale: Final[float]
+    in_raster: Final[bool]
 
     def __init__(
         self,
