@@ -93,8 +93,8 @@ class Backbone(BaseModule):
         self.strides: list[int] = self.features.feature_info.reduction()
         if len(set(self.strides)) < len(self.strides) and not one_stride:
             raise ValueError(
-                f"name={name!r} gives maps of strides {self.strides}, which are no pyramid; choose a hierarchical model "
-                "or one map, or set one_stride=True where the neck or head takes maps of one size"
+                f"name={name!r} gives maps of strides {self.strides}, which are no pyramid; choose a hierarchical "
+                "model or one map, or set one_stride=True where the neck or head takes maps of one size"
             )
         self.frozen_stages = frozen_stages
         self._frozen = self._layers_to_freeze(name)
