@@ -2,8 +2,9 @@
 
 `photos` takes the photographs of the installed scikit-image; each is a class. Three square blocks of it, two patches
 wide each, are set aside: test patches lie inside them, train patches at least a patch away from them, so no train patch
-shares a pixel with, or even touches, a test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png. `detection` and
-`segmentation` cut tiles (`demo_tiles.py`) from images of two wheels that are downloaded once into the user's cache.
+shares a pixel with, or even touches, a test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png
+and OUT/val/CLASS/*.png. `detection` and `segmentation` cut tiles (`demo_tiles.py`) from images of two wheels that are
+downloaded once into the user's cache.
 """
 
 import argparse
