@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import torch
 from visionmix.tools.recipe import find
 
 INSTALL = "mmengine, mmcv, mmdet and mmseg are needed; run: sh tools/install_openmmlab.sh"
+
+
+def installed() -> bool:
+    """Return whether mmengine, mmcv, mmdet and mmseg are installed."""
+    return all(find_spec(name) for name in ("mmengine", "mmcv", "mmdet", "mmseg"))
 
 
 def read(name: str, data: str | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -77,12 +83,12 @@ def train(scope: str, argv: Sequence[str] | None, text: str) -> int:
         metavar="FILE",
         help="go on from FILE, or from the work dir's last checkpoint",
     )
-    try:
-        from mmengine.config import DictAction
-        from mmengine.runner import Runner
-    except ModuleNotFoundError:
-        print(f"{scope}: {INSTALL}", file=sys.stderr)
+    if not installed():
+        print(f"train: {INSTALL}", file=sys.stderr)
         return 2
+    from mmengine.config import DictAction
+    from mmengine.runner import Runner
+
     parser.add_argument(
         "--cfg-options",
         nargs="+",

@@ -14,20 +14,22 @@ from visionmix.tools.checkpoint import write_aside
 TRAIN, TEST, WRONG, INK = "#4c78a8", "#f58518", "#d62728", "#333333"
 
 
-def _figure(width: float, height: float, **kwargs) -> Figure:
+def new_figure(width: float, height: float, **kwargs) -> Figure:
+    """Return an empty figure of `width` x `height` inches."""
     # Not pyplot: it keeps figures in global state and picks a window system.
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained", **kwargs)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path` as PNG, whole or not at all."""
     write_aside(path, lambda aside: figure.savefig(aside, format="png", facecolor="white"))
 
 
 def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
     """Draw losses and test accuracy over epochs; `history` holds the rows of summary.csv."""
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, color=TRAIN, label="train (augmented)")
@@ -49,7 +51,7 @@ def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, most: int = 20) -> None:
@@ -68,7 +70,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, mo
     percent = 100 * counts / np.maximum(confusion.sum(1)[shown, None], 1)
     names = [classes[i][:24] for i in shown]
     size = 2.6 + 0.52 * len(names)
-    figure = _figure(size + 0.6, size)
+    figure = new_figure(size + 0.6, size)
     axes = figure.subplots()
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -86,7 +88,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, mo
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.75, label="% of the true class")
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_predictions(
@@ -103,7 +105,7 @@ def draw_predictions(
     """
     columns = min(10, max(1, len(images)))
     rows = -(-len(images) // columns)
-    figure = _figure(1.25 * columns, 1.62 * rows + 0.5)
+    figure = new_figure(1.25 * columns, 1.62 * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -120,4 +122,4 @@ def draw_predictions(
         )
     right = sum(truth == guess for truth, guess in zip(true, predicted, strict=True))
     figure.suptitle(f"{len(images)} test images drawn at random: {right} right, {len(images) - right} wrong (red)")
-    _save(figure, path)
+    save_figure(figure, path)

@@ -9,10 +9,10 @@ model = dict(
         name="vmamba_tiny",
         embed_dims=(24, 48, 96, 192),
         depths=(1, 1, 2, 1),
-        out_indices=(0, 1, 2, 3),
+        out_indices=(1, 2, 3),
         norm_output=True,
     ),
-    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, start_level=1, num_outs=3),
+    neck=dict(in_channels=[48, 96, 192], out_channels=64, num_outs=3, start_level=0),
     # One shape of anchor and three small levels: crowns are about as wide as high, and 18 to 65 pixels across.
     bbox_head=dict(
         num_classes=1,
@@ -28,7 +28,8 @@ metainfo = dict(classes=("tree",), palette=[(220, 20, 60)])
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="RandomFlip", prob=[0.5, 0.25], direction=["horizontal", "vertical"]),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="RandomFlip", prob=0.5, direction="vertical"),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
@@ -68,7 +69,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file="data/trees/val.json", metric="bbox")
 test_evaluator = val_evaluator
 
-steps = 600
+steps = 800
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
