@@ -61,7 +61,7 @@ def _moved(value: str, old: str, new: str) -> str:
 
 def _replace(node: Any, change: Callable[[str], str]) -> None:
     """Change every string inside the dicts and lists of `node` in place."""
-    for key, value in list(node.items()) if isinstance(node, dict) else list(enumerate(node)):
+    for key, value in list(enumerate(node)) if isinstance(node, list) else list(node.items()):
         if isinstance(value, str):
             changed: Any = change(value)
             if changed != value:

@@ -69,7 +69,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file="data/trees/val.json", metric="bbox")
 test_evaluator = val_evaluator
 
-steps = 800
+steps = 500
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
