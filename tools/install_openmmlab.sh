@@ -11,7 +11,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . tools/venv.sh
 
-# The first releases of the line that were seen to work together; newer ones are asked for by name, as usual.
+# Releases that were seen to work together.
 mmcv=2.3.6
 packages="onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6"
 # What these import, by hand and without dependencies: those that imaug declares hold numpy below 2.3 and bring OpenCV
@@ -38,10 +38,13 @@ import sys
 import sysconfig
 
 import torch
-from torch.utils.cpp_extension import CUDA_HOME
 from visionmix.kernels.native import cache_folder
 
-device = "cuda" if torch.cuda.is_available() and CUDA_HOME else "cpu"
+device = "cpu"
+if torch.cuda.is_available():
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    device = "cuda" if CUDA_HOME else "cpu"
 parts = [f"mmcv{sys.argv[1]}", f"torch{torch.__version__}", sys.implementation.cache_tag, sysconfig.get_platform()]
 print(cache_folder() / "openmmlab" / "-".join([*parts, device]))
 PYTHON
