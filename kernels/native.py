@@ -77,7 +77,7 @@ def load(source: Path) -> ctypes.CDLL:
     # The source comes before the libraries: the linker reads them in order.
     command = [*compiler, *flags, str(source), *libraries]
     failures: list[str] = []
-    for choose in (_cache_folder, _private_folder):
+    for choose in (cache_folder, _private_folder):
         try:
             folder = choose()
             library = _load_from(folder / name, command)
@@ -170,7 +170,7 @@ def _key(source: Path, compiler: list[str], options: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return the folder of the user's choice or the platform's, created where it is missing."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     try:

@@ -1,23 +1,26 @@
-"""Make a small image-classification set from the photographs that ship inside scikit-image's wheel: no download.
+"""Make small real data sets from images that ship inside wheels.
 
-Each photograph is a class. Three square blocks of it, two patches wide each, are set aside: test patches lie inside
-them, train patches at least a patch away from them, so no train patch shares a pixel with, or even touches, a test
-patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png and OUT/val/CLASS/*.png.
+`photos` takes the photographs of the installed scikit-image; each is a class. Three square blocks of it, two patches
+wide each, are set aside: test patches lie inside them, train patches at least a patch away from them, so no train patch
+shares a pixel with, or even touches, a test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png
+and OUT/val/CLASS/*.png. `detection` and `segmentation` cut tiles (`demo_tiles.py`) from images of two wheels that are
+downloaded once into the user's cache.
 """
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from visionmix.tools.demo_tiles import make_nuclei, make_trees
+from visionmix.tools.wheel_data import MANIFEST, make_folder
 
 # The colour photographs and the surface textures of skimage.data that its wheel itself carries.
 PHOTOGRAPHS = {
@@ -33,7 +36,6 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
     "tissue": "ihc.png",
 }
-MANIFEST = "patches.json"
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,7 @@ def draw_patches(
 
 
 def make_photos(out: Path, *, patch: int = 48, train: int = 240, val: int = 60, seed: int = 0) -> Path:
-    """Write the ImageFolder tree of photograph patches to `out`, and return `out`.
-
-    The tree is written under another name beside it and renamed at the end, so an interrupted run leaves nothing that
-    looks finished. A tree made with the same arguments is left as it is.
+    """Write the ImageFolder tree of photograph patches to `out`, whole or not at all, and return `out`.
 
     Args:
         out: the folder to make.
@@ -140,15 +139,9 @@ def make_photos(out: Path, *, patch: int = 48, train: int = 240, val: int = 60, 
         if value < least:
             raise ValueError(f"{name}={value} is too small; it must be at least {least}")
     settings = {"patch": patch, "train": train, "val": val, "seed": seed, "classes": sorted(PHOTOGRAPHS)}
-    if out.exists():
-        manifest = out / MANIFEST
-        if manifest.is_file() and json.loads(manifest.read_text())["settings"] == settings:
-            return out
-        raise FileExistsError(f"{out} exists and was not made with these settings; remove it or choose another --out")
-    folder = photograph_folder()
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    try:
+
+    def fill(aside: Path) -> dict:
+        folder = photograph_folder()
         patches: list[Patch] = []
         for label, file in PHOTOGRAPHS.items():
             image = open_photograph(folder / file)
@@ -157,32 +150,55 @@ def make_photos(out: Path, *, patch: int = 48, train: int = 240, val: int = 60, 
             for place, pixels in draw_patches(image, label, patch=patch, train=train, val=val, seed=seed):
                 pixels.save(aside / place.split / label / f"{len(patches):05d}.png")
                 patches.append(place)
-        (aside / MANIFEST).write_text(json.dumps({"settings": settings, "patches": [asdict(p) for p in patches]}))
-        aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return out
+        return {"patches": [asdict(each) for each in patches]}
+
+    return make_folder(out, settings, fill)
+
+
+def _photos(args: argparse.Namespace) -> str:
+    out = make_photos(args.out, patch=args.patch, train=args.train, val=args.val, seed=args.seed)
+    classes = len(PHOTOGRAPHS)
+    return f"{out}: {classes} photographs, {classes * args.train} train and {classes * args.val} test patches"
+
+
+def _tiles(args: argparse.Namespace) -> str:
+    out = args.make(args.out, tile=args.tile, margin=args.margin)
+    made = json.loads((out / MANIFEST).read_text())
+    return f"{out}: {made['train']} train and {made['val']} test tiles of {args.tile} pixels"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `demo_data.py photos --out DIR`."""
+    """Run `demo_data.py photos | detection | segmentation --out DIR`."""
     parser = argparse.ArgumentParser(prog="demo_data", description=__doc__.splitlines()[0])
     sets = parser.add_subparsers(dest="set", required=True)
-    photos = sets.add_parser("photos", help="classification: patches of photographs, one class a photograph")
-    photos.add_argument("--out", type=Path, default=Path("data/photos"), help="folder to make (default: %(default)s)")
+
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], str], out: str) -> argparse.ArgumentParser:
+        one = sets.add_parser(name, help=text)
+        one.set_defaults(run=run)
+        one.add_argument("--out", type=Path, default=Path(out), help="folder to make (default: %(default)s)")
+        return one
+
+    photos = add("photos", "classification: patches of photographs, one class a photograph", _photos, "data/photos")
     photos.add_argument("--patch", type=int, default=48, help="side of a patch in pixels (default: %(default)s)")
     photos.add_argument("--train", type=int, default=240, help="train patches a class (default: %(default)s)")
     photos.add_argument("--val", type=int, default=60, help="test patches a class (default: %(default)s)")
     photos.add_argument("--seed", type=int, default=0, help="of the patches' places (default: %(default)s)")
+    for name, text, make, out, tile in (
+        ("detection", "COCO: trees in aerial photographs", make_trees, "data/trees", 256),
+        ("segmentation", "mmseg: nuclei in a micrograph", make_nuclei, "data/nuclei", 128),
+    ):
+        one = add(name, text, _tiles, out)
+        one.set_defaults(make=make)
+        one.add_argument("--tile", type=int, default=tile, help="side of a tile in pixels (default: %(default)s)")
+        one.add_argument(
+            "--margin", type=int, default=tile // 4, help="pixels between train and test (default: %(default)s)"
+        )
     args = parser.parse_args(argv)
     try:
-        out = make_photos(args.out, patch=args.patch, train=args.train, val=args.val, seed=args.seed)
+        print(args.run(args))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"demo_data: {error}", file=sys.stderr)
         return 1
-    classes = len(PHOTOGRAPHS)
-    print(f"{out}: {classes} photographs, {classes * args.train} train and {classes * args.val} test patches")
     return 0
 
 

@@ -9,6 +9,10 @@ COMMANDS = {
     "train": ("train", "train a classifier on an image folder by a recipe"),
     "validate": ("validate", "test a model on an image folder"),
     "predict": ("predict", "say what is in pictures"),
+    "train-det": ("train_det", "train a detector by a config of mmdet"),
+    "train-seg": ("train_seg", "train a segmentation model by a config of mmseg"),
+    "draw-predictions": ("draw_predictions", "draw what a detector or segmentation model finds beside the truth"),
+    "check-configs": ("check_configs", "build, train a step and run every mmdet and mmseg config"),
     "info": ("info", "parameters, operations and published figures of a model"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
     "bakeoff": ("bakeoff", "train one skeleton with every mixer, and compare them"),
@@ -17,7 +21,7 @@ COMMANDS = {
     "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),
     "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),
     "kernel-traffic": ("kernel_traffic", "bytes moved and operations of the Triton kernels"),
-    "demo-data": ("demo_data", "make small data sets from images that ship with scikit-image"),
+    "demo-data": ("demo_data", "make small real data sets from images that ship inside wheels"),
 }
 
 

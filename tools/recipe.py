@@ -295,17 +295,17 @@ def _merge(under: dict, over: dict) -> dict:
     return merged
 
 
-def find(name: str) -> Path:
+def find(name: str, ending: str = "yaml") -> Path:
     """Return the file of a recipe given as a path or as its name inside the package (`imagenet/vig_s.yaml`).
 
     Raises:
-        FileNotFoundError: when there is no such recipe, with the packaged ones.
+        FileNotFoundError: when there is no such recipe, with the packaged ones of this `ending`.
     """
     packaged = Path(str(resources.files("visionmix.configs")))
-    for path in (Path(name), packaged / name, packaged / f"{name}.yaml", packaged / name.removeprefix("configs/")):
+    for path in (Path(name), packaged / name, packaged / f"{name}.{ending}", packaged / name.removeprefix("configs/")):
         if path.is_file():
             return path
-    have = sorted(str(path.relative_to(packaged)) for path in packaged.glob("*/*.yaml"))
+    have = sorted(str(path.relative_to(packaged)) for path in packaged.glob(f"*/*.{ending}"))
     close = difflib.get_close_matches(name, have, 3, 0.3) or have
     raise FileNotFoundError(f"there is no recipe {name!r}, neither as a file nor in the package: {', '.join(close)}")
 

@@ -197,11 +197,11 @@ def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(native.CACHE_VARIABLE, "~/chosen")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    assert native._cache_folder() == tmp_path / "chosen"
+    assert native.cache_folder() == tmp_path / "chosen"
     monkeypatch.delenv(native.CACHE_VARIABLE)
-    assert native._cache_folder() == tmp_path / "caches" / "visionmix"
+    assert native.cache_folder() == tmp_path / "caches" / "visionmix"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    folder = native._cache_folder()
+    folder = native.cache_folder()
     assert folder in (tmp_path / ".cache" / "visionmix", tmp_path / "Library" / "Caches" / "visionmix")
     assert folder.stat().st_mode & 0o777 == 0o700
 

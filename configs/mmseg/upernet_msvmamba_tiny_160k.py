@@ -1,0 +1,7 @@
+# MSVMamba (arXiv 2405.14174).
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="msvmamba_tiny"),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)

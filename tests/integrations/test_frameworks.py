@@ -1,0 +1,179 @@
+"""The backbone inside mmdet, mmseg and mmpretrain; the configs; the commands."""
+
+import json
+
+import pytest
+import torch
+
+REASON = "OpenMMLab is not installed; run: sh tools/install_openmmlab.sh"
+pytest.importorskip("mmdet", reason=REASON)
+pytest.importorskip("mmseg", reason=REASON)
+pytest.importorskip("mmcv.ops", reason=REASON)
+
+from visionmix.tools import check_configs, demo_data, draw_predictions, openmmlab, train_det, train_seg  # noqa: E402
+from visionmix.tools.wheel_data import MANIFEST  # noqa: E402
+
+QUICK = ("demo/trees.py", "demo/nuclei.py")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_small_configs_train_and_predict(name):
+    assert "loss" in check_configs.check(name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in check_configs.configs([]) if name not in QUICK])
+def test_configs_build_train_and_predict(name):
+    assert "loss" in check_configs.check(name)
+
+
+def test_check_configs_reports_a_failure(monkeypatch, capsys):
+    read = openmmlab.read
+
+    def broken(name, **options):
+        config = read(name, **options)
+        config.model.backbone.name = "no_such_model"
+        return config
+
+    monkeypatch.setattr(openmmlab, "read", broken)
+    assert check_configs.main(["nuclei"]) == 1
+    assert "FAILED: ValueError: name='no_such_model'" in capsys.readouterr().out
+
+
+def test_check_configs_sees_parameters_without_a_gradient(monkeypatch):
+    read = openmmlab.read
+
+    def first_map_unused(name, **options):
+        config = read(name, **options)
+        config.model.backbone.out_indices = (0, 1, 2, 3)
+        config.model.neck.update(in_channels=[24, 48, 96, 192], start_level=1)
+        return config
+
+    monkeypatch.setattr(openmmlab, "read", first_map_unused)
+    with pytest.raises(ValueError, match=r"2 parameters had no gradient, backbone\.norms\.0\.bias"):
+        check_configs.check("demo/trees.py")
+
+
+def test_every_family_kind_has_its_three_configs():
+    names = check_configs.configs(["mm"])
+    models = ["agent_swin_tiny", "mavit_tiny", "msvmamba_tiny", "nat_mini", "vig_h_t", "vmamba_tiny"]
+    wanted = [f"mmdet/mask_rcnn_{model}_1x.py" for model in models]
+    wanted += [f"mmdet/retinanet_{model}_1x.py" for model in models]
+    wanted += [f"mmseg/upernet_{model}_160k.py" for model in models]
+    assert sorted(names) == sorted(wanted)
+
+
+def test_mmpretrain_trains_a_classifier():
+    mmpretrain = pytest.importorskip("mmpretrain.models", reason=REASON)
+    from mmengine.registry import DefaultScope
+    from mmpretrain.structures import DataSample
+
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        model = mmpretrain.build_classifier(
+            {
+                "type": "ImageClassifier",
+                "backbone": {"type": "visionmix.Backbone", "name": "test_vmamba", "out_indices": (3,)},
+                "neck": {"type": "GlobalAveragePooling"},
+                "head": {"type": "LinearClsHead", "num_classes": 5, "in_channels": 128},
+            }
+        )
+    samples = [DataSample().set_gt_label(label) for label in (1, 4)]
+    loss = model(torch.randn(2, 3, 48, 64), samples, mode="loss")["loss"]
+    loss.backward()
+    assert model.backbone.features.model.stem.conv1.weight.grad is not None
+    assert model.eval()(torch.randn(2, 3, 48, 64), samples, mode="predict")[0].pred_score.shape == (5,)
+
+
+def test_a_plain_model_serves_a_head_of_one_stride():
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope("mmseg")
+    config = openmmlab.read("demo/nuclei.py").model
+    config.backbone = {"type": "visionmix.Backbone", "name": "test_vig", "one_stride": True}
+    config.decode_head.update(in_channels=[48, 48, 48], in_index=(0, 1, 2))
+    model = MODELS.build(config).eval()
+    assert model(torch.randn(1, 3, 64, 96), mode="tensor").shape == (1, 2, 4, 6)
+
+
+def test_data_moves_every_path_below_data_root(tmp_path):
+    config = openmmlab.read("mmdet/mask_rcnn_vmamba_tiny_1x.py", str(tmp_path))
+    assert config.train_dataloader.dataset.data_root == str(tmp_path)
+    assert config.val_evaluator.ann_file == f"{tmp_path}/annotations/instances_val2017.json"
+    assert "data/coco" not in json.dumps(config.to_dict(), default=str)
+
+
+def test_one_process_has_no_synchronised_norms(monkeypatch):
+    assert openmmlab.read("mmseg/upernet_vmamba_tiny_160k.py").model.decode_head.norm_cfg.type == "BN"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert openmmlab.read("mmseg/upernet_vmamba_tiny_160k.py").model.decode_head.norm_cfg.type == "SyncBN"
+
+
+def test_commands_refuse_what_they_cannot_do(capsys):
+    assert train_det.main(["mmdet/no_such.py"]) == 2
+    assert "there is no recipe 'mmdet/no_such.py'" in capsys.readouterr().err
+    assert train_det.main(["demo/nuclei.py"]) == 2
+    assert "is a config of mmseg" in capsys.readouterr().err
+
+
+SHORT = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
+
+
+def tiny(folder, kind: str):
+    """A data set as `demo_data.py` makes it, of six made-up tiles: no wheel is fetched."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tree"}]}
+        for number in range(3):
+            image = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+            if kind == "detection":
+                (folder / "images").mkdir(parents=True, exist_ok=True)
+                image.save(folder / "images" / f"{split}{number}.png")
+                content["images"].append({"id": number, "file_name": f"{split}{number}.png", "width": 64, "height": 64})
+                box = {"bbox": [8, 8, 24, 20], "area": 480, "iscrowd": 0, "category_id": 1}
+                content["annotations"].append({"id": number + 1, "image_id": number, **box})
+            else:
+                for sort in ("images", "masks"):
+                    (folder / sort / split).mkdir(parents=True, exist_ok=True)
+                image.save(folder / "images" / split / f"{number}.png")
+                mask = Image.fromarray(rng.integers(0, 2, (64, 64), dtype=np.uint8))
+                mask.save(folder / "masks" / split / f"{number}.png")
+        if kind == "detection":
+            (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "run"), [("detection", "trees", train_det), ("segmentation", "nuclei", train_seg)]
+)
+def test_training_saves_resumes_and_is_drawn(tmp_path, kind, config, run):
+    data = str(tiny(tmp_path / "data", kind))
+    work = tmp_path / "work"
+    command = [f"demo/{config}.py", "--data", data, "--work-dir", str(work), "--cfg-options", *SHORT]
+    assert run.main(command) == 0
+    assert (work / "iter_2.pth").is_file()
+    assert run.main([*command, "train_cfg.max_iters=3", "--resume"]) == 0
+    assert (work / "last_checkpoint").read_text().endswith("iter_3.pth")
+    picture = tmp_path / "found.png"
+    assert draw_predictions.main([str(work / f"{config}.py"), str(work / "iter_2.pth"), "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "config", "run", "metric", "least"),
+    [
+        ("detection", "trees", train_det, "coco/bbox_mAP_50", 0.20),
+        ("segmentation", "nuclei", train_seg, "mIoU", 75.0),
+    ],
+)
+def test_training_on_real_tiles_reaches(tmp_path, kind, config, run, metric, least):
+    data = tmp_path / "data"
+    assert demo_data.main([kind, "--out", str(data)]) == 0
+    assert (data / MANIFEST).is_file()
+    assert run.main([f"demo/{config}.py", "--data", str(data), "--work-dir", str(tmp_path / "work")]) == 0
+    (record,) = (tmp_path / "work").glob("*/vis_data/scalars.json")
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [row[metric] for row in rows if metric in row][-1] >= least

@@ -1,0 +1,136 @@
+"""The models as backbones of mmdet 3, mmseg 1 and mmpretrain 1.
+
+A config that holds ``custom_imports = dict(imports=["visionmix.integrations.openmmlab"])`` may then say
+``backbone=dict(type="visionmix.Backbone", name="vmamba_tiny")``. ``sh tools/install_openmmlab.sh`` installs all that
+OpenMMLab needs beside current PyTorch.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import timm
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT
+from mmengine.registry import Registry
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from visionmix.models.family import family_of
+
+# A registry of this library's own below the root one: mmengine reads the dot of "visionmix.Backbone" as a scope.
+MODELS = Registry("model", parent=ROOT, scope="visionmix")
+
+
+@MODELS.register_module()
+class Backbone(BaseModule):
+    """A model of this library without its head: images to the maps of chosen stages.
+
+    Shapes: (batch, in_chans, height, width), of any height and width, to a tuple of maps (batch, channels, rows,
+    columns), one for each of `out_indices`. `channels` and `strides` hold each map's width, which a neck or head takes
+    as its `in_channels`, and the pixels a side that one of its cells stands for.
+
+    Hierarchical models give a pyramid, of strides 4, 8, 16 and 32 for most. Plain models have one resolution: their
+    `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would take for
+    a pyramid without a word; so a plain model with several maps is built only if `one_stride` says that what stands
+    behind takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid")`` makes a pyramid of them.
+
+    Args:
+        name: Model, one of `visionmix.models.list_family_models()`.
+        pretrained: Whether to load the published weights, or the path of a file that holds them as published.
+        out_indices: Numbers of the stages (of a plain model: blocks) whose maps are returned; None for all stages
+            (of a plain model: the last three blocks).
+        drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
+        norm_output: Whether a layer norm over channels follows each map, as in most published detection and
+            segmentation code of such models.
+        frozen_stages: -1 trains everything; 0 freezes the stem; n also the first n stages, each with its downsampler
+            (of a plain model: the position embedding and the first n blocks). Frozen layers stay in eval mode. The
+            norms of `norm_output` are trained always.
+        one_stride: Whether maps of one stride are what the neck or head takes; see above.
+        init_cfg: mmengine's initialisation, for instance ``dict(type="Pretrained", checkpoint=...)`` for a file saved
+            by mmengine.
+        **options: What `timm.create_model` takes beyond: `mixer`, `img_size`, `in_chans` and others.
+
+    Raises:
+        ValueError: `name` is unknown; `out_indices` or `frozen_stages` are out of range; several maps have one stride
+            and `one_stride` does not allow it; both `pretrained` and `init_cfg` are given.
+        FileNotFoundError: `pretrained` names no file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool | str | PathLike = False,
+        out_indices: Sequence[int] | None = None,
+        *,
+        drop_path_rate: float = 0.0,
+        norm_output: bool = False,
+        frozen_stages: int = -1,
+        one_stride: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        **options: Any,
+    ) -> None:
+        family_of(name)
+        if pretrained and init_cfg:
+            raise ValueError(f"pretrained={pretrained!r} and init_cfg={init_cfg!r} both set the weights; give one")
+        super().__init__(init_cfg)
+        if not isinstance(pretrained, bool):
+            path = Path(pretrained).expanduser()
+            if not path.is_file():
+                raise FileNotFoundError(f"pretrained={str(pretrained)!r} is no file; give True, False or a path")
+            options["pretrained_cfg_overlay"] = {"file": str(path)}
+        if out_indices is not None:
+            options["out_indices"] = _check_indices(out_indices)
+        try:
+            # The wrapper also keeps the model's own init_weights, which would undo `pretrained`, from mmengine.
+            self.features = timm.create_model(
+                name, bool(pretrained), features_only=True, drop_path_rate=drop_path_rate, **options
+            )
+        except AssertionError as error:  # timm's own range check
+            raise ValueError(f"out_indices={out_indices!r} does not fit {name}: {error}") from error
+        self.channels: list[int] = self.features.feature_info.channels()
+        self.strides: list[int] = self.features.feature_info.reduction()
+        if len(set(self.strides)) < len(self.strides) and not one_stride:
+            raise ValueError(
+                f"name={name!r} gives maps of strides {self.strides}, which are no pyramid; choose a hierarchical "
+                "model or one map, or set one_stride=True where the neck or head takes maps of one size"
+            )
+        self.frozen_stages = frozen_stages
+        self._frozen = self._layers_to_freeze(name)
+        for layer in self._frozen:
+            layer.requires_grad_(False)
+        norms = [LayerNorm2d(width, eps=1e-5) if norm_output else nn.Identity() for width in self.channels]
+        self.norms = nn.ModuleList(norms)
+
+    def _layers_to_freeze(self, name: str) -> list[nn.Module]:
+        model = self.features.model
+        stages = getattr(model, "stages", None)
+        steps = list(model.blocks if stages is None else stages)
+        if not -1 <= self.frozen_stages <= len(steps):
+            raise ValueError(
+                f"frozen_stages={self.frozen_stages} is out of range: {name} has {len(steps)} "
+                f"{'blocks' if stages is None else 'stages'} up to the last of out_indices; give -1 to {len(steps)}"
+            )
+        if self.frozen_stages < 0:
+            return []
+        first = [layer for layer in (model.stem, getattr(model, "pos_embed", None)) if layer is not None]
+        return first + steps[: self.frozen_stages]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set training or eval mode; frozen layers stay in eval mode."""
+        super().train(mode)
+        for layer in self._frozen:
+            layer.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps (batch, channels, rows, columns) of images (batch, in_chans, height, width)."""
+        return tuple(norm(features) for norm, features in zip(self.norms, self.features(x), strict=True))
+
+
+def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if not indices or list(indices) != sorted(set(indices)):
+        raise ValueError(f"out_indices={out_indices!r} must be stage numbers in rising order, each once")
+    return indices
