@@ -106,6 +106,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
+  vec *u, *slope, *delta, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
   scan::Ends ends;
 };
 
@@ -127,9 +128,8 @@ struct Job {
   int64_t chunks() const { return (a.length + chunk - 1) / chunk; }
 
   int64_t floats() const {
-    const int64_t common = 2 * chunk * pitch + 32 + (4 * chunk + 4 * tiles * a.states) * lanes;
-    const int64_t rest = (4 * chunk + (2 * chunk + 3 * tiles + tiles * chunks()) * a.states + 2 * lanes) * lanes +
-                         2 * chunk * a.states + 64;
+    const int64_t common = 2 * chunk * pitch + (4 * chunk + 4 * tiles * a.states) * lanes;
+    const int64_t rest = tiles * ((chunks() + 3) * a.states + 8 * chunk) * lanes + 2 * chunk * pitch;
     return common + (back ? rest : 0);
   }
 
@@ -221,16 +221,12 @@ struct Job {
     for (int64_t i = 0; i < count_tiles; ++i) {
       Tile& t = side[i] = tile(task, i * lanes, arena);
       for (vec** x : {&t.grad_A, &t.grad_B, &t.grad_C}) std::fill_n(*x = arena.vectors(states), states, vec{});
+      for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.y, &t.grad_y, &t.grad_x, &t.grad_rate})
+        *x = arena.vectors(chunk);
       t.entering = arena.vectors(chunks() * states);
     }
     float *B = arena.floats(chunk * pitch), *C = arena.floats(chunk * pitch);
-    vec *u = arena.vectors(chunk), *raw = arena.vectors(chunk), *delta = arena.vectors(chunk);
-    vec *x = arena.vectors(chunk), *grad_y = arena.vectors(chunk), *y = arena.vectors(chunk);
-    vec *grad_x = arena.vectors(chunk), *grad_rate = arena.vectors(chunk);
-    vec *grad_B = arena.vectors(chunk * states + lanes), *grad_C = arena.vectors(chunk * states + lanes);
-    float* sums = arena.floats(chunk * states + lanes);
-    std::fill_n(grad_B, chunk * states + lanes, vec{});
-    std::fill_n(grad_C, chunk * states + lanes, vec{});
+    float *grad_B = arena.floats(chunk * pitch), *grad_C = arena.floats(chunk * pitch);
 
     for (int64_t n = 0; n < chunks(); ++n) {
       const int64_t start = n * chunk;
@@ -240,11 +236,11 @@ struct Job {
         Tile& t = side[i];
         std::copy_n(t.state, states, t.entering + n * states);
         if (last) continue;
-        read(a.u, task, t, start, chunk, u);
-        read(a.delta, task, t, start, chunk, delta);
-        scan::activate(chunk, delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < chunk; ++s) u[s] *= delta[s];
-        scan::forward<false>(chunk, states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
+        read(a.u, task, t, start, chunk, t.x);
+        read(a.delta, task, t, start, chunk, t.delta);
+        scan::activate(chunk, t.delta, t.ends.bias, a.softplus);
+        for (int s = 0; s < chunk; ++s) t.x[s] *= t.delta[s];
+        scan::forward<false>(chunk, states, t.delta, t.x, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, nullptr);
       }
     }
 
@@ -259,26 +255,28 @@ struct Job {
       const int count = static_cast<int>(std::min<int64_t>(chunk, a.length - start));
       read(a.B, task, start, count, B);
       read(a.C, task, start, count, C);
+      scan::Backward ways[4];
+      for (int64_t i = 0; i < count_tiles; ++i) {
+        const Tile& t = side[i];
+        read(a.u, task, t, start, count, t.u, true);
+        read(a.delta, task, t, start, count, t.delta, true);
+        read(a.grad_out, task, t, start, count, t.grad_y, true);
+        scan::activate(count, t.delta, t.ends.bias, a.softplus, t.slope);
+        for (int s = 0; s < count; ++s) t.x[s] = t.delta[s] * t.u[s], t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
+        if (a.z.data) open(task, t, start, count);
+        ways[i] = {t.delta, t.x, t.grad_y, t.A, t.entering + n * states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+                   t.grad_B, t.grad_C, a.z.data ? t.y : nullptr, {B, pitch, t.B}, {C, pitch, t.C}};
+      }
+      scan::backward(count, states, ways, count_tiles, {grad_B, pitch}, {grad_C, pitch});
       for (int64_t i = 0; i < count_tiles; ++i) {
         Tile& t = side[i];
-        read(a.u, task, t, start, count, u, true);
-        read(a.delta, task, t, start, count, raw, true);
-        read(a.grad_out, task, t, start, count, grad_y, true);
-        std::copy_n(raw, count, delta);
-        scan::activate(count, delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < count; ++s) x[s] = delta[s] * u[s], grad_x[s] = vec{}, grad_rate[s] = vec{};
-        if (a.z.data) open(task, t, start, count, u, y, grad_y);
-        scan::backward(count, states,
-                       {delta, x, grad_y, t.A, t.entering + n * states, t.state, grad_x, grad_rate, t.grad_A,
-                        t.B ? t.grad_B : grad_B, t.C ? t.grad_C : grad_C, a.z.data ? y : nullptr, {B, pitch, t.B},
-                        {C, pitch, t.C}});
-        if (a.z.data) close(task, t, start, count, y);
-        scan::finish(count, u, raw, delta, a.softplus, grad_y, grad_x, grad_rate, t.ends);
-        write(grad_x, task, t, start, count, a.grad_u);
-        write(grad_rate, task, t, start, count, a.grad_delta);
+        if (a.z.data) close(task, t, start, count);
+        scan::finish(count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
+        write(t.grad_x, task, t, start, count, a.grad_u);
+        write(t.grad_rate, task, t, start, count, a.grad_delta);
       }
-      if (!a.B.constant) reduce(task, start, count, grad_B, sums, a.grad_B);
-      if (!a.C.constant) reduce(task, start, count, grad_C, sums, a.grad_C);
+      if (!a.B.constant) write_rows(task, start, count, grad_B, a.grad_B);
+      if (!a.C.constant) write_rows(task, start, count, grad_C, a.grad_C);
     }
 
     for (int64_t i = 0; i < count_tiles; ++i) {
@@ -294,40 +292,37 @@ struct Job {
 
   // The gradient before the gate, and the skip of y. `close` needs the gradient of the output and the gate again: both
   // are read a second time, which is cheaper than to keep them.
-  void open(const Task& task, const Tile& t, int64_t start, int count, const vec* u, vec* y, vec* grad_y) const {
-    read(a.z, task, t, start, count, y, true);
+  void open(const Task& task, const Tile& t, int64_t start, int count) const {
+    read(a.z, task, t, start, count, t.y, true);
     for (int s = 0; s < count; ++s) {
-      grad_y[s] *= y[s] * scan::sigmoid(y[s]);
-      y[s] = t.ends.D * u[s];
+      t.grad_y[s] *= t.y[s] * scan::sigmoid(t.y[s]);
+      t.y[s] = t.ends.D * t.u[s];
     }
   }
 
   // The gradient of z from y, in its place.
-  void close(const Task& task, const Tile& t, int64_t start, int count, vec* y) const {
+  void close(const Task& task, const Tile& t, int64_t start, int count) const {
     vec z[scan::longest_chunk], grad_out[scan::longest_chunk];
     read(a.z, task, t, start, count, z);
     read(a.grad_out, task, t, start, count, grad_out);
     for (int s = 0; s < count; ++s) {
       const vec opening = scan::sigmoid(z[s]);
-      y[s] *= grad_out[s] * opening * (1.0f + z[s] * (1.0f - opening));
+      t.y[s] *= grad_out[s] * opening * (1.0f + z[s] * (1.0f - opening));
     }
-    write(y, task, t, start, count, a.grad_z);
+    write(t.y, task, t, start, count, a.grad_z);
   }
 
-  // Sum the gradient of B or C over the task's channels and clear it for the next chunk.
-  void reduce(const Task& task, int64_t start, int count, vec* grad, float* sums, float* into) const {
-    scan::sum_lanes(grad, count * a.states, sums);
-    std::fill_n(grad, count * a.states, vec{});
+  // Write the gradient of B or C over a chunk, summed over the task's channels.
+  void write_rows(const Task& task, int64_t start, int count, const float* rows, float* into) const {
     into += ((task.part * a.batch + task.batch) * a.groups + task.group) * a.states * a.length + start;
     if (a.states == 1) {
-      std::copy_n(sums, count, into);
+      std::copy_n(rows, count, into);
       return;
     }
-    int64_t n = 0;
-    for (; n + lanes <= a.states; n += lanes)
-      store_block(sums + n, a.states, lanes, count, into + n * a.length, a.length);
-    for (; n < a.states; ++n)
-      for (int t = 0; t < count; ++t) into[n * a.length + t] = sums[t * a.states + n];
+    for (int64_t n = 0; n < a.states; n += lanes) {
+      const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
+      store_block(rows + n, pitch, width, count, into + n * a.length, a.length);
+    }
   }
 };
 

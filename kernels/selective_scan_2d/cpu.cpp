@@ -113,6 +113,7 @@ struct Tile {
   int width;
   vec *A, *state, *weight, *entering, *grad_A;
   float *rows, *grad_rows;  // the low rank's weight and its gradient, (lanes, rank) in a pitch
+  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
   scan::Ends ends;
 };
 
@@ -123,8 +124,8 @@ struct Chunk {
   int64_t start;
   int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
   const int32_t *read, *place, *target;
-  float *B, *C, *rank, *sums, *grad_rank;
-  vec *u, *raw, *delta, *x, *y, *grad_y, *grad_x, *grad_rate, *grad_B, *grad_C;
+  float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
+  vec *u, *delta, *x, *y;  // of one tile
 };
 
 struct Job {
@@ -147,8 +148,8 @@ struct Job {
   int64_t floats() const {
     const int64_t common = chunk * (2 * pitch + rank_pitch) + (4 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
     const int64_t boundaries = tiles * ((a.steps + chunk - 1) / chunk) * a.states;
-    const int64_t rest = (4 * chunk + boundaries + tiles * (a.states + 2 * rank_pitch) + 2 * chunk * a.states +
-                          2 * lanes) * lanes + chunk * (a.states + rank_pitch) + lanes;
+    const int64_t rest = (boundaries + tiles * (a.states + 2 * rank_pitch + 7 * chunk)) * lanes +
+                         chunk * (2 * pitch + rank_pitch);
     return common + (back ? rest : 0);
   }
 
@@ -162,10 +163,8 @@ struct Job {
     c.B = arena.floats(chunk * pitch), c.C = arena.floats(chunk * pitch), c.rank = arena.floats(chunk * rank_pitch);
     for (vec** x : {&c.u, &c.delta, &c.x, &c.y}) *x = arena.vectors(chunk);
     if (!back) return c;
-    for (vec** x : {&c.raw, &c.grad_y, &c.grad_x, &c.grad_rate}) *x = arena.vectors(chunk);
-    for (vec** x : {&c.grad_B, &c.grad_C}) *x = cleared(arena, chunk * a.states + lanes);
+    c.grad_B = arena.floats(chunk * pitch), c.grad_C = arena.floats(chunk * pitch);
     c.grad_rank = arena.floats(chunk * rank_pitch);
-    c.sums = arena.floats(chunk * a.states + lanes);
     return c;
   }
 
@@ -196,6 +195,7 @@ struct Job {
     if (a.bias) scan::load_columns(a.bias + row, 1, t.width, 1.0f, &t.ends.bias);
     if (!back) return t;
     t.grad_A = cleared(arena, a.states);
+    for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate}) *x = arena.vectors(chunk);
     t.rows = arena.floats(lanes * rank_pitch), t.grad_rows = arena.floats(lanes * rank_pitch);
     std::fill_n(t.rows, lanes * rank_pitch, 0.0f);
     std::fill_n(t.grad_rows, lanes * rank_pitch, 0.0f);
@@ -223,8 +223,8 @@ struct Job {
     if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, rank_pitch, c.rank);
   }
 
-  void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* delta) const {
-    gather(base(a.x, task, 0) + t.channel, a.x.cell, c.read, c.read + c.next, c.count, t.width, c.u);
+  void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* u, vec* delta) const {
+    gather(base(a.x, task, 0) + t.channel, a.x.cell, c.read, c.read + c.next, c.count, t.width, u);
     if (!a.rank) {
       gather(base(a.delta, task, c.order) + t.channel, a.delta.cell, c.place, c.place + c.next, c.count, t.width, delta);
       return;
@@ -255,7 +255,7 @@ struct Job {
         read_rows(task, c, true);
         for (int64_t i = 0; i * lanes < task.channels; ++i) {
           const Tile& t = side[i];
-          read_tile(task, c, t, c.delta);
+          read_tile(task, c, t, c.u, c.delta);
           scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
           for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s], c.x[s] = c.delta[s] * c.u[s];
           scan::forward<true>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr},
@@ -280,12 +280,15 @@ struct Job {
       move(c, order, n * chunk, true);
       read_rows(task, c, true);
       std::fill_n(c.grad_rank, chunk * rank_pitch, 0.0f);
-      for (int64_t i = 0; i < count; ++i) retreat(task, c, side[i], n);
+      scan::Backward ways[4];
+      for (int64_t i = 0; i < count; ++i) ways[i] = prepare(task, c, side[i], n);
+      scan::backward(c.count, a.states, ways, count, {c.grad_B, pitch}, {c.grad_C, pitch});
+      for (int64_t i = 0; i < count; ++i) finish(task, c, side[i]);
       float* rows = sums + c.start * a.states;
-      reduce(c, c.grad_B, rows);
-      reduce(c, c.grad_C, rows + a.counts[order] * a.states);
+      copy_rows(c.count, a.states, c.grad_B, pitch, rows);
+      copy_rows(c.count, a.states, c.grad_C, pitch, rows + a.counts[order] * a.states);
       rows = sums + a.counts[order] * 2 * a.states + c.start * a.rank;
-      for (int t = 0; t < c.count; ++t) std::copy_n(c.grad_rank + t * rank_pitch, a.rank, rows + t * a.rank);
+      copy_rows(c.count, a.rank, c.grad_rank, rank_pitch, rows);
     }
     for (int64_t i = 0; i < count; ++i) {
       const Tile& t = side[i];
@@ -312,7 +315,7 @@ struct Job {
           std::fill_n(t.state, a.states, vec{});
           continue;
         }
-        read_tile(task, c, t, c.delta);
+        read_tile(task, c, t, c.u, c.delta);
         scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
         for (int s = 0; s < c.count; ++s) c.x[s] = c.delta[s] * c.u[s];
         scan::forward<false>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr}, {}, t.state, nullptr);
@@ -320,30 +323,31 @@ struct Job {
     }
   }
 
-  void retreat(const Task& task, Chunk& c, Tile& t, int64_t n) const {
-    read_tile(task, c, t, c.raw);
+  scan::Backward prepare(const Task& task, const Chunk& c, const Tile& t, int64_t n) const {
+    read_tile(task, c, t, t.u, t.delta);
     gather(base(a.grad_out, task, 0) + t.channel, a.grad_out.cell, c.target, c.target + c.next, c.count, t.width,
-           c.grad_y);
-    std::copy_n(c.raw, c.count, c.delta);
-    scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
+           t.grad_y);
+    scan::activate(c.count, t.delta, t.ends.bias, a.softplus, t.slope);
     for (int s = 0; s < c.count; ++s) {
-      c.x[s] = c.delta[s] * c.u[s], c.grad_y[s] *= a.scale;
-      c.grad_x[s] = vec{}, c.grad_rate[s] = vec{};
+      t.x[s] = t.delta[s] * t.u[s], t.grad_y[s] *= a.scale;
+      t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
     }
-    scan::backward(c.count, a.states,
-                   {c.delta, c.x, c.grad_y, t.A, t.entering + n * a.states, t.state, c.grad_x, c.grad_rate, t.grad_A,
-                    c.grad_B, c.grad_C, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}});
-    scan::finish(c.count, c.u, c.raw, c.delta, a.softplus, c.grad_y, c.grad_x, c.grad_rate, t.ends);
-    scatter(c.grad_x, 1.0f, c.read, c.read + c.next, c.count, t.width, base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
+    return {t.delta, t.x, t.grad_y, t.A, t.entering + n * a.states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+            nullptr, nullptr, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}};
+  }
+
+  void finish(const Task& task, const Chunk& c, Tile& t) const {
+    scan::finish(c.count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
+    scatter(t.grad_x, 1.0f, c.read, c.read + c.next, c.count, t.width, base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
     if (a.rank) retreat_rank(c, t);
     else
-      scatter(c.grad_rate, 1.0f, c.place, c.place + c.next, c.count, t.width,
+      scatter(t.grad_rate, 1.0f, c.place, c.place + c.next, c.count, t.width,
               base(a.grad_delta, task, c.order) + t.channel, a.grad_delta.cell);
   }
 
   // The gradients of a low-rank delta's factors from that of the full one: here vectors lie along the rank.
   void retreat_rank(const Chunk& c, const Tile& t) const {
-    const float* grad_delta = reinterpret_cast<const float*>(c.grad_rate);
+    const float* grad_delta = reinterpret_cast<const float*>(t.grad_rate);
     for (int64_t r = 0; r < rank_pitch; r += lanes) {
       vec weight[lanes], grad[lanes];
       for (int i = 0; i < lanes; ++i) weight[i] = simd::load(t.rows + i * rank_pitch + r);
@@ -362,11 +366,8 @@ struct Job {
     }
   }
 
-  // Sum the gradient of B or C over the task's channels, and clear it for the next chunk.
-  void reduce(const Chunk& c, vec* grad, float* rows) const {
-    scan::sum_lanes(grad, c.count * a.states, c.sums);
-    std::copy_n(c.sums, c.count * a.states, rows);
-    std::fill_n(grad, c.count * a.states, vec{});
+  static void copy_rows(int count, int64_t width, const float* from, int64_t pitch, float* rows) {
+    for (int t = 0; t < count; ++t) std::copy_n(from + t * pitch, width, rows + t * width);
   }
 
   // The floats of a task's sums over one order: those of B, C and the low-rank delta, (steps, features) each.
