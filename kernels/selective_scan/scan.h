@@ -165,30 +165,51 @@ inline vec shuffle(vec a, vec b) {
 #endif
 }
 
-template <int... i>
-inline void zip(vec& a, vec& b, std::integer_sequence<int, i...>) {
-  const vec low = shuffle<(i / 2 + i % 2 * lanes)...>(a, b);
-  b = shuffle<(lanes / 2 + i / 2 + i % 2 * lanes)...>(a, b);
-  a = low;
-}
-
-template <int... i>
-inline vec add_pairs(vec a, vec b, std::integer_sequence<int, i...>) {
-  return shuffle<(2 * i)...>(a, b) + shuffle<(2 * i + 1)...>(a, b);
-}
-
 using every_lane = std::make_integer_sequence<int, lanes>;
 
-// Transpose `lanes` vectors: zipping the halves log2(lanes) times.
+// The even blocks of lanes of a and of b in one vector, or the odd ones. Within 128 bits where blocks are that small: for
+// each of these machines have a single instruction.
+template <int block, bool odd, int... i>
+inline vec blocks(vec a, vec b, std::integer_sequence<int, i...>) {
+  constexpr int span = block < 4 ? 4 : lanes;
+  constexpr auto from = [](int to) {
+    const int beside = to % span / (span / 2) * lanes, place = to % (span / 2) / block * 2 * block + to % block;
+    return beside + to / span * span + place + odd * block;
+  };
+  return shuffle<from(i)...>(a, b);
+}
+
+template <int block>
+inline void exchange(vec* rows, int distance) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & distance) continue;
+    const vec a = rows[i], b = rows[i + distance];
+    rows[i] = blocks<block, false>(a, b, every_lane{}), rows[i + distance] = blocks<block, true>(a, b, every_lane{});
+  }
+}
+
+// Each step takes a bit of the lane's number to the vector's, and one back: these land in order, those swapped in pairs.
 inline void transpose(vec* rows) {
-  for (int width = 1; width < lanes; width *= 2) {
-    vec zipped[lanes];
-    for (int i = 0; i < lanes / 2; ++i) {
-      vec a = rows[i], b = rows[i + lanes / 2];
-      zip(a, b, every_lane{});
-      zipped[2 * i] = a, zipped[2 * i + 1] = b;
-    }
-    for (int i = 0; i < lanes; ++i) rows[i] = zipped[i];
+  if constexpr (lanes == 16) exchange<8>(rows, 4), exchange<4>(rows, 8);
+  if constexpr (lanes == 8) exchange<4>(rows, 4);
+  exchange<2>(rows, 1), exchange<1>(rows, 2);
+  constexpr auto swapped = [](int i) {
+    return (i & 1) << 1 | (i & 2) >> 1 | (lanes == 16 ? (i & 4) << 1 | (i & 8) >> 1 : i & 4);
+  };
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (i < swapped(i)) std::swap(rows[i], rows[swapped(i)]);
+}
+
+// Add the odd blocks of lanes to the even ones: half of the vectors that are not `done` remain.
+template <int block>
+inline void add_blocks(vec* x, int distance, int done) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & (distance | done)) continue;
+    const vec a = x[i], b = x[i + distance];
+    x[i] = blocks<block, false>(a, b, every_lane{}) + blocks<block, true>(a, b, every_lane{});
   }
 }
 
@@ -197,8 +218,9 @@ inline void sum_lanes(const vec* x, int64_t count, float* sums) {
   for (int64_t from = 0; from < count; from += lanes) {
     vec level[lanes];
     for (int i = 0; i < lanes; ++i) level[i] = x[from + i];
-    for (int left = lanes / 2; left > 0; left /= 2)
-      for (int i = 0; i < left; ++i) level[i] = add_pairs(level[2 * i], level[2 * i + 1], every_lane{});
+    if constexpr (lanes == 16) add_blocks<8>(level, 4, 0), add_blocks<4>(level, 8, 4);
+    if constexpr (lanes == 8) add_blocks<4>(level, 4, 0);
+    add_blocks<2>(level, 1, lanes - 4), add_blocks<1>(level, 2, lanes - 3);
     simd::store(sums + from, level[0]);
   }
 }
@@ -232,7 +254,7 @@ struct Scratch {
 // lanes of their gradients. It depends on the sizes alone, so that the sums have one order whatever the threads.
 inline int64_t tiles_together(int64_t sequences, int64_t channels) {
   const int64_t tiles = (channels + lanes - 1) / lanes, all = sequences * tiles;
-  return all >= 96 ? 4 : all >= 16 ? 2 : 1;
+  return all >= 96 ? 4 : all >= 24 ? 3 : all >= 12 ? 2 : 1;
 }
 
 // `width` rows of a matrix (rows, columns) as vectors over rows, one a column, times a factor; zeros beyond the width.
@@ -412,23 +434,12 @@ inline void backward(int count, int64_t states, const Backward* tiles, int64_t n
 // Steps of a chunk on the way back: the states noted at the chunks' starts are about as large as an input.
 inline int backward_chunk(int64_t states) { return states <= 4 ? 64 : states <= 8 ? 32 : 16; }
 
-// delta + bias, through softplus if asked for, in place.
-inline void activate(int count, vec* delta, vec bias, bool through_softplus) {
-  for (int t = 0; t < count; ++t) {
-    delta[t] += bias;
-    if (through_softplus) delta[t] = softplus(delta[t], falling(delta[t]));
-  }
-}
-
-// The same, and the derivative of softplus, which is not set where there is none.
-inline void activate(int count, vec* delta, vec bias, bool through_softplus, vec* slope) {
-  for (int t = 0; t < count; ++t) {
-    delta[t] += bias;
-    if (!through_softplus) continue;
-    const vec w = falling(delta[t]);
-    slope[t] = sigmoid(delta[t], w);
-    delta[t] = softplus(delta[t], w);
-  }
+// softplus(delta) if asked for, and its derivative where there is a place for it.
+inline vec activate(vec delta, bool through_softplus, vec* slope) {
+  if (!through_softplus) return delta;
+  const vec w = falling(delta);
+  if (slope) *slope = sigmoid(delta, w);
+  return softplus(delta, w);
 }
 
 // What follows a tile's way back: grad_x, of delta u, becomes the gradient of u, and grad_rate that of delta before the

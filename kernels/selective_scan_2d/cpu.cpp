@@ -42,6 +42,9 @@ struct Arguments {
   // none. An order has counts[order] steps.
   const int32_t *read, *place, *target;
   const int64_t* counts;
+  // (3, orders): whether an order is the first at every cell of x, of its own maps and every row of the output, and at
+  // each of them once, so that these need not be zeros before.
+  const int32_t* first;
   int64_t batch, cells, channels, states, rank, orders, steps, rows, softplus, threads;
   float scale;  // of the output
 };
@@ -84,22 +87,21 @@ void gather(const float* from, int64_t cell, const int32_t* cells, int count, in
   }
 }
 
-// A tile's rows. Those of the `next` chunk are fetched meanwhile: an order's cells may lie pages apart.
-void gather(const float* from, int64_t cell, const int32_t* cells, const int32_t* next, int count, int width,
-            vec* rows) {
-  for (int t = 0; t < count; ++t) {
-    __builtin_prefetch(from + next[t] * cell);
-    rows[t] = cells[t] < 0 ? vec{} : load_row(from + cells[t] * cell, width);
-  }
+// A tile's row at a step, zeros for a padded step. That of the chunk that comes `next` is fetched meanwhile: an order's
+// cells may lie pages apart.
+vec fetch(const float* from, int64_t cell, const int32_t* step, int64_t next, int width) {
+  __builtin_prefetch(from + step[next] * cell);
+  return *step < 0 ? vec{} : load_row(from + *step * cell, width);
 }
 
-void scatter(const vec* rows, float factor, const int32_t* cells, const int32_t* next, int count, int width,
+// Add rows to their cells; `store` them where nothing was written before.
+void scatter(const vec* rows, float factor, const int32_t* cells, int64_t next, int count, int width, bool store,
              float* into, int64_t cell) {
   for (int t = 0; t < count; ++t) {
-    __builtin_prefetch(into + next[t] * cell, 1);
+    __builtin_prefetch(into + cells[t + next] * cell, 1);
     if (cells[t] < 0) continue;
     float* row = into + cells[t] * cell;
-    store_row(load_row(row, width) + rows[t] * factor, row, width);
+    store_row(store ? rows[t] * factor : load_row(row, width) + rows[t] * factor, row, width);
   }
 }
 
@@ -127,6 +129,8 @@ struct Chunk {
   float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
   vec *u, *delta, *x, *y;  // of one tile
 };
+
+enum Table { reads, places, targets };
 
 struct Job {
   const Arguments& a;
@@ -209,6 +213,9 @@ struct Job {
     return x.data + task.batch * x.batch + order * x.order;
   }
 
+  bool first(Table table, int64_t order) const { return a.first[table * a.orders + order]; }
+
+  // Rows that orders add to are zeros before the first one.
   void clear(const Map& x, const Task& task, int64_t order, int64_t rows) const {
     float* row = base(x, task, order) + task.first;
     for (int64_t i = 0; i < rows; ++i, row += x.cell)
@@ -223,12 +230,22 @@ struct Job {
     if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, rank_pitch, c.rank);
   }
 
-  void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* u, vec* delta) const {
-    gather(base(a.x, task, 0) + t.channel, a.x.cell, c.read, c.read + c.next, c.count, t.width, u);
-    if (!a.rank) {
-      gather(base(a.delta, task, c.order) + t.channel, a.delta.cell, c.place, c.place + c.next, c.count, t.width, delta);
-      return;
+  // u, delta and their product over a chunk, and the derivative of softplus where there is a place for it. One loop, so
+  // that cells are fetched while delta is computed, and not all at once.
+  void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* u, vec* delta, vec* x, vec* slope) const {
+    const float* input = base(a.x, task, 0) + t.channel;
+    const float* full = base(a.delta, task, c.order) + t.channel;
+    if (a.rank) multiply_rank(c, t, delta);
+    for (int s = 0; s < c.count; ++s) {
+      u[s] = fetch(input, a.x.cell, c.read + s, c.next, t.width);
+      if (!a.rank) delta[s] = fetch(full, a.delta.cell, c.place + s, c.next, t.width);
+      delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, slope ? slope + s : nullptr);
+      x[s] = delta[s] * u[s];
     }
+  }
+
+  // The full delta from the low-rank one.
+  void multiply_rank(const Chunk& c, const Tile& t, vec* delta) const {
     int s = 0;
     for (; s + 4 <= c.count; s += 4) {
       vec sum[4] = {};
@@ -245,7 +262,7 @@ struct Job {
 
   void forward(const Task& task, Arena arena) const {
     Chunk c = buffers(arena);
-    clear(a.out, task, 0, a.rows);
+    if (!first(targets, 0)) clear(a.out, task, 0, a.rows);
     for (int64_t order = 0; order < a.orders; ++order) {
       Tile side[4];
       Arena rest = arena;
@@ -255,13 +272,12 @@ struct Job {
         read_rows(task, c, true);
         for (int64_t i = 0; i * lanes < task.channels; ++i) {
           const Tile& t = side[i];
-          read_tile(task, c, t, c.u, c.delta);
-          scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
-          for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s], c.x[s] = c.delta[s] * c.u[s];
+          read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
+          for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s];
           scan::forward<true>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr},
                               {c.C, pitch, nullptr}, t.state, c.y);
-          scatter(c.y, a.scale, c.target, c.target + c.next, c.count, t.width, base(a.out, task, 0) + t.channel,
-                  a.out.cell);
+          scatter(c.y, a.scale, c.target, c.next, c.count, t.width, first(targets, order),
+                  base(a.out, task, 0) + t.channel, a.out.cell);
         }
       }
     }
@@ -270,8 +286,8 @@ struct Job {
   // One order; `sums` is the task's own of the rows' gradients.
   void backward(const Task& task, int64_t order, Arena arena, float* sums) const {
     Chunk c = buffers(arena);
-    if (order == 0) clear(a.grad_x, task, 0, a.cells);
-    if (!a.rank) clear(a.grad_delta, task, order, a.cells);
+    if (order == 0 && !first(reads, 0)) clear(a.grad_x, task, 0, a.cells);
+    if (!a.rank && !first(places, order)) clear(a.grad_delta, task, order, a.cells);
     Tile side[4];
     const int64_t count = (task.channels + lanes - 1) / lanes;
     for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, arena);
@@ -315,21 +331,17 @@ struct Job {
           std::fill_n(t.state, a.states, vec{});
           continue;
         }
-        read_tile(task, c, t, c.u, c.delta);
-        scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < c.count; ++s) c.x[s] = c.delta[s] * c.u[s];
+        read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
         scan::forward<false>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr}, {}, t.state, nullptr);
       }
     }
   }
 
   scan::Backward prepare(const Task& task, const Chunk& c, const Tile& t, int64_t n) const {
-    read_tile(task, c, t, t.u, t.delta);
-    gather(base(a.grad_out, task, 0) + t.channel, a.grad_out.cell, c.target, c.target + c.next, c.count, t.width,
-           t.grad_y);
-    scan::activate(c.count, t.delta, t.ends.bias, a.softplus, t.slope);
+    read_tile(task, c, t, t.u, t.delta, t.x, t.slope);
+    const float* grad_out = base(a.grad_out, task, 0) + t.channel;
     for (int s = 0; s < c.count; ++s) {
-      t.x[s] = t.delta[s] * t.u[s], t.grad_y[s] *= a.scale;
+      t.grad_y[s] = fetch(grad_out, a.grad_out.cell, c.target + s, c.next, t.width) * a.scale;
       t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
     }
     return {t.delta, t.x, t.grad_y, t.A, t.entering + n * a.states, t.state, t.grad_x, t.grad_rate, t.grad_A,
@@ -338,10 +350,11 @@ struct Job {
 
   void finish(const Task& task, const Chunk& c, Tile& t) const {
     scan::finish(c.count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
-    scatter(t.grad_x, 1.0f, c.read, c.read + c.next, c.count, t.width, base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
+    scatter(t.grad_x, 1.0f, c.read, c.next, c.count, t.width, first(reads, c.order),
+            base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
     if (a.rank) retreat_rank(c, t);
     else
-      scatter(t.grad_rate, 1.0f, c.place, c.place + c.next, c.count, t.width,
+      scatter(t.grad_rate, 1.0f, c.place, c.next, c.count, t.width, first(places, c.order),
               base(a.grad_delta, task, c.order) + t.channel, a.grad_delta.cell);
   }
 
