@@ -2,7 +2,7 @@
 //
 // A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
 // (transposed where time is dense), so that everything is read and written once. The way back first walks forward to
-// note the state at each chunk's start, then through the chunks from the last.
+// note the state at each chunk's start, then through the chunks from the last, all tiles of a task side by side.
 #include <omp.h>
 
 #include <algorithm>

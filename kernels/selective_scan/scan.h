@@ -99,7 +99,7 @@ inline vec exp2(vec x) {
 inline vec exp_negative(vec x) {
   x = at_least(x, -110.0f);
   const vec shifted = x * log2_e + rounder, whole = shifted - rounder;
-  // ln 2 in two parts, of which the first has 14 bits, so that `whole` times it is exact.
+  // ln 2 in two parts, of which the first has 14 bits, so that nothing is rounded when `whole` times it is taken off.
   const vec rest = (x - whole * 0.693115234375f) - whole * 3.194618329871e-05f;
   return grow(shifted, (rest * 1.666605771e-01f + 5.000160933e-01f) * (rest * rest) + rest);
 }
@@ -167,8 +167,8 @@ inline vec shuffle(vec a, vec b) {
 
 using every_lane = std::make_integer_sequence<int, lanes>;
 
-// The even blocks of lanes of a and of b in one vector, or the odd ones. Within 128 bits where blocks are that small: for
-// each of these machines have a single instruction.
+// The even blocks of lanes of a and of b in one vector, or the odd ones; within 128 bits where blocks are that small.
+// Machines have a single instruction for each.
 template <int block, bool odd, int... i>
 inline vec blocks(vec a, vec b, std::integer_sequence<int, i...>) {
   constexpr int span = block < 4 ? 4 : lanes;
@@ -189,7 +189,8 @@ inline void exchange(vec* rows, int distance) {
   }
 }
 
-// Each step takes a bit of the lane's number to the vector's, and one back: these land in order, those swapped in pairs.
+// Transpose `lanes` vectors. Each step takes a bit of the lane's number to the vector's, where they land swapped in
+// pairs, and one back.
 inline void transpose(vec* rows) {
   if constexpr (lanes == 16) exchange<8>(rows, 4), exchange<4>(rows, 8);
   if constexpr (lanes == 8) exchange<4>(rows, 4);
@@ -244,7 +245,8 @@ struct Scratch {
 
   // Room is made for 64 pieces' rounding.
   Scratch(int64_t floats, int threads)
-      : each(round_up(floats + 64 * 16, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
+      : each(round_up(floats + 64 * 16, 16)),
+        data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -343,7 +345,7 @@ struct Spread {
 // The first tile fills `spread`, the next ones add to it.
 template <int width, bool constant_B, bool constant_C, bool first>
 inline void retreat(int count, int64_t n, const Backward& c, Spread<width>& spread) {
-  // Of the step before: what is left of the state, decay h. The decay behind the end makes the last step like any other.
+  // `left` is decay times the state before. The decay behind the end makes the last step like any other.
   vec decay[longest_chunk + 1][width], left[longest_chunk][width];
   vec h[width], grad_C[width] = {};
   for (int i = 0; i < width; ++i) h[i] = c.entering[n + i], decay[count][i] = broadcast(1.0f);

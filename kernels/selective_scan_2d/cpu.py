@@ -61,8 +61,8 @@ class _Table:
         place: the same, the cell of delta, B and C that it reads.
         target: the same, the row of the output that takes a step back, -1 for none; rows are cells, or cells x routes.
         counts: int64 (K,), the steps that matter: padding at the end does not.
-        first: int32 (3, K), whether an order is the first to reach every cell of x, of its own delta, B and C, and every
-            row of the output, each of them once.
+        first: int32 (3, K), whether an order is the first to reach every cell of x, of its own delta, B and C, and
+            every row of the output, each of them once.
         routes: the number of routes.
     """
 
