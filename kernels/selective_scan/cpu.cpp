@@ -2,7 +2,7 @@
 //
 // A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
 // (transposed where time is dense), so that everything is read and written once. The way back first walks forward to
-// note the state at each chunk's start, then through the chunks from the last.
+// note the state at each chunk's start, then through the chunks from the last, all tiles of a task side by side.
 #include <omp.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@ using scan::lanes;
 using scan::vec;
 using std::int64_t;
 
-constexpr int forward_chunk = 64;
+constexpr int forward_chunk = 64;  // a multiple of those on the way back
 
 }  // namespace
 
@@ -56,18 +56,23 @@ void load_block(const float* p, int64_t channel, int64_t time, int width, int co
     for (int t = 0; t < count; t += lanes) {
       const int steps = std::min(lanes, count - t);
       vec square[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        const float* from = p + i * channel + t;
-        if (i < width && steps == lanes) {
-          square[i] = simd::load(from);
-          __builtin_prefetch(from + ahead);
-        } else {
+      if (width == lanes && steps == lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = simd::load(p + i * channel + t);
+      } else {
+        for (int i = 0; i < lanes; ++i) {
           square[i] = vec{};
-          if (i < width) std::memcpy(&square[i], from, steps * sizeof(float));
+          if (i < width) std::memcpy(&square[i], p + i * channel + t, steps * sizeof(float));
         }
       }
+      for (int i = 0; i < width; ++i) __builtin_prefetch(p + i * channel + t + ahead);
       scan::transpose(square);
-      for (int i = 0; i < steps; ++i) simd::store(rows + (t + i) * pitch, square[i]);
+      if (steps == lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) simd::store(rows + (t + i) * pitch, square[i]);
+      } else {
+        for (int i = 0; i < steps; ++i) simd::store(rows + (t + i) * pitch, square[i]);
+      }
     }
   } else {
     for (int t = 0; t < count; ++t) {
@@ -88,11 +93,16 @@ void store_block(const float* rows, int64_t pitch, int width, int count, float* 
   for (int t = 0; t < count; t += lanes) {
     const int steps = std::min(lanes, count - t);
     vec square[lanes];
-    for (int i = 0; i < lanes; ++i) square[i] = i < steps ? simd::load(rows + (t + i) * pitch) : vec{};
-    scan::transpose(square);
-    for (int i = 0; i < width; ++i) {
-      if (steps == lanes) simd::store(p + i * channel + t, square[i]);
-      else std::memcpy(p + i * channel + t, &square[i], steps * sizeof(float));
+    if (width == lanes && steps == lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) square[i] = simd::load(rows + (t + i) * pitch);
+      scan::transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) simd::store(p + i * channel + t, square[i]);
+    } else {
+      for (int i = 0; i < lanes; ++i) square[i] = i < steps ? simd::load(rows + (t + i) * pitch) : vec{};
+      scan::transpose(square);
+      for (int i = 0; i < width; ++i) std::memcpy(p + i * channel + t, &square[i], steps * sizeof(float));
     }
   }
 }
@@ -106,6 +116,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
+  vec *u, *slope, *delta, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
   scan::Ends ends;
 };
 
@@ -127,9 +138,9 @@ struct Job {
   int64_t chunks() const { return (a.length + chunk - 1) / chunk; }
 
   int64_t floats() const {
-    const int64_t common = 2 * chunk * pitch + 32 + (4 * chunk + 4 * tiles * a.states) * lanes;
-    const int64_t rest = (4 * chunk + (2 * chunk + 3 * tiles + tiles * chunks()) * a.states + 2 * lanes) * lanes +
-                         2 * chunk * a.states + 64;
+    const int64_t common = 2 * chunk * pitch + (4 * chunk + 4 * tiles * a.states) * lanes;
+    const int64_t rest = tiles * ((chunks() + 3) * a.states + 8 * chunk) * lanes + 2 * chunk * pitch +
+                         forward_chunk * (pitch + 2 * lanes);
     return common + (back ? rest : 0);
   }
 
@@ -158,11 +169,10 @@ struct Job {
     return t;
   }
 
-  void read(const Signal& x, const Task& task, const Tile& tile, int64_t start, int count, vec* into,
-            bool backwards = false) const {
+  void read(const Signal& x, const Task& task, const Tile& tile, int64_t start, int count, int ahead,
+            vec* into) const {
     const float* from = x.data + task.batch * x.batch + tile.channel * x.channel + start * x.time;
-    load_block(from, x.channel, x.time, tile.width, count, backwards ? -chunk : chunk, lanes,
-               reinterpret_cast<float*>(into));
+    load_block(from, x.channel, x.time, tile.width, count, ahead, lanes, reinterpret_cast<float*>(into));
   }
 
   void write(const vec* from, const Task& task, const Tile& tile, int64_t start, int count, const Signal& x) const {
@@ -170,8 +180,14 @@ struct Job {
     store_block(reinterpret_cast<const float*>(from), lanes, tile.width, count, into, x.channel);
   }
 
-  // A chunk of B or C as rows of states.
-  void read(const Input& x, const Task& task, int64_t start, int count, float* rows) const {
+  // Fetch where a chunk is going to be written, for the machine does not foresee that either.
+  void expect(const Signal& x, const Task& task, const Tile& tile, int64_t start) const {
+    const float* into = x.data + task.batch * x.batch + tile.channel * x.channel + start;
+    for (int i = 0; i < tile.width; ++i) __builtin_prefetch(into + i * x.channel, 1);
+  }
+
+  // A chunk of B or C as rows of states; `ahead` as above.
+  void read(const Input& x, const Task& task, int64_t start, int count, int ahead, float* rows) const {
     if (x.constant) return;
     const float* from = x.data + task.batch * x.batch + task.group * x.group + start * x.time;
     if (a.states == 1) {
@@ -180,7 +196,7 @@ struct Job {
     }
     for (int64_t n = 0; n < a.states; n += lanes) {
       const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
-      load_block(from + n * x.state, x.state, x.time, width, count, 0, pitch, rows + n);
+      load_block(from + n * x.state, x.state, x.time, width, count, ahead, pitch, rows + n);
     }
   }
 
@@ -192,17 +208,19 @@ struct Job {
     vec* z = arena.vectors(chunk);
     for (int64_t start = 0; start < a.length; start += chunk) {
       const int count = static_cast<int>(std::min<int64_t>(chunk, a.length - start));
-      read(a.B, task, start, count, B);
-      read(a.C, task, start, count, C);
+      read(a.B, task, start, count, chunk, B);
+      read(a.C, task, start, count, chunk, C);
       for (int64_t i = 0; i * lanes < task.channels; ++i) {
         const Tile& t = side[i];
-        read(a.u, task, t, start, count, u);
-        read(a.delta, task, t, start, count, delta);
-        scan::activate(count, delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < count; ++s) y[s] = t.ends.D * u[s], u[s] *= delta[s];
+        read(a.u, task, t, start, count, chunk, u);
+        read(a.delta, task, t, start, count, chunk, delta);
+        for (int s = 0; s < count; ++s) {
+          delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, nullptr);
+          y[s] = t.ends.D * u[s], u[s] *= delta[s];
+        }
         scan::forward<true>(count, a.states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
         if (a.z.data) {
-          read(a.z, task, t, start, count, z);
+          read(a.z, task, t, start, count, chunk, z);
           for (int s = 0; s < count; ++s) y[s] *= z[s] * scan::sigmoid(z[s]);
         }
         write(y, task, t, start, count, a.out);
@@ -221,33 +239,14 @@ struct Job {
     for (int64_t i = 0; i < count_tiles; ++i) {
       Tile& t = side[i] = tile(task, i * lanes, arena);
       for (vec** x : {&t.grad_A, &t.grad_B, &t.grad_C}) std::fill_n(*x = arena.vectors(states), states, vec{});
+      for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.y, &t.grad_y, &t.grad_x, &t.grad_rate})
+        *x = arena.vectors(chunk);
       t.entering = arena.vectors(chunks() * states);
     }
     float *B = arena.floats(chunk * pitch), *C = arena.floats(chunk * pitch);
-    vec *u = arena.vectors(chunk), *raw = arena.vectors(chunk), *delta = arena.vectors(chunk);
-    vec *x = arena.vectors(chunk), *grad_y = arena.vectors(chunk), *y = arena.vectors(chunk);
-    vec *grad_x = arena.vectors(chunk), *grad_rate = arena.vectors(chunk);
-    vec *grad_B = arena.vectors(chunk * states + lanes), *grad_C = arena.vectors(chunk * states + lanes);
-    float* sums = arena.floats(chunk * states + lanes);
-    std::fill_n(grad_B, chunk * states + lanes, vec{});
-    std::fill_n(grad_C, chunk * states + lanes, vec{});
+    float *grad_B = arena.floats(chunk * pitch), *grad_C = arena.floats(chunk * pitch);
 
-    for (int64_t n = 0; n < chunks(); ++n) {
-      const int64_t start = n * chunk;
-      const bool last = n + 1 == chunks();
-      if (!last) read(a.B, task, start, chunk, B);
-      for (int64_t i = 0; i < count_tiles; ++i) {
-        Tile& t = side[i];
-        std::copy_n(t.state, states, t.entering + n * states);
-        if (last) continue;
-        read(a.u, task, t, start, chunk, u);
-        read(a.delta, task, t, start, chunk, delta);
-        scan::activate(chunk, delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < chunk; ++s) u[s] *= delta[s];
-        scan::forward<false>(chunk, states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
-      }
-    }
-
+    enter(task, side, count_tiles, arena);
     for (int64_t i = 0; i < count_tiles; ++i) {
       Tile& t = side[i];
       const int64_t at = (task.batch * a.dim + t.channel) * states;
@@ -257,28 +256,34 @@ struct Job {
     for (int64_t n = chunks() - 1; n >= 0; --n) {
       const int64_t start = n * chunk;
       const int count = static_cast<int>(std::min<int64_t>(chunk, a.length - start));
-      read(a.B, task, start, count, B);
-      read(a.C, task, start, count, C);
+      read(a.B, task, start, count, -chunk, B);
+      read(a.C, task, start, count, -chunk, C);
+      scan::Backward ways[4];
+      for (int64_t i = 0; i < count_tiles; ++i) {
+        const Tile& t = side[i];
+        read(a.u, task, t, start, count, -chunk, t.u);
+        read(a.delta, task, t, start, count, -chunk, t.delta);
+        read(a.grad_out, task, t, start, count, -chunk, t.grad_y);
+        for (int s = 0; s < count; ++s) {
+          t.delta[s] = scan::activate(t.delta[s] + t.ends.bias, a.softplus, t.slope + s);
+          t.x[s] = t.delta[s] * t.u[s], t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
+        }
+        expect(a.grad_u, task, t, start);
+        expect(a.grad_delta, task, t, start);
+        if (a.z.data) open(task, t, start, count);
+        ways[i] = {t.delta, t.x, t.grad_y, t.A, t.entering + n * states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+                   t.grad_B, t.grad_C, a.z.data ? t.y : nullptr, {B, pitch, t.B}, {C, pitch, t.C}};
+      }
+      scan::backward(count, states, ways, count_tiles, {grad_B, pitch}, {grad_C, pitch});
       for (int64_t i = 0; i < count_tiles; ++i) {
         Tile& t = side[i];
-        read(a.u, task, t, start, count, u, true);
-        read(a.delta, task, t, start, count, raw, true);
-        read(a.grad_out, task, t, start, count, grad_y, true);
-        std::copy_n(raw, count, delta);
-        scan::activate(count, delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < count; ++s) x[s] = delta[s] * u[s], grad_x[s] = vec{}, grad_rate[s] = vec{};
-        if (a.z.data) open(task, t, start, count, u, y, grad_y);
-        scan::backward(count, states,
-                       {delta, x, grad_y, t.A, t.entering + n * states, t.state, grad_x, grad_rate, t.grad_A,
-                        t.B ? t.grad_B : grad_B, t.C ? t.grad_C : grad_C, a.z.data ? y : nullptr, {B, pitch, t.B},
-                        {C, pitch, t.C}});
-        if (a.z.data) close(task, t, start, count, y);
-        scan::finish(count, u, raw, delta, a.softplus, grad_y, grad_x, grad_rate, t.ends);
-        write(grad_x, task, t, start, count, a.grad_u);
-        write(grad_rate, task, t, start, count, a.grad_delta);
+        if (a.z.data) close(task, t, start, count);
+        scan::finish(count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
+        write(t.grad_x, task, t, start, count, a.grad_u);
+        write(t.grad_rate, task, t, start, count, a.grad_delta);
       }
-      if (!a.B.constant) reduce(task, start, count, grad_B, sums, a.grad_B);
-      if (!a.C.constant) reduce(task, start, count, grad_C, sums, a.grad_C);
+      if (!a.B.constant) write_rows(task, start, count, grad_B, a.grad_B);
+      if (!a.C.constant) write_rows(task, start, count, grad_C, a.grad_C);
     }
 
     for (int64_t i = 0; i < count_tiles; ++i) {
@@ -292,42 +297,64 @@ struct Job {
     }
   }
 
+  // Walk forward to note the state at each chunk's start, reading as much at a time as the forward pass.
+  void enter(const Task& task, Tile* side, int64_t count_tiles, Arena arena) const {
+    float* B = arena.floats(forward_chunk * pitch);
+    vec *x = arena.vectors(forward_chunk), *delta = arena.vectors(forward_chunk);
+    for (int64_t start = 0; start < a.length; start += forward_chunk) {
+      const int count = static_cast<int>(std::min<int64_t>(forward_chunk, a.length - start));
+      read(a.B, task, start, count, forward_chunk, B);
+      for (int64_t i = 0; i < count_tiles; ++i) {
+        const Tile& t = side[i];
+        read(a.u, task, t, start, count, forward_chunk, x);
+        read(a.delta, task, t, start, count, forward_chunk, delta);
+        for (int s = 0; s < count; ++s) {
+          delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, nullptr);
+          x[s] *= delta[s];
+        }
+        for (int s = 0; s < count; s += chunk) {
+          std::copy_n(t.state, a.states, t.entering + (start + s) / chunk * a.states);
+          if (start + s + chunk >= a.length) break;
+          scan::forward<false>(chunk, a.states, delta + s, x + s, t.A, {B + s * pitch, pitch, t.B},
+                               {nullptr, 0, t.C}, t.state, nullptr);
+        }
+      }
+    }
+  }
+
   // The gradient before the gate, and the skip of y. `close` needs the gradient of the output and the gate again: both
   // are read a second time, which is cheaper than to keep them.
-  void open(const Task& task, const Tile& t, int64_t start, int count, const vec* u, vec* y, vec* grad_y) const {
-    read(a.z, task, t, start, count, y, true);
+  void open(const Task& task, const Tile& t, int64_t start, int count) const {
+    read(a.z, task, t, start, count, -chunk, t.y);
     for (int s = 0; s < count; ++s) {
-      grad_y[s] *= y[s] * scan::sigmoid(y[s]);
-      y[s] = t.ends.D * u[s];
+      t.grad_y[s] *= t.y[s] * scan::sigmoid(t.y[s]);
+      t.y[s] = t.ends.D * t.u[s];
     }
   }
 
   // The gradient of z from y, in its place.
-  void close(const Task& task, const Tile& t, int64_t start, int count, vec* y) const {
+  void close(const Task& task, const Tile& t, int64_t start, int count) const {
     vec z[scan::longest_chunk], grad_out[scan::longest_chunk];
-    read(a.z, task, t, start, count, z);
-    read(a.grad_out, task, t, start, count, grad_out);
+    read(a.z, task, t, start, count, 0, z);
+    read(a.grad_out, task, t, start, count, 0, grad_out);
     for (int s = 0; s < count; ++s) {
       const vec opening = scan::sigmoid(z[s]);
-      y[s] *= grad_out[s] * opening * (1.0f + z[s] * (1.0f - opening));
+      t.y[s] *= grad_out[s] * opening * (1.0f + z[s] * (1.0f - opening));
     }
-    write(y, task, t, start, count, a.grad_z);
+    write(t.y, task, t, start, count, a.grad_z);
   }
 
-  // Sum the gradient of B or C over the task's channels and clear it for the next chunk.
-  void reduce(const Task& task, int64_t start, int count, vec* grad, float* sums, float* into) const {
-    scan::sum_lanes(grad, count * a.states, sums);
-    std::fill_n(grad, count * a.states, vec{});
+  // Write the gradient of B or C over a chunk, summed over the task's channels.
+  void write_rows(const Task& task, int64_t start, int count, const float* rows, float* into) const {
     into += ((task.part * a.batch + task.batch) * a.groups + task.group) * a.states * a.length + start;
     if (a.states == 1) {
-      std::copy_n(sums, count, into);
+      std::copy_n(rows, count, into);
       return;
     }
-    int64_t n = 0;
-    for (; n + lanes <= a.states; n += lanes)
-      store_block(sums + n, a.states, lanes, count, into + n * a.length, a.length);
-    for (; n < a.states; ++n)
-      for (int t = 0; t < count; ++t) into[n * a.length + t] = sums[t * a.states + n];
+    for (int64_t n = 0; n < a.states; n += lanes) {
+      const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
+      store_block(rows + n, pitch, width, count, into + n * a.length, a.length);
+    }
   }
 };
 

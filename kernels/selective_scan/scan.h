@@ -39,13 +39,10 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 
 inline vec at_least(vec x, float low) { return (vec)_mm512_maskz_max_ps(0xffff, (__m512)broadcast(low), (__m512)x); }
 
-inline vec round(vec x) {
-  return (vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-// x - round(x), and 0 for the infinities.
+// x less the nearest multiple of 2^-bits, and 0 for the infinities.
+template <int bits>
 inline vec remainder(vec x) {
-  return (vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, bits << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 inline vec scale(vec x, vec exponent) { return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)exponent); }
@@ -76,6 +73,39 @@ inline vec scale(vec x, vec exponent) {
 
 #endif
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+// 2^(k / 16) (1 + growth), where `shifted` is x + rounder and k = round(16 x): its last four bits choose a root of two
+// from a register, `scale` takes the floor of k / 16. Fewer multiplications than a polynomial on [-1/2, 1/2], on whose
+// units the scans wait. Relative error 1.1e-7; decays near 1, which compound over many steps, are rounded once (k = 0).
+constexpr float rounder = 786432.0f;  // 1.5 * 2^19
+
+inline vec grow(vec shifted, vec growth) {
+  const vec roots = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                     1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                     1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+  const vec root = (vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)shifted, (__m512)roots);
+  return scale(root + root * growth, shifted - rounder);
+}
+
+inline vec exp2(vec x) {
+  const vec rest = remainder<4>(x);
+  vec p = rest * 5.550213531e-02f + 2.402342856e-01f;  // minimax on [-1/32, 1/32], error 2e-9
+  p = p * rest + 6.931471825e-01f;
+  return grow(x + rounder, p * rest);
+}
+
+// exp(x) for x <= 0.
+inline vec exp_negative(vec x) {
+  x = at_least(x, -110.0f);
+  const vec shifted = x * log2_e + rounder, whole = shifted - rounder;
+  // ln 2 in two parts, of which the first has 14 bits, so that nothing is rounded when `whole` times it is taken off.
+  const vec rest = (x - whole * 0.693115234375f) - whole * 3.194618329871e-05f;
+  return grow(shifted, (rest * 1.666605771e-01f + 5.000160933e-01f) * (rest * rest) + rest);
+}
+
+#else
+
 // 2^(fraction + whole), |fraction| <= 1/2: 1 + fraction times a minimax polynomial, so that decays near 1 are rounded
 // once. Relative error 2e-9 before rounding, 8e-8 after.
 inline vec power_of_two(vec fraction, vec whole) {
@@ -99,11 +129,12 @@ inline vec exp_negative(vec x) {
   return power_of_two(rest * log2_e, whole);
 }
 
+#endif
+
 // log(1 + exp(x)) = max(x, 0) + log1p(w), w = exp(-|x|): x itself above 20 in float32, as PyTorch has it. log1p(w) is w
 // times a minimax polynomial, so that small steps keep their relative accuracy (5e-9 before rounding).
-inline vec softplus(vec x) {
+inline vec softplus(vec x, vec w) {
   const vec zero{};
-  const vec w = exp_negative(x < 0.0f ? x : -x);
   vec p = w * -3.244023366e-03f + 1.985145419e-02f;
   p = p * w - 5.695951890e-02f;
   p = p * w + 1.060365333e-01f;
@@ -116,10 +147,12 @@ inline vec softplus(vec x) {
   return p * w + (x > 0.0f ? x : zero);
 }
 
-inline vec sigmoid(vec x) {
-  const vec w = exp_negative(x < 0.0f ? x : -x);
-  return (x < 0.0f ? w : broadcast(1.0f)) / (w + 1.0f);
-}
+inline vec sigmoid(vec x, vec w) { return (x < 0.0f ? w : broadcast(1.0f)) / (w + 1.0f); }
+
+// exp(-|x|), of which softplus and sigmoid are made.
+inline vec falling(vec x) { return exp_negative(x < 0.0f ? x : -x); }
+
+inline vec sigmoid(vec x) { return sigmoid(x, falling(x)); }
 
 // ---- Moving between lanes --------------------------------------------------------------------------------------------
 
@@ -132,30 +165,52 @@ inline vec shuffle(vec a, vec b) {
 #endif
 }
 
-template <int... i>
-inline void zip(vec& a, vec& b, std::integer_sequence<int, i...>) {
-  const vec low = shuffle<(i / 2 + i % 2 * lanes)...>(a, b);
-  b = shuffle<(lanes / 2 + i / 2 + i % 2 * lanes)...>(a, b);
-  a = low;
-}
-
-template <int... i>
-inline vec add_pairs(vec a, vec b, std::integer_sequence<int, i...>) {
-  return shuffle<(2 * i)...>(a, b) + shuffle<(2 * i + 1)...>(a, b);
-}
-
 using every_lane = std::make_integer_sequence<int, lanes>;
 
-// Transpose `lanes` vectors: zipping the halves log2(lanes) times.
+// The even blocks of lanes of a and of b in one vector, or the odd ones; within 128 bits where blocks are that small.
+// Machines have a single instruction for each.
+template <int block, bool odd, int... i>
+inline vec blocks(vec a, vec b, std::integer_sequence<int, i...>) {
+  constexpr int span = block < 4 ? 4 : lanes;
+  constexpr auto from = [](int to) {
+    const int beside = to % span / (span / 2) * lanes, place = to % (span / 2) / block * 2 * block + to % block;
+    return beside + to / span * span + place + odd * block;
+  };
+  return shuffle<from(i)...>(a, b);
+}
+
+template <int block>
+inline void exchange(vec* rows, int distance) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & distance) continue;
+    const vec a = rows[i], b = rows[i + distance];
+    rows[i] = blocks<block, false>(a, b, every_lane{}), rows[i + distance] = blocks<block, true>(a, b, every_lane{});
+  }
+}
+
+// Transpose `lanes` vectors. Each step takes a bit of the lane's number to the vector's, where they land swapped in
+// pairs, and one back.
 inline void transpose(vec* rows) {
-  for (int width = 1; width < lanes; width *= 2) {
-    vec zipped[lanes];
-    for (int i = 0; i < lanes / 2; ++i) {
-      vec a = rows[i], b = rows[i + lanes / 2];
-      zip(a, b, every_lane{});
-      zipped[2 * i] = a, zipped[2 * i + 1] = b;
-    }
-    for (int i = 0; i < lanes; ++i) rows[i] = zipped[i];
+  if constexpr (lanes == 16) exchange<8>(rows, 4), exchange<4>(rows, 8);
+  if constexpr (lanes == 8) exchange<4>(rows, 4);
+  exchange<2>(rows, 1), exchange<1>(rows, 2);
+  constexpr auto swapped = [](int i) {
+    return (i & 1) << 1 | (i & 2) >> 1 | (lanes == 16 ? (i & 4) << 1 | (i & 8) >> 1 : i & 4);
+  };
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (i < swapped(i)) std::swap(rows[i], rows[swapped(i)]);
+}
+
+// Add the odd blocks of lanes to the even ones: half of the vectors that are not `done` remain.
+template <int block>
+inline void add_blocks(vec* x, int distance, int done) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & (distance | done)) continue;
+    const vec a = x[i], b = x[i + distance];
+    x[i] = blocks<block, false>(a, b, every_lane{}) + blocks<block, true>(a, b, every_lane{});
   }
 }
 
@@ -164,8 +219,9 @@ inline void sum_lanes(const vec* x, int64_t count, float* sums) {
   for (int64_t from = 0; from < count; from += lanes) {
     vec level[lanes];
     for (int i = 0; i < lanes; ++i) level[i] = x[from + i];
-    for (int left = lanes / 2; left > 0; left /= 2)
-      for (int i = 0; i < left; ++i) level[i] = add_pairs(level[2 * i], level[2 * i + 1], every_lane{});
+    if constexpr (lanes == 16) add_blocks<8>(level, 4, 0), add_blocks<4>(level, 8, 4);
+    if constexpr (lanes == 8) add_blocks<4>(level, 4, 0);
+    add_blocks<2>(level, 1, lanes - 4), add_blocks<1>(level, 2, lanes - 3);
     simd::store(sums + from, level[0]);
   }
 }
@@ -189,7 +245,8 @@ struct Scratch {
 
   // Room is made for 64 pieces' rounding.
   Scratch(int64_t floats, int threads)
-      : each(round_up(floats + 64 * 16, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
+      : each(round_up(floats + 64 * 16, 16)),
+        data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -199,7 +256,7 @@ struct Scratch {
 // lanes of their gradients. It depends on the sizes alone, so that the sums have one order whatever the threads.
 inline int64_t tiles_together(int64_t sequences, int64_t channels) {
   const int64_t tiles = (channels + lanes - 1) / lanes, all = sequences * tiles;
-  return all >= 96 ? 4 : all >= 16 ? 2 : 1;
+  return all >= 96 ? 4 : all >= 24 ? 3 : all >= 12 ? 2 : 1;
 }
 
 // `width` rows of a matrix (rows, columns) as vectors over rows, one a column, times a factor; zeros beyond the width.
@@ -271,25 +328,37 @@ constexpr int longest_chunk = 64;
 // A tile's way back through a chunk. Everything but the first line is added to.
 struct Backward {
   const vec *delta, *x, *grad_y, *A, *entering;
-  vec *grad_state;                 // (states,), of the state leaving the chunk, and on return of that entering it
-  vec *grad_x, *grad_rate;         // (steps,); the rate is of log2(decay) / A
-  vec *grad_A;                     // (states,), of A itself
-  vec *grad_B, *grad_C;            // (steps, states), or (states,) of constant ones
-  vec *y;                          // (steps,), or null
+  vec *grad_state;            // (states,), of the state leaving the chunk, and on return of that entering it
+  vec *grad_x, *grad_rate;    // (steps,); the rate is of log2(decay) / A
+  vec *grad_A;                // (states,), of A itself
+  vec *grad_B, *grad_C;       // (states,), of constant ones
+  vec *y;                     // (steps,), or null
   Projection B, C;
 };
 
-template <int width, bool constant_B, bool constant_C>
-inline void retreat(int count, int64_t states, int64_t n, const Backward& c) {
-  vec decay[longest_chunk][width], former[longest_chunk][width], h[width];
-  for (int i = 0; i < width; ++i) h[i] = c.entering[n + i];
+// The gradients of B and C over a chunk, (steps, width) for some of the states, not yet summed over lanes.
+template <int width>
+struct Spread {
+  vec B[longest_chunk][width], C[longest_chunk][width];
+};
+
+// The first tile fills `spread`, the next ones add to it.
+template <int width, bool constant_B, bool constant_C, bool first>
+inline void retreat(int count, int64_t n, const Backward& c, Spread<width>& spread) {
+  // `left` is decay times the state before. The decay behind the end makes the last step like any other.
+  vec decay[longest_chunk + 1][width], left[longest_chunk][width];
+  vec h[width], grad_C[width] = {};
+  for (int i = 0; i < width; ++i) h[i] = c.entering[n + i], decay[count][i] = broadcast(1.0f);
   for (int t = 0; t < count; ++t) {
-    const vec step = c.delta[t], in = c.x[t];
+    const vec step = c.delta[t], in = c.x[t], grad_y = c.grad_y[t];
 #pragma GCC unroll 4
     for (int i = 0; i < width; ++i) {
       decay[t][i] = exp2(step * c.A[n + i]);
-      former[t][i] = h[i];
-      h[i] = decay[t][i] * h[i] + in * at<constant_B>(c.B, t, n + i);
+      left[t][i] = decay[t][i] * h[i];
+      h[i] = in * at<constant_B>(c.B, t, n + i) + left[t][i];
+      if (constant_C) grad_C[i] += grad_y * h[i];
+      else if (first) spread.C[t][i] = grad_y * h[i];
+      else spread.C[t][i] += grad_y * h[i];
     }
     if (c.y) {
       vec sum{};
@@ -298,58 +367,81 @@ inline void retreat(int count, int64_t states, int64_t n, const Backward& c) {
     }
   }
   // Sums over time are taken chunk by chunk: a long one would lose the last digits.
-  vec grad[width], grad_A[width] = {}, grad_B[width] = {}, grad_C[width] = {};
+  vec grad[width], grad_A[width] = {}, grad_B[width] = {};
   for (int i = 0; i < width; ++i) grad[i] = c.grad_state[n + i];
   for (int t = count - 1; t >= 0; --t) {
     const vec step = c.delta[t], in = c.x[t], grad_y = c.grad_y[t];
     vec grad_x = c.grad_x[t], grad_rate = c.grad_rate[t];
 #pragma GCC unroll 4
     for (int i = 0; i < width; ++i) {
-      const int64_t place = t * states + n + i;
-      grad[i] += grad_y * at<constant_C>(c.C, t, n + i);
-      if (constant_C) grad_C[i] += grad_y * h[i];
-      else c.grad_C[place] += grad_y * h[i];
+      // One operation from step to step: a recurrence over few states waits for nothing else.
+      grad[i] = decay[t + 1][i] * grad[i] + grad_y * at<constant_C>(c.C, t, n + i);
       if (constant_B) grad_B[i] += in * grad[i];
-      else c.grad_B[place] += in * grad[i];
+      else if (first) spread.B[t][i] = in * grad[i];
+      else spread.B[t][i] += in * grad[i];
       grad_x += grad[i] * at<constant_B>(c.B, t, n + i);
-      grad[i] *= decay[t][i];
-      h[i] = former[t][i];
-      const vec through = grad[i] * h[i];
+      const vec through = grad[i] * left[t][i];
       grad_rate += through * c.A[n + i];
       grad_A[i] += through * step;
     }
     c.grad_x[t] = grad_x, c.grad_rate[t] = grad_rate;
   }
   for (int i = 0; i < width; ++i) {
-    c.grad_state[n + i] = grad[i], c.grad_A[n + i] += grad_A[i];
+    c.grad_state[n + i] = decay[0][i] * grad[i], c.grad_A[n + i] += grad_A[i];
     if (constant_B) c.grad_B[n + i] += grad_B[i];
     if (constant_C) c.grad_C[n + i] += grad_C[i];
   }
 }
 
-inline void backward(int count, int64_t states, const Backward& chunk) {
+// Rows of floats, one a step.
+struct Rows {
+  float* data;
+  int64_t pitch;
+};
+
+// Sum a spread gradient over its lanes, into rows of all states.
+template <int width>
+inline void gather_sums(int count, const vec (*spread)[width], int64_t n, Rows rows) {
+  alignas(64) float sums[longest_chunk * width];  // whole vectors, though the chunk may be short
+  sum_lanes(&spread[0][0], count * width, sums);
+  for (int t = 0; t < count; ++t) std::memcpy(rows.data + t * rows.pitch + n, sums + t * width, width * sizeof(float));
+}
+
+template <int width, bool constant_B, bool constant_C>
+inline void retreat(int count, int64_t n, const Backward* tiles, int64_t number, Rows grad_B, Rows grad_C) {
+  Spread<width> spread;
+  retreat<width, constant_B, constant_C, true>(count, n, tiles[0], spread);
+  for (int64_t i = 1; i < number; ++i) retreat<width, constant_B, constant_C, false>(count, n, tiles[i], spread);
+  if (!constant_B) gather_sums(count, spread.B, n, grad_B);
+  if (!constant_C) gather_sums(count, spread.C, n, grad_C);
+}
+
+// Tiles that share B and C take a chunk back side by side, a few states at a time: what is kept of these stays in the
+// first cache. grad_B and grad_C, rows of states, are the sums over the tiles' channels, unless constant.
+inline void backward(int count, int64_t states, const Backward* tiles, int64_t number, Rows grad_B, Rows grad_C) {
+  const auto walk = [&](auto function, int64_t n) { function(count, n, tiles, number, grad_B, grad_C); };
   int64_t n = 0;
-  if (chunk.B.constant || chunk.C.constant) {
+  if (tiles->B.constant || tiles->C.constant) {
     for (; n < states; ++n) {
-      if (!chunk.B.constant) retreat<1, false, true>(count, states, n, chunk);
-      else if (chunk.C.constant) retreat<1, true, true>(count, states, n, chunk);
-      else retreat<1, true, false>(count, states, n, chunk);
+      if (!tiles->B.constant) walk(retreat<1, false, true>, n);
+      else if (tiles->C.constant) walk(retreat<1, true, true>, n);
+      else walk(retreat<1, true, false>, n);
     }
     return;
   }
-  for (; n + 4 <= states; n += 4) retreat<4, false, false>(count, states, n, chunk);
-  for (; n < states; ++n) retreat<1, false, false>(count, states, n, chunk);
+  for (; n + 4 <= states; n += 4) walk(retreat<4, false, false>, n);
+  for (; n < states; ++n) walk(retreat<1, false, false>, n);
 }
 
-// Steps of a chunk on the way back: what a tile keeps of it (two vectors a step and state) stays in the first cache.
+// Steps of a chunk on the way back: the states noted at the chunks' starts are about as large as an input.
 inline int backward_chunk(int64_t states) { return states <= 4 ? 64 : states <= 8 ? 32 : 16; }
 
-// delta + bias, through softplus if asked for, in place.
-inline void activate(int count, vec* delta, vec bias, bool through_softplus) {
-  if (through_softplus)
-    for (int t = 0; t < count; ++t) delta[t] = softplus(delta[t] + bias);
-  else
-    for (int t = 0; t < count; ++t) delta[t] += bias;
+// softplus(delta) if asked for, and its derivative where there is a place for it.
+inline vec activate(vec delta, bool through_softplus, vec* slope) {
+  if (!through_softplus) return delta;
+  const vec w = falling(delta);
+  if (slope) *slope = sigmoid(delta, w);
+  return softplus(delta, w);
 }
 
 // What follows a tile's way back: grad_x, of delta u, becomes the gradient of u, and grad_rate that of delta before the
@@ -358,12 +450,12 @@ struct Ends {
   vec D, bias, grad_D, grad_bias;
 };
 
-inline void finish(int count, const vec* u, const vec* raw, const vec* delta, bool through_softplus, const vec* grad_y,
-                   vec* grad_x, vec* grad_rate, Ends& ends) {
+inline void finish(int count, const vec* u, const vec* slope, const vec* delta, bool through_softplus,
+                   const vec* grad_y, vec* grad_x, vec* grad_rate, Ends& ends) {
   vec grad_bias{}, grad_D{};
   for (int t = 0; t < count; ++t) {
     vec grad_delta = grad_rate[t] * ln_2 + grad_x[t] * u[t];
-    if (through_softplus) grad_delta *= sigmoid(raw[t] + ends.bias);
+    if (through_softplus) grad_delta *= slope[t];
     grad_bias += grad_delta;
     grad_D += grad_y[t] * u[t];
     grad_x[t] = grad_x[t] * delta[t] + grad_y[t] * ends.D;

@@ -42,6 +42,9 @@ struct Arguments {
   // none. An order has counts[order] steps.
   const int32_t *read, *place, *target;
   const int64_t* counts;
+  // (3, orders): whether an order is the first at every cell of x, of its own maps and every row of the output, and at
+  // each of them once, so that these need not be zeros before.
+  const int32_t* first;
   int64_t batch, cells, channels, states, rank, orders, steps, rows, softplus, threads;
   float scale;  // of the output
 };
@@ -84,22 +87,21 @@ void gather(const float* from, int64_t cell, const int32_t* cells, int count, in
   }
 }
 
-// A tile's rows. Those of the `next` chunk are fetched meanwhile: an order's cells may lie pages apart.
-void gather(const float* from, int64_t cell, const int32_t* cells, const int32_t* next, int count, int width,
-            vec* rows) {
-  for (int t = 0; t < count; ++t) {
-    __builtin_prefetch(from + next[t] * cell);
-    rows[t] = cells[t] < 0 ? vec{} : load_row(from + cells[t] * cell, width);
-  }
+// A tile's row at a step, zeros for a padded step. That of the chunk that comes `next` is fetched meanwhile: an order's
+// cells may lie pages apart.
+vec fetch(const float* from, int64_t cell, const int32_t* step, int64_t next, int width) {
+  __builtin_prefetch(from + step[next] * cell);
+  return *step < 0 ? vec{} : load_row(from + *step * cell, width);
 }
 
-void scatter(const vec* rows, float factor, const int32_t* cells, const int32_t* next, int count, int width,
+// Add rows to their cells; `store` them where nothing was written before.
+void scatter(const vec* rows, float factor, const int32_t* cells, int64_t next, int count, int width, bool store,
              float* into, int64_t cell) {
   for (int t = 0; t < count; ++t) {
-    __builtin_prefetch(into + next[t] * cell, 1);
+    __builtin_prefetch(into + cells[t + next] * cell, 1);
     if (cells[t] < 0) continue;
     float* row = into + cells[t] * cell;
-    store_row(load_row(row, width) + rows[t] * factor, row, width);
+    store_row(store ? rows[t] * factor : load_row(row, width) + rows[t] * factor, row, width);
   }
 }
 
@@ -113,6 +115,7 @@ struct Tile {
   int width;
   vec *A, *state, *weight, *entering, *grad_A;
   float *rows, *grad_rows;  // the low rank's weight and its gradient, (lanes, rank) in a pitch
+  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
   scan::Ends ends;
 };
 
@@ -123,9 +126,11 @@ struct Chunk {
   int64_t start;
   int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
   const int32_t *read, *place, *target;
-  float *B, *C, *rank, *sums, *grad_rank;
-  vec *u, *raw, *delta, *x, *y, *grad_y, *grad_x, *grad_rate, *grad_B, *grad_C;
+  float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
+  vec *u, *delta, *x, *y;  // of one tile
 };
+
+enum Table { reads, places, targets };
 
 struct Job {
   const Arguments& a;
@@ -147,8 +152,8 @@ struct Job {
   int64_t floats() const {
     const int64_t common = chunk * (2 * pitch + rank_pitch) + (4 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
     const int64_t boundaries = tiles * ((a.steps + chunk - 1) / chunk) * a.states;
-    const int64_t rest = (4 * chunk + boundaries + tiles * (a.states + 2 * rank_pitch) + 2 * chunk * a.states +
-                          2 * lanes) * lanes + chunk * (a.states + rank_pitch) + lanes;
+    const int64_t rest = (boundaries + tiles * (a.states + 2 * rank_pitch + 7 * chunk)) * lanes +
+                         chunk * (2 * pitch + rank_pitch);
     return common + (back ? rest : 0);
   }
 
@@ -162,10 +167,8 @@ struct Job {
     c.B = arena.floats(chunk * pitch), c.C = arena.floats(chunk * pitch), c.rank = arena.floats(chunk * rank_pitch);
     for (vec** x : {&c.u, &c.delta, &c.x, &c.y}) *x = arena.vectors(chunk);
     if (!back) return c;
-    for (vec** x : {&c.raw, &c.grad_y, &c.grad_x, &c.grad_rate}) *x = arena.vectors(chunk);
-    for (vec** x : {&c.grad_B, &c.grad_C}) *x = cleared(arena, chunk * a.states + lanes);
+    c.grad_B = arena.floats(chunk * pitch), c.grad_C = arena.floats(chunk * pitch);
     c.grad_rank = arena.floats(chunk * rank_pitch);
-    c.sums = arena.floats(chunk * a.states + lanes);
     return c;
   }
 
@@ -196,6 +199,7 @@ struct Job {
     if (a.bias) scan::load_columns(a.bias + row, 1, t.width, 1.0f, &t.ends.bias);
     if (!back) return t;
     t.grad_A = cleared(arena, a.states);
+    for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate}) *x = arena.vectors(chunk);
     t.rows = arena.floats(lanes * rank_pitch), t.grad_rows = arena.floats(lanes * rank_pitch);
     std::fill_n(t.rows, lanes * rank_pitch, 0.0f);
     std::fill_n(t.grad_rows, lanes * rank_pitch, 0.0f);
@@ -209,6 +213,9 @@ struct Job {
     return x.data + task.batch * x.batch + order * x.order;
   }
 
+  bool first(Table table, int64_t order) const { return a.first[table * a.orders + order]; }
+
+  // Rows that orders add to are zeros before the first one.
   void clear(const Map& x, const Task& task, int64_t order, int64_t rows) const {
     float* row = base(x, task, order) + task.first;
     for (int64_t i = 0; i < rows; ++i, row += x.cell)
@@ -223,12 +230,22 @@ struct Job {
     if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, rank_pitch, c.rank);
   }
 
-  void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* delta) const {
-    gather(base(a.x, task, 0) + t.channel, a.x.cell, c.read, c.read + c.next, c.count, t.width, c.u);
-    if (!a.rank) {
-      gather(base(a.delta, task, c.order) + t.channel, a.delta.cell, c.place, c.place + c.next, c.count, t.width, delta);
-      return;
+  // u, delta and their product over a chunk, and the derivative of softplus where there is a place for it. One loop, so
+  // that cells are fetched while delta is computed, and not all at once.
+  void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* u, vec* delta, vec* x, vec* slope) const {
+    const float* input = base(a.x, task, 0) + t.channel;
+    const float* full = base(a.delta, task, c.order) + t.channel;
+    if (a.rank) multiply_rank(c, t, delta);
+    for (int s = 0; s < c.count; ++s) {
+      u[s] = fetch(input, a.x.cell, c.read + s, c.next, t.width);
+      if (!a.rank) delta[s] = fetch(full, a.delta.cell, c.place + s, c.next, t.width);
+      delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, slope ? slope + s : nullptr);
+      x[s] = delta[s] * u[s];
     }
+  }
+
+  // The full delta from the low-rank one.
+  void multiply_rank(const Chunk& c, const Tile& t, vec* delta) const {
     int s = 0;
     for (; s + 4 <= c.count; s += 4) {
       vec sum[4] = {};
@@ -245,7 +262,7 @@ struct Job {
 
   void forward(const Task& task, Arena arena) const {
     Chunk c = buffers(arena);
-    clear(a.out, task, 0, a.rows);
+    if (!first(targets, 0)) clear(a.out, task, 0, a.rows);
     for (int64_t order = 0; order < a.orders; ++order) {
       Tile side[4];
       Arena rest = arena;
@@ -255,13 +272,12 @@ struct Job {
         read_rows(task, c, true);
         for (int64_t i = 0; i * lanes < task.channels; ++i) {
           const Tile& t = side[i];
-          read_tile(task, c, t, c.delta);
-          scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
-          for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s], c.x[s] = c.delta[s] * c.u[s];
+          read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
+          for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s];
           scan::forward<true>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr},
                               {c.C, pitch, nullptr}, t.state, c.y);
-          scatter(c.y, a.scale, c.target, c.target + c.next, c.count, t.width, base(a.out, task, 0) + t.channel,
-                  a.out.cell);
+          scatter(c.y, a.scale, c.target, c.next, c.count, t.width, first(targets, order),
+                  base(a.out, task, 0) + t.channel, a.out.cell);
         }
       }
     }
@@ -270,8 +286,8 @@ struct Job {
   // One order; `sums` is the task's own of the rows' gradients.
   void backward(const Task& task, int64_t order, Arena arena, float* sums) const {
     Chunk c = buffers(arena);
-    if (order == 0) clear(a.grad_x, task, 0, a.cells);
-    if (!a.rank) clear(a.grad_delta, task, order, a.cells);
+    if (order == 0 && !first(reads, 0)) clear(a.grad_x, task, 0, a.cells);
+    if (!a.rank && !first(places, order)) clear(a.grad_delta, task, order, a.cells);
     Tile side[4];
     const int64_t count = (task.channels + lanes - 1) / lanes;
     for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, arena);
@@ -280,12 +296,15 @@ struct Job {
       move(c, order, n * chunk, true);
       read_rows(task, c, true);
       std::fill_n(c.grad_rank, chunk * rank_pitch, 0.0f);
-      for (int64_t i = 0; i < count; ++i) retreat(task, c, side[i], n);
+      scan::Backward ways[4];
+      for (int64_t i = 0; i < count; ++i) ways[i] = prepare(task, c, side[i], n);
+      scan::backward(c.count, a.states, ways, count, {c.grad_B, pitch}, {c.grad_C, pitch});
+      for (int64_t i = 0; i < count; ++i) finish(task, c, side[i]);
       float* rows = sums + c.start * a.states;
-      reduce(c, c.grad_B, rows);
-      reduce(c, c.grad_C, rows + a.counts[order] * a.states);
+      copy_rows(c.count, a.states, c.grad_B, pitch, rows);
+      copy_rows(c.count, a.states, c.grad_C, pitch, rows + a.counts[order] * a.states);
       rows = sums + a.counts[order] * 2 * a.states + c.start * a.rank;
-      for (int t = 0; t < c.count; ++t) std::copy_n(c.grad_rank + t * rank_pitch, a.rank, rows + t * a.rank);
+      copy_rows(c.count, a.rank, c.grad_rank, rank_pitch, rows);
     }
     for (int64_t i = 0; i < count; ++i) {
       const Tile& t = side[i];
@@ -312,38 +331,36 @@ struct Job {
           std::fill_n(t.state, a.states, vec{});
           continue;
         }
-        read_tile(task, c, t, c.delta);
-        scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
-        for (int s = 0; s < c.count; ++s) c.x[s] = c.delta[s] * c.u[s];
+        read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
         scan::forward<false>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr}, {}, t.state, nullptr);
       }
     }
   }
 
-  void retreat(const Task& task, Chunk& c, Tile& t, int64_t n) const {
-    read_tile(task, c, t, c.raw);
-    gather(base(a.grad_out, task, 0) + t.channel, a.grad_out.cell, c.target, c.target + c.next, c.count, t.width,
-           c.grad_y);
-    std::copy_n(c.raw, c.count, c.delta);
-    scan::activate(c.count, c.delta, t.ends.bias, a.softplus);
+  scan::Backward prepare(const Task& task, const Chunk& c, const Tile& t, int64_t n) const {
+    read_tile(task, c, t, t.u, t.delta, t.x, t.slope);
+    const float* grad_out = base(a.grad_out, task, 0) + t.channel;
     for (int s = 0; s < c.count; ++s) {
-      c.x[s] = c.delta[s] * c.u[s], c.grad_y[s] *= a.scale;
-      c.grad_x[s] = vec{}, c.grad_rate[s] = vec{};
+      t.grad_y[s] = fetch(grad_out, a.grad_out.cell, c.target + s, c.next, t.width) * a.scale;
+      t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
     }
-    scan::backward(c.count, a.states,
-                   {c.delta, c.x, c.grad_y, t.A, t.entering + n * a.states, t.state, c.grad_x, c.grad_rate, t.grad_A,
-                    c.grad_B, c.grad_C, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}});
-    scan::finish(c.count, c.u, c.raw, c.delta, a.softplus, c.grad_y, c.grad_x, c.grad_rate, t.ends);
-    scatter(c.grad_x, 1.0f, c.read, c.read + c.next, c.count, t.width, base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
+    return {t.delta, t.x, t.grad_y, t.A, t.entering + n * a.states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+            nullptr, nullptr, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}};
+  }
+
+  void finish(const Task& task, const Chunk& c, Tile& t) const {
+    scan::finish(c.count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
+    scatter(t.grad_x, 1.0f, c.read, c.next, c.count, t.width, first(reads, c.order),
+            base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
     if (a.rank) retreat_rank(c, t);
     else
-      scatter(c.grad_rate, 1.0f, c.place, c.place + c.next, c.count, t.width,
+      scatter(t.grad_rate, 1.0f, c.place, c.next, c.count, t.width, first(places, c.order),
               base(a.grad_delta, task, c.order) + t.channel, a.grad_delta.cell);
   }
 
   // The gradients of a low-rank delta's factors from that of the full one: here vectors lie along the rank.
   void retreat_rank(const Chunk& c, const Tile& t) const {
-    const float* grad_delta = reinterpret_cast<const float*>(c.grad_rate);
+    const float* grad_delta = reinterpret_cast<const float*>(t.grad_rate);
     for (int64_t r = 0; r < rank_pitch; r += lanes) {
       vec weight[lanes], grad[lanes];
       for (int i = 0; i < lanes; ++i) weight[i] = simd::load(t.rows + i * rank_pitch + r);
@@ -362,11 +379,8 @@ struct Job {
     }
   }
 
-  // Sum the gradient of B or C over the task's channels, and clear it for the next chunk.
-  void reduce(const Chunk& c, vec* grad, float* rows) const {
-    scan::sum_lanes(grad, c.count * a.states, c.sums);
-    std::copy_n(c.sums, c.count * a.states, rows);
-    std::fill_n(grad, c.count * a.states, vec{});
+  static void copy_rows(int count, int64_t width, const float* from, int64_t pitch, float* rows) {
+    for (int t = 0; t < count; ++t) std::copy_n(from + t * pitch, width, rows + t * width);
   }
 
   // The floats of a task's sums over one order: those of B, C and the low-rank delta, (steps, features) each.

@@ -30,7 +30,7 @@ _MAPS = ("x", "delta", "B", "C", "grad_out", "out", "grad_x", "grad_delta")
 _DENSE = (
     *("delta_weight", "A", "D", "delta_bias"),
     *("grad_weight", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C", "grad_rank"),
-    *("read", "place", "target", "counts"),
+    *("read", "place", "target", "counts", "first"),
 )
 _NUMBERS = ("batch", "cells", "channels", "states", "rank", "orders", "steps", "rows", "softplus", "threads")
 
@@ -61,6 +61,8 @@ class _Table:
         place: the same, the cell of delta, B and C that it reads.
         target: the same, the row of the output that takes a step back, -1 for none; rows are cells, or cells x routes.
         counts: int64 (K,), the steps that matter: padding at the end does not.
+        first: int32 (3, K), whether an order is the first to reach every cell of x, of its own delta, B and C, and
+            every row of the output, each of them once.
         routes: the number of routes.
     """
 
@@ -68,6 +70,7 @@ class _Table:
     place: np.ndarray
     target: np.ndarray
     counts: np.ndarray
+    first: np.ndarray
     routes: int
 
 
@@ -82,8 +85,22 @@ def _table(orders: str, height: int, width: int, permute: str, apart: bool) -> _
     target = np.where(back < 0, -1, cell * count + route if apart else cell).reshape(table.index.shape)
     used = (table.index >= 0) | (target >= 0)
     counts = used.shape[1] - np.argmax(used[:, ::-1], axis=1)
-    read, place, target = (_padded(x) for x in (table.index, table.place, target))
-    return _Table(read, place, target, counts.astype(np.int64), count)
+    place = np.where(np.arange(used.shape[1]) < counts[:, None], table.place, -1)
+    first = np.zeros((3, len(used)), np.int32)
+    first[0, 0] = _covers(table.index[0], cells)
+    first[1] = [_covers(order, cells) for order in place]
+    if apart:
+        first[2] = _covers(target, cells * count)
+    else:
+        first[2, 0] = _covers(target[0], cells)
+    read, place, target = (_padded(x) for x in (table.index, place, target))
+    return _Table(read, place, target, counts.astype(np.int64), first, count)
+
+
+def _covers(table: np.ndarray, size: int) -> bool:
+    """Return whether the table names every one of `size` places, each once."""
+    named = table[table >= 0]
+    return len(named) == size == len(np.unique(named))
 
 
 def _padded(table: np.ndarray) -> np.ndarray:
@@ -120,7 +137,7 @@ class _Call:
         sizes = (batch, cells, channels, A.shape[2], rank, *table.read.shape, rows, delta_softplus, native.threads())
         self.arguments = _Arguments(**dict(zip(_NUMBERS, sizes, strict=True)))
         self.arguments.scale = 1 / table.routes if merge == "mean" else 1
-        for name in ("read", "place", "target", "counts"):
+        for name in ("read", "place", "target", "counts", "first"):
             setattr(self.arguments, name, getattr(table, name).ctypes.data)
         self.tensors = []
         tensors = {"x": x, "delta": delta, "delta_weight": delta_weight, "A": A, "B": B, "C": C, "D": D}
