@@ -24,8 +24,8 @@ _logger = logging.getLogger("visionmix.kernels")
 
 TUNE_VARIABLE = "VISIONMIX_TUNE"
 
-# What a thread can have on NVIDIA. Without a limit, the assembler spills a few registers of some kernels so that one more
-# program fits on a processor.
+# What a thread can have on NVIDIA. Without a limit, the assembler spills a few registers of some kernels so that more
+# programs fit on a processor.
 _MOST_REGISTERS = 255
 
 # Candidates of (num_warps, num_stages) where tuning is asked for; tiles are not tuned, since scratch depends on them.
