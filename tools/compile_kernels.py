@@ -11,12 +11,12 @@ registers or wants more shared memory than a program of the target has.
 
 import argparse
 import csv
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,22 +150,10 @@ def launches(problem: Problem, dtype: torch.dtype, target: Target) -> list[Launc
     return list({_key(launch): launch for launch in planned}.values())
 
 
-def _nvidia_usage(asm: dict[str, Any], device: Device) -> tuple[int, int]:
+def _nvidia_usage(log: str) -> tuple[int, int]:
     """Return registers a thread and bytes spilled, as the assembler reports them."""
-    import triton
-
-    arch = int(device.target.arch)
-    tools = triton.knobs.nvidia
-    assembler = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(asm["ptx"])
-        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [assembler, "-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file)]
-        log = subprocess.run([*command, "-o", f"{file}.o"], check=True, capture_output=True, text=True)
-    text = log.stdout + log.stderr
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text)))
-    return int(re.search(r"Used (\d+) registers", text)[1]), spills
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
+    return int(re.search(r"Used (\d+) registers", log)[1]), spills
 
 
 def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
@@ -189,12 +177,16 @@ def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
 
     device = DEVICES[target]
     signature, constants, attributes = source(launch)
-    compiled = triton.compile(
-        ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget(device.target.backend, device.target.arch, device.warp),
-        options=launch.options,
-    )
-    usage = _nvidia_usage(compiled.asm, device) if device.target.backend == "cuda" else _amd_usage(compiled.asm)
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):
+        # A kernel from Triton's cache would come without the assembler's report, which Triton prints.
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
+            target=GPUTarget(device.target.backend, device.target.arch, device.warp),
+            options=launch.options,
+        )
+    usage = _nvidia_usage(log.getvalue()) if device.target.backend == "cuda" else _amd_usage(compiled.asm)
     return *usage, compiled.metadata.shared
 
 
