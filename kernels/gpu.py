@@ -24,6 +24,10 @@ _logger = logging.getLogger("visionmix.kernels")
 
 TUNE_VARIABLE = "VISIONMIX_TUNE"
 
+# What a thread can have on NVIDIA. Without a limit, the assembler spills a few registers of some kernels so that more
+# programs fit on a processor.
+_MOST_REGISTERS = 255
+
 # Candidates of (num_warps, num_stages) where tuning is asked for; tiles are not tuned, since scratch depends on them.
 _CANDIDATES = tuple((warps, stages) for warps in (2, 4, 8) for stages in (1, 2, 3))
 
@@ -44,8 +48,8 @@ class Launch:
         kernel: the jitted function.
         grid: programs along each axis.
         arguments: by parameter name; None for a tensor not given.
-        num_warps: warps a program.
-        num_stages: software pipeline stages of its loops.
+        options: what the compiler takes: num_warps, the warps of a program, num_stages, the software pipeline stages of
+            its loops, and on NVIDIA maxnreg, the registers of a thread at most.
         passes: how often the kernel reads or writes a tensor argument from one end to the other; 1 where not named.
         flops: floating-point operations of the useful part of the tiles.
     """
@@ -53,8 +57,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     passes: dict[str, float]
     flops: int
 
@@ -114,6 +117,11 @@ def dot_precision(*tensors: Tensor | None) -> str:
     return "tf32" if here.arch == "gfx942" and not full else "ieee"
 
 
+def _options(num_warps: int, num_stages: int) -> dict[str, int]:
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options | {"maxnreg": _MOST_REGISTERS} if target().backend == "cuda" else options
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -125,7 +133,7 @@ def launch(
     repeatable: bool = True,
     **arguments: Any,
 ) -> None:
-    """Run `kernel[grid](**arguments)`, or record it while a plan is active. The rest is as in `Launch`.
+    """Run `kernel[grid](**arguments)`, or record it while a plan is active. The rest is as in `Launch` and its options.
 
     A launch that is not `repeatable` adds to what its buffers hold, so that tuning, which runs it many times, is left
     out.
@@ -133,11 +141,11 @@ def launch(
     if 0 in grid:
         return
     if _plan is not None:
-        _plan.append(Launch(kernel, grid, arguments, num_warps, num_stages, passes or {}, flops))
+        _plan.append(Launch(kernel, grid, arguments, _options(num_warps, num_stages), passes or {}, flops))
         return
     if repeatable and os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
         num_warps, num_stages = _tuned(kernel, grid, arguments, (num_warps, num_stages))
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    kernel[grid](**arguments, **_options(num_warps, num_stages))
 
 
 _winners: dict[tuple, tuple[int, int]] = {}
@@ -160,10 +168,9 @@ def _tuned(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], defaul
         import triton
 
         def time(candidate: tuple[int, int]) -> float:
-            warps, stages = candidate
             try:
                 return triton.testing.do_bench(
-                    lambda: kernel[grid](**arguments, num_warps=warps, num_stages=stages), return_mode="median"
+                    lambda: kernel[grid](**arguments, **_options(*candidate)), return_mode="median"
                 )
             except triton.runtime.errors.OutOfResources:
                 return float("inf")

@@ -2,6 +2,7 @@
 
     python tools/compile_kernels.py
     python tools/compile_kernels.py --op gated_linear_attention --target sm_90 gfx942 --csv kernels.csv
+    python tools/compile_kernels.py --markdown table.md
 
 Every kernel launch that the ops make in forward and backward on a set of shapes, in each dtype, is planned on meta
 tensors and compiled with the arguments, tiles and warps that it would run with. Exits with status 1 if a kernel spills
@@ -10,12 +11,12 @@ registers or wants more shared memory than a program of the target has.
 
 import argparse
 import csv
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[i
 
 
 def _key(launch: Launch) -> str:
-    return repr((launch.kernel.fn.__qualname__, *source(launch), launch.num_warps, launch.num_stages))
+    return repr((launch.kernel.fn.__qualname__, *source(launch), launch.options))
 
 
 def launches(problem: Problem, dtype: torch.dtype, target: Target) -> list[Launch]:
@@ -149,22 +150,10 @@ def launches(problem: Problem, dtype: torch.dtype, target: Target) -> list[Launc
     return list({_key(launch): launch for launch in planned}.values())
 
 
-def _nvidia_usage(asm: dict[str, Any], device: Device) -> tuple[int, int]:
+def _nvidia_usage(log: str) -> tuple[int, int]:
     """Return registers a thread and bytes spilled, as the assembler reports them."""
-    import triton
-
-    arch = int(device.target.arch)
-    tools = triton.knobs.nvidia
-    assembler = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(asm["ptx"])
-        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [assembler, "-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file)]
-        log = subprocess.run([*command, "-o", f"{file}.o"], check=True, capture_output=True, text=True)
-    text = log.stdout + log.stderr
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text)))
-    return int(re.search(r"Used (\d+) registers", text)[1]), spills
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
+    return int(re.search(r"Used (\d+) registers", log)[1]), spills
 
 
 def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
@@ -188,12 +177,16 @@ def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
 
     device = DEVICES[target]
     signature, constants, attributes = source(launch)
-    compiled = triton.compile(
-        ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget(device.target.backend, device.target.arch, device.warp),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
-    usage = _nvidia_usage(compiled.asm, device) if device.target.backend == "cuda" else _amd_usage(compiled.asm)
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):
+        # A kernel from Triton's cache would come without the assembler's report, which Triton prints.
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
+            target=GPUTarget(device.target.backend, device.target.arch, device.warp),
+            options=launch.options,
+        )
+    usage = _nvidia_usage(log.getvalue()) if device.target.backend == "cuda" else _amd_usage(compiled.asm)
     return *usage, compiled.metadata.shared
 
 
@@ -233,13 +226,38 @@ def reports(
                             dtype,
                             launch.kernel.fn.__qualname__,
                             _tiles(launch),
-                            launch.num_warps,
+                            launch.options["num_warps"],
                             target,
                             registers,
                             spills,
                             shared,
-                            round(DEVICES[target].occupancy(registers, shared, launch.num_warps), 2),
+                            round(DEVICES[target].occupancy(registers, shared, launch.options["num_warps"]), 2),
                         )
+
+
+def _cell(variants: list[Report]) -> str:
+    spans = []
+    for field in ("registers", "spills", "shared"):
+        values = {getattr(report, field) for report in variants}
+        spans.append("-".join(map(str, sorted({min(values), max(values)}))))
+    return f"{len(variants)}: {', '.join(spans)}"
+
+
+def table(found: list[Report]) -> list[str]:
+    """Return the lines of a Markdown table, a row for each kernel and dtype.
+
+    A cell holds the variants compiled for a target, their registers a thread, spills and bytes of shared memory.
+    """
+    targets = [target for target in DEVICES if any(report.target == target for report in found)]
+    lines = [f"| op | kernel | dtype | {' | '.join(targets)} |", "| --- | --- | --- |" + " --- |" * len(targets)]
+    rows: dict[tuple[str, str, str], dict[str, list[Report]]] = {}
+    for report in found:
+        row = rows.setdefault((report.op, report.kernel.removesuffix("_kernel"), report.dtype), {})
+        row.setdefault(report.target, []).append(report)
+    for (op, kernel, dtype), row in sorted(rows.items()):
+        cells = (_cell(row[target]) if target in row else "not compiled" for target in targets)
+        lines.append(f"| {op} | {kernel} | {dtype} | {' | '.join(cells)} |")
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -250,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--problem", nargs="+", help="names of the shapes to compile for; all")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     parser.add_argument("--csv", type=Path, help="write the reports to this file")
+    parser.add_argument("--markdown", type=Path, help="write a table of the kernels to this file")
     return parser
 
 
@@ -275,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
             writer = csv.DictWriter(file, Report.__dataclass_fields__)
             writer.writeheader()
             writer.writerows(rows)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(table(found)) + "\n")
     faults = [(report, fault) for report in found if (fault := report.fault())]
     for report, fault in faults:
         print(f"{report.kernel} ({report.dtype}, {report.target}, {report.problem}): {fault}", file=sys.stderr)

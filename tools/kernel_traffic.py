@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from visionmix.kernels.gpu import Target, plan
-from visionmix.tools.kernel_problems import CROSS, gated_linear_attention, selective_scan_2d
+from visionmix.tools.kernel_problems import CROSS, gated_linear_attention, neighborhood_attention, selective_scan_2d
 
 _ELEMENT = 2
 
@@ -72,13 +72,27 @@ def msvmamba(pixels: int) -> list[Layer]:
     return layers
 
 
+def nat(pixels: int) -> list[Layer]:
+    """Return nat_mini's attention: windows of 7x7 with position biases, heads of 32 channels."""
+    layers = []
+    for stage, depth in enumerate((3, 4, 6, 5)):
+        side, heads, dim, kernel_size = pixels // (4 << stage), 2 << stage, 32, 7
+        tokens = side * side * heads
+        map_bytes, lse, table = tokens * dim * _ELEMENT, tokens * 4, heads * (2 * kernel_size - 1) ** 2 * 4
+        # Backward reads what forward read and wrote and grad_out, and writes the gradients of q, k, v and the biases.
+        forward, backward = 4 * map_bytes + lse + table, 8 * map_bytes + lse + 2 * table
+        run = neighborhood_attention((side, side), heads, dim, kernel_size, bias=True)
+        layers.append(Layer("nat_mini", f"{side}x{side}, {heads} heads", depth, run, forward, backward))
+    return layers
+
+
 def rows(target: Target) -> list[str]:
     """Return the table's lines."""
     lines = [
         "| model | pixels | map | calls | forward MB, least | moved | backward MB, least | moved | GFLOP |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for model in (vig, vmamba, msvmamba):
+    for model in (vig, vmamba, msvmamba, nat):
         for pixels in (224, 1024):
             for layer in model(pixels):
                 with plan(target) as launches:

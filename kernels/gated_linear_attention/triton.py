@@ -111,7 +111,7 @@ class _Problem:
             # Wider tiles do not fit the registers where there are several, or where they are masked.
             BK=32 if self.dk == 32 else 16,
             TRANSPOSED=transposed,
-            num_warps=4 if self.chunk == 64 else 2,
+            num_warps=4,
             flops=self.rows * self.length * self._within(states, len(self.gates)),
         )
 

@@ -82,10 +82,7 @@ class _Problem:
             p_out=out,
             p_states=states,
             p_last=last,
-            # Found by compiling: the assembler spills a little for the sake of occupancy with other numbers.
-            num_warps=8
-            if (out is not None and self.arguments["p_z"] is not None) != self.arguments["B_CONSTANT"]
-            else 4,
+            num_warps=8,
             passes=self.passes | ({"p_C": 0} if out is None else {}),
             flops=self.size * (7 * self.states + 3),
         )

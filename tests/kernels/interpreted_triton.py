@@ -99,15 +99,20 @@ def test_half_precision_takes_chunks_of_64():
     )
 
 
-def test_gated_linear_attention_of_strided_tensors():
-    q, k, v, g = attention(18, 8, 8).values()
-    tensors = [x.float() for x in (q, k, v, g)]
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]]
-    expanded = tensors[3][:, :1].expand(-1, 18, -1, -1)
-    with kernels.use("triton"):
-        out, _ = kernels.gated_linear_attention(*strided, expanded)
-        expected, _ = kernels.gated_linear_attention(*tensors[:3], expanded.contiguous())
-    assert torch.equal(out, expected)
+@pytest.mark.long
+@pytest.mark.parametrize("length", [20, 40], ids=["one chunk", "two chunks"])
+@pytest.mark.parametrize(("initial", "final"), [(True, False), (False, True)])
+def test_attention_with_one_of_the_states(length, initial, final):
+    tensors = attention(length, 4, 4, heads=1)
+    if initial:
+        tensors["initial_state"] = normal(1, 1, 4, 4)
+    check(kernels.gated_linear_attention, tensors, output_final_state=final)
+
+
+@pytest.mark.long
+def test_gated_linear_attention_in_bfloat16():
+    tensors = attention(35, 8, 8, strong=True) | {"initial_state": normal(1, 2, 8, 8)}
+    check(kernels.gated_linear_attention, tensors, torch.bfloat16, output_final_state=True)
 
 
 def scan(dim, length, states, *, groups=1, constant="", options=True, batch=2):
@@ -145,6 +150,17 @@ def test_selective_scan_in_bfloat16():
     check(kernels.selective_scan, scan(4, 20, 2), torch.bfloat16, delta_softplus=True)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("option", ["D", "z", "delta_bias", "return_last_state"])
+def test_options_of_the_selective_scan_one_by_one(option):
+    tensors = scan(3, 35, 2, options=False)
+    values = {"D": normal(3), "z": normal(2, 3, 35), "delta_bias": normal(3).abs()}
+    if option in values:
+        check(kernels.selective_scan, tensors | {option: values[option]})
+    else:
+        check(kernels.selective_scan, tensors, return_last_state=True)
+
+
 def test_softplus_keeps_small_steps():
     tensors = scan(4, 20, 1, options=False) | {"delta_bias": torch.full((4,), -12.0, dtype=torch.float64)}
     check(kernels.selective_scan, tensors, delta_softplus=True)
@@ -179,6 +195,8 @@ def selective_scan_2d(delta, delta_weight=None, **rest):
         (5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none"),
         (5, 7, 1, 0, ("window_2", "raster"), "sum"),
         (2, 3, 1, 20, ("raster", "raster_reversed"), "sum"),
+        pytest.param(1, 1, 1, 2, CROSS, "sum", marks=pytest.mark.long),
+        pytest.param(9, 37, 1, 0, ("raster", "raster_reversed"), "none", marks=pytest.mark.long),
         pytest.param(9, 11, 1, 2, CROSS, "mean", marks=pytest.mark.long),
         pytest.param(9, 11, 3, 2, ("window_2", "atrous_2+raster"), "sum", marks=pytest.mark.long),
     ],
@@ -192,6 +210,50 @@ def test_selective_scan_2d(monkeypatch, height, width, states, rank, orders, mer
 
 def test_selective_scan_2d_in_bfloat16():
     check(selective_scan_2d, maps(3, 4, 4, 1, 4, 2), torch.bfloat16, delta_softplus=True)
+
+
+def viewed(op, **expanded):
+    """`op` on tensors of transposed storage, those named expanded along an axis; gradients are of what is viewed."""
+
+    def call(**arguments):
+        for name, x in arguments.items():
+            if isinstance(x, torch.Tensor):
+                arguments[name] = x.transpose(0, -1).contiguous().transpose(0, -1)
+                if name in expanded:
+                    arguments[name] = x.narrow(expanded[name], 0, 1).expand_as(x)
+        return op(**arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("op", "tensors", "options"),
+    [
+        (viewed(kernels.gated_linear_attention, k=2, g=1), attention(18, 8, 8), {}),
+        pytest.param(
+            viewed(kernels.bidirectional_gated_linear_attention, q=1, g_backward=2),
+            attention(35, 8, 8, gates=("g_forward", "g_backward")),
+            {},
+            marks=pytest.mark.long,
+        ),
+        (viewed(kernels.selective_scan, z=2, B=0), scan(3, 20, 2), {"delta_softplus": True}),
+        pytest.param(
+            viewed(kernels.selective_scan, u=1, delta=2, C=3, A=0),
+            scan(4, 35, 2, groups=2),
+            {"delta_softplus": True, "return_last_state": True},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            viewed(selective_scan_2d, x=3, delta=1, B=3, C=2, delta_weight=0),
+            maps(4, 5, 4, 2, 4, 2, batch=2),
+            {"orders": CROSS, "delta_softplus": True},
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["attention", "bidirectional", "scan", "scan, groups", "maps"],
+)
+def test_strided_and_expanded_tensors(op, tensors, options):
+    check(op, tensors, **options)
 
 
 def test_float64_runs_the_reference():
