@@ -24,8 +24,7 @@ _logger = logging.getLogger("visionmix.kernels")
 
 TUNE_VARIABLE = "VISIONMIX_TUNE"
 
-# What a thread can have on NVIDIA. Without a limit, the assembler spills a few registers of some kernels so that more
-# programs fit on a processor.
+# What a thread can have on NVIDIA.
 _MOST_REGISTERS = 255
 
 # Candidates of (num_warps, num_stages) where tuning is asked for; tiles are not tuned, since scratch depends on them.
@@ -117,9 +116,9 @@ def dot_precision(*tensors: Tensor | None) -> str:
     return "tf32" if here.arch == "gfx942" and not full else "ieee"
 
 
-def _options(num_warps: int, num_stages: int) -> dict[str, int]:
+def _options(num_warps: int, num_stages: int, limited: bool) -> dict[str, int]:
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    return options | {"maxnreg": _MOST_REGISTERS} if target().backend == "cuda" else options
+    return options | {"maxnreg": _MOST_REGISTERS} if limited and target().backend == "cuda" else options
 
 
 def launch(
@@ -131,21 +130,24 @@ def launch(
     passes: dict[str, float] | None = None,
     flops: int = 0,
     repeatable: bool = True,
+    limited: bool = True,
     **arguments: Any,
 ) -> None:
     """Run `kernel[grid](**arguments)`, or record it while a plan is active. The rest is as in `Launch` and its options.
 
     A launch that is not `repeatable` adds to what its buffers hold, so that tuning, which runs it many times, is left
-    out.
+    out. `limited` tells NVIDIA's assembler the most registers that a thread can have. Where it is not told, it spills a
+    few in many kernels so that more programs fit on a processor; where it is, it uses more in all, and spills in some
+    kernels of large products that it else fits in. Both were found by compiling for all targets.
     """
     if 0 in grid:
         return
     if _plan is not None:
-        _plan.append(Launch(kernel, grid, arguments, _options(num_warps, num_stages), passes or {}, flops))
+        _plan.append(Launch(kernel, grid, arguments, _options(num_warps, num_stages, limited), passes or {}, flops))
         return
     if repeatable and os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
-        num_warps, num_stages = _tuned(kernel, grid, arguments, (num_warps, num_stages))
-    kernel[grid](**arguments, **_options(num_warps, num_stages))
+        num_warps, num_stages = _tuned(kernel, grid, arguments, (num_warps, num_stages), limited)
+    kernel[grid](**arguments, **_options(num_warps, num_stages, limited))
 
 
 _winners: dict[tuple, tuple[int, int]] = {}
@@ -156,7 +158,9 @@ def _bucket(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _tuned(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]:
+def _tuned(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], default: tuple[int, int], limited: bool
+) -> tuple[int, int]:
     """Return the fastest (num_warps, num_stages); timed once a kernel, dtypes, tile and bucket of the grid's sizes.
 
     The kernel must write every output from its inputs alone, so that a timed run can be repeated.
@@ -170,7 +174,7 @@ def _tuned(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], defaul
         def time(candidate: tuple[int, int]) -> float:
             try:
                 return triton.testing.do_bench(
-                    lambda: kernel[grid](**arguments, **_options(*candidate)), return_mode="median"
+                    lambda: kernel[grid](**arguments, **_options(*candidate, limited)), return_mode="median"
                 )
             except triton.runtime.errors.OutOfResources:
                 return float("inf")

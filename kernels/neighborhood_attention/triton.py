@@ -230,6 +230,7 @@ class _Problem:
             **self.channels,
             **self.tiles,
             num_warps=self.num_warps,
+            limited=False,
             passes=self.passes(["p_k", "p_v"], group),
             flops=self.flops(2 * self.channels["DK"] + 2 * self.channels["DV"], extra=False),
         )
@@ -298,6 +299,7 @@ def forward(
         **problem.tiles,
         **problem.precision,
         num_warps=problem.num_warps,
+        limited=False,
         passes=problem.passes(["p_k", "p_v"], problem.scalars["group"]),
         flops=problem.flops(2 * query.shape[-1] + 2 * value.shape[-1]),
     )
@@ -341,6 +343,7 @@ def backward(
         **problem.tiles,
         **problem.precision,
         "num_warps": problem.num_warps,
+        "limited": False,
     }
     gradients = {"p_lse": lse.contiguous(), "p_do": grad_out, "p_delta": delta, **_map_strides(o=grad_out)}
     launch(

@@ -15,7 +15,7 @@ QUICK = [
     ("selective_scan", "one state", "gfx942", "float32"),
     ("selective_scan_2d", "windows, not merged", "sm_90", "bfloat16"),
     ("selective_scan_2d", "full delta", "gfx942", "float16"),
-    ("neighborhood_attention", "heads of 64", "sm_80", "bfloat16"),
+    ("neighborhood_attention", "heads of 128", "sm_100", "bfloat16"),
     ("neighborhood_attention", "heads of 64", "gfx942", "float32"),
 ]
 LIMIT = compile_kernels.DEVICES["gfx942"].shared_program
