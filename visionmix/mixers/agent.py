@@ -144,14 +144,14 @@ class AgentAttention(nn.Module):
 
 def _resample_line(bias: Tensor, length: int) -> Tensor:
     """Return `bias` (heads, agents, cells) resampled linearly to (heads, agents, length)."""
-    return F.interpolate(bias.float(), size=[length], mode="linear").to(bias.dtype)
+    return F.interpolate(bias, size=[length], mode="linear")
 
 
 @torch.fx.wrap
 def _cell_bias(table: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
     """Return the biases (heads, cells, agents) of a map of `height` by `width` cells."""
     lines = _resample_line(rows, height).unsqueeze(3) + _resample_line(columns, width).unsqueeze(2)
-    bias = F.interpolate(table.float(), size=[height, width], mode="bilinear").to(table.dtype) + lines
+    bias = F.interpolate(table, size=[height, width], mode="bilinear") + lines
     return bias.flatten(2).transpose(1, 2)
 
 

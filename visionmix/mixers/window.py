@@ -60,6 +60,7 @@ class WindowAttention(nn.Module):
             raise ValueError(f"window_size={window_size!r} is a function of grid_size, which is None; give both")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
         self.window_size = window_size
         self.shift = shift
         self.side, self.shift_size = self._side_and_shift(grid_size)
@@ -89,14 +90,17 @@ class WindowAttention(nn.Module):
         x = pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height]).flatten(1, 2)
         # One copy rolls the map and cuts it, another undoes both and crops. Reshaped axes would be copied too, by a
         # compiled graph for the sizes alone for which they have to be.
-        x = self.qkv(x.index_select(1, _window_order(rows, columns, side, shift, x)))
+        x = self.qkv(x.index_select(1, _window_order(rows, columns, side, shift, x))).flatten(0, 1)
         q, k, v = x.reshape(-1, cells, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._relative_bias()
         if shift > 0:
-            # An axis of windows, so that the mask is not repeated for every image.
+            # Written out, with an axis of windows, so that the mask is not repeated for every image.
             q, k, v = [each.unflatten(0, (batch, rows * columns)) for each in (q, k, v)]
-            bias = bias + _apart(rows, columns, side, shift, x).unsqueeze(1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(-3, -2).flatten(-2)
+            scores = (q * self.scale) @ k.transpose(-2, -1) + bias
+            x = (scores + _apart(rows, columns, side, shift, x).unsqueeze(1)).softmax(dim=-1) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x.transpose(-3, -2).flatten(-2).flatten(0, -2)
         x = x.reshape(batch, -1, dim).index_select(1, _cell_order(height, width, side, shift, x))
         return self.proj(x.unflatten(1, (height, width)))
 
