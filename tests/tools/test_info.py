@@ -36,7 +36,8 @@ def test_unknown_model(capsys):
     assert "did you mean" in capsys.readouterr().err
 
 
-def test_writes_the_table_between_its_markers(tmp_path):
+def test_writes_the_table_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(info, "list_family_models", lambda: ["test_vig", "vig_b"])
     file = tmp_path / "README.md"
     file.write_text(f"before\n{info._BEGIN}\na stale row\n{info._END}\nafter\n")
     info.write_table(file)

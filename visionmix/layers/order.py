@@ -27,8 +27,9 @@ def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor
     They come from the library's op, or enter the graph as constants where it must do without such ops.
     """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
-        if dispatch.bypassed():
-            index, inverse = _constant_order(name, height, width)
+        # torch.jit.trace, and with it fvcore, knows no device among an op's arguments.
+        if dispatch.bypassed() or torch.jit.is_tracing():
+            index, inverse = _constant_order(name, int(height), int(width))
             return torch.tensor(index, device=like.device), torch.tensor(inverse, device=like.device)
     return torch.ops.visionmix.scan_order(name, height, width, like.device)
 
