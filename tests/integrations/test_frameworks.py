@@ -95,6 +95,22 @@ def test_a_plain_model_serves_a_head_of_one_stride():
     assert model(torch.randn(1, 3, 64, 96), mode="tensor").shape == (1, 2, 4, 6)
 
 
+def test_a_plain_model_serves_a_detector_through_a_pyramid(monkeypatch):
+    read = openmmlab.read
+
+    def plain(name, **options):
+        config = read(name, **options)
+        backbone = {"type": "visionmix.Backbone", "name": "test_vig", "depth": 4, "one_stride": True}
+        config.model.backbone = {**backbone, "out_indices": (0, 1, 2, 3)}
+        pyramid = {"type": "mmseg.Feature2Pyramid", "embed_dim": 48, "norm_cfg": {"type": "BN"}}
+        config.model.neck = [pyramid, {**config.model.neck, "in_channels": [48] * 4, "num_outs": 4}]
+        config.model.bbox_head.anchor_generator.strides = [4, 8, 16, 32]
+        return config
+
+    monkeypatch.setattr(openmmlab, "read", plain)
+    assert "boxes" in check_configs.check("demo/trees.py")
+
+
 def test_data_moves_every_path_below_data_root(tmp_path):
     config = openmmlab.read("mmdet/mask_rcnn_vmamba_tiny_1x.py", str(tmp_path))
     assert config.train_dataloader.dataset.data_root == str(tmp_path)

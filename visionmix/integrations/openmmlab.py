@@ -34,7 +34,7 @@ class Backbone(BaseModule):
     Hierarchical models give a pyramid, of strides 4, 8, 16 and 32 for most. Plain models have one resolution: their
     `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would take for
     a pyramid without a word; so a plain model with several maps is built only if `one_stride` says that what stands
-    behind takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid")`` makes a pyramid of them.
+    behind takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
 
     Args:
         name: Model, one of `visionmix.models.list_family_models()`.
