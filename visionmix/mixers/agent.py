@@ -172,4 +172,4 @@ def _averaging(length: int, bins: int, like: Tensor) -> Tensor:
     window = torch.arange(bins, device=like.device).unsqueeze(1)
     start, end = window * length // bins, ((window + 1) * length + bins - 1) // bins
     inside = (cell >= start) & (cell < end)
-    return (inside.float() / (end - start)).to(like.dtype)
+    return inside.to(like.dtype) / (end - start)
