@@ -92,20 +92,13 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
         local = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).reshape(batch, height * width, dim)
-        out = self._merge(local, self._attend(local))
-        return self.proj(self.out_act(out)).reshape(batch, height, width, dim)
-
-    # Each half is a method so that its tensors are freed where it ends.
-
-    def _attend(self, local: Tensor) -> Tensor:
-        """Return the directions' mean (batch, tokens, heads, value channels) over `local` (batch, tokens, dim)."""
         q, k, v = self.qkv(local).split([self.key_dim, self.key_dim, self.dim], dim=-1)
         gates = self.log_sigmoid(self.gate_up(self.gate_down(local))) / self.gate_divisor
         gate_forward, gate_backward = gates.unflatten(-1, (2 * self.num_heads, self.head_key_dim)).chunk(2, dim=2)
         scale = self.head_key_dim**-0.5
         if not self.training:
             scale = scale * self.eval_scale
-        return bidirectional_op(
+        merged = bidirectional_op(
             q.unflatten(-1, (self.num_heads, self.head_key_dim)),
             k.unflatten(-1, (self.num_heads, self.head_key_dim)),
             v.unflatten(-1, (self.num_heads, self.head_value_dim)),
@@ -114,10 +107,7 @@ class GatedLinearAttention(nn.Module):
             scale,
             "mean",
         )
-
-    def _merge(self, local: Tensor, merged: Tensor) -> Tensor:
-        """Return `local` (batch, tokens, dim) and `merged`, both normalised a head, mixed by the output gate."""
-        heads = (self.num_heads, self.head_value_dim)
-        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, heads)
-        local = self.local_norm(local.unflatten(-1, heads))
-        return torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype)).flatten(2)
+        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, (self.num_heads, self.head_value_dim))
+        local = self.local_norm(local.unflatten(-1, (self.num_heads, self.head_value_dim)))
+        out = torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype))
+        return self.proj(self.out_act(out.flatten(2))).reshape(batch, height, width, dim)
