@@ -2,10 +2,13 @@
 
     python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224
     python tools/benchmark.py deit_small_patch16_224 --reduce tome:r=13 --reduce evit:keep_rate=0.5 --batch 8
+    python tools/benchmark.py vig_s --profile
 
 Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
 float32 and eval mode unless `--train` is given, which times a forward and backward pass. `--reduce` adds each model
-with that token reduction, as NAME+METHOD:OPTIONS.
+with that token reduction, as NAME+METHOD:OPTIONS. `--profile` records nothing but shows where time goes, by op and
+shape, and how often memory was fetched from the system: a page fault costs some microseconds, and a model that
+allocates and frees more than the C library keeps meets a thousand an image.
 """
 
 import argparse
@@ -17,10 +20,14 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity
 
 from visionmix.tools import build, info, timing
 
 _CSV = Path("benchmarks/models.csv")
+_WARM = 5
+_PROFILED = 10
+_OPS = 30
 
 
 def _build(name: str, img_size: int) -> torch.nn.Module:
@@ -47,6 +54,23 @@ def _call(name: str, img_size: int, batch: int, train: bool, device: str) -> Cal
         model(images).mean().backward()
 
     return step if train else infer
+
+
+def profile(name: str, *, img_size: int, batch: int, train: bool, device: str) -> None:
+    """Print the ops that a call of one model spends its time in, and the page faults it meets."""
+    call = _call(name, img_size, batch, train, device)
+    for _ in range(_WARM):
+        call()
+    before = timing.page_faults()
+    call()
+    faults = timing.page_faults() - before
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(_PROFILED):
+            call()
+    sort_by = f"self_{device}_time_total"
+    print(f"{name}, {img_size} pixels, batch {batch}: {faults} page faults a call; times are of {_PROFILED} calls")
+    print(profiler.key_averages(group_by_input_shape=True).table(sort_by=sort_by, row_limit=_OPS))
 
 
 def run(name: str, *, img_size: int, batch: int, train: bool, device: str, memory: bool) -> dict[str, object]:
@@ -86,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="time a forward and backward pass")
+    parser.add_argument("--profile", action="store_true", help="print the ops that take the time; record nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
@@ -100,8 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         timing.print_growth(_call(args.model[0], args.img_size, args.batch, args.train, "cpu"))
         return 0
-    memory = not args.no_memory and args.device == "cpu"
     options = {"img_size": args.img_size, "batch": args.batch, "train": args.train}
+    if args.profile:
+        for name in args.model:
+            profile(name, **options, device=args.device)
+        return 0
+    memory = not args.no_memory and args.device == "cpu"
     console = Console()
     try:
         rows = [run(name, **options, device=args.device, memory=memory) for name in names]

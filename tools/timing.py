@@ -105,6 +105,15 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def page_faults() -> int:
+    """Return how many pages this process has fetched from the system so far, 0 where that is not counted."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 @cache
 def machine_limits(device: str = "cpu") -> tuple[float, float]:
     """Return (bytes a second of a large copy, counting reads and writes; float32 FLOPs a second of a large product)."""

@@ -67,10 +67,11 @@ def swiglu(
 
 
 class _SwiGlu(GluMlp):
-    """timm's gated feed-forward, holding one tensor of the hidden width less and none during the last projection.
+    """timm's gated feed-forward with one tensor of the hidden width less, and none during the last projection.
 
-    The C library hands memory back to the system once twice the largest tensor is free: with the first projection's
-    output and two tensors of half its width that came to pass in every block, and their pages were fetched again.
+    The C library hands memory back to the system once about twice the largest tensor is free. The first projection's
+    output and two tensors of half its width came to that in every block: vig_t met 93,000 page faults an image of 1024
+    pixels, and 20,000 to 50,000 with one tensor less.
     """
 
     def forward(self, x: Tensor) -> Tensor:

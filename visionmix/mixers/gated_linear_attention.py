@@ -108,10 +108,10 @@ class GatedLinearAttention(nn.Module):
         else:
             index, inverse = token_order(self.order, height, width, torch.jit.annotate(list[int], []), x)
             merged = take(self._attend(take(local, index)).flatten(2), inverse).unflatten(-1, (self.num_heads, -1))
-        out = self._merge(local, merged)
-        return self.proj(self.out_act(out)).reshape(batch, height, width, dim)
-
-    # Each half is a method so that its tensors are freed where it ends.
+        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, (self.num_heads, self.head_value_dim))
+        local = self.local_norm(local.unflatten(-1, (self.num_heads, self.head_value_dim)))
+        out = torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype))
+        return self.proj(self.out_act(out.flatten(2))).reshape(batch, height, width, dim)
 
     def _attend(self, local: Tensor) -> Tensor:
         """Return the directions' mean (batch, tokens, heads, value channels) over `local` (batch, tokens, dim)."""
@@ -130,10 +130,3 @@ class GatedLinearAttention(nn.Module):
             scale,
             "mean",
         )
-
-    def _merge(self, local: Tensor, merged: Tensor) -> Tensor:
-        """Return `local` (batch, tokens, dim) and `merged`, both normalised a head, mixed by the output gate."""
-        heads = (self.num_heads, self.head_value_dim)
-        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, heads)
-        local = self.local_norm(local.unflatten(-1, heads))
-        return torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype)).flatten(2)
