@@ -125,6 +125,7 @@ def test_pruning_drops_what_follows(name, model):
     params = sum(value.numel() for value in model.parameters())
     expected = model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0]
     assert model.prune_intermediate_layers([0], prune_norm=True) == [0]
+    assert not list(model.head.parameters())
     assert sum(value.numel() for value in model.parameters()) < params
     assert torch.equal(model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0], expected)
 

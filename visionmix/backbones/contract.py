@@ -117,6 +117,12 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 
+    def _prune_head(self) -> None:
+        """Drop what stands behind the features."""
+        self.reset_classifier(0, "")
+        if hasattr(self.head, "drop_projection"):
+            self.head.drop_projection()
+
     def check(self, x: Tensor) -> Tensor:
         """Return `x`, images (batch, in_chans, height, width); raise ValueError where it is anything else."""
         return check_images(x, self.in_chans, self.min_size)

@@ -293,5 +293,5 @@ class Hierarchical(Backbone):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0, "")
+            self._prune_head()
         return take

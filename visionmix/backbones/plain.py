@@ -258,5 +258,5 @@ class Plain(Backbone):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0, "")
+            self._prune_head()
         return take

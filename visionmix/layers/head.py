@@ -109,6 +109,11 @@ class ProjectionHead(ClassifierHead):
         self.norm = BatchNorm(hidden_size, **dd)
         self.act = nn.SiLU()
 
+    @torch.jit.ignore
+    def drop_projection(self) -> None:
+        """Let maps pass as they come: for a model that gives features alone."""
+        self.proj = self.norm = self.act = nn.Identity()
+
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.act(self.norm(self.proj(x)))))
         return x if pre_logits else self.fc(x)
