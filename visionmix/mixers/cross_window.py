@@ -7,6 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers.padding import pad
 from visionmix.mixers.registry import register_mixer
 
 
@@ -73,51 +74,76 @@ class CrossWindowAttention(nn.Module):
         _, height, width, _ = x.shape
         qkv = self.qkv(x).unflatten(-1, (3, -1))
         if self.has_stripes:
+            size = self.split_size
             left, right = qkv.chunk(2, dim=-1)
-            vertical, horizontal = _cut(left, height, self.split_size), _cut(right, self.split_size, width)
-            columns = _attend(vertical, self.conv(_values(vertical)), self.heads, height, width)
-            rows = _attend(horizontal, self.horizontal_conv(_values(horizontal)), self.heads, height, width)
-            return self.proj(torch.cat([columns, rows], dim=-1))
-        whole = _cut(qkv, height, width)
-        return self.proj(_attend(whole, self.conv(_values(whole)), self.heads, height, width))
+            before, behind = _padding(width, size)
+            cells = pad(left, [0, 0, 0, 0, before, behind])
+            vertical = _attend_in_stripes(cells, size, self.heads, width)
+            vertical = vertical + _between(self.conv(_separated_values(cells, size)), size, width)
+            # Horizontal stripes are vertical ones of the transposed map, but for their convolution.
+            before, behind = _padding(height, size)
+            cells = pad(right, [0, 0, 0, 0, 0, 0, before, behind]).transpose(1, 2)
+            horizontal = _attend_in_stripes(cells, size, self.heads, height)
+            local = self.horizontal_conv(_separated_values(cells, size).transpose(2, 3)).transpose(2, 3)
+            horizontal = horizontal + _between(local, size, height)
+            return self.proj(torch.cat([vertical, horizontal.transpose(1, 2)], dim=-1))
+        y = _attend(qkv.flatten(1, 2), self.heads).unflatten(1, (height, width))
+        return self.proj(y + self.conv(qkv.select(3, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def _cut(qkv: Tensor, rows: int, columns: int) -> Tensor:
-    """Return a map (batch, height, width, 3, channels) as windows (batch, down, across, rows, columns, 3, channels)."""
-    batch, height, width, _, channels = qkv.shape
-    down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
-    above, below = _halves(down * rows - height)
-    left, right = _halves(across * columns - width)
-    qkv = _pad(qkv, [0, 0, 0, 0, left, right, above, below])
-    return qkv.reshape(batch, down, rows, across, columns, 3, channels).transpose(2, 3)
+def _attend(tokens: Tensor, heads: int) -> Tensor:
+    """Return (batch, tokens, channels): attention among `tokens`, q, k and v (batch, tokens, 3, channels)."""
+    q, k, v = tokens.unflatten(-1, (heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _values(windows: Tensor) -> Tensor:
-    """Return v of windows as maps (windows, channels, rows, columns)."""
-    return windows.select(5, 2).flatten(0, 2).permute(0, 3, 1, 2)
+def _padding(cells: int, size: int) -> tuple[int, int]:
+    """Return how many cells go before and behind so many, half each, for stripes of `size` to hold them."""
+    missing = (cells + size - 1) // size * size - cells
+    return missing // 2, missing - missing // 2
 
 
-def _attend(windows: Tensor, local: Tensor, heads: int, height: int, width: int) -> Tensor:
-    """Return what attention inside windows gives, and `local` besides, as a map (batch, height, width, channels)."""
-    batch, down, across, rows, columns, _, channels = windows.shape
-    qkv = windows.reshape(batch * down * across, rows * columns, 3, heads, channels // heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, rows, columns, channels)
-    y = (y + local.permute(0, 2, 3, 1)).reshape(batch, down, across, rows, columns, channels).transpose(2, 3)
-    y = y.reshape(batch, down * rows, across * columns, channels)
-    top, left = (down * rows - height) // 2, (across * columns - width) // 2
-    return y[:, top : top + height, left : left + width]
+def _attend_in_stripes(cells: Tensor, size: int, heads: int, columns: int) -> Tensor:
+    """Return the map (batch, rows, columns, channels) of attention inside stripes of the padded one, `cells`."""
+    batch, rows, padded, _, _ = cells.shape
+    count = padded // size
+    # Copies by index, and one axis of all cells in between: axes reshaped otherwise would be copied by a compiled graph
+    # only where there are several stripes, so that it would serve no other sizes.
+    stripes = cells.flatten(1, 2).index_select(1, _stripe_order(rows, count, size, cells)).flatten(0, 1)
+    y = _attend(stripes.unflatten(0, (batch * count, rows * size)), heads)
+    y = y.flatten(0, 1).unflatten(0, (batch, count * rows * size))
+    return y.index_select(1, _cell_order(rows, count, size, columns, y)).unflatten(1, (rows, columns))
 
 
-def _halves(cells: int) -> tuple[int, int]:
-    return cells // 2, cells - cells // 2
+def _separated_values(cells: Tensor, size: int) -> Tensor:
+    """Return v of padded maps as (batch, channels, rows, columns), with a column of zeros behind every stripe.
+
+    So a 3x3 convolution stays inside stripes, which as images of their own would multiply the batch.
+    """
+    batch, rows, columns, _, _ = cells.shape
+    lines = F.pad(cells.select(3, 2).flatten(0, 2).unflatten(0, (-1, size)), [0, 0, 0, 1])
+    return lines.flatten(0, 1).unflatten(0, (batch, rows, columns // size * (size + 1))).permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap
-def _pad(x: Tensor, amounts: list[int]) -> Tensor:
-    """Return `torch.nn.functional.pad(x, amounts)`, or x itself where there is nothing to pad."""
-    # A compiled graph pads always: a branch on the size would compile once more.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if sum(amounts) == 0:
-            return x
-    return F.pad(x, amounts)
+def _stripe_order(rows: int, count: int, size: int, like: Tensor) -> Tensor:
+    """Return where in a map of `count` stripes every cell of every stripe lies."""
+    index = torch.arange(count * rows * size, device=like.device)
+    stripe, row = index // (rows * size), index % (rows * size) // size
+    return (row * count + stripe) * size + index % size
+
+
+@torch.fx.wrap
+def _cell_order(rows: int, count: int, size: int, columns: int, like: Tensor) -> Tensor:
+    """Return where among the stripes' cells every cell of the map that they were padded from lies."""
+    index = torch.arange(rows * columns, device=like.device)
+    row, column = index // columns, index % columns + (count * size - columns) // 2
+    return (column // size * rows + row) * size + column % size
+
+
+@torch.fx.wrap
+def _between(local: Tensor, size: int, columns: int) -> Tensor:
+    """Return `local`, shaped as `_separated_values`, as (batch, rows, columns, channels) without what was put there."""
+    missing = local.shape[3] // (size + 1) * size - columns
+    column = torch.arange(columns, device=local.device) + missing // 2
+    return local.permute(0, 2, 3, 1).index_select(2, column // size + column)
