@@ -37,8 +37,8 @@ class SSMPrune(Method):
         prefix_positions: Its class token, if any; it always stays.
         keep_rate: Share of the tokens that stay behind each of `layers`; or a list, of one for each of them or, where
             `layers` is not given, of one a block.
-        layers: Numbers of the blocks, from 0, that prune; None for those 5, 10 and 15 twenty-fourths of the way, which
-            are 5, 10 and 15 of Vim's 24.
+        layers: Numbers of the blocks, from 0, that prune; None for the last ones of the first 5, 10 and 15 of every 24,
+            which are 4, 9 and 14 of Vim's.
         align: Whether states cross the gaps; without, what is left is a sequence of its own, with the class token in
             its middle.
         released: Whether to do what the published code does, which differs from its paper: no alignment; the score is
@@ -66,7 +66,7 @@ class SSMPrune(Method):
     ) -> None:
         depth = len(blocks)
         if layers is None and isinstance(keep_rate, int | float):
-            layers = sorted({depth * part // 24 for part in (5, 10, 15)})
+            layers = sorted({max(depth * part // 24 - 1, 0) for part in (5, 10, 15)})
         self.keep_rate = schedule(keep_rate, layers, depth)
         self.align = align and not released
         self.released = released
