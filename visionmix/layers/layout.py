@@ -7,8 +7,9 @@ def channels_first(x: Tensor) -> Tensor:
     """Return x (batch, height, width, channels) as (batch, channels, height, width), dense in that order.
 
     For convolutions that mix channels: given a permuted view, PyTorch on a CPU copies the weight into the view's order
-    at every call, beside oneDNN's own copy. At the weights' size that costs more than a copy of the map, and memory of
-    twice that size goes back to the system each time: vmamba_tiny met 5,000 page faults an image. Where the weights
-    lie in channels-last order (``model.to(memory_format=torch.channels_last)``) neither is copied.
+    at every call, beside oneDNN's own copy, and the memory of both goes back to the system each time: vmamba_tiny met
+    5,000 page faults an image of 224 pixels, and none with this. On a 14x14 map with 384 channels it makes a 3x3
+    convolution to 768 take 5 ms instead of 8; on large maps the view is faster (128x128, 192 to 384: 25 ms against 32).
+    Weights in channels-last order (``model.to(memory_format=torch.channels_last)``) are copied once only: 2.5 and 25.
     """
     return x.permute(0, 3, 1, 2).contiguous()
