@@ -338,7 +338,9 @@ def test_reference_is_called_in_place_of_the_op(module):
     def run():
         with torch.profiler.profile() as profile:
             results = outputs_and_gradients(model, parameters, x)
-        return results, any(event.key.startswith("visionmix::") for event in profile.key_averages())
+        # The reference reads the order of its scan from an op too, the first time.
+        ops = {event.key for event in profile.key_averages()} - {"visionmix::scan_order"}
+        return results, any(op.startswith("visionmix::") for op in ops)
 
     with use("reference"):
         results, called = run()
