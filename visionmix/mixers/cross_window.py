@@ -1,5 +1,6 @@
 """Attention inside the stripes of a map, vertical and horizontal ones: CSWin's mixer."""
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -31,8 +32,9 @@ class CrossWindowAttention(nn.Module):
     Args:
         dim: Channels; an even number where there are stripes.
         num_heads: Heads of both halves together; each has half of them, and at least one.
-        split_size: Columns or rows of a stripe; None for attention over the whole map by all channels, as in CSWin's
-            last stage.
+        split_size: Columns or rows of a stripe, or a function that gives them for a `grid_size`; None for attention
+            over the whole map by all channels, as in CSWin's last stage.
+        grid_size: Rows and columns of the map that a function of it is asked for.
         qkv_bias: Whether the projection to q, k and v has a bias.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -47,21 +49,23 @@ class CrossWindowAttention(nn.Module):
         self,
         dim: int,
         num_heads: int = 4,
-        split_size: int | None = 7,
+        split_size: int | Callable[[tuple[int, int]], int] | None = 7,
+        grid_size: tuple[int, int] = (14, 14),
         qkv_bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.has_stripes = split_size is not None
-        self.split_size = 0 if split_size is None else split_size
+        self._split_size = split_size
+        self.set_grid_size(grid_size)
         halves = 2 if self.has_stripes else 1
         self.heads = max(num_heads // halves, 1)
         if dim % (halves * self.heads):
             shared = f"the {dim // 2} channels of a half in {self.heads} heads" if self.has_stripes else f"dim={dim}"
             raise ValueError(f"num_heads={num_heads} does not divide {shared}; give another number")
         if self.has_stripes and self.split_size < 1:
-            raise ValueError(f"split_size={split_size} is too small; give 1 or more, or None for the whole map")
+            raise ValueError(f"split_size={self.split_size} is too small; give 1 or more, or None for the whole map")
         dd = {"device": device, "dtype": dtype}
         width = dim // halves
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -69,6 +73,14 @@ class CrossWindowAttention(nn.Module):
         if self.has_stripes:
             self.horizontal_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+
+    @torch.jit.ignore
+    def set_grid_size(self, grid_size: tuple[int, int]) -> None:
+        """Make the stripes those of a model built for maps of `grid_size`."""
+        if self.has_stripes:
+            self.split_size = self._split_size(grid_size) if callable(self._split_size) else self._split_size
+        else:
+            self.split_size = 0
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape

@@ -23,7 +23,13 @@ NAMES = [
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
 
-_STRIPES = (1, 2, 7, None)
+
+def _half_the_map(grid_size: tuple[int, int]) -> int:
+    """Return 7, or half of the map's side where that is more: 12 for maps of 384 pixels, as published."""
+    return max(7, min(grid_size) // 2)
+
+
+_STRIPES = (1, 2, _half_the_map, None)
 
 
 def cswin(
