@@ -45,8 +45,7 @@ def selective_scan(
 
     Where tokens were taken out of the sequence, `gap` lets the state cross their places: it decays by
     `exp((delta_t + gap_t) A)` on its way to token t, with gap_t the steps of those between t and its predecessor added
-    up. That is the scan of the whole sequence with an input of 0 in the gaps, read at the tokens that are there. Any
-    implementation runs it, for it is the same scan of other steps and inputs.
+    up. That is the scan of the whole sequence with an input of 0 in the gaps, read at the tokens that are there.
 
     Args:
         u: input (batch, dim, length), of any floating-point dtype, as the others.
@@ -61,7 +60,7 @@ def selective_scan(
         delta_softplus: whether delta goes through softplus.
         return_last_state: whether to return the state after the last token.
         gap: steps that no token is there for, since the token before (batch, dim, length), of the size that delta has
-            behind the softplus; not negative, and steps beside them are positive. Differentiable like the others.
+            behind the softplus. On a GPU the PyTorch reference runs for it.
 
     Returns:
         The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state

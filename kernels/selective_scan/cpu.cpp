@@ -36,7 +36,7 @@ struct Input {
 };
 
 struct Arguments {
-  Signal u, delta, z, grad_out, out, grad_u, grad_delta, grad_z;
+  Signal u, delta, z, gap, grad_out, out, grad_u, grad_delta, grad_z, grad_gap;
   Input B, C;
   const float *A, *D, *bias, *grad_state;
   // The gradients of B and C are (parts, batch, groups, states, time), to be summed over the parts of a group's channels
@@ -116,7 +116,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
-  vec *u, *slope, *delta, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
+  vec *u, *slope, *delta, *whole, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
   scan::Ends ends;
 };
 
@@ -139,8 +139,8 @@ struct Job {
 
   int64_t floats() const {
     const int64_t common = 2 * chunk * pitch + (4 * chunk + 4 * tiles * a.states) * lanes;
-    const int64_t rest = tiles * ((chunks() + 3) * a.states + 8 * chunk) * lanes + 2 * chunk * pitch +
-                         forward_chunk * (pitch + 2 * lanes);
+    const int64_t rest = tiles * ((chunks() + 3) * a.states + 9 * chunk) * lanes + 2 * chunk * pitch +
+                         forward_chunk * (pitch + 3 * lanes);
     return common + (back ? rest : 0);
   }
 
@@ -173,6 +173,15 @@ struct Job {
             vec* into) const {
     const float* from = x.data + task.batch * x.batch + tile.channel * x.channel + start * x.time;
     load_block(from, x.channel, x.time, tile.width, count, ahead, lanes, reinterpret_cast<float*>(into));
+  }
+
+  // The steps that states decay by: with gaps, longer than those that inputs come with, and put into `whole`.
+  const vec* decaying(const Task& task, const Tile& tile, int64_t start, int count, int ahead, const vec* delta,
+                      vec* whole) const {
+    if (!a.gap.data) return delta;
+    read(a.gap, task, tile, start, count, ahead, whole);
+    for (int s = 0; s < count; ++s) whole[s] += delta[s];
+    return whole;
   }
 
   void write(const vec* from, const Task& task, const Tile& tile, int64_t start, int count, const Signal& x) const {
@@ -218,7 +227,8 @@ struct Job {
           delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, nullptr);
           y[s] = t.ends.D * u[s], u[s] *= delta[s];
         }
-        scan::forward<true>(count, a.states, delta, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
+        const vec* whole = decaying(task, t, start, count, chunk, delta, z);
+        scan::forward<true>(count, a.states, whole, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
         if (a.z.data) {
           read(a.z, task, t, start, count, chunk, z);
           for (int s = 0; s < count; ++s) y[s] *= z[s] * scan::sigmoid(z[s]);
@@ -239,7 +249,7 @@ struct Job {
     for (int64_t i = 0; i < count_tiles; ++i) {
       Tile& t = side[i] = tile(task, i * lanes, arena);
       for (vec** x : {&t.grad_A, &t.grad_B, &t.grad_C}) std::fill_n(*x = arena.vectors(states), states, vec{});
-      for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.y, &t.grad_y, &t.grad_x, &t.grad_rate})
+      for (vec** x : {&t.u, &t.slope, &t.delta, &t.whole, &t.x, &t.y, &t.grad_y, &t.grad_x, &t.grad_rate})
         *x = arena.vectors(chunk);
       t.entering = arena.vectors(chunks() * states);
     }
@@ -271,13 +281,18 @@ struct Job {
         expect(a.grad_u, task, t, start);
         expect(a.grad_delta, task, t, start);
         if (a.z.data) open(task, t, start, count);
-        ways[i] = {t.delta, t.x, t.grad_y, t.A, t.entering + n * states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+        const vec* whole = decaying(task, t, start, count, -chunk, t.delta, t.whole);
+        ways[i] = {whole, t.x, t.grad_y, t.A, t.entering + n * states, t.state, t.grad_x, t.grad_rate, t.grad_A,
                    t.grad_B, t.grad_C, a.z.data ? t.y : nullptr, {B, pitch, t.B}, {C, pitch, t.C}};
       }
       scan::backward(count, states, ways, count_tiles, {grad_B, pitch}, {grad_C, pitch});
       for (int64_t i = 0; i < count_tiles; ++i) {
         Tile& t = side[i];
         if (a.z.data) close(task, t, start, count);
+        if (a.gap.data) {
+          for (int s = 0; s < count; ++s) t.whole[s] = t.grad_rate[s] * scan::ln_2;
+          write(t.whole, task, t, start, count, a.grad_gap);
+        }
         scan::finish(count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
         write(t.grad_x, task, t, start, count, a.grad_u);
         write(t.grad_rate, task, t, start, count, a.grad_delta);
@@ -300,7 +315,7 @@ struct Job {
   // Walk forward to note the state at each chunk's start, reading as much at a time as the forward pass.
   void enter(const Task& task, Tile* side, int64_t count_tiles, Arena arena) const {
     float* B = arena.floats(forward_chunk * pitch);
-    vec *x = arena.vectors(forward_chunk), *delta = arena.vectors(forward_chunk);
+    vec *x = arena.vectors(forward_chunk), *delta = arena.vectors(forward_chunk), *gap = arena.vectors(forward_chunk);
     for (int64_t start = 0; start < a.length; start += forward_chunk) {
       const int count = static_cast<int>(std::min<int64_t>(forward_chunk, a.length - start));
       read(a.B, task, start, count, forward_chunk, B);
@@ -312,10 +327,11 @@ struct Job {
           delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, nullptr);
           x[s] *= delta[s];
         }
+        const vec* whole = decaying(task, t, start, count, forward_chunk, delta, gap);
         for (int s = 0; s < count; s += chunk) {
           std::copy_n(t.state, a.states, t.entering + (start + s) / chunk * a.states);
           if (start + s + chunk >= a.length) break;
-          scan::forward<false>(chunk, a.states, delta + s, x + s, t.A, {B + s * pitch, pitch, t.B},
+          scan::forward<false>(chunk, a.states, whole + s, x + s, t.A, {B + s * pitch, pitch, t.B},
                                {nullptr, 0, t.C}, t.state, nullptr);
         }
       }

@@ -30,7 +30,7 @@ class _Input(ctypes.Structure):
     ]
 
 
-_SIGNALS = ("u", "delta", "z", "grad_out", "out", "grad_u", "grad_delta", "grad_z")
+_SIGNALS = ("u", "delta", "z", "gap", "grad_out", "out", "grad_u", "grad_delta", "grad_z", "grad_gap")
 _INPUTS = ("B", "C")
 _DENSE = ("A", "D", "delta_bias", "grad_state", "state", "grad_A", "grad_B", "grad_C", "grad_D", "grad_bias")
 _NUMBERS = ("batch", "dim", "length", "states", "groups", "softplus", "threads")
@@ -98,14 +98,15 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    gap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if native.leaves_to_reference("selective_scan", *tensors):
-        return reference.forward(*tensors, delta_softplus, return_last_state)
+    if native.leaves_to_reference("selective_scan", *tensors, gap):
+        return reference.forward(*tensors, delta_softplus, return_last_state, gap)
     out = torch.empty(u.shape, dtype=torch.float32)
     state = torch.empty((*u.shape[:2], A.shape[1]) if return_last_state else 0, dtype=torch.float32)
-    call = _Call(*tensors, delta_softplus, out=out, state=state if return_last_state else None)
+    call = _Call(*tensors, delta_softplus, gap=gap, out=out, state=state if return_last_state else None)
     call.run("selective_scan_forward")
     return out.to(u.dtype), state
 
@@ -122,20 +123,22 @@ def backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, delta, A, B, C, D, z and delta_bias in their dtypes, empty for what is None."""
+    gap: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if native.leaves_to_reference("selective_scan", *tensors):
-        return reference.backward(grad_out, grad_state, *tensors, delta_softplus)
-    call = _Call(*tensors, delta_softplus, grad_out=grad_out, grad_state=grad_state)
+    if native.leaves_to_reference("selective_scan", *tensors, gap):
+        return reference.backward(grad_out, grad_state, *tensors, delta_softplus, gap)
+    call = _Call(*tensors, delta_softplus, gap=gap, grad_out=grad_out, grad_state=grad_state)
+    tensors = (*tensors, gap)
     parts = call.parts()
     grads = []
-    for name, x in zip(("u", "delta", "A", "B", "C", "D", "z", "bias"), tensors, strict=True):
+    for name, x in zip(("u", "delta", "A", "B", "C", "D", "z", "bias", "gap"), tensors, strict=True):
         if x is None:
             grads.append(None)
             continue
         # What several tasks add to comes in parts with an axis of its own, summed here in one order.
-        is_map = name in ("u", "delta", "z")
+        is_map = name in ("u", "delta", "z", "gap")
         leading = () if is_map else (parts,) if x.dim() == 4 else (u.shape[0],)
         grads.append(torch.empty((*leading, *x.shape), dtype=torch.float32))
         call.set(f"grad_{name}", grads[-1])

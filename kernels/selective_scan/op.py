@@ -4,7 +4,6 @@ The function here checks nothing: it scripts, traces and exports. The checked on
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels import dispatch, gpu
@@ -29,73 +28,45 @@ def selective_scan_op(
 
     B and C are (batch, groups, states, length) or, constant, (dim, states); gap is (batch, dim, length).
     """
-    if gap is None:
-        return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    # The scan with gaps is one without: of steps as long as step and gap together, and of an input smaller by as much.
-    double = u.dtype == torch.float64 or delta.dtype == torch.float64 or gap.dtype == torch.float64
-    dtype = torch.float64 if double else torch.float32
-    step = delta.to(dtype)
-    if delta_bias is not None:
-        step = step + delta_bias.to(dtype).unsqueeze(-1)
-    if delta_softplus:
-        step = F.softplus(step)
-    whole = step + gap
-    none = whole.abs() < 1e-30  # of larger ones the reciprocal, times a gradient, is a float
-    share = torch.where(none, torch.ones_like(step), step / torch.where(none, torch.ones_like(step), whole))
-    out, state = _scan(u * share, whole, A, B, C, None, None, None, False, return_last_state)
-    if D is not None:
-        out = out + D.to(dtype).unsqueeze(-1) * u
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.to(u.dtype), state
-
-
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    return_last_state: bool,
-) -> tuple[Tensor, Tensor]:
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
             return dispatch.call_reference(
-                reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+                reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap
             )
-    return torch.ops.visionmix.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    return torch.ops.visionmix.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap
+    )
 
 
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, implementation="auto"):
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap=None, implementation="auto"):
     shape = (*u.shape[:2], A.shape[1]) if return_last_state else (0,)
-    return _like(u), u.new_empty(shape, dtype=dispatch.compute_dtype(u, delta, A, B, C, D, z, delta_bias))
+    return _like(u), u.new_empty(shape, dtype=dispatch.compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap))
 
 
-def _fake_backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, implementation="auto"):
-    options = (u.new_empty(0) if x is None else _like(x) for x in (D, z, delta_bias))
+def _fake_backward(
+    grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap=None, implementation="auto"
+):
+    options = (u.new_empty(0) if x is None else _like(x) for x in (D, z, delta_bias, gap))
     return *(_like(x) for x in (u, delta, A, B, C)), *options
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.return_last_state, implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.return_last_state, gap, implementation = inputs
     ctx.implementation = dispatch.resolve("selective_scan", implementation, tensors[0].device)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, gap)
 
 
 def _backward(ctx, grad_out, grad_state):
-    tensors = ctx.saved_tensors
+    *tensors, gap = ctx.saved_tensors
     grads = torch.ops.visionmix.selective_scan_backward(
-        grad_out, grad_state if ctx.return_last_state else None, *tensors, ctx.delta_softplus, ctx.implementation
+        grad_out, grad_state if ctx.return_last_state else None, *tensors, ctx.delta_softplus, gap, ctx.implementation
     )
-    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None
+    *grads, grad_gap = (None if x is None else grad for x, grad in zip((*tensors, gap), grads, strict=True))
+    return *grads, None, None, grad_gap, None
 
 
 def _flops(
@@ -136,10 +107,13 @@ _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tens
 
 register_op(
     "selective_scan",
-    schema=(f'({_INPUTS}, bool delta_softplus, bool return_last_state, str implementation="auto") -> (Tensor, Tensor)'),
+    schema=(
+        f"({_INPUTS}, bool delta_softplus, bool return_last_state, Tensor? gap=None, "
+        'str implementation="auto") -> (Tensor, Tensor)'
+    ),
     backward_schema=(
-        f'(Tensor grad_out, Tensor? grad_state, {_INPUTS}, bool delta_softplus, str implementation="auto") '
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor grad_out, Tensor? grad_state, {_INPUTS}, bool delta_softplus, Tensor? gap=None, "
+        'str implementation="auto") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
     ),
     fake=_fake,
     backward_fake=_fake_backward,

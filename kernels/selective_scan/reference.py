@@ -83,7 +83,9 @@ def _spread(x: Tensor, state: Tensor, projection: Tensor) -> Tensor:
 
 @dataclass
 class _Scan:
-    """The recurrence `h_t = exp(delta_t A) h_(t-1) + x_t B_t`, `y_t = C_t h_t` on laid-out tensors; x = delta u."""
+    """The recurrence `h_t = exp(delta_t A) h_(t-1) + x_t B_t`, `y_t = C_t h_t` on laid-out tensors.
+
+    x is delta u; with gaps delta is what states decay by, longer than that of x."""
 
     delta: Tensor
     x: Tensor
@@ -142,20 +144,23 @@ def _prepare(
     C: Tensor,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    gap: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[_Layout, _Scan]:
+) -> tuple[_Layout, _Scan, Tensor]:
+    """Return the layout, the recurrence, and the steps that inputs come with, laid out."""
     groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
     layout = _Layout(groups, u.shape[-1], _chunk_size(u.shape[-1]), dtype)
     delta = _activate(delta.to(dtype), delta_bias, delta_softplus)
     steps = layout.cut(delta)
     # A padded token has delta = 0: decay 1 and no input.
-    return layout, _Scan(
-        steps,
+    recurrence = _Scan(
+        steps if gap is None else steps + layout.cut(gap),
         steps * layout.cut(u),
         A.to(dtype).unflatten(0, (groups, -1)).unsqueeze(1),
         layout.cut_projection(B),
         layout.cut_projection(C),
     )
+    return layout, recurrence, steps
 
 
 def _activate(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
@@ -175,10 +180,11 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    gap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
-    dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
-    layout, scan = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
+    dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
+    layout, scan, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
     state, last = scan.entering()
     outputs = []
     for position in range(layout.chunk):
@@ -252,20 +258,20 @@ def backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, delta, A, B, C, D, z and delta_bias in their dtypes, empty for what is None."""
-    dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
-    layout, scan = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
+    gap: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
+    dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
+    layout, scan, steps = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
     grad_y = grad_out.to(dtype)
     if z is not None:
         gate, opening = z.to(dtype), z.to(dtype).sigmoid()
         grad_gated, grad_y = grad_y, grad_y * gate * opening
     grad_last = None if grad_state is None else grad_state.to(dtype).unflatten(1, (layout.groups, -1))
     grad_rate, grad_x, grad_A, grad_B, grad_C, y = _gradients(scan, layout.cut(grad_y), grad_last, z is not None)
-    steps = layout.join(scan.delta)
-    grad_x = layout.join(grad_x)
-    grad_delta = layout.join(grad_rate) + grad_x * u
-    grad_u = grad_x * steps
+    grad_rate, grad_x = layout.join(grad_rate), layout.join(grad_x)
+    grad_delta = grad_rate + grad_x * u
+    grad_u = grad_x * layout.join(steps)
     nothing = grad_y.new_empty(0)
     grad_D = grad_z = grad_bias = nothing
     if D is not None:
@@ -291,4 +297,5 @@ def backward(
         grad_D,
         grad_z,
         grad_bias,
+        nothing if gap is None else grad_rate.to(gap.dtype).contiguous(),
     )

@@ -11,7 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
+from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import launch
+from visionmix.kernels.selective_scan import reference
 from visionmix.kernels.selective_scan.triton_kernels import backward_kernel, forward_kernel
 
 
@@ -88,6 +90,13 @@ class _Problem:
         )
 
 
+def _leaves_to_reference(gap: Tensor | None) -> bool:
+    """Return whether there are gaps, which the kernels do not know; log it once."""
+    if gap is not None:
+        log_slow_path("selective_scan", "the Triton kernels cross no gaps", "leave out gap where states need not")
+    return gap is not None
+
+
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -99,8 +108,11 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    gap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
+    if _leaves_to_reference(gap):
+        return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap)
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = u.new_empty(u.shape)
     shape = (problem.batch, problem.dim, problem.states) if return_last_state else (0,)
@@ -121,8 +133,11 @@ def backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, delta, A, B, C, D, z and delta_bias in their dtypes, empty for what is None."""
+    gap: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
+    if _leaves_to_reference(gap):
+        return reference.backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap)
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     batch, dim = problem.batch, problem.dim
     states = problem.states_entering()
@@ -166,4 +181,5 @@ def backward(
         nothing if D is None else grad_D.sum(0).to(D.dtype),
         grad_z,
         nothing if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
+        nothing,
     )

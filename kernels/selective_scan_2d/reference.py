@@ -105,7 +105,7 @@ def backward(
         grad = grad / len(table.inverse) if merge == "mean" else grad
         grad = grad.repeat(1, len(table.inverse), 1)
     grad = take_sum(grad, table.inverse_back).unflatten(1, table.index.shape)
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias = scan.backward(
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias, _ = scan.backward(
         _channels(grad), None, *inputs.arguments, delta_softplus
     )
     grad_steps = _orders_last(grad_delta, count)

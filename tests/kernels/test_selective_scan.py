@@ -1,3 +1,5 @@
+import importlib
+
 import golden
 import naive
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from memory import PeakMemory
 from tolerance import assert_close, assert_gradients_close, gradients
 
-from visionmix.kernels import selective_scan
+from visionmix.kernels import dispatch, selective_scan
 from visionmix.kernels.selective_scan import reference
 
 
@@ -126,6 +128,20 @@ def test_gaps_are_tokens_without_input():
     actual = selective_scan(**left, delta_softplus=True, gap=passed.diff(prepend=passed[..., :1]))
     assert_close(actual, whole[..., stays])
     assert not torch.allclose(selective_scan(**left, delta_softplus=True), actual, atol=1e-3)
+
+
+def test_gaps_leave_triton(caplog):
+    """The Triton kernels cross no gaps: the reference runs in their place, and the log says so."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("visionmix.kernels.selective_scan.triton")
+    dispatch.log_slow_path.cache_clear()
+    arguments = [x.detach() for x in make().values()]
+    gap = torch.rand_like(arguments[0])
+    out, state = module.forward(*arguments, True, True, gap)
+    assert all(map(torch.equal, (out, state), reference.forward(*arguments, True, True, gap)))
+    grads = module.backward(out, state, *arguments, True, gap)
+    assert all(map(torch.equal, grads, reference.backward(out, state, *arguments, True, gap)))
+    assert [record.message for record in caplog.records if "cross no gaps" in record.message]
 
 
 @EACH_CHOICE

@@ -148,6 +148,23 @@ def test_against_definition(batch, channels, groups, length, states, B, C, optio
     check(make(batch, channels * groups, length, states, B, C, options, seed), softplus, last)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from([1, 16, 17, 40]),
+    st.sampled_from([2, 15, 16, 17, 64, 65, 100]),
+    st.sampled_from([1, 3, 5, 16, 17]),
+    st.sampled_from(["constant", "1"]),
+    st.sampled_from(["", "D", "z", "D z delta_bias"]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_gaps_against_definition(channels, length, states, B, options, last, seed):
+    arguments = make(2, channels, length, states, B, B, options, seed)
+    gap = torch.rand(2, length, channels, generator=torch.Generator().manual_seed(seed)).mT  # of other strides than u
+    arguments["gap"] = (gap * (gap > 0.4)).requires_grad_()
+    check(arguments, last=last)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 2),
