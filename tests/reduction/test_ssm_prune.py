@@ -17,7 +17,7 @@ OPTIONS = {"img_size": 96, "depth": 4, "drop_path_rate": 0.1}
 def vim(**options) -> torch.nn.Module:
     """Return a small Vim in eval mode, of weights large enough that its states matter."""
     torch.manual_seed(0)
-    model = Plain(**VARIANTS["test_vim"].options | OPTIONS | options).double()
+    model = Plain(**VARIANTS["test_vim_tiny"].options | OPTIONS | options).double()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith(("x_proj.weight", "in_proj.weight", "mixer.proj.weight")):
@@ -126,6 +126,6 @@ def test_what_it_cannot_prune():
         reduction.apply(timm.create_model("test_plainmamba"), "ssm_prune")
     hilbert = {"name": "bidirectional_mamba", "order": "hilbert"}
     with pytest.raises(ValueError, match=r"order='hilbert'.*'raster'"):
-        reduction.apply(timm.create_model("test_vim", mixer=hilbert), "ssm_prune")
+        reduction.apply(timm.create_model("test_vim_tiny", mixer=hilbert), "ssm_prune")
     with pytest.raises(ValueError, match="keep_rate"):
-        reduction.apply(timm.create_model("test_vim"), "ssm_prune", keep_rate=1.5)
+        reduction.apply(timm.create_model("test_vim_tiny"), "ssm_prune", keep_rate=1.5)

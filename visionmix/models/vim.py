@@ -38,7 +38,7 @@ VARIANTS = {
     "vim_base": _variant(768, "base", "vim_b_midclstok_81p9acc.pth", Published(98, None, 81.9)),
     "vim_tiny_stride8": _variant(192, "tiny", "vim_t_midclstok_ft_78p3acc.pth", Published(7, None, 78.3), stride=8),
     "vim_small_stride8": _variant(384, "small", "vim_s_midclstok_ft_81p6acc.pth", Published(26, None, 81.6), stride=8),
-    "test_vim": _variant(32, depth=3, img_size=96),
+    "test_vim_tiny": _variant(32, depth=3, img_size=96),
 }
 
 _NAMES = [
