@@ -17,7 +17,7 @@ packages="onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation=
 # What these import, by hand and without dependencies: those that imaug declares hold numpy below 2.3 and bring OpenCV
 # twice, with and without a window system, each in the other's folder.
 needs="addict click einops ftfy imaug markdown mat4py model-index opencv-python-headless ordered-set platformdirs
-    prettytable pycocotools pyyaml regex shapely six terminaltables wcwidth yapf"
+    prettytable pycocotools pyyaml regex shapely six tabulate termcolor terminaltables tqdm wcwidth yapf"
 
 installed() {
     .venv/bin/python -W ignore -c "
