@@ -34,7 +34,7 @@ def _dot(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    """Return ``elu(x) + 1``, which is exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs instead."""
+    """Return ``elu(x) + 1``, exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs."""
     return torch.clamp(x, max=0.0).exp() + F.relu(x)
 
 
