@@ -1,8 +1,8 @@
 // The selective scan and its gradients in float32, on tensors (batch, dim, length) of any strides.
 //
 // A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
-// (transposed where time is dense), so that everything is read and written once. The way back first walks forward to
-// note the state at each chunk's start, then through the chunks from the last, all tiles of a task side by side.
+// (transposed where time is dense), so that everything is read and written once. The way forward notes the state at each
+// chunk's start for the way back, which goes through the chunks from the last, all tiles of a task side by side.
 #include <omp.h>
 
 #include <algorithm>
@@ -41,8 +41,10 @@ struct Arguments {
   const float *A, *D, *bias, *grad_state;
   // The gradients of B and C are (parts, batch, groups, states, time), to be summed over the parts of a group's channels
   // that tasks walk through; those of parameters, constant B and C among them, have a leading batch axis.
-  float *state, *grad_A, *grad_B, *grad_C, *grad_D, *grad_bias;
-  int64_t batch, dim, length, states, groups, softplus, threads;
+  // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted on the way forward where there is
+  // a place for them; the way back needs them.
+  float *state, *entering, *grad_A, *grad_B, *grad_C, *grad_D, *grad_bias;
+  int64_t batch, dim, length, states, groups, chunk, softplus, threads;  // chunk: on the way back
 };
 }
 
@@ -127,7 +129,7 @@ struct Job {
   int64_t tiles, parts, pitch;
 
   Job(const Arguments& arguments, bool back)
-      : a(arguments), back(back), chunk(back ? scan::backward_chunk(a.states) : forward_chunk) {
+      : a(arguments), back(back), chunk(back ? static_cast<int>(a.chunk) : forward_chunk) {
     const int64_t channels = a.dim / a.groups;
     tiles = scan::tiles_together(a.batch * a.groups, channels);
     parts = (channels + tiles * lanes - 1) / (tiles * lanes);
@@ -135,12 +137,16 @@ struct Job {
   }
 
   int64_t tasks() const { return a.batch * a.groups * parts; }
-  int64_t chunks() const { return (a.length + chunk - 1) / chunk; }
+  int64_t chunks() const { return (a.length + a.chunk - 1) / a.chunk; }
+
+  // Where a tile's states lie at the start of a step's chunk.
+  float* noted(const Task& task, const Tile& t, int64_t step) const {
+    return a.entering + (task.batch * chunks() + step / a.chunk) * a.states * a.dim + t.channel;
+  }
 
   int64_t floats() const {
     const int64_t common = 2 * chunk * pitch + (4 * chunk + 4 * tiles * a.states) * lanes;
-    const int64_t rest = tiles * ((chunks() + 3) * a.states + 9 * chunk) * lanes + 2 * chunk * pitch +
-                         forward_chunk * (pitch + 3 * lanes);
+    const int64_t rest = tiles * (4 * a.states + 9 * chunk) * lanes + 2 * chunk * pitch;
     return common + (back ? rest : 0);
   }
 
@@ -228,7 +234,12 @@ struct Job {
           y[s] = t.ends.D * u[s], u[s] *= delta[s];
         }
         const vec* whole = decaying(task, t, start, count, chunk, delta, z);
-        scan::forward<true>(count, a.states, whole, u, t.A, {B, pitch, t.B}, {C, pitch, t.C}, t.state, y);
+        const int part = static_cast<int>(a.entering ? a.chunk : chunk);
+        for (int s = 0; s < count; s += part) {
+          if (a.entering) scan::store_states(t.state, a.dim, t.width, a.states, noted(task, t, start + s));
+          scan::forward(std::min(part, count - s), a.states, whole + s, u + s, t.A, {B + s * pitch, pitch, t.B},
+                              {C + s * pitch, pitch, t.C}, t.state, y + s);
+        }
         if (a.z.data) {
           read(a.z, task, t, start, count, chunk, z);
           for (int s = 0; s < count; ++s) y[s] *= z[s] * scan::sigmoid(z[s]);
@@ -251,12 +262,11 @@ struct Job {
       for (vec** x : {&t.grad_A, &t.grad_B, &t.grad_C}) std::fill_n(*x = arena.vectors(states), states, vec{});
       for (vec** x : {&t.u, &t.slope, &t.delta, &t.whole, &t.x, &t.y, &t.grad_y, &t.grad_x, &t.grad_rate})
         *x = arena.vectors(chunk);
-      t.entering = arena.vectors(chunks() * states);
+      t.entering = arena.vectors(states);
     }
     float *B = arena.floats(chunk * pitch), *C = arena.floats(chunk * pitch);
     float *grad_B = arena.floats(chunk * pitch), *grad_C = arena.floats(chunk * pitch);
 
-    enter(task, side, count_tiles, arena);
     for (int64_t i = 0; i < count_tiles; ++i) {
       Tile& t = side[i];
       const int64_t at = (task.batch * a.dim + t.channel) * states;
@@ -280,9 +290,10 @@ struct Job {
         }
         expect(a.grad_u, task, t, start);
         expect(a.grad_delta, task, t, start);
+        scan::load_states(noted(task, t, start), a.dim, t.width, states, t.entering);
         if (a.z.data) open(task, t, start, count);
         const vec* whole = decaying(task, t, start, count, -chunk, t.delta, t.whole);
-        ways[i] = {whole, t.x, t.grad_y, t.A, t.entering + n * states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+        ways[i] = {whole, t.x, t.grad_y, t.A, t.entering, t.state, t.grad_x, t.grad_rate, t.grad_A,
                    t.grad_B, t.grad_C, a.z.data ? t.y : nullptr, {B, pitch, t.B}, {C, pitch, t.C}};
       }
       scan::backward(count, states, ways, count_tiles, {grad_B, pitch}, {grad_C, pitch});
@@ -309,32 +320,6 @@ struct Job {
       if (a.C.constant) scan::store_columns(t.grad_C, states, t.width, 1.0f, a.grad_C + channel * states);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
       if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
-    }
-  }
-
-  // Walk forward to note the state at each chunk's start, reading as much at a time as the forward pass.
-  void enter(const Task& task, Tile* side, int64_t count_tiles, Arena arena) const {
-    float* B = arena.floats(forward_chunk * pitch);
-    vec *x = arena.vectors(forward_chunk), *delta = arena.vectors(forward_chunk), *gap = arena.vectors(forward_chunk);
-    for (int64_t start = 0; start < a.length; start += forward_chunk) {
-      const int count = static_cast<int>(std::min<int64_t>(forward_chunk, a.length - start));
-      read(a.B, task, start, count, forward_chunk, B);
-      for (int64_t i = 0; i < count_tiles; ++i) {
-        const Tile& t = side[i];
-        read(a.u, task, t, start, count, forward_chunk, x);
-        read(a.delta, task, t, start, count, forward_chunk, delta);
-        for (int s = 0; s < count; ++s) {
-          delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, nullptr);
-          x[s] *= delta[s];
-        }
-        const vec* whole = decaying(task, t, start, count, forward_chunk, delta, gap);
-        for (int s = 0; s < count; s += chunk) {
-          std::copy_n(t.state, a.states, t.entering + (start + s) / chunk * a.states);
-          if (start + s + chunk >= a.length) break;
-          scan::forward<false>(chunk, a.states, whole + s, x + s, t.A, {B + s * pitch, pitch, t.B},
-                               {nullptr, 0, t.C}, t.state, nullptr);
-        }
-      }
     }
   }
 

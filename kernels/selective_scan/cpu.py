@@ -32,8 +32,9 @@ class _Input(ctypes.Structure):
 
 _SIGNALS = ("u", "delta", "z", "gap", "grad_out", "out", "grad_u", "grad_delta", "grad_z", "grad_gap")
 _INPUTS = ("B", "C")
-_DENSE = ("A", "D", "delta_bias", "grad_state", "state", "grad_A", "grad_B", "grad_C", "grad_D", "grad_bias")
-_NUMBERS = ("batch", "dim", "length", "states", "groups", "softplus", "threads")
+_DENSE = ("A", "D", "delta_bias", "grad_state", "state", "entering")
+_DENSE += ("grad_A", "grad_B", "grad_C", "grad_D", "grad_bias")
+_NUMBERS = ("batch", "dim", "length", "states", "groups", "chunk", "softplus", "threads")
 
 
 class _Arguments(ctypes.Structure):
@@ -54,12 +55,25 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def chunk_steps(states: int) -> int:
+    """Return after how many steps the states are kept: they are about as large as an input."""
+    return 64 if states <= 4 else 32 if states <= 8 else 16
+
+
+def entering_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
+    """Return the shape of the states entering the chunks, kept for the way back: (batch, chunks, states, dim)."""
+    batch, dim, length = u.shape
+    chunk = chunk_steps(A.shape[1])
+    return batch, (length + chunk - 1) // chunk, A.shape[1], dim
+
+
 class _Call:
     """The arguments in the form that the library takes; keeps the converted tensors alive."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, **others: Tensor | None):
         groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-        numbers = (*u.shape, A.shape[1], groups, delta_softplus, native.threads())
+        chunk = chunk_steps(A.shape[1])
+        numbers = (*u.shape, A.shape[1], groups, chunk, delta_softplus, native.threads())
         self.arguments = _Arguments(**dict(zip(_NUMBERS, numbers, strict=True)))
         self.tensors = []
         tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias} | others
@@ -99,16 +113,21 @@ def forward(
     delta_softplus: bool,
     return_last_state: bool,
     gap: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, last state, states entering the chunks), the latter two empty unless asked for.
+
+    Shapes as `selective_scan_op`, and `entering_shape`.
+    """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     if native.leaves_to_reference("selective_scan", *tensors, gap):
         return reference.forward(*tensors, delta_softplus, return_last_state, gap)
     out = torch.empty(u.shape, dtype=torch.float32)
     state = torch.empty((*u.shape[:2], A.shape[1]) if return_last_state else 0, dtype=torch.float32)
-    call = _Call(*tensors, delta_softplus, gap=gap, out=out, state=state if return_last_state else None)
-    call.run("selective_scan_forward")
-    return out.to(u.dtype), state
+    entering = torch.empty(entering_shape(u, A) if keep_states else 0, dtype=torch.float32)
+    others = {"state": state if return_last_state else None, "entering": entering if keep_states else None}
+    _Call(*tensors, delta_softplus, gap=gap, out=out, **others).run("selective_scan_forward")
+    return out.to(u.dtype), state, entering
 
 
 def backward(
@@ -124,12 +143,18 @@ def backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     gap: Tensor | None = None,
+    entering: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None.
+
+    The way forward is gone once more where it did not keep the states entering the chunks.
+    """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     if native.leaves_to_reference("selective_scan", *tensors, gap):
         return reference.backward(grad_out, grad_state, *tensors, delta_softplus, gap)
-    call = _Call(*tensors, delta_softplus, gap=gap, grad_out=grad_out, grad_state=grad_state)
+    if entering is None or entering.dim() == 1:
+        *_, entering = forward(*tensors, delta_softplus, False, gap, keep_states=True)
+    call = _Call(*tensors, delta_softplus, gap=gap, grad_out=grad_out, grad_state=grad_state, entering=entering)
     tensors = (*tensors, gap)
     parts = call.parts()
     grads = []

@@ -30,43 +30,65 @@ def selective_scan_op(
     """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
-            return dispatch.call_reference(
+            out, state, _ = dispatch.call_reference(
                 reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap
             )
-    return torch.ops.visionmix.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap
+            return out, state
+    # A graph that torch.jit.trace makes shall not depend on the mode: it goes forward once more on its way back.
+    keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    out, state, _ = torch.ops.visionmix.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, keep_states
     )
+    return out, state
 
 
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap=None, implementation="auto"):
-    shape = (*u.shape[:2], A.shape[1]) if return_last_state else (0,)
-    return _like(u), u.new_empty(shape, dtype=dispatch.compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap))
-
-
-def _fake_backward(
-    grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap=None, implementation="auto"
+def _fake(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    return_last_state,
+    gap=None,
+    keep_states=False,
+    implementation="auto",
 ):
+    dtype = dispatch.compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
+    state = u.new_empty((*u.shape[:2], A.shape[1]) if return_last_state else (0,), dtype=dtype)
+    compiled = dispatch.resolve("selective_scan", implementation, u.device) == "cpu" and dtype == torch.float32
+    return _like(u), state, u.new_empty(cpu.entering_shape(u, A) if keep_states and compiled else (0,), dtype=dtype)
+
+
+def _fake_backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap=None, *_options):
     options = (u.new_empty(0) if x is None else _like(x) for x in (D, z, delta_bias, gap))
     return *(_like(x) for x in (u, delta, A, B, C)), *options
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.return_last_state, gap, implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.return_last_state, gap, _, implementation = inputs
     ctx.implementation = dispatch.resolve("selective_scan", implementation, tensors[0].device)
-    ctx.save_for_backward(*tensors, gap)
+    entering = output[2]
+    ctx.mark_non_differentiable(entering)
+    ctx.save_for_backward(*tensors, gap, entering)
 
 
-def _backward(ctx, grad_out, grad_state):
-    *tensors, gap = ctx.saved_tensors
+def _backward(ctx, grad_out, grad_state, _):
+    *tensors, gap, entering = ctx.saved_tensors
+    if not ctx.return_last_state:
+        grad_state = None
     grads = torch.ops.visionmix.selective_scan_backward(
-        grad_out, grad_state if ctx.return_last_state else None, *tensors, ctx.delta_softplus, gap, ctx.implementation
+        grad_out, grad_state, *tensors, ctx.delta_softplus, gap, entering, ctx.implementation
     )
     *grads, grad_gap = (None if x is None else grad for x, grad in zip((*tensors, gap), grads, strict=True))
-    return *grads, None, None, grad_gap, None
+    return *grads, None, None, grad_gap, None, None
 
 
 def _flops(
@@ -108,12 +130,13 @@ _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tens
 register_op(
     "selective_scan",
     schema=(
-        f"({_INPUTS}, bool delta_softplus, bool return_last_state, Tensor? gap=None, "
-        'str implementation="auto") -> (Tensor, Tensor)'
+        f"({_INPUTS}, bool delta_softplus, bool return_last_state, Tensor? gap=None, bool keep_states=False, "
+        'str implementation="auto") -> (Tensor, Tensor, Tensor)'
     ),
     backward_schema=(
         f"(Tensor grad_out, Tensor? grad_state, {_INPUTS}, bool delta_softplus, Tensor? gap=None, "
-        'str implementation="auto") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
+        'Tensor? entering=None, str implementation="auto") -> '
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     fake=_fake,
     backward_fake=_fake_backward,

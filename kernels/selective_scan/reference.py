@@ -181,8 +181,12 @@ def forward(
     delta_softplus: bool,
     return_last_state: bool,
     gap: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
+
+    The way back finds the states itself: none are kept.
+    """
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
     layout, scan, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
     state, last = scan.entering()
@@ -196,7 +200,7 @@ def forward(
     if z is not None:
         out = out * F.silu(z.to(dtype))
     last = last.flatten(1, 2).contiguous() if return_last_state else out.new_empty(0)
-    return out.to(u.dtype).contiguous(), last
+    return out.to(u.dtype).contiguous(), last, out.new_empty(0)
 
 
 def _gradients(
@@ -259,6 +263,7 @@ def backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     gap: Tensor | None = None,
+    entering: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)

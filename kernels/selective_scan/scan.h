@@ -259,6 +259,36 @@ inline int64_t tiles_together(int64_t sequences, int64_t channels) {
   return all >= 96 ? 4 : all >= 24 ? 3 : all >= 12 ? 2 : 1;
 }
 
+// The first `width` of a row's floats, at most a vector; zeros beyond.
+inline vec load_row(const float* p, int64_t width) {
+  if (width >= lanes) return simd::load(p);
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << width) - 1), p);
+#else
+  vec x{};
+  std::memcpy(&x, p, width * sizeof(float));
+  return x;
+#endif
+}
+
+inline void store_row(vec x, float* p, int64_t width) {
+  if (width >= lanes) return simd::store(p, x);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << width) - 1), (__m512)x);
+#else
+  std::memcpy(p, &x, width * sizeof(float));
+#endif
+}
+
+// Rows of a tensor (..., states, channels) from and to a tile's vectors, one a state.
+inline void load_states(const float* from, int64_t channels, int64_t width, int64_t states, vec* into) {
+  for (int64_t n = 0; n < states; ++n) into[n] = load_row(from + n * channels, width);
+}
+
+inline void store_states(const vec* from, int64_t channels, int64_t width, int64_t states, float* into) {
+  for (int64_t n = 0; n < states; ++n) store_row(from[n], into + n * channels, width);
+}
+
 // `width` rows of a matrix (rows, columns) as vectors over rows, one a column, times a factor; zeros beyond the width.
 inline void load_columns(const float* matrix, int64_t columns, int64_t width, float factor, vec* into) {
   for (int64_t j = 0; j < columns; ++j) {
@@ -286,7 +316,7 @@ inline vec at(const Projection& p, int64_t step, int64_t state) {
   return constant ? p.constant[state] : broadcast(p.rows[step * p.pitch + state]);
 }
 
-template <int width, bool constant_B, bool constant_C, bool output>
+template <int width, bool constant_B, bool constant_C>
 inline void advance(int count, int64_t n, const vec* delta, const vec* x, const vec* A, const Projection& B,
                     const Projection& C, vec* state, vec* y) {
   vec h[width];
@@ -297,37 +327,36 @@ inline void advance(int count, int64_t n, const vec* delta, const vec* x, const 
 #pragma GCC unroll 16
     for (int i = 0; i < width; ++i) {
       h[i] = exp2(step * A[n + i]) * h[i] + in * at<constant_B>(B, t, n + i);
-      if (output) sum[i % 2] += h[i] * at<constant_C>(C, t, n + i);
+      sum[i % 2] += h[i] * at<constant_C>(C, t, n + i);
     }
-    if (output) y[t] += sum[0] + sum[1];
+    y[t] += sum[0] + sum[1];
   }
   for (int i = 0; i < width; ++i) state[n + i] = h[i];
 }
 
-// Carry the states of a tile over `count` steps; with `output` add sum_n C h to y.
-template <bool output>
+// Carry the states of a tile over `count` steps; add sum_n C h to y.
 inline void forward(int count, int64_t states, const vec* delta, const vec* x, const vec* A, const Projection& B,
                     const Projection& C, vec* state, vec* y) {
   const auto walk = [&](auto function, int64_t n) { function(count, n, delta, x, A, B, C, state, y); };
   int64_t n = 0;
   if (B.constant || C.constant) {
     for (; n < states; ++n) {
-      if (!B.constant) walk(advance<1, false, true, output>, n);
-      else if (C.constant) walk(advance<1, true, true, output>, n);
-      else walk(advance<1, true, false, output>, n);
+      if (!B.constant) walk(advance<1, false, true>, n);
+      else if (C.constant) walk(advance<1, true, true>, n);
+      else walk(advance<1, true, false>, n);
     }
     return;
   }
-  for (; n + widest <= states; n += widest) walk(advance<widest, false, false, output>, n);
-  for (; n + 4 <= states; n += 4) walk(advance<4, false, false, output>, n);
-  for (; n < states; ++n) walk(advance<1, false, false, output>, n);
+  for (; n + widest <= states; n += widest) walk(advance<widest, false, false>, n);
+  for (; n + 4 <= states; n += 4) walk(advance<4, false, false>, n);
+  for (; n < states; ++n) walk(advance<1, false, false>, n);
 }
 
 constexpr int longest_chunk = 64;
 
 // A tile's way back through a chunk. Everything but the first line is added to.
 struct Backward {
-  const vec *delta, *x, *grad_y, *A, *entering;
+  const vec *delta, *x, *grad_y, *A, *entering;  // the last: (states,)
   vec *grad_state;            // (states,), of the state leaving the chunk, and on return of that entering it
   vec *grad_x, *grad_rate;    // (steps,); the rate is of log2(decay) / A
   vec *grad_A;                // (states,), of A itself
@@ -432,9 +461,6 @@ inline void backward(int count, int64_t states, const Backward* tiles, int64_t n
   for (; n + 4 <= states; n += 4) walk(retreat<4, false, false>, n);
   for (; n < states; ++n) walk(retreat<1, false, false>, n);
 }
-
-// Steps of a chunk on the way back: the states noted at the chunks' starts are about as large as an input.
-inline int backward_chunk(int64_t states) { return states <= 4 ? 64 : states <= 8 ? 32 : 16; }
 
 // softplus(delta) if asked for, and its derivative where there is a place for it.
 inline vec activate(vec delta, bool through_softplus, vec* slope) {

@@ -109,8 +109,12 @@ def forward(
     delta_softplus: bool,
     return_last_state: bool,
     gap: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, last state), the state empty unless asked for; shapes as `selective_scan_op`."""
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
+
+    The way back finds the states itself: none are kept.
+    """
     if _leaves_to_reference(gap):
         return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap)
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -118,7 +122,7 @@ def forward(
     shape = (problem.batch, problem.dim, problem.states) if return_last_state else (0,)
     last = u.new_empty(shape, dtype=torch.float32)
     problem.forward(out, None, last if return_last_state else None)
-    return out, last
+    return out, last, u.new_empty(0, dtype=torch.float32)
 
 
 def backward(
@@ -134,6 +138,7 @@ def backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     gap: Tensor | None = None,
+    entering: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
     if _leaves_to_reference(gap):

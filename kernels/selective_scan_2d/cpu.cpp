@@ -14,12 +14,15 @@ namespace {
 
 using scan::Arena;
 using scan::lanes;
+using scan::load_row;
+using scan::store_row;
 using scan::vec;
 using std::int32_t;
 using std::int64_t;
 
 constexpr int forward_chunk = 64;
 constexpr int64_t most_sums = 2 << 20;  // floats of all orders' sums over channels; beyond, orders go one by one
+constexpr int ranks_together = 4;       // so that four tiles' factors of them fit the registers
 constexpr int64_t piece = 4096;         // floats of them that are added up at a time
 
 }  // namespace
@@ -38,6 +41,9 @@ struct Arguments {
   // Gradients of parameters have a leading batch axis. Those of B, C and a low-rank delta's first factor are (batch,
   // cells, orders, features), dense, and added to.
   float *grad_weight, *grad_A, *grad_D, *grad_bias, *grad_B, *grad_C, *grad_rank;
+  // (batch, orders, chunks of the longest order, states, channels): the states at the starts of chunks, which the way
+  // forward notes where there is a place for them and the way back needs.
+  float* entering;
   // (orders, steps): the cell of x read at each step, that of delta, B and C, and the row of the output written; -1 for
   // none. An order has counts[order] steps.
   const int32_t *read, *place, *target;
@@ -45,33 +51,12 @@ struct Arguments {
   // (3, orders): whether an order is the first at every cell of x, of its own maps and every row of the output, and at
   // each of them once, so that these need not be zeros before.
   const int32_t* first;
-  int64_t batch, cells, channels, states, rank, orders, steps, rows, softplus, threads;
+  int64_t batch, cells, channels, states, rank, orders, steps, rows, chunk, softplus, threads;  // chunk: on the way back
   float scale;  // of the output
 };
 }
 
 namespace {
-
-// The first `width` of a row's floats, at most a vector; zeros beyond.
-vec load_row(const float* p, int64_t width) {
-  if (width >= lanes) return simd::load(p);
-#if defined(__AVX512F__)
-  return (vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << width) - 1), p);
-#else
-  vec x{};
-  std::memcpy(&x, p, width * sizeof(float));
-  return x;
-#endif
-}
-
-void store_row(vec x, float* p, int64_t width) {
-  if (width >= lanes) return simd::store(p, x);
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << width) - 1), (__m512)x);
-#else
-  std::memcpy(p, &x, width * sizeof(float));
-#endif
-}
 
 // Rows of features, one a step, beside each other in a pitch; zeros for a padded step and beyond the features.
 void gather(const float* from, int64_t cell, const int32_t* cells, int count, int64_t features, int64_t pitch,
@@ -113,8 +98,7 @@ struct Task {
 struct Tile {
   int64_t channel;
   int width;
-  vec *A, *state, *weight, *entering, *grad_A;
-  float *rows, *grad_rows;  // the low rank's weight and its gradient, (lanes, rank) in a pitch
+  vec *A, *state, *weight, *entering, *grad_A, *grad_weight;
   vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
   scan::Ends ends;
 };
@@ -127,7 +111,7 @@ struct Chunk {
   int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
   const int32_t *read, *place, *target;
   float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
-  vec *u, *delta, *x, *y;  // of one tile
+  vec *u, *delta, *x, *y, *spread;  // of one tile, and the gradients of a few ranks not yet summed over lanes
 };
 
 enum Table { reads, places, targets };
@@ -139,7 +123,7 @@ struct Job {
   int64_t tiles, parts, pitch, rank_pitch;
 
   Job(const Arguments& arguments, bool back)
-      : a(arguments), back(back), chunk(back ? scan::backward_chunk(a.states) : forward_chunk) {
+      : a(arguments), back(back), chunk(back ? static_cast<int>(a.chunk) : forward_chunk) {
     tiles = scan::tiles_together(a.batch, a.channels);
     parts = (a.channels + tiles * lanes - 1) / (tiles * lanes);
     pitch = a.states == 1 ? 1 : scan::round_up(a.states, lanes);
@@ -151,9 +135,8 @@ struct Job {
 
   int64_t floats() const {
     const int64_t common = chunk * (2 * pitch + rank_pitch) + (4 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
-    const int64_t boundaries = tiles * ((a.steps + chunk - 1) / chunk) * a.states;
-    const int64_t rest = (boundaries + tiles * (a.states + 2 * rank_pitch + 7 * chunk)) * lanes +
-                         chunk * (2 * pitch + rank_pitch);
+    const int64_t rest = tiles * (2 * a.states + a.rank + 7 * chunk) * lanes + chunk * ranks_together * lanes +
+                         chunk * (2 * pitch + a.rank);
     return common + (back ? rest : 0);
   }
 
@@ -168,7 +151,7 @@ struct Job {
     for (vec** x : {&c.u, &c.delta, &c.x, &c.y}) *x = arena.vectors(chunk);
     if (!back) return c;
     c.grad_B = arena.floats(chunk * pitch), c.grad_C = arena.floats(chunk * pitch);
-    c.grad_rank = arena.floats(chunk * rank_pitch);
+    c.grad_rank = arena.floats(chunk * a.rank), c.spread = arena.vectors(chunk * ranks_together);
     return c;
   }
 
@@ -200,12 +183,16 @@ struct Job {
     if (!back) return t;
     t.grad_A = cleared(arena, a.states);
     for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate}) *x = arena.vectors(chunk);
-    t.rows = arena.floats(lanes * rank_pitch), t.grad_rows = arena.floats(lanes * rank_pitch);
-    std::fill_n(t.rows, lanes * rank_pitch, 0.0f);
-    std::fill_n(t.grad_rows, lanes * rank_pitch, 0.0f);
-    for (int i = 0; i < t.width; ++i) std::copy_n(a.weight + (row + i) * a.rank, a.rank, t.rows + i * rank_pitch);
-    t.entering = arena.vectors(chunks(order) * a.states);
+    t.grad_weight = cleared(arena, a.rank);
+    t.entering = arena.vectors(a.states);
     return t;
+  }
+
+  // Where a tile's states lie at the start of a step's chunk.
+  float* noted(const Task& task, int64_t order, const Tile& t, int64_t step) const {
+    const int64_t each = (a.steps + a.chunk - 1) / a.chunk;
+    const int64_t chunk = (task.batch * a.orders + order) * each + step / a.chunk;
+    return a.entering + chunk * a.states * a.channels + t.channel;
   }
 
   // The address of a task's first row of `x`.
@@ -224,9 +211,9 @@ struct Job {
   }
 
   // What all tiles share of a chunk.
-  void read_rows(const Task& task, Chunk& c, bool with_C) const {
+  void read_rows(const Task& task, Chunk& c) const {
     gather(base(a.B, task, c.order), a.B.cell, c.place, c.count, a.states, pitch, c.B);
-    if (with_C) gather(base(a.C, task, c.order), a.C.cell, c.place, c.count, a.states, pitch, c.C);
+    gather(base(a.C, task, c.order), a.C.cell, c.place, c.count, a.states, pitch, c.C);
     if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, rank_pitch, c.rank);
   }
 
@@ -269,13 +256,18 @@ struct Job {
       for (int64_t i = 0; i * lanes < task.channels; ++i) side[i] = tile(task, order, i * lanes, rest);
       for (int64_t start = 0; start < a.counts[order]; start += chunk) {
         move(c, order, start, false);
-        read_rows(task, c, true);
+        read_rows(task, c);
         for (int64_t i = 0; i * lanes < task.channels; ++i) {
           const Tile& t = side[i];
           read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
           for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s];
-          scan::forward<true>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr},
-                              {c.C, pitch, nullptr}, t.state, c.y);
+          const int part = static_cast<int>(a.entering ? a.chunk : chunk);
+          for (int s = 0; s < c.count; s += part) {
+            if (a.entering)
+              scan::store_states(t.state, a.channels, t.width, a.states, noted(task, order, t, start + s));
+            scan::forward(std::min(part, c.count - s), a.states, c.delta + s, c.x + s, t.A,
+                                {c.B + s * pitch, pitch, nullptr}, {c.C + s * pitch, pitch, nullptr}, t.state, c.y + s);
+          }
           scatter(c.y, a.scale, c.target, c.next, c.count, t.width, first(targets, order),
                   base(a.out, task, 0) + t.channel, a.out.cell);
         }
@@ -291,60 +283,39 @@ struct Job {
     Tile side[4];
     const int64_t count = (task.channels + lanes - 1) / lanes;
     for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, arena);
-    enter(task, c, order, side, count);
     for (int64_t n = chunks(order) - 1; n >= 0; --n) {
       move(c, order, n * chunk, true);
-      read_rows(task, c, true);
-      std::fill_n(c.grad_rank, chunk * rank_pitch, 0.0f);
+      read_rows(task, c);
       scan::Backward ways[4];
-      for (int64_t i = 0; i < count; ++i) ways[i] = prepare(task, c, side[i], n);
+      for (int64_t i = 0; i < count; ++i) ways[i] = prepare(task, c, side[i]);
       scan::backward(c.count, a.states, ways, count, {c.grad_B, pitch}, {c.grad_C, pitch});
       for (int64_t i = 0; i < count; ++i) finish(task, c, side[i]);
+      if (a.rank) retreat_rank(c, side, count);
       float* rows = sums + c.start * a.states;
       copy_rows(c.count, a.states, c.grad_B, pitch, rows);
       copy_rows(c.count, a.states, c.grad_C, pitch, rows + a.counts[order] * a.states);
       rows = sums + a.counts[order] * 2 * a.states + c.start * a.rank;
-      copy_rows(c.count, a.rank, c.grad_rank, rank_pitch, rows);
+      std::copy_n(c.grad_rank, c.count * a.rank, rows);
     }
     for (int64_t i = 0; i < count; ++i) {
       const Tile& t = side[i];
       const int64_t row = (task.batch * a.orders + order) * a.channels + t.channel;
       scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
-      if (a.rank)
-        for (int j = 0; j < t.width; ++j)
-          std::copy_n(t.grad_rows + j * rank_pitch, a.rank, a.grad_weight + (row + j) * a.rank);
+      if (a.rank) scan::store_columns(t.grad_weight, a.rank, t.width, 1.0f, a.grad_weight + row * a.rank);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + row);
       if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
     }
   }
 
-  // Walk forward to note the state at each chunk's start; the states are cleared at the end.
-  void enter(const Task& task, Chunk& c, int64_t order, Tile* side, int64_t count) const {
-    for (int64_t n = 0; n < chunks(order); ++n) {
-      const bool last = n + 1 == chunks(order);
-      move(c, order, n * chunk, false);
-      if (!last) read_rows(task, c, false);
-      for (int64_t i = 0; i < count; ++i) {
-        const Tile& t = side[i];
-        std::copy_n(t.state, a.states, t.entering + n * a.states);
-        if (last) {
-          std::fill_n(t.state, a.states, vec{});
-          continue;
-        }
-        read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
-        scan::forward<false>(c.count, a.states, c.delta, c.x, t.A, {c.B, pitch, nullptr}, {}, t.state, nullptr);
-      }
-    }
-  }
-
-  scan::Backward prepare(const Task& task, const Chunk& c, const Tile& t, int64_t n) const {
+  scan::Backward prepare(const Task& task, const Chunk& c, const Tile& t) const {
+    scan::load_states(noted(task, c.order, t, c.start), a.channels, t.width, a.states, t.entering);
     read_tile(task, c, t, t.u, t.delta, t.x, t.slope);
     const float* grad_out = base(a.grad_out, task, 0) + t.channel;
     for (int s = 0; s < c.count; ++s) {
       t.grad_y[s] = fetch(grad_out, a.grad_out.cell, c.target + s, c.next, t.width) * a.scale;
       t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
     }
-    return {t.delta, t.x, t.grad_y, t.A, t.entering + n * a.states, t.state, t.grad_x, t.grad_rate, t.grad_A,
+    return {t.delta, t.x, t.grad_y, t.A, t.entering, t.state, t.grad_x, t.grad_rate, t.grad_A,
             nullptr, nullptr, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}};
   }
 
@@ -352,35 +323,53 @@ struct Job {
     scan::finish(c.count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
     scatter(t.grad_x, 1.0f, c.read, c.next, c.count, t.width, first(reads, c.order),
             base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
-    if (a.rank) retreat_rank(c, t);
-    else
+    if (!a.rank)
       scatter(t.grad_rate, 1.0f, c.place, c.next, c.count, t.width, first(places, c.order),
               base(a.grad_delta, task, c.order) + t.channel, a.grad_delta.cell);
   }
 
-  // The gradients of a low-rank delta's factors from that of the full one: here vectors lie along the rank.
-  void retreat_rank(const Chunk& c, const Tile& t) const {
-    const float* grad_delta = reinterpret_cast<const float*>(t.grad_rate);
-    for (int64_t r = 0; r < rank_pitch; r += lanes) {
-      vec weight[lanes], grad[lanes];
-      for (int i = 0; i < lanes; ++i) weight[i] = simd::load(t.rows + i * rank_pitch + r);
-      for (int s = 0; s < c.count; ++s) {
-        float* into = c.grad_rank + s * rank_pitch + r;
-        vec sum = simd::load(into);
-        for (int i = 0; i < lanes; ++i) sum += weight[i] * grad_delta[s * lanes + i];
-        simd::store(into, sum);
-      }
-      for (int i = 0; i < lanes; ++i) grad[i] = simd::load(t.grad_rows + i * rank_pitch + r);
-      for (int s = 0; s < c.count; ++s) {
-        const vec row = simd::load(c.rank + s * rank_pitch + r);
-        for (int i = 0; i < lanes; ++i) grad[i] += row * grad_delta[s * lanes + i];
-      }
-      for (int i = 0; i < lanes; ++i) simd::store(t.grad_rows + i * rank_pitch + r, grad[i]);
-    }
+  // The gradients of a low-rank delta's factors from that of the full one, all tiles and a few ranks at a time.
+  void retreat_rank(const Chunk& c, const Tile* side, int64_t count) const {
+    const auto walk = [&](auto number) {
+      int64_t r = 0;
+      for (; r + ranks_together <= a.rank; r += ranks_together) retreat_ranks<number, ranks_together>(c, side, r);
+      for (; r < a.rank; ++r) retreat_ranks<number, 1>(c, side, r);
+    };
+    if (count == 4) walk(std::integral_constant<int, 4>{});
+    else if (count == 3) walk(std::integral_constant<int, 3>{});
+    else if (count == 2) walk(std::integral_constant<int, 2>{});
+    else walk(std::integral_constant<int, 1>{});
   }
 
+  template <int number, int width>
+  void retreat_ranks(const Chunk& c, const Tile* side, int64_t r) const {
+    vec factor[number][width];
+    for (int i = 0; i < number; ++i)
+      for (int j = 0; j < width; ++j) factor[i][j] = side[i].weight[r + j];
+    for (int s = 0; s < c.count; ++s) {
+      vec sum[width] = {};
+      for (int i = 0; i < number; ++i)
+        for (int j = 0; j < width; ++j) sum[j] += factor[i][j] * side[i].grad_rate[s];
+      for (int j = 0; j < width; ++j) c.spread[s * width + j] = sum[j];
+    }
+    alignas(64) float sums[scan::longest_chunk * width];  // whole vectors, though the chunk may be short
+    scan::sum_lanes(c.spread, c.count * width, sums);
+    for (int i = 0; i < number; ++i)
+      for (int j = 0; j < width; ++j) factor[i][j] = side[i].grad_weight[r + j];
+    for (int s = 0; s < c.count; ++s) {
+      for (int i = 0; i < number; ++i)
+        for (int j = 0; j < width; ++j) factor[i][j] += side[i].grad_rate[s] * c.rank[s * rank_pitch + r + j];
+      for (int j = 0; j < width; ++j) c.grad_rank[s * a.rank + r + j] = sums[s * width + j];
+    }
+    for (int i = 0; i < number; ++i)
+      for (int j = 0; j < width; ++j) side[i].grad_weight[r + j] = factor[i][j];
+  }
+
+  // Rows without their pitch.
   static void copy_rows(int count, int64_t width, const float* from, int64_t pitch, float* rows) {
-    for (int t = 0; t < count; ++t) std::copy_n(from + t * pitch, width, rows + t * width);
+    if (width == pitch) std::copy_n(from, count * width, rows);
+    else
+      for (int t = 0; t < count; ++t) std::copy_n(from + t * pitch, width, rows + t * width);
   }
 
   // The floats of a task's sums over one order: those of B, C and the low-rank delta, (steps, features) each.

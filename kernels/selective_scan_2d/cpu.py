@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch, native
+from visionmix.kernels.selective_scan.cpu import chunk_steps
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
 
@@ -29,10 +30,10 @@ class _Map(ctypes.Structure):
 _MAPS = ("x", "delta", "B", "C", "grad_out", "out", "grad_x", "grad_delta")
 _DENSE = (
     *("delta_weight", "A", "D", "delta_bias"),
-    *("grad_weight", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C", "grad_rank"),
+    *("grad_weight", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C", "grad_rank", "entering"),
     *("read", "place", "target", "counts", "first"),
 )
-_NUMBERS = ("batch", "cells", "channels", "states", "rank", "orders", "steps", "rows", "softplus", "threads")
+_NUMBERS = ("batch", "cells", "channels", "states", "rank", "orders", "steps", "rows", "chunk", "softplus", "threads")
 
 
 class _Arguments(ctypes.Structure):
@@ -110,6 +111,16 @@ def _padded(table: np.ndarray) -> np.ndarray:
     return padded[: table.size].reshape(table.shape)
 
 
+def entering_shape(x: Tensor, A: Tensor, steps: int) -> tuple[int, ...]:
+    """Return the shape of what is kept for the way back, the states entering the chunks of each order.
+
+    `steps` are those of the longest order; (batch, orders, chunks, states, channels).
+    """
+    orders, channels, states = A.shape
+    chunk = chunk_steps(states)
+    return x.shape[0], orders, (steps + chunk - 1) // chunk, states, channels
+
+
 class _Call:
     """The arguments in the form that the library takes; keeps the converted tensors alive."""
 
@@ -134,7 +145,8 @@ class _Call:
         cells = height * width
         rank = 0 if delta_weight is None else delta_weight.shape[2]
         rows = cells * table.routes if apart else cells
-        sizes = (batch, cells, channels, A.shape[2], rank, *table.read.shape, rows, delta_softplus, native.threads())
+        sizes = (batch, cells, channels, A.shape[2], rank, *table.read.shape, rows)
+        sizes = (*sizes, chunk_steps(A.shape[2]), delta_softplus, native.threads())
         self.arguments = _Arguments(**dict(zip(_NUMBERS, sizes, strict=True)))
         self.arguments.scale = 1 / table.routes if merge == "mean" else 1
         for name in ("read", "place", "target", "counts", "first"):
@@ -188,8 +200,12 @@ def forward(
     orders: str,
     merge: str,
     permute: str,
-) -> Tensor:
-    """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the merged outputs, and the states entering the chunks, empty unless asked for.
+
+    Shapes as `selective_scan_2d`, the order names joined by commas, and `entering_shape`.
+    """
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
         return reference.forward(*tensors, delta_softplus, orders, merge, permute)
@@ -197,8 +213,12 @@ def forward(
     shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
     out = torch.empty(shape, dtype=torch.float32)
     call.set_rows("out", out)
+    # Orders may have fewer chunks than the longest.
+    entering = torch.zeros(entering_shape(x, A, call.table.read.shape[1]) if keep_states else 0, dtype=torch.float32)
+    if keep_states:
+        call.set("entering", entering)
     call.run("selective_scan_2d_forward")
-    return out.to(x.dtype)
+    return out.to(x.dtype), entering
 
 
 def backward(
@@ -215,12 +235,19 @@ def backward(
     orders: str,
     merge: str,
     permute: str,
+    entering: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
+    """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None.
+
+    The way forward is gone once more where it did not keep the states entering the chunks.
+    """
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
         return reference.backward(grad_out, *tensors, delta_softplus, orders, merge, permute)
+    if entering is None or entering.dim() == 1:
+        _, entering = forward(*tensors, delta_softplus, orders, merge, permute, keep_states=True)
     call = _Call(*tensors, delta_softplus, orders, merge, permute)
+    call.set("entering", entering)
     call.set_rows("grad_out", grad_out)
     names = ("x", "delta" if delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")
     grads = []

@@ -9,7 +9,7 @@ from torch import Tensor
 from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.registration import register_op
 from visionmix.kernels.selective_scan_2d import cpu, reference
-from visionmix.kernels.selective_scan_2d.routes import count_routes
+from visionmix.kernels.selective_scan_2d.routes import count_routes, count_steps
 
 
 def selective_scan_2d_op(
@@ -34,20 +34,41 @@ def selective_scan_2d_op(
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
             inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute)
-            return dispatch.call_reference(reference.forward, *inputs)
-    return torch.ops.visionmix.selective_scan_2d(
-        x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute
+            out, _ = dispatch.call_reference(reference.forward, *inputs)
+            return out
+    # A graph that torch.jit.trace makes shall not depend on the mode: it goes forward once more on its way back.
+    keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    out, _ = torch.ops.visionmix.selective_scan_2d(
+        x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute, keep_states
     )
+    return out
 
 
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake(x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, *_options):
-    if merge == "none":
-        return x.new_empty(*x.shape[:3], count_routes(orders), x.shape[3])
-    return _like(x)
+def _fake(
+    x,
+    delta,
+    delta_weight,
+    A,
+    B,
+    C,
+    D,
+    delta_bias,
+    delta_softplus,
+    orders,
+    merge,
+    permute="all",
+    keep_states=False,
+    implementation="auto",
+):
+    out = x.new_empty(*x.shape[:3], count_routes(orders), x.shape[3]) if merge == "none" else _like(x)
+    dtype = dispatch.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
+    compiled = dispatch.resolve("selective_scan_2d", implementation, x.device) == "cpu" and dtype == torch.float32
+    shape = cpu.entering_shape(x, A, count_steps(orders, *x.shape[1:3])) if keep_states and compiled else (0,)
+    return out, x.new_empty(shape, dtype=dtype)
 
 
 def _fake_backward(grad_out, x, delta, delta_weight, A, B, C, D, delta_bias, *_options):
@@ -55,17 +76,19 @@ def _fake_backward(grad_out, x, delta, delta_weight, A, B, C, D, delta_bias, *_o
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, _, implementation = inputs
     ctx.implementation = dispatch.resolve("selective_scan_2d", implementation, tensors[0].device)
-    ctx.save_for_backward(*tensors)
+    entering = output[1]
+    ctx.mark_non_differentiable(entering)
+    ctx.save_for_backward(*tensors, entering)
 
 
-def _backward(ctx, grad_out):
-    tensors = ctx.saved_tensors
+def _backward(ctx, grad_out, _):
+    *tensors, entering = ctx.saved_tensors
     grads = torch.ops.visionmix.selective_scan_2d_backward(
-        grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, ctx.implementation
+        grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, entering, ctx.implementation
     )
-    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 5
+    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 6
 
 
 def _flops(
@@ -107,14 +130,15 @@ def _load_reference() -> dispatch.Implementation:
 
 _INPUTS = (
     "Tensor x, Tensor delta, Tensor? delta_weight, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-    'bool delta_softplus, str orders, str merge, str permute, str implementation="auto"'
+    "bool delta_softplus, str orders, str merge, str permute"
 )
 
 register_op(
     "selective_scan_2d",
-    schema=f"({_INPUTS}) -> Tensor",
+    schema=f'({_INPUTS}, bool keep_states=False, str implementation="auto") -> (Tensor, Tensor)',
     backward_schema=(
-        f"(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f'(Tensor grad_out, {_INPUTS}, Tensor? entering=None, str implementation="auto") -> '
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     fake=_fake,
     backward_fake=_fake_backward,

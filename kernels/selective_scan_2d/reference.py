@@ -64,10 +64,14 @@ def forward(
     orders: str,
     merge: str,
     permute: str,
-) -> Tensor:
-    """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the merged outputs, and nothing: the way back finds the states itself.
+
+    Shapes as `selective_scan_2d`, the order names joined by commas.
+    """
     inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)
-    out, _ = scan.forward(*inputs.arguments, delta_softplus, False)
+    out, *_ = scan.forward(*inputs.arguments, delta_softplus, False)
     inverse = inputs.table.inverse
     sequences = _orders_last(out, A.shape[0]).flatten(1, 2)
     if merge == "none":
@@ -77,7 +81,7 @@ def forward(
         out = take_sum(sequences, inverse)
         out = out / len(inverse) if merge == "mean" else out
         shape = x.shape
-    return out.reshape(shape).to(x.dtype).contiguous()
+    return out.reshape(shape).to(x.dtype).contiguous(), out.new_empty(0)
 
 
 def backward(
@@ -94,6 +98,7 @@ def backward(
     orders: str,
     merge: str,
     permute: str,
+    entering: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)

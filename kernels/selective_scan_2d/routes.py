@@ -1,7 +1,7 @@
 """The index tables of a set of scan orders: which cells each step reads and which step each cell takes back."""
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 
 import numpy as np
 import torch
@@ -14,6 +14,13 @@ SEPARATOR = ","
 def count_routes(orders: str) -> int:
     """Return the number of outputs of `merge="none"`: one an order, one more for each order joined to it by "+"."""
     return orders.count(SEPARATOR) + orders.count("+") + 1
+
+
+def count_steps(orders: str, height: int, width: int) -> int:
+    """Return the steps of the longest order on a grid, whose sizes may be symbolic."""
+    from visionmix import scans
+
+    return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in orders.split(SEPARATOR)))
 
 
 @dataclass

@@ -192,21 +192,26 @@ def forward(
     orders: str,
     merge: str,
     permute: str,
-) -> Tensor:
-    """Return the merged outputs; shapes as `selective_scan_2d`, the order names joined by commas."""
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the merged outputs, and nothing: the way back finds the states itself.
+
+    Shapes as `selective_scan_2d`, the order names joined by commas.
+    """
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
     if _leaves_to_reference(x, orders, permute):
         return reference.forward(*inputs, permute)
     problem = _Problem(*inputs, 32)
+    nothing = x.new_empty(0, dtype=torch.float32)
     if merge == "none":
         make = x.new_empty if problem.complete else x.new_zeros
         out = make(*x.shape[:3], problem.routes, problem.channels)
         strides = {"so_b": out.stride(0), "so_slot": out.stride(3), "so_cell": out.stride(2)}
         problem.forward(out, None, strides)
-        return out
+        return out, nothing
     out, strides = problem.map_buffer()
     problem.forward(out, None, strides)
-    return problem.merged_map(out, 1 / problem.routes if merge == "mean" else 1.0)
+    return problem.merged_map(out, 1 / problem.routes if merge == "mean" else 1.0), nothing
 
 
 def backward(
@@ -223,6 +228,7 @@ def backward(
     orders: str,
     merge: str,
     permute: str,
+    entering: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)

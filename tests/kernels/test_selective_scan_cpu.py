@@ -150,7 +150,7 @@ def test_against_definition(batch, channels, groups, length, states, B, C, optio
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.sampled_from([1, 16, 17, 40]),
+    st.sampled_from([3, 16, 17, 40]),
     st.sampled_from([2, 15, 16, 17, 64, 65, 100]),
     st.sampled_from([1, 3, 5, 16, 17]),
     st.sampled_from(["constant", "1"]),
@@ -224,7 +224,7 @@ def test_published_cases(length, options, softplus, B, C):
             *(arguments.get(name) for name in ("D", "z", "delta_bias")),
             delta_softplus,
             True,
-        )
+        )[:2]
 
     arguments = make(2, 4, length, 8, B, C, options)
     generator = torch.Generator().manual_seed(0)
