@@ -108,7 +108,7 @@ class GatedLinearAttention(nn.Module):
         else:
             index, inverse = token_order(self.order, height, width, torch.jit.annotate(list[int], []), x)
             merged = take(self._attend(take(local, index)).flatten(2), inverse).unflatten(-1, (self.num_heads, -1))
-        gate = torch.sigmoid(self.out_gate(local)).unflatten(-1, (self.num_heads, self.head_value_dim))
+        gate = self.out_gate(local).sigmoid_().unflatten(-1, (self.num_heads, self.head_value_dim))
         local = self.local_norm(local.unflatten(-1, (self.num_heads, self.head_value_dim)))
         out = torch.lerp(local, self.global_norm(merged).to(local.dtype), gate.to(local.dtype))
         return self.proj(self.out_act(out.flatten(2))).reshape(batch, height, width, dim)
