@@ -92,7 +92,7 @@ class use:
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Return a context without autocast on `device`: what an op casts, and when, is its own affair."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from visionmix.kernels.dispatch import full_precision
 from visionmix.reduction.tokens import rows, take
 
 Merge = Callable[..., Tensor]
@@ -85,7 +86,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
 
 def _pair(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return, numbered within A and B, the tokens of A that go (batch, r), those that stay, and where the former go."""
-    with torch.autocast(metric.device.type, enabled=False):
+    with full_precision(metric.device):
         unit = normalize(metric if metric.dtype == torch.float64 else metric.float(), dim=-1)
         similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     # Of the prefix tokens the even positions lie in A and the odd ones in B.
