@@ -144,7 +144,7 @@ def markdown() -> str:
         file, address = _weights(family, name)
         rows.append(
             f"| `{name}` | {cost.params / 1e6:.2f} | {sum(cost.macs.values()) / 1e9:.2f} | {top1 or 'none'} | "
-            f"{family.license} | [{file}]({address}) | {_equality(name)} |"
+            f"{family.license} | {f'[{file}]({address})' if address else file} | {_equality(name)} |"
         )
     return "\n".join(rows)
 
