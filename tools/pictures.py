@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from visionmix.tools.checkpoint import write_aside
@@ -58,14 +60,39 @@ def draw_trade_off(accuracy: dict[str, float], against: dict[str, float], label:
     """Draw accuracy (percent) over what it costs, a named point an entry; `label` says what and in which unit."""
     figure = new_figure(9, 6)
     axes = figure.subplots()
-    for name, value in accuracy.items():
-        axes.plot(against[name], value, "o", color=TRAIN)
-        axes.annotate(name, (against[name], value), xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK)
+    points = [(against[name], value) for name, value in accuracy.items()]
+    axes.plot(*zip(*points, strict=True), "o", color=TRAIN)
     axes.set(xlabel=label, ylabel="top-1, %")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.canvas.draw()  # texts are placed where the axes then are
+    taken = [Bbox([[x - 5, y - 5], [x + 5, y + 5]]) for x, y in axes.transData.transform(points)]
+    for name, point in zip(accuracy, points, strict=True):
+        _place(axes, name, point, taken)
     save(figure, path)
+
+
+def _place(axes: Axes, name: str, point: tuple[float, float], taken: list[Bbox]) -> None:
+    """Write a point's name beside it where it covers none of the boxes `taken`, and add its own."""
+    places = [(6, side * up, at) for up in (4, 14, 24, 34) for at in ("left", "right") for side in (1, -1)]
+    for x, y, alignment in places:
+        text = axes.annotate(
+            name,
+            point,
+            xytext=(x if alignment == "left" else -x, y),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            ha=alignment,
+            va="center",
+        )
+        box = text.get_window_extent()
+        if not any(box.overlaps(other) for other in taken):
+            break
+        if (x, y, alignment) != places[-1]:
+            text.remove()
+    taken.append(box)
 
 
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, most: int = 20) -> None:
