@@ -49,6 +49,7 @@ class Backbone(nn.Module):
     """
 
     output_fmt = "NHWC"
+    feature_dim = -1  # the axis of channels in features, by which timm asks for it
 
     def _finish(
         self,
