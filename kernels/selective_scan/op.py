@@ -77,11 +77,14 @@ def _setup_context(ctx, inputs, output):
     ctx.implementation = dispatch.resolve("selective_scan", implementation, tensors[0].device)
     entering = output[2]
     ctx.mark_non_differentiable(entering)
+    ctx.set_materialize_grads(False)  # that of the states would be zeros of their size
     ctx.save_for_backward(*tensors, gap, entering)
 
 
 def _backward(ctx, grad_out, grad_state, _):
     *tensors, gap, entering = ctx.saved_tensors
+    if grad_out is None:  # the state alone was used
+        grad_out = _like(tensors[0]).zero_()
     if not ctx.return_last_state:
         grad_state = None
     grads = torch.ops.visionmix.selective_scan_backward(

@@ -80,11 +80,14 @@ def _setup_context(ctx, inputs, output):
     ctx.implementation = dispatch.resolve("selective_scan_2d", implementation, tensors[0].device)
     entering = output[1]
     ctx.mark_non_differentiable(entering)
+    ctx.set_materialize_grads(False)  # that of the states would be zeros of their size
     ctx.save_for_backward(*tensors, entering)
 
 
 def _backward(ctx, grad_out, _):
     *tensors, entering = ctx.saved_tensors
+    if grad_out is None:
+        return (None,) * (len(tensors) + 6)
     grads = torch.ops.visionmix.selective_scan_2d_backward(
         grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, entering, ctx.implementation
     )

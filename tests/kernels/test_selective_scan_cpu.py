@@ -148,6 +148,16 @@ def test_against_definition(batch, channels, groups, length, states, B, C, optio
     check(make(batch, channels * groups, length, states, B, C, options, seed), softplus, last)
 
 
+def test_gradients_of_the_last_state_alone():
+    arguments = make(2, 5, 40, 3, options="delta_bias")
+    twins = doubles(arguments)
+    _, expected = naive.selective_scan(**twins, delta_softplus=True)
+    _, actual = selective_scan(**arguments, delta_softplus=True, return_last_state=True)
+    names = ["u", "delta", "A", "B", "delta_bias"]  # the others do not reach it
+    ours, theirs = ([inputs[name] for name in names] for inputs in (arguments, twins))
+    assert_gradients_close(gradients(actual, ours), gradients(expected, theirs))
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from([3, 16, 17, 40]),
