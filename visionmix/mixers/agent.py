@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads
+from visionmix.mixers.softmax import biased_attention, check_heads
 
 _TABLE_SIDE = 7
 
@@ -111,10 +111,8 @@ class AgentAttention(nn.Module):
             query_bias = join_prefix(query_bias, query_prefix, grid)
             local = join_prefix(local, torch.zeros_like(prefix), grid)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        # Masks of three axes would do, but none is fused.
-        key_bias, query_bias = key_bias.transpose(1, 2).unsqueeze(0), query_bias.unsqueeze(0)
-        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=key_bias)
-        out = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=query_bias)
+        gathered = biased_attention(agents, k, v, key_bias.transpose(1, 2))
+        out = biased_attention(q, agents, gathered, query_bias)
         return self.proj(out.transpose(1, 2).flatten(2) + local)
 
     def _heads(self, x: Tensor) -> Tensor:

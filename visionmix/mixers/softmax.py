@@ -128,6 +128,14 @@ class SoftmaxAttention(Attention):
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Return softmax attention on (batch, heads, tokens, channels), scores plus `bias` (heads, queries, keys)."""
+    # PyTorch fuses no mask of three axes; with one of four Inductor failed on a graph for every size (torch 2.14.1).
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        bias = bias.unsqueeze(0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless `num_heads` divides `dim`."""
     if num_heads < 1 or dim % num_heads:

@@ -6,11 +6,10 @@ import torch
 import torch.fx
 from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visionmix.layers import pad
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads
+from visionmix.mixers.softmax import biased_attention, check_heads
 
 
 @register_mixer("window")
@@ -99,7 +98,7 @@ class WindowAttention(nn.Module):
             scores = (q * self.scale) @ k.transpose(-2, -1) + bias
             x = (scores + _apart(rows, columns, side, shift, x).unsqueeze(1)).softmax(dim=-1) @ v
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))  # of 3 axes, none is fused
+            x = biased_attention(q, k, v, bias)
         x = x.transpose(-3, -2).flatten(-2).flatten(0, -2)
         x = x.reshape(batch, -1, dim).index_select(1, _cell_order(height, width, side, shift, x))
         return self.proj(x.unflatten(1, (height, width)))
@@ -107,11 +106,9 @@ class WindowAttention(nn.Module):
     def _relative_bias(self) -> Tensor:
         """Return the biases (heads, query cells, key cells) of a window."""
         side = self.side
-        # Row i of the unfolded table and row k within it: offset side - 1 - i - k; columns likewise. A query's windows
-        # are picked in one copy, for those of a large map are large.
-        offsets = self.bias_table.t().contiguous().unflatten(1, (2 * side - 1, 2 * side - 1)).flip([1, 2])
-        query = torch.arange(side - 1, -1, -1, device=offsets.device)
-        by_cell = offsets.unfold(1, side, 1).unfold(2, side, 1)[:, query.unsqueeze(1), query]
+        offsets = self.bias_table.t().contiguous().unflatten(1, (2 * side - 1, 2 * side - 1))
+        # Row q of the unfolded table and row side - 1 - k within it: offset q - k; columns likewise.
+        by_cell = offsets.unfold(1, side, 1).unfold(2, side, 1).flip([3, 4])
         return by_cell.reshape(self.num_heads, side * side, side * side)
 
     @torch.jit.ignore
