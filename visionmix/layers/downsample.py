@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.layout import channels_first
-from visionmix.layers.padding import pad_to
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 
@@ -58,8 +57,18 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.whole:
-            x = pad_to(x, 2)
+            x = _pad_to_two(x)
         return self.norm(self.conv(channels_first(x)).permute(0, 2, 3, 1))
+
+
+@torch.fx.wrap
+def _pad_to_two(x: Tensor) -> Tensor:
+    """Return x (batch, height, width, dim), with a row or a column of zeros behind it where it has just one."""
+    # A compiled graph takes the size as it is: a branch on it would compile once more.
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        if x.shape[1] < 2 or x.shape[2] < 2:
+            return F.pad(x, [0, 0, 0, max(0, 2 - x.shape[2]), 0, max(0, 2 - x.shape[1])])
+    return x
 
 
 @torch.fx.wrap

@@ -18,18 +18,3 @@ def _pad(x: Tensor, amounts: list[int]) -> Tensor:
         if sum(amounts) == 0:
             return x
     return F.pad(x, amounts)
-
-
-def pad_to(x: Tensor, least: int) -> Tensor:
-    """Return x (batch, height, width, dim) with zeros below and on the right, up to `least` rows and columns."""
-    return _pad_to(x, least)
-
-
-@torch.fx.wrap
-def _pad_to(x: Tensor, least: int) -> Tensor:
-    # As above, and Python's own max would be such a branch.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if x.shape[1] >= least and x.shape[2] >= least:
-            return x
-        return F.pad(x, [0, 0, 0, max(0, least - x.shape[2]), 0, max(0, least - x.shape[1])])
-    return F.pad(x, [0, 0, 0, torch.sym_max(0, least - x.shape[2]), 0, torch.sym_max(0, least - x.shape[1])])

@@ -4,20 +4,27 @@ import torch
 import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
-from visionmix.layers.padding import pad_to
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
 
 @torch.fx.wrap
-def _pad_with(x: Tensor, least: int, value: Tensor | None) -> Tensor:
+def _pad_to(x: Tensor, least: int, value: Tensor | None) -> Tensor:
     """Return x (batch, height, width, dim) with `value` (dim,), or zeros, below and right up to `least` a side."""
-    padded = pad_to(x, least)
+    # A compiled graph pads always: a branch on the size would compile once more.
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        if x.shape[1] >= least and x.shape[2] >= least:
+            return x
+        sides = [0, 0, 0, max(0, least - x.shape[2]), 0, max(0, least - x.shape[1])]
+    else:
+        sides = [0, 0, 0, torch.sym_max(0, least - x.shape[2]), 0, torch.sym_max(0, least - x.shape[1])]
+    padded = F.pad(x, sides)
     if value is None:
         return padded
-    outside = 1.0 - pad_to(x.new_ones(1, x.shape[1], x.shape[2], 1), least)
+    outside = 1.0 - F.pad(x.new_ones(1, x.shape[1], x.shape[2], 1), sides)
     return padded + outside * value.to(x.dtype)
 
 
@@ -76,7 +83,7 @@ class _Neighborhood(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         # A token of zeros becomes the projection's bias.
-        q, k, v = _pad_with(self.qkv(x), self.least, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = _pad_to(self.qkv(x), self.least, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         out, _ = neighborhood_attention_op(
             q,
             k,
