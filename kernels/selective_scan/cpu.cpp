@@ -238,7 +238,7 @@ struct Job {
         for (int s = 0; s < count; s += part) {
           if (a.entering) scan::store_states(t.state, a.dim, t.width, a.states, noted(task, t, start + s));
           scan::forward(std::min(part, count - s), a.states, whole + s, u + s, t.A, {B + s * pitch, pitch, t.B},
-                              {C + s * pitch, pitch, t.C}, t.state, y + s);
+                        {C + s * pitch, pitch, t.C}, t.state, y + s);
         }
         if (a.z.data) {
           read(a.z, task, t, start, count, chunk, z);

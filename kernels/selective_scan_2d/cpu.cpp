@@ -266,7 +266,7 @@ struct Job {
             if (a.entering)
               scan::store_states(t.state, a.channels, t.width, a.states, noted(task, order, t, start + s));
             scan::forward(std::min(part, c.count - s), a.states, c.delta + s, c.x + s, t.A,
-                                {c.B + s * pitch, pitch, nullptr}, {c.C + s * pitch, pitch, nullptr}, t.state, c.y + s);
+                          {c.B + s * pitch, pitch, nullptr}, {c.C + s * pitch, pitch, nullptr}, t.state, c.y + s);
           }
           scatter(c.y, a.scale, c.target, c.next, c.count, t.width, first(targets, order),
                   base(a.out, task, 0) + t.channel, a.out.cell);

@@ -148,6 +148,22 @@ def test_against_definition(batch, channels, groups, length, states, B, C, optio
     check(make(batch, channels * groups, length, states, B, C, options, seed), softplus, last)
 
 
+@pytest.mark.parametrize("op", ["selective_scan", "selective_scan_2d"])
+def test_states_that_were_not_kept_are_found_again(op):
+    if op == "selective_scan":
+        arguments = make(2, 17, 70, 5)
+        settings = (True, False, None)
+    else:
+        arguments = make_2d(2, 7, 9, 17, 2, rank=3)
+        arguments = {name: arguments[name] for name in ("x", "delta", "weight", "A", "B", "C", "D", "delta_bias")}
+        settings = (True, ",".join(CROSS), "sum", "all")
+    tensors = list(arguments.values())
+    found = [
+        gradients(getattr(torch.ops.visionmix, op)(*tensors, *settings, keep)[0], tensors) for keep in (True, False)
+    ]
+    assert all(map(torch.equal, *found))
+
+
 def test_gradients_of_the_last_state_alone():
     arguments = make(2, 5, 40, 3, options="delta_bias")
     twins = doubles(arguments)
