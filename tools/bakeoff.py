@@ -96,11 +96,11 @@ def _call(name: str, kwargs: dict, image_size: int, device: str) -> Callable[[],
 def cost(made: recipe.Recipe, kwargs: dict) -> dict[str, object]:
     """Return the time and the peak memory of a forward pass of one image, and the conditions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     timing.check_quiet()
-    time = timing.measure(_call(made.model.name, kwargs, made.data.image_size, device), synchronize)
+    call = _call(made.model.name, kwargs, made.data.image_size, device)
+    time = timing.measure(call, device)
     spec = json.dumps({"name": made.model.name, "kwargs": kwargs, "image_size": made.data.image_size})
-    memory = timing.peak_memory([__file__, "--child", spec]) if device == "cpu" else float("nan")
+    memory = timing.peak_memory([__file__, "--child", spec]) if device == "cpu" else timing.peak_gpu_memory(call)
     return {"forward_ms": f"{time.p50 * 1e3:.4g}", "peak_mb": f"{memory / 1e6:.4g}", **timing.conditions(device)}
 
 

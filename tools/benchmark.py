@@ -2,16 +2,18 @@
 
     python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224
     python tools/benchmark.py deit_small_patch16_224 --reduce tome:r=13 --reduce evit:keep_rate=0.5 --batch 8
+    python tools/benchmark.py vmamba_tiny swin_tiny_patch4_window7_224 --device cuda --batch 128 --amp bfloat16
     python tools/benchmark.py vig_s --profile
 
 Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
-float32 and eval mode unless `--train` is given, which times a forward and backward pass. `--reduce` adds each model
-with that token reduction, as NAME+METHOD:OPTIONS. `--profile` records nothing but shows where time goes, by op and
-shape, and how often memory was fetched from the system: a page fault costs some microseconds, and a model that
-allocates and frees more than the C library keeps meets a thousand an image.
+float32 unless `--amp` is given and in eval mode unless `--train` is, which times a forward and backward pass.
+`--reduce` adds each model with that token reduction, as NAME+METHOD:OPTIONS. `--profile` records nothing but shows
+where time goes, by op and shape, and how often memory was fetched from the system: a page fault costs some
+microseconds, and a model that allocates and frees more than the C library keeps meets a thousand an image.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,24 +43,27 @@ def _build(name: str, img_size: int) -> torch.nn.Module:
     return build.reduce_model(model, reduction) if reduction else model
 
 
-def _call(name: str, img_size: int, batch: int, train: bool, device: str) -> Callable[[], None]:
+def _call(name: str, img_size: int, batch: int, train: bool, device: str, amp: str) -> Callable[[], None]:
     model = _build(name, img_size).to(device).train(train)
     images = torch.randn(batch, 3, img_size, img_size, device=device)
+    autocast = torch.autocast(device, getattr(torch, amp or "bfloat16"), enabled=bool(amp))
 
     def infer() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             model(images)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(images).mean().backward()
+        with autocast:
+            loss = model(images).float().mean()
+        loss.backward()
 
     return step if train else infer
 
 
-def profile(name: str, *, img_size: int, batch: int, train: bool, device: str) -> None:
+def profile(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: str) -> None:
     """Print the ops that a call of one model spends its time in, and the page faults it meets."""
-    call = _call(name, img_size, batch, train, device)
+    call = _call(name, img_size, batch, train, device, amp)
     for _ in range(_WARM):
         call()
     before = timing.page_faults()
@@ -73,18 +78,21 @@ def profile(name: str, *, img_size: int, batch: int, train: bool, device: str) -
     print(profiler.key_averages(group_by_input_shape=True).table(sort_by=sort_by, row_limit=_OPS))
 
 
-def run(name: str, *, img_size: int, batch: int, train: bool, device: str, memory: bool) -> dict[str, object]:
+def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: str, memory: bool) -> dict[str, object]:
     """Return the row of one model."""
     timing.check_quiet()
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    time = timing.measure(_call(name, img_size, batch, train, device), synchronize)
+    call = _call(name, img_size, batch, train, device, amp)
+    time = timing.measure(call, device)
     cost = info.measure(_build(name, img_size), (3, img_size, img_size))
     gmacs = sum(cost.macs.values()) / 1e9
     arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
-    peak = timing.peak_memory([*arguments, *(["--train"] if train else [])]) if memory else float("nan")
+    arguments += [*(["--train"] if train else []), *(["--amp", amp] if amp else [])]
+    peak = float("nan")
+    if memory:
+        peak = timing.peak_memory(arguments) if device == "cpu" else timing.peak_gpu_memory(call)
     return {
         "model": name,
-        "pass": "forward + backward" if train else "forward",
+        "pass": ("forward + backward" if train else "forward") + (f", {amp} autocast" if amp else ""),
         "img_size": img_size,
         "batch": batch,
         "p20_ms": f"{time.p20 * 1e3:.4g}",
@@ -107,33 +115,37 @@ def main(argv: list[str] | None = None) -> int:
         "model", nargs="+", help="names that timm knows; the first is what the others are compared with"
     )
     parser.add_argument("--reduce", action="append", default=[], metavar="METHOD:OPTIONS", help="may be repeated")
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE",
+                        help="import this, which registers other models with timm; may be repeated")  # fmt: skip
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="time a forward and backward pass")
+    parser.add_argument("--amp", choices=("bfloat16", "float16"), default="", help="compute under autocast")
     parser.add_argument("--profile", action="store_true", help="print the ops that take the time; record nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    for module in args.modules:
+        importlib.import_module(module)
     unknown = [name for name in args.model if not timm.is_model(name.partition("+")[0])]
     if unknown:
         parser.error(f"timm knows no model called {unknown[0]!r}; timm.list_models() has those it knows")
     names = [f"{name}{reduction}" for name in args.model for reduction in ("", *(f"+{spec}" for spec in args.reduce))]
     torch.set_num_threads(args.threads)
     if args.child:
-        timing.print_growth(_call(args.model[0], args.img_size, args.batch, args.train, "cpu"))
+        timing.print_growth(_call(args.model[0], args.img_size, args.batch, args.train, "cpu", args.amp))
         return 0
-    options = {"img_size": args.img_size, "batch": args.batch, "train": args.train}
+    options = {"img_size": args.img_size, "batch": args.batch, "train": args.train, "amp": args.amp}
     if args.profile:
         for name in args.model:
             profile(name, **options, device=args.device)
         return 0
-    memory = not args.no_memory and args.device == "cpu"
     console = Console()
     try:
-        rows = [run(name, **options, device=args.device, memory=memory) for name in names]
+        rows = [run(name, **options, device=args.device, memory=not args.no_memory) for name in names]
     except timing.NoisyMachine as error:
         console.print(f"nothing recorded: {error}", style="red")
         return 1

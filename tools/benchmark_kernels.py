@@ -1,15 +1,16 @@
 """Time and memory of the fused ops beside their peers and the least possible: `python tools/benchmark_kernels.py`.
 
 Appends a row an op, pass and implementation to benchmarks/kernels.csv. Each op and its peers are measured in one run,
-in float32, with the threads given. The floor is what the bytes that must move and the FLOPs that must be done take at
-the speed at which this machine copies and multiplies matrices, measured at the start. `--device cuda` is for the day
-when there is a GPU.
+with the threads given. The floor is what the bytes that must move and the FLOPs that must be done take at the speed at
+which this machine copies and multiplies matrices, measured at the start. A GPU is given batches, so that launches do
+not count: `--device cuda --batch 16 --dtype bfloat16`. mamba_ssm and fla are peers there where they are installed.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,31 +26,53 @@ _CSV = Path("benchmarks/kernels.csv")
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Where the ops run and on what: `dtype` is that of activations; a scan's A and D stay float32, as in models."""
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return activations (batch, *shape)."""
+        return torch.randn(self.batch, *shape, device=self.device).to(self.dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """Of a peer's outputs, relative to the largest."""
+        return 1e-4 if self.dtype == torch.float32 else 3e-2
+
+    def with_installed(self, named: dict[str, Callable]) -> dict[str, Callable]:
+        """Return `named` without the peers of packages that are not installed, or that need a GPU and have none."""
+        return {name: peer for name, peer in named.items() if self.device == "cuda" and find_spec(name)}
+
+
+@dataclass(frozen=True)
 class Case:
     """An op at one shape.
 
     Attributes:
-        inputs: Makes the tensors, on a device.
+        inputs: Makes the tensors.
         ours: The op, called on them.
         peers: Functions of the same tensors that compute the same, by name.
         flops: Floating-point operations of a forward pass, without exponentials.
         forward_only: Peers whose backward pass does not exist or takes minutes.
     """
 
-    inputs: Callable[[str], list[Tensor]]
+    inputs: Callable[[], list[Tensor]]
     ours: Callable[..., Tensor]
     peers: dict[str, Callable[..., Tensor]]
     flops: float
     forward_only: tuple[str, ...] = field(default=())
 
 
-def _scan_inputs(batch: int, dim: int, length: int, states: int) -> Callable[[str], list[Tensor]]:
-    def make(device: str) -> list[Tensor]:
+def _scan_inputs(setting: Setting, dim: int, length: int, states: int) -> Callable[[], list[Tensor]]:
+    def make() -> list[Tensor]:
         torch.manual_seed(0)
-        u, delta = (torch.randn(batch, dim, length, device=device) for _ in range(2))
-        B, C = (torch.randn(batch, states, length, device=device) for _ in range(2))
-        A = -torch.arange(1.0, states + 1, device=device).repeat(dim, 1)
-        return [u, delta - 3, A, B, C, torch.ones(dim, device=device)]
+        u, delta = (setting.normal(dim, length) for _ in range(2))
+        B, C = (setting.normal(states, length) for _ in range(2))
+        A = -torch.arange(1.0, states + 1, device=setting.device).repeat(dim, 1)
+        return [u, delta - 3, A, B, C, torch.ones(dim, device=setting.device)]
 
     return make
 
@@ -61,14 +84,14 @@ def _ours_scan(u, delta, A, B, C, D):
 _CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 
 
-def _cross_inputs(side: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
-    def make(device: str) -> list[Tensor]:
+def _cross_inputs(setting: Setting, side: int, channels: int, states: int) -> Callable[[], list[Tensor]]:
+    def make() -> list[Tensor]:
         torch.manual_seed(0)
-        x = torch.randn(1, side, side, channels, device=device)
-        delta = torch.randn(1, side, side, 4, channels, device=device) - 3
-        B, C = (torch.randn(1, side, side, 4, states, device=device) for _ in range(2))
-        A = -torch.ones(4, channels, states, device=device)
-        return [x, delta, A, B, C, torch.ones(4, channels, device=device)]
+        x = setting.normal(side, side, channels)
+        delta = setting.normal(side, side, 4, channels) - 3
+        B, C = (setting.normal(side, side, 4, states) for _ in range(2))
+        A = -torch.ones(4, channels, states, device=setting.device)
+        return [x, delta, A, B, C, torch.ones(4, channels, device=setting.device)]
 
     return make
 
@@ -98,12 +121,12 @@ def _cross_by_index(x, delta, A, B, C, D):
     return out.unflatten(1, (height, width))
 
 
-def _gla_inputs(length: int, gates: int) -> Callable[[str], list[Tensor]]:
-    def make(device: str) -> list[Tensor]:
+def _gla_inputs(setting: Setting, length: int, gates: int) -> Callable[[], list[Tensor]]:
+    def make() -> list[Tensor]:
         torch.manual_seed(0)
-        q, k = (torch.randn(1, length, 12, 32, device=device) for _ in range(2))
-        v = torch.randn(1, length, 12, 64, device=device)
-        g = [F.logsigmoid(torch.randn(1, length, 12, 32, device=device)) / 16 for _ in range(gates)]
+        q, k = (setting.normal(length, 12, 32) for _ in range(2))
+        v = setting.normal(length, 12, 64)
+        g = [F.logsigmoid(setting.normal(length, 12, 32)) / 16 for _ in range(gates)]
         return [q, k, v, *g]
 
     return make
@@ -118,9 +141,17 @@ def _chunked_gla(q, k, v, g):
         return kernels.gated_linear_attention(q, k, v, g)[0]
 
 
-def _gla_both_loops(q, k, v, forward, backward):
-    flipped = peers.gated_linear_attention_token_loop(q.flip(1), k.flip(1), v.flip(1), backward.flip(1)).flip(1)
-    return (peers.gated_linear_attention_token_loop(q, k, v, forward) + flipped) / 2
+def _both_ways(scan, q, k, v, forward, backward):
+    flipped = scan(q.flip(1), k.flip(1), v.flip(1), backward.flip(1)).flip(1)
+    return (scan(q, k, v, forward) + flipped) / 2
+
+
+def _gla_both_loops(*inputs):
+    return _both_ways(peers.gated_linear_attention_token_loop, *inputs)
+
+
+def _gla_both_fla(*inputs):
+    return _both_ways(peers.gated_linear_attention_fla, *inputs)
 
 
 def _chunked_gla_both(*inputs):
@@ -128,49 +159,64 @@ def _chunked_gla_both(*inputs):
         return kernels.bidirectional_gated_linear_attention(*inputs)
 
 
-def _na_inputs(device: str) -> list[Tensor]:
+def _na_inputs(setting: Setting) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(1, 56, 56, 3, 32, device=device) for _ in range(3)]
+    return [setting.normal(56, 56, 3, 32) for _ in range(3)]
 
 
-def _na_case(dilation: int, device: str) -> Case:
-    flex = peers.na2d_flex_attention(56, 56, 7, dilation, device)
+def _na_case(setting: Setting, dilation: int) -> Case:
+    flex = peers.na2d_flex_attention(56, 56, 7, dilation, setting.device)
     return Case(
-        _na_inputs,
+        lambda: _na_inputs(setting),
         lambda q, k, v: kernels.na2d(q, k, v, kernel_size=7, dilation=dilation),
         {"flex_attention": flex, "gather": lambda q, k, v: peers.na2d_gather(q, k, v, 7, dilation)},
-        4.0 * 56 * 56 * 49 * 3 * 32,
-        forward_only=("flex_attention",),  # it has no backward pass on a CPU
+        4.0 * setting.batch * 56 * 56 * 49 * 3 * 32,
+        forward_only=("flex_attention",) if setting.device == "cpu" else (),  # it has no backward pass there
     )
 
 
-def cases(device: str) -> dict[str, Callable[[], Case]]:
+def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
     """Return every case by name; making one may compile a peer."""
-    scan_flops = 9.0 * 384 * 3136 * 16
-    loop, mambapy = peers.selective_scan_token_loop, peers.selective_scan_mambapy
+    batch, full = setting.batch, setting.dtype == torch.float32
+
+    def named(shape: str) -> str:
+        return shape if full else f"{shape} {str(setting.dtype).removeprefix('torch.')}"
+
+    loops = {"token_loop": peers.selective_scan_token_loop, "mambapy": peers.selective_scan_mambapy} if full else {}
+    fused = setting.with_installed({"mamba_ssm": peers.selective_scan_mamba_ssm})
     made = {
-        "selective_scan 1x384x3136 N16": lambda: Case(
-            _scan_inputs(1, 384, 3136, 16), _ours_scan, {"token_loop": loop, "mambapy": mambapy}, scan_flops
+        named(f"selective_scan {batch}x384x3136 N16"): lambda: Case(
+            _scan_inputs(setting, 384, 3136, 16), _ours_scan, loops | fused, 9.0 * batch * 384 * 3136 * 16
         ),
-        "selective_scan_2d cross 56x56x192 N1": lambda: Case(
-            _cross_inputs(56, 192, 1), _ours_cross, {"index_select": _cross_by_index}, 9.0 * 4 * 192 * 3136
+        named(f"selective_scan_2d cross {_batched(batch)}56x56x192 N1"): lambda: Case(
+            _cross_inputs(setting, 56, 192, 1), _ours_cross, {"index_select": _cross_by_index},
+            9.0 * batch * 4 * 192 * 3136,
         ),
-        "na2d 56x56 k7 3x32 dilation 1": lambda: _na_case(1, device),
-        "na2d 56x56 k7 3x32 dilation 8": lambda: _na_case(8, device),
-    }
+        named(f"na2d {_batched(batch)}56x56 k7 3x32 dilation 1"): lambda: _na_case(setting, 1),
+        named(f"na2d {_batched(batch)}56x56 k7 3x32 dilation 8"): lambda: _na_case(setting, 8),
+    }  # fmt: skip
+    # fla's products round float32 to TF32, too far to be called equal.
+    one_way = {} if full else setting.with_installed({"fla": peers.gated_linear_attention_fla})
+    both_ways = {} if full else setting.with_installed({"fla": _gla_both_fla})
+    if full:
+        one_way["token_loop"], both_ways["token_loop"] = peers.gated_linear_attention_token_loop, _gla_both_loops
     for side in (64, 14):
         length = side * side
-        made[f"gated_linear_attention {side}x{side} 12x32x64"] = lambda length=length: Case(
-            _gla_inputs(length, 1), _ours_gla,
-            {"token_loop": peers.gated_linear_attention_token_loop, "chunked": _chunked_gla},
-            5.0 * 12 * length * 32 * 64,
+        shape = f"{_batched(batch)}{side}x{side} 12x32x64"
+        made[named(f"gated_linear_attention {shape}")] = lambda length=length: Case(
+            _gla_inputs(setting, length, 1), _ours_gla, one_way | {"chunked": _chunked_gla},
+            5.0 * batch * 12 * length * 32 * 64,
         )  # fmt: skip
-        made[f"bidirectional_gated_linear_attention {side}x{side} 12x32x64"] = lambda length=length: Case(
-            _gla_inputs(length, 2), kernels.bidirectional_gated_linear_attention,
-            {"token_loop": _gla_both_loops, "chunked": _chunked_gla_both},
-            10.0 * 12 * length * 32 * 64,
+        made[named(f"bidirectional_gated_linear_attention {shape}")] = lambda length=length: Case(
+            _gla_inputs(setting, length, 2), kernels.bidirectional_gated_linear_attention,
+            both_ways | {"chunked": _chunked_gla_both},
+            10.0 * batch * 12 * length * 32 * 64,
         )  # fmt: skip
     return made
+
+
+def _batched(batch: int) -> str:
+    return "" if batch == 1 else f"{batch}x"
 
 
 def _call(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], None]:
@@ -191,22 +237,21 @@ def _call(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool)
     return both_passes
 
 
-def _check_equal(case: Case, device: str) -> None:
-    inputs = case.inputs(device)
+def _check_equal(case: Case, tolerance: float) -> None:
+    inputs = case.inputs()
     with torch.no_grad():
         expected = case.ours(*inputs)
         for name, peer in case.peers.items():
             error = ((peer(*inputs) - expected).abs().max() / expected.abs().max()).item()
-            if error > 1e-4:
+            if not error <= tolerance:
                 raise RuntimeError(f"{name} differs from the op by {error:.1e} of the largest output; nothing is timed")
 
 
-def run(name: str, case: Case, *, device: str, memory: bool, skip: set[str]) -> list[dict[str, object]]:
+def run(name: str, case: Case, setting: Setting, *, memory: bool, skip: set[str]) -> list[dict[str, object]]:
     """Return the rows of one case, the op first."""
-    _check_equal(case, device)
-    copied, multiplied = timing.machine_limits(device)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    inputs = case.inputs(device)
+    _check_equal(case, setting.tolerance)
+    copied, multiplied = timing.machine_limits(setting.device, setting.dtype)
+    inputs = case.inputs()
     with torch.no_grad():
         out = case.ours(*inputs)
     moved = sum(tensor.nbytes for tensor in [*inputs, out])
@@ -220,11 +265,15 @@ def run(name: str, case: Case, *, device: str, memory: bool, skip: set[str]) -> 
             if label in skip or (backward and label in case.forward_only):
                 continue
             timing.check_quiet()
-            time = timing.measure(_call(function, inputs, backward), synchronize)
+            call = _call(function, inputs, backward)
+            time = timing.measure(call, setting.device)
             our_time = our_time or time.p50
-            peak = (
-                timing.peak_memory([__file__, "--child", name, label, str(int(backward))]) if memory else float("nan")
-            )
+            peak = float("nan")
+            if memory and setting.device == "cuda":
+                peak = timing.peak_gpu_memory(call)
+            elif memory:
+                batch = ["--batch", str(setting.batch)]
+                peak = timing.peak_memory([__file__, *batch, "--child", name, label, str(int(backward))])
             rows.append({
                 "op": name,
                 "pass": "forward + backward" if backward else "forward",
@@ -236,15 +285,15 @@ def run(name: str, case: Case, *, device: str, memory: bool, skip: set[str]) -> 
                 "floor_ms": f"{floor * 1e3:.3g}",
                 "times_floor": f"{time.p50 / floor:.3g}",
                 "peak_mb": f"{peak / 1e6:.4g}",
-                **timing.conditions(device),
+                **timing.conditions(setting.device),
             })  # fmt: skip
     return rows
 
 
-def _child(name: str, label: str, backward: bool) -> None:
-    case = cases("cpu")[name]()
+def _child(name: str, label: str, backward: bool, setting: Setting) -> None:
+    case = cases(setting)[name]()
     function = case.ours if label == "visionmix" else case.peers[label]
-    inputs = case.inputs("cpu")
+    inputs = case.inputs()
     # A small call first, so that libraries and compiled code are loaded before the size is read.
     kernels.backends()
     timing.print_growth(_call(function, inputs, backward))
@@ -256,26 +305,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out")
-    parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    setting = Setting(args.device, getattr(torch, args.dtype), args.batch)
     if args.child:
         name, label, backward = args.child
-        _child(name, label, backward == "1")
+        _child(name, label, backward == "1", setting)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU was found")
-    chosen = {name: make for name, make in cases(args.device).items() if args.only in name}
+    if args.device == "cpu" and args.dtype != "float32":
+        parser.error(f"--dtype {args.dtype}: the kernels of the CPU compute in float32")
+    chosen = {name: make for name, make in cases(setting).items() if args.only in name}
     if not chosen:
-        parser.error(f"--only {args.only!r} matches none of {list(cases(args.device))}")
+        parser.error(f"--only {args.only!r} matches none of {list(cases(setting))}")
     console = Console()
     for name, make in chosen.items():
-        memory = not args.no_memory and args.device == "cpu"
         try:
-            rows = run(name, make(), device=args.device, memory=memory, skip=set(args.skip))
+            rows = run(name, make(), setting, memory=not args.no_memory, skip=set(args.skip))
         except timing.NoisyMachine as error:
             console.print(f"{name}: nothing recorded: {error}", style="red")
             return 1

@@ -34,6 +34,13 @@ def selective_scan_mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Te
     return ((states @ C.transpose(1, 2)[..., None])[..., 0] + u * D).transpose(1, 2)
 
 
+def selective_scan_mamba_ssm(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Return the selective scan by mamba_ssm's CUDA kernel; arguments as above, on a GPU."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(u, delta, A, B, C, D, delta_softplus=True)
+
+
 def gated_linear_attention_token_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Return gated linear attention by its definition, a step a token; (batch, length, heads, dim)."""
     batch, length, heads, dk = q.shape
@@ -43,6 +50,13 @@ def gated_linear_attention_token_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor
         state = decay[:, step, ..., None] * state + k[:, step, ..., None] * v[:, step, :, None]
         outputs.append((q[:, step, :, None] @ state)[..., 0, :])
     return torch.stack(outputs, dim=1) * dk**-0.5
+
+
+def gated_linear_attention_fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Return gated linear attention by flash-linear-attention's Triton kernels; arguments as above, on a GPU."""
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(q, k, v, g)[0]
 
 
 def window_starts(length: int, kernel_size: int, dilation: int) -> Tensor:
@@ -60,7 +74,7 @@ def na2d_gather(query: Tensor, key: Tensor, value: Tensor, kernel_size: int, dil
     steps = torch.arange(kernel_size) * dilation
     rows = window_starts(height, kernel_size, dilation)[:, None] + steps
     columns = window_starts(width, kernel_size, dilation)[:, None] + steps
-    cells = (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(height * width, -1)
+    cells = (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(height * width, -1).to(key.device)
     keys = key.reshape(batch, height * width, heads, dim)[:, cells]
     values = value.reshape(batch, height * width, heads, dim)[:, cells]
     scores = torch.einsum("bthd,btkhd->bthk", query.reshape(batch, -1, heads, dim) * dim**-0.5, keys)
@@ -71,8 +85,8 @@ def na2d_flex_attention(height: int, width: int, kernel_size: int, dilation: int
     """Return a function that computes 2-D neighborhood attention by compiled FlexAttention with the same mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    first_row = window_starts(height, kernel_size, dilation)
-    first_column = window_starts(width, kernel_size, dilation)
+    first_row = window_starts(height, kernel_size, dilation).to(device)
+    first_column = window_starts(width, kernel_size, dilation).to(device)
 
     def seen(b, h, q, k):
         row, column = k // width - first_row[q // width], k % width - first_column[q % width]

@@ -49,8 +49,8 @@ def check_quiet() -> None:
         raise NoisyMachine(f"other processes take {busy:.2f} cores; wait until they end, or stop them")
 
 
-def measure(call: Callable[[], object], synchronize: Callable[[], object] = lambda: None) -> Time:
-    """Return the time of `call`, repeated in rounds until two rounds' medians agree within a tenth.
+def measure(call: Callable[[], object], device: str = "cpu") -> Time:
+    """Return the time of `call` on `device`, repeated in rounds until two rounds' medians agree within a tenth.
 
     A round is at least half a second and 20 samples long, or 5 seconds, or one sample.
 
@@ -59,10 +59,10 @@ def measure(call: Callable[[], object], synchronize: Callable[[], object] = lamb
     """
 
     def sample() -> float:
-        synchronize()
+        synchronize(device)
         start = time.perf_counter()
         call()
-        synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     medians: list[float] = []
@@ -84,6 +84,16 @@ def peak_memory(arguments: Iterable[str]) -> float:
     """Return what `python arguments` prints last: the bytes by which its resident set grew; see `print_growth`."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
+
+
+def peak_gpu_memory(call: Callable[[], object]) -> float:
+    """Return by how many bytes the tensors on the GPU were larger at the peak of `call` than before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def print_growth(call: Callable[[], object]) -> None:
@@ -114,15 +124,24 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def synchronize(device: str) -> None:
+    """Wait until the GPU has done what was asked of it; nothing on a CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 @cache
-def machine_limits(device: str = "cpu") -> tuple[float, float]:
-    """Return (bytes a second of a large copy, counting reads and writes; float32 FLOPs a second of a large product)."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    x = torch.ones(1 << 26, device=device)
+def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Return (bytes a second of a large copy, reads and writes counted; FLOPs a second of a large product in `dtype`).
+
+    A GPU is slow on small ones, and faster on zeros and ones than on anything else.
+    """
+    x = torch.randn(1 << (29 if device == "cuda" else 26), device=device)
     y = torch.empty_like(x)
-    copied = 2 * x.nbytes / measure(lambda: y.copy_(x), synchronize).p20
-    a = torch.ones(2048, 2048, device=device)
-    multiplied = 2 * 2048**3 / measure(lambda: a @ a, synchronize).p20
+    copied = 2 * x.nbytes / measure(lambda: y.copy_(x), device).p20
+    side = 8192 if device == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    multiplied = 2 * side**3 / measure(lambda: a @ a, device).p20
     return copied, multiplied
 
 

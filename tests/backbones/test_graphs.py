@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from accelerator import DEVICES
 from torch._dynamo.utils import counters
 from torch.export import Dim
 
@@ -16,18 +17,19 @@ SIZES = [(96, 128), (96, 96), (225, 193)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
 @ANY
-def test_one_compiled_graph_serves_all_sizes(name, backend, request):
+def test_one_compiled_graph_serves_all_sizes(name, device, backend, request):
     if (name, backend) == ("test_dinat", "inductor"):
         reason = "PyTorch guards on the strides of the padded map: three graphs"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name).eval().to(device)
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for size in SIZES:
-            images = torch.randn(2, 3, *size)
+            images = torch.randn(2, 3, *size, device=device)
             assert torch.allclose(compiled(images), model(images), atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 

@@ -1,11 +1,9 @@
-"""Neighborhood attention in Triton without a GPU: interpreted in a process of its own, and how it is launched."""
+"""Neighborhood attention in Triton: interpreted and, where there is a GPU, run on it; how it is launched."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from accelerator import needs_gpu, run_triton_cases
 
 pytest.importorskip("triton")
 
@@ -15,24 +13,21 @@ from visionmix.kernels.neighborhood_attention.windows import axis_window, class_
 from visionmix.tools import compile_kernels
 from visionmix.tools.kernel_problems import neighborhood_attention
 
-
-def interpret(marker: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
-    cases = Path(__file__).with_name("interpreted_neighborhood_attention.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment.pop("VISIONMIX_KERNELS", None)
-    result = subprocess.run([*command, str(cases)], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+CASES = Path(__file__).with_name("triton_neighborhood_attention_cases.py")
 
 
 def test_interpreted():
-    interpret("not long")
+    run_triton_cases(CASES, "not long", interpreted=True)
 
 
 @pytest.mark.long
 def test_interpreted_sweep():
-    interpret("long")
+    run_triton_cases(CASES, "long", interpreted=True)
+
+
+@needs_gpu
+def test_on_the_gpu():
+    run_triton_cases(CASES, "", interpreted=False)
 
 
 def test_launches_cover_the_map_and_count_what_they_read():

@@ -1,37 +1,32 @@
-"""The Triton kernels without a GPU: interpreted in a process of its own, and how they are launched."""
+"""The Triton kernels: interpreted and, where there is a GPU, run on it; how they are launched."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerator import needs_gpu, run_triton_cases
 
 pytest.importorskip("triton")
 
 from visionmix.kernels import gpu
 from visionmix.tools import compile_kernels, kernel_problems
 
-
-def interpret(marker: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
-    cases = Path(__file__).with_name("interpreted_triton.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment.pop("VISIONMIX_KERNELS", None)
-    result = subprocess.run([*command, str(cases)], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+CASES = Path(__file__).with_name("triton_cases.py")
 
 
 def test_interpreted():
-    interpret("not long")
+    run_triton_cases(CASES, "not long", interpreted=True)
 
 
 @pytest.mark.long
 def test_interpreted_sweep():
-    interpret("long")
+    run_triton_cases(CASES, "long", interpreted=True)
+
+
+@needs_gpu
+def test_on_the_gpu():
+    run_triton_cases(CASES, "", interpreted=False)
 
 
 @pytest.mark.parametrize("repeatable", [True, False])

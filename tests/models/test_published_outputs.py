@@ -8,6 +8,7 @@ import golden
 import pytest
 import timm
 import torch
+from accelerator import DEVICES
 
 import visionmix
 
@@ -42,11 +43,12 @@ def load_published(case: str, folder) -> tuple[torch.nn.Module, torch.Tensor, di
     return model, image, arrays
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_the_published(case, tmp_path):
+def test_logits_equal_the_published(case, device, tmp_path):
     model, image, arrays = load_published(case, tmp_path)
     with torch.no_grad():
-        assert golden.relative_error(model(image), arrays["logits"]) <= 1e-5
+        assert golden.relative_error(model.to(device)(image.to(device)), arrays["logits"]) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["vig_t", "vig_h_t"])

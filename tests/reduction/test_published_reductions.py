@@ -4,6 +4,7 @@ import golden
 import pytest
 import timm
 import torch
+from accelerator import DEVICES
 
 from visionmix import reduction
 
@@ -18,18 +19,19 @@ CASES = {
 }
 
 
-def test_pruned_vim_equals_the_published(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_pruned_vim_equals_the_published(device, tmp_path):
     """The published code runs one image; more are each as it would be alone."""
     meta, arrays = golden.load("topvim_vim_tiny")
     torch.save({"model": golden.state_dict(meta)}, tmp_path / "published.pth")
     overlay = {"file": str(tmp_path / "published.pth")}
-    model = timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    model = timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay).eval().to(device)
     fast = reduction.apply(model, "ssm_prune", released=True)
     counts = []
     for block in fast.blocks:
         block.mixer.in_proj.register_forward_pre_hook(lambda layer, inputs: counts.append(inputs[0].shape[1]))
-    image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
-    other = golden.image(*meta["image_size"], batch=1, seed=meta["seed"] + 1)
+    image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"]).to(device)
+    other = golden.image(*meta["image_size"], batch=1, seed=meta["seed"] + 1).to(device)
     with torch.no_grad():
         assert golden.relative_error(fast(image), arrays["logits"]) <= 1e-5
         assert counts == [197] * 5 + [157] * 5 + [125] * 5 + [101] * 9
@@ -43,19 +45,20 @@ def tokens_after_blocks(meta: dict) -> list[int]:
     return [count + 1 for count in counts] if "without cls" in meta["note"] else counts
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.long] if case.endswith("r8") else []) for case in CASES]
 )
-def test_logits_equal_the_published(case):
+def test_logits_equal_the_published(case, device):
     base, method, options = CASES[case]
     meta, arrays = golden.load(case)
     model = timm.create_model(base).eval()
     model.load_state_dict(golden.state_dict(meta))
-    fast = reduction.apply(model, method, **options)
+    fast = reduction.apply(model.to(device), method, **options)
     counts = []
     for block in fast.blocks:
         block.mlp.register_forward_pre_hook(lambda mlp, inputs: counts.append(inputs[0].shape[1]))
     image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
     with torch.no_grad():
-        assert golden.relative_error(fast(image), arrays["logits"]) <= 1e-5
+        assert golden.relative_error(fast(image.to(device)), arrays["logits"]) <= 1e-5
     assert counts == tokens_after_blocks(meta)

@@ -22,7 +22,7 @@ def gradients(out: torch.Tensor | tuple, inputs: list[torch.Tensor]) -> tuple[to
     """Return the gradients of a sum of the outputs, weighted at random (the same at every call)."""
     generator = torch.Generator().manual_seed(1)
     outs = [out] if isinstance(out, torch.Tensor) else [x for x in out if x is not None]
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outs]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device) for x in outs]
     return torch.autograd.grad(sum((x.double() * w).sum() for x, w in zip(outs, weights, strict=True)), inputs)
 
 

@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter, against the float64 reference: outputs and every gradient.
+"""The Triton kernels, in Triton's interpreter or on a GPU, against the float64 reference: outputs and every gradient.
 
-Run by test_triton.py in a process of its own: TRITON_INTERPRET=1 must be set before the kernels are imported.
+Run by test_triton.py in a process of its own: TRITON_INTERPRET must be set before the kernels are imported.
 """
 
 import importlib
@@ -8,6 +8,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerator import TRITON_DEVICE, needs_gpu
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix import kernels
@@ -29,8 +30,7 @@ def check(op, tensors: dict, dtype=torch.float32, **options) -> None:
             out = op(**inputs, **options)
             return out, gradients(out, used)
 
-    rounded = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
-    tensors = rounded
+    tensors = {name: None if x is None else x.to(TRITON_DEVICE, dtype) for name, x in tensors.items()}
     out, grads = run("triton", dtype)
     expected, expected_grads = run("reference", torch.float64)
     pairs = [(out, expected)] if isinstance(out, torch.Tensor) else list(zip(out, expected, strict=True))
@@ -257,8 +257,47 @@ def test_strided_and_expanded_tensors(op, tensors, options):
 
 
 def test_float64_runs_the_reference():
-    tensors = scan(4, 5, 1)
+    tensors = {name: x.to(TRITON_DEVICE) for name, x in scan(4, 5, 1).items()}
     with kernels.use("triton"):
         out = kernels.selective_scan(**tensors)
     with kernels.use("reference"):
         assert torch.equal(out, kernels.selective_scan(**tensors))
+
+
+LARGE = {
+    "gated_linear_attention": (
+        kernels.gated_linear_attention,
+        lambda: attention(4096, 32, 64, batch=2, heads=12),
+        {"output_final_state": True},
+    ),
+    "bidirectional_gated_linear_attention": (
+        kernels.bidirectional_gated_linear_attention,
+        lambda: attention(1025, 32, 64, batch=2, heads=6, gates=("g_forward", "g_backward")),
+        {},
+    ),
+    "selective_scan": (kernels.selective_scan, lambda: scan(192, 3136, 16), {"delta_softplus": True}),
+    "selective_scan_2d": (
+        selective_scan_2d,
+        lambda: maps(56, 56, 192, 1, 4, 6, batch=2),
+        {"orders": CROSS, "delta_softplus": True},
+    ),
+    "selective_scan_2d, 16 states": (
+        selective_scan_2d,
+        lambda: maps(28, 30, 96, 16, 4, 6, batch=2),
+        {"orders": CROSS, "delta_softplus": True},
+    ),
+    "selective_scan_2d, hilbert": (
+        selective_scan_2d,
+        lambda: maps(33, 40, 96, 1, 2, batch=2),
+        {"orders": ("hilbert", "hilbert_reversed"), "delta_softplus": True, "merge": "mean"},
+    ),
+}
+
+
+@needs_gpu
+@pytest.mark.skipif(TRITON_DEVICE == "cpu", reason="takes hours in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LARGE)
+def test_maps_of_models(case, dtype):
+    op, tensors, options = LARGE[case]
+    check(op, tensors(), dtype, **options)

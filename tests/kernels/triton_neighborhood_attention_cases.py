@@ -1,11 +1,12 @@
-"""Neighborhood attention in Triton's interpreter, against the float64 reference: outputs and every gradient.
+"""Neighborhood attention in Triton's interpreter or on a GPU, against the float64 reference: outputs, every gradient.
 
-Run by test_neighborhood_attention_triton.py in a process of its own: TRITON_INTERPRET=1 must be set before the kernels
+Run by test_neighborhood_attention_triton.py in a process of its own: TRITON_INTERPRET must be set before the kernels
 are imported.
 """
 
 import pytest
 import torch
+from accelerator import TRITON_DEVICE, needs_gpu
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import na1d, na2d, na3d, use
@@ -19,7 +20,7 @@ def make(grid, kernel_size, heads=1, key_heads=1, dim=4, value_dim=5, extra=0, b
     generator = torch.Generator().manual_seed(sum(grid) + dim)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(TRITON_DEVICE)
 
     tensors = {
         "query": random(batch, *grid, heads, dim),
@@ -91,6 +92,26 @@ def test_half_precision(dtype):
     check(tensors, dtype, kernel_size=3, dilation=(1, 2), stride=(2, 1))
 
 
+@needs_gpu
+@pytest.mark.skipif(TRITON_DEVICE == "cpu", reason="takes hours in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [
+        ((56, 56), {"kernel_size": 7}),
+        ((56, 56), {"kernel_size": 7, "dilation": 8}),
+        ((57, 55), {"kernel_size": 13, "stride": 4}),
+        ((40, 40), {"kernel_size": 15, "circular": True}),
+    ],
+)
+def test_maps_of_models(grid, window, dtype):
+    check(
+        make(grid, window["kernel_size"], heads=3, key_heads=3, dim=32, value_dim=32, bias=True, batch=2),
+        dtype,
+        **window,
+    )
+
+
 def test_strided_and_expanded_tensors():
     tensors = {name: x.float() for name, x in make((3, 5), 3, heads=2, key_heads=2, extra=2, batch=2).items()}
     strided = {name: x.transpose(1, -1).contiguous().transpose(1, -1) for name, x in tensors.items()}
@@ -122,7 +143,10 @@ def test_empty_batch_and_no_additional_keys():
     assert [x.shape for x in grads] == [x.shape for x in tensors.values()]
     assert not grads[-1].any()
     tensors = make((4,), 3)
-    tensors |= {"additional_keys": torch.zeros(1, 0, 1, 4), "additional_values": torch.zeros(1, 0, 1, 5)}
+    tensors |= {
+        "additional_keys": tensors["key"].new_zeros(1, 0, 1, 4),
+        "additional_values": tensors["key"].new_zeros(1, 0, 1, 5),
+    }
     check(tensors, kernel_size=3)
 
 
