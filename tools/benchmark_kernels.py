@@ -9,7 +9,7 @@ not count: `--device cuda --batch 16 --dtype bfloat16`. mamba_ssm and fla are pe
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -249,6 +249,7 @@ def _check_equal(case: Case, tolerance: float) -> None:
 
 def run(name: str, case: Case, setting: Setting, *, memory: bool, skip: set[str]) -> list[dict[str, object]]:
     """Return the rows of one case, the op first."""
+    case = replace(case, peers={label: peer for label, peer in case.peers.items() if label not in skip})
     _check_equal(case, setting.tolerance)
     copied, multiplied = timing.machine_limits(setting.device, setting.dtype)
     inputs = case.inputs()
@@ -262,7 +263,7 @@ def run(name: str, case: Case, setting: Setting, *, memory: bool, skip: set[str]
         floor = max(moved * (3 if backward else 1) / copied, case.flops * (4 if backward else 1) / multiplied)
         our_time = None
         for label, function in {"visionmix": case.ours, **case.peers}.items():
-            if label in skip or (backward and label in case.forward_only):
+            if backward and label in case.forward_only:
                 continue
             timing.check_quiet()
             call = _call(function, inputs, backward)

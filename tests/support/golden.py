@@ -71,4 +71,4 @@ def state_dict(meta: dict) -> dict[str, torch.Tensor]:
 def relative_error(ours: torch.Tensor, golden: np.ndarray) -> float:
     """Return max|ours - golden| / max|golden|, in float64."""
     expected = torch.from_numpy(np.asarray(golden, np.float64))
-    return ((ours.detach().double() - expected).abs().max() / expected.abs().max()).item()
+    return ((ours.detach().cpu().double() - expected).abs().max() / expected.abs().max()).item()

@@ -7,13 +7,16 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", *, factor: float = 1.0) -> None:
-    """Compare by max|actual - expected| / max|expected|; the tolerance is that of `actual`'s dtype times `factor`."""
+    """Compare by max|actual - expected| / max|expected|; the tolerance is that of `actual`'s dtype times `factor`.
+
+    Where nothing but zeros is expected, the difference itself is compared.
+    """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.isfinite().all(), f"{name} is not finite"
     if expected.numel() == 0:
         return
     difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
-    largest = expected.detach().double().abs().max().item()
+    largest = expected.detach().double().abs().max().item() or 1.0
     allowed = TOLERANCE[actual.dtype] * factor
     assert difference <= allowed * largest, f"{name}: relative error {difference / largest:.2e}, allowed {allowed:.0e}"
 

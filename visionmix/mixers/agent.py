@@ -144,7 +144,8 @@ class AgentAttention(nn.Module):
 
 def _resample_line(bias: Tensor, length: int) -> Tensor:
     """Return `bias` (heads, agents, cells) resampled linearly to (heads, agents, length)."""
-    return F.interpolate(bias, size=[length], mode="linear")
+    # As a map of one column: on a GPU, the gradient of PyTorch's linear mode never repeats bit by bit.
+    return F.interpolate(bias.unsqueeze(3), size=[length, 1], mode="bilinear").squeeze(3)
 
 
 @torch.fx.wrap
