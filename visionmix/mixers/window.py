@@ -99,8 +99,10 @@ class WindowAttention(nn.Module):
             x = (scores + _apart(rows, columns, side, shift, x).unsqueeze(1)).softmax(dim=-1) @ v
         else:
             x = biased_attention(q, k, v, bias)
-        x = x.transpose(-3, -2).flatten(-2).flatten(0, -2)
-        x = x.reshape(batch, -1, dim).index_select(1, _cell_order(height, width, side, shift, x))
+        # By way of all cells: a graph that compared the windows of all images with the images would be made anew where
+        # an image is one window.
+        x = x.transpose(-3, -2).contiguous().view(-1, dim).view(batch, -1, dim)
+        x = x.index_select(1, _cell_order(height, width, side, shift, x))
         return self.proj(x.unflatten(1, (height, width)))
 
     def _relative_bias(self) -> Tensor:
