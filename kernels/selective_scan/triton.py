@@ -41,6 +41,8 @@ class _Problem:
             values = (0, *x.stride(), 0) if _is_constant(x) else x.stride()
             strides |= {f"s{name}_{axis}": value for axis, value in zip("bcnt", values, strict=True)}
         self.arguments = {
+            "so_d": self.length,
+            "so_t": 1,
             "p_u": u,
             "p_delta": delta,
             "p_A": A,

@@ -32,7 +32,7 @@ ENOUGH_PROGRAMS = 256
 def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]] | None:
     """Return the slot of each step, route x cells + cell or -1, int32 (K, steps), and the number of routes an order.
 
-    None if a step that reads a cell does not give its output back to that cell, once.
+    Where every order is one route, slots are cells. None if a step that reads a cell does not give its output back to that cell, once.
     """
     table = routes(orders, height, width, "all")
     cells = height * width
@@ -43,7 +43,10 @@ def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]]
     slots = slots.reshape(table.index.shape)
     if not np.array_equal(np.where(slots < 0, -1, slots % cells), table.index):
         return None
-    return slots.astype(np.int32), [name.count("+") + 1 for name in orders.split(",")]
+    per_order = [name.count("+") + 1 for name in orders.split(",")]
+    if max(per_order) == 1:
+        slots = table.index
+    return slots.astype(np.int32), per_order
 
 
 @lru_cache(maxsize=64)
@@ -96,14 +99,16 @@ class _Problem:
         self.repeatable = self.complete or not self.merged
         self.grid = (self.batch, self.tiles, 1 if self.merged else self.orders)
         self.merge, self.like = merge, x
+        # One axis of cells: a view, unless a map's rows do not follow each other.
+        x, delta, B, C = (y.flatten(1, 2) for y in (x, delta, B, C))
         strides = {}
         for name, y, axes in (
-            ("x", x, "bhwc"),
-            ("d", delta, "bhwkc"),
+            ("x", x, "btc"),
+            ("d", delta, "btkc"),
             ("w", weight, "kcr"),
             ("A", A, "kcn"),
-            ("B", B, "bhwkn"),
-            ("C", C, "bhwkn"),
+            ("B", B, "btkn"),
+            ("C", C, "btkn"),
         ):
             strides |= {f"s{name}_{axis}": 0 if y is None else y.stride(i) for i, axis in enumerate(axes)}
         self.arguments = {
@@ -118,20 +123,21 @@ class _Problem:
             "p_slots": _device_slots(orders, self.height, self.width, x.device),
             "steps": self.steps,
             "cells": self.cells,
-            "width": self.width,
             "channels": self.channels,
             **strides,
             "ORDERS": self.orders if self.merged else 1,
             "MERGED": self.merged,
             "ZEROED": not self.complete,
+            "JOINED": self.routes != self.orders,
+            "WIDE": self.is_wide(x, delta, B, C),
             "RANK": self.rank,
             "N": self.states,
             "BN": triton.next_power_of_2(self.states),
             "BC": self.block,
             "BT": self.tokens,
             "SOFTPLUS": softplus,
-            "PRECISION": dot_precision(x, delta, weight),
         }
+        self.precision = dot_precision(x, delta, weight)
         # Each order reads the whole map; maps of all orders are read once a channel tile where they have no channels.
         self.passes = {"p_x": self.orders, "p_B": self.tiles, "p_C": self.tiles, "p_slots": self.batch * self.tiles}
         if self.rank:
@@ -140,15 +146,22 @@ class _Problem:
 
     def warps(self, backward: bool) -> int:
         """Return the warps of a program: those with which kernels compiled for all targets spilled least."""
-        large = self.rank > RANKS.value and self.arguments["PRECISION"] != "tf32"
+        large = self.rank > RANKS.value and self.precision != "tf32"
         return 4 if backward == large else 8
+
+    def is_wide(self, *maps: Tensor) -> bool:
+        """Return whether an offset within an image, of the inputs or of a gradient, can pass int32."""
+        largest = self.cells * self.routes * max(self.channels, self.rank, self.states)
+        for y in maps:
+            largest = max(largest, sum((size - 1) * stride for size, stride in zip(y.shape[1:], y.stride()[1:])))
+        return largest >= 1 << 31
 
     def map_buffer(self) -> tuple[Tensor, dict[str, int]]:
         """Return where the orders' maps go before they are merged, and its strides."""
         shape = (1 if self.merged else self.routes, self.batch, self.cells, self.channels)
         make = self.like.new_empty if self.complete else self.like.new_zeros
         buffer = make(shape, dtype=torch.float32)
-        return buffer, {"so_b": buffer.stride(1), "so_slot": buffer.stride(0), "so_cell": buffer.stride(2)}
+        return buffer, dict(zip(("so_k", "so_b", "so_t", "so_c"), buffer.stride()))
 
     def merged_map(self, buffer: Tensor, factor: float = 1.0) -> Tensor:
         """Sum a buffer of maps; (batch, height, width, channels) in x's dtype."""
@@ -206,7 +219,7 @@ def forward(
     if merge == "none":
         make = x.new_empty if problem.complete else x.new_zeros
         out = make(*x.shape[:3], problem.routes, problem.channels)
-        strides = {"so_b": out.stride(0), "so_slot": out.stride(3), "so_cell": out.stride(2)}
+        strides = {"so_b": out.stride(0), "so_k": out.stride(3), "so_t": out.stride(2), "so_c": 1}
         problem.forward(out, None, strides)
         return out, nothing
     out, strides = problem.map_buffer()
@@ -241,7 +254,7 @@ def backward(
 
     batch, count, channels, states = problem.batch, problem.orders, problem.channels, problem.states
     entering = empty(batch, count, problem.chunks, channels, states)
-    problem.forward(None, entering, {"so_b": 0, "so_slot": 0, "so_cell": 0})
+    problem.forward(None, entering, dict.fromkeys(("so_b", "so_k", "so_t", "so_c"), 0))
     grad_x, strides = problem.map_buffer()
     # What no step reads gets no gradient.
     unread = not problem.complete
@@ -255,7 +268,8 @@ def backward(
     grad_A = empty(batch, count, channels, states)
     grad_weight = empty(batch, count, channels, problem.rank) if problem.rank else None
     grad_D, grad_bias = (None if y is None else empty(batch, count, channels) for y in (D, delta_bias))
-    route_stride = grad_out.stride(3) if merge == "none" else 0
+    grad_out = grad_out.flatten(1, 2)
+    route_stride = grad_out.stride(2) if merge == "none" else 0
     launch(
         backward_kernel,
         problem.grid,
@@ -273,9 +287,11 @@ def backward(
         p_dbias=grad_bias,
         scale=1 / problem.routes if merge == "mean" else 1.0,
         routes=problem.routes,
-        **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bhw")},
+        sg_b=grad_out.stride(0),
+        sg_t=grad_out.stride(1),
         sg_k=route_stride,
         sg_c=grad_out.stride(-1),
+        PRECISION=problem.precision,
         num_warps=problem.warps(backward=True),
         repeatable=problem.repeatable,
         passes=problem.passes
