@@ -4,14 +4,17 @@ The function here checks nothing: it scripts, traces and exports. The checked fu
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch, gpu
-from visionmix.kernels.neighborhood_attention import reference
+from visionmix.kernels.neighborhood_attention import padding, reference
 from visionmix.kernels.neighborhood_attention.windows import count_pairs
 from visionmix.kernels.registration import register_op
+
+_reference_forward = partial(padding.forward, reference.forward)
 
 
 def neighborhood_attention_op(
@@ -27,15 +30,21 @@ def neighborhood_attention_op(
     additional_values: Tensor | None,
     relative_position_bias: Tensor | None,
     circular: bool,
+    key_padding: Tensor | None = None,
+    value_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map.
 
     `is_causal` holds 0 or 1: PyTorch cannot trace a list of bools.
+
+    A map smaller than ``kernel_size * dilation``, unless the window is circular, is treated as if it went on to that
+    size at the end of each axis, with keys `key_padding` (key heads, dim) and values `value_padding`
+    (key heads, value dim), or zeros: its queries see these tokens, which have no output of their own.
     """
     if not torch.jit.is_scripting():
         if dispatch.bypassed():
             return dispatch.call_reference(
-                reference.forward,
+                _reference_forward,
                 query,
                 key,
                 value,
@@ -48,6 +57,8 @@ def neighborhood_attention_op(
                 additional_values,
                 relative_position_bias,
                 circular,
+                key_padding,
+                value_padding,
             )
     return torch.ops.visionmix.neighborhood_attention(
         query,
@@ -62,6 +73,8 @@ def neighborhood_attention_op(
         additional_values,
         relative_position_bias,
         circular,
+        key_padding,
+        value_padding,
     )
 
 
@@ -76,35 +89,57 @@ def _fake(query, key, value, *args):
     return value.new_empty((*shape, value.shape[-1])), query.new_empty(shape, dtype=dtype)
 
 
-def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, *args):
-    options = (query.new_empty(0) if x is None else _like(x) for x in args[5:8])
-    return _like(query), _like(key), _like(value), *options
+def _fake_backward(
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    kernel_size,
+    stride,
+    dilation,
+    is_causal,
+    scale,
+    additional_keys,
+    additional_values,
+    relative_position_bias,
+    circular,
+    key_padding=None,
+    value_padding=None,
+    implementation="auto",
+):
+    options = (additional_keys, additional_values, relative_position_bias, key_padding, value_padding)
+    return _like(query), _like(key), _like(value), *(query.new_empty(0) if x is None else _like(x) for x in options)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, *ctx.window, additional_keys, additional_values, bias, ctx.circular, implementation = inputs
+    query, key, value, *ctx.window, additional_keys, additional_values, bias, ctx.circular = inputs[:12]
+    *paddings, implementation = inputs[12:]
     ctx.implementation = dispatch.resolve("neighborhood_attention", implementation, query.device)
-    ctx.save_for_backward(query, key, value, *output, additional_keys, additional_values, bias)
+    ctx.save_for_backward(query, key, value, *output, additional_keys, additional_values, bias, *paddings)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    *tensors, additional_keys, additional_values, bias = ctx.saved_tensors
-    options = (additional_keys, additional_values, bias)
+    *tensors, additional_keys, additional_values, bias, key_padding, value_padding = ctx.saved_tensors
+    options, paddings = (additional_keys, additional_values, bias), (key_padding, value_padding)
     grads = torch.ops.visionmix.neighborhood_attention_backward(
-        grad_out, grad_lse, *tensors, *ctx.window, *options, ctx.circular, ctx.implementation
+        grad_out, grad_lse, *tensors, *ctx.window, *options, ctx.circular, *paddings, ctx.implementation
     )
+    from_options = [None if x is None else grad for x, grad in zip((*options, *paddings), grads[3:], strict=True)]
     # kernel_size, stride, dilation, is_causal and scale stand between the tensors and the options.
     none = (None,) * 5
-    from_options = (None if x is None else grad for x, grad in zip(options, grads[3:], strict=True))
-    return *grads[:3], *none, *from_options, None, None
+    return *grads[:3], *none, *from_options[:3], None, *from_options[3:], None
 
 
 def _pairs(query_shape, window, additional_shape, circular) -> int:
-    """Return the (query, key) pairs of all images and heads."""
+    """Return the (query, key) pairs of all images and heads, those of padded queries too: they are computed."""
     batch, *grid, heads, _ = query_shape
     kernel_size, stride, dilation, is_causal = (tuple(option) for option in window[:4])
+    grid = padding.extended_grid(grid, kernel_size, dilation, circular)
     extra = 0 if additional_shape is None else additional_shape[1] * math.prod(grid)
-    return batch * heads * (count_pairs(tuple(grid), kernel_size, stride, dilation, is_causal, circular) + extra)
+    return batch * heads * (count_pairs(grid, kernel_size, stride, dilation, is_causal, circular) + extra)
 
 
 def _flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
@@ -119,13 +154,15 @@ def _backward_flops(
     return (6 * query_shape[-1] + 4 * value_shape[-1]) * _pairs(query_shape, args[:5], args[5], args[8])
 
 
+@padding.padded
 def _load_reference() -> dispatch.Implementation:
     return dispatch.Implementation(reference.forward, reference.backward)
 
 
 _OPTIONS = (
     "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, Tensor? additional_keys, "
-    'Tensor? additional_values, Tensor? relative_position_bias, bool circular, str implementation="auto"'
+    "Tensor? additional_values, Tensor? relative_position_bias, bool circular, Tensor? key_padding=None, "
+    'Tensor? value_padding=None, str implementation="auto"'
 )
 
 register_op(
@@ -133,7 +170,7 @@ register_op(
     schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
     backward_schema=(
         "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     fake=_fake,
     backward_fake=_fake_backward,
@@ -145,6 +182,7 @@ register_op(
 )
 
 
+@padding.padded
 def _load_cpu() -> dispatch.Implementation:
     from visionmix.kernels.neighborhood_attention import cpu
 
@@ -152,4 +190,8 @@ def _load_cpu() -> dispatch.Implementation:
 
 
 dispatch.register("neighborhood_attention", "cpu", _load_cpu)
-dispatch.register("neighborhood_attention", "triton", gpu.loader("neighborhood_attention", "neighborhood_attention"))
+dispatch.register(
+    "neighborhood_attention",
+    "triton",
+    padding.padded(gpu.loader("neighborhood_attention", "neighborhood_attention")),
+)

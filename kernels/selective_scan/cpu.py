@@ -61,10 +61,13 @@ def chunk_steps(states: int) -> int:
 
 
 def entering_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Return the shape of the states entering the chunks, kept for the way back: (batch, chunks, states, dim)."""
+    """Return the shape of the states entering the chunks, kept for the way back: (batch, chunks * states * dim).
+
+    A graph with an axis of chunks would serve either one chunk or more.
+    """
     batch, dim, length = u.shape
     chunk = chunk_steps(A.shape[1])
-    return batch, (length + chunk - 1) // chunk, A.shape[1], dim
+    return batch, (length + chunk - 1) // chunk * A.shape[1] * dim
 
 
 class _Call:

@@ -114,11 +114,12 @@ def _padded(table: np.ndarray) -> np.ndarray:
 def entering_shape(x: Tensor, A: Tensor, steps: int) -> tuple[int, ...]:
     """Return the shape of what is kept for the way back, the states entering the chunks of each order.
 
-    `steps` are those of the longest order; (batch, orders, chunks, states, channels).
+    `steps` are those of the longest order; (batch, orders * chunks * states * channels), since a graph with an axis of
+    chunks would serve either one chunk or more.
     """
     orders, channels, states = A.shape
     chunk = chunk_steps(states)
-    return x.shape[0], orders, (steps + chunk - 1) // chunk, states, channels
+    return x.shape[0], orders * ((steps + chunk - 1) // chunk) * states * channels
 
 
 class _Call:

@@ -19,10 +19,7 @@ SIZES = [(96, 128), (96, 96), (225, 193)]
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("device", DEVICES)
 @ANY
-def test_one_compiled_graph_serves_all_sizes(name, device, backend, request):
-    if (name, backend) == ("test_dinat", "inductor"):
-        reason = "PyTorch guards on the strides of the padded map: three graphs"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_one_compiled_graph_serves_all_sizes(name, device, backend):
     model = timm.create_model(name).eval().to(device)
     torch._dynamo.reset()
     counters.clear()

@@ -4,6 +4,7 @@ import golden
 import naive_neighborhood
 import pytest
 import torch
+import torch.nn.functional as F
 from choices import choose
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from memory import PeakMemory
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, na1d, na2d, na3d, use
-from visionmix.kernels.neighborhood_attention import reference
+from visionmix.kernels.neighborhood_attention import neighborhood_attention_op, reference
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 ARGUMENTS = ("query", "key", "value", "additional_keys", "additional_values", "relative_position_bias")
@@ -376,6 +377,42 @@ def test_nan_in_a_key_reaches_the_queries_that_see_it(row, column, choice):
     assert sees.any()
     assert torch.equal(out.isnan(), sees)
     assert torch.equal(out[~sees], clean[~sees])
+
+
+@pytest.mark.parametrize(
+    ("grid", "dilation"), [((4, 9), 2), ((9, 4), 2), ((5, 3), 2), ((1, 1), 2), ((2, 7), 1), ((1, 2), 1)]
+)
+@pytest.mark.parametrize("filled", [True, False], ids=["filled", "zeros"])
+@EACH_CHOICE
+def test_a_map_smaller_than_the_window_is_padded(grid, filled, dilation, choice):
+    """Against maps extended by `F.pad` and cropped around the definition, with the gradients of the padding."""
+    window = ((3, 3), (1, 1), (dilation, dilation), (0, 0), 0.5)
+    tensors = make(grid, (3, 3), bias=True, key_heads=1)
+    if filled:
+        paddings = make((), (), key_heads=1, batch=1, seed=1)
+        tensors |= {f"{name}_padding": paddings[name][0].detach().requires_grad_() for name in ("key", "value")}
+    ends = [0, 0, 0, 0, *(end for size in reversed(grid) for end in (0, max(0, 3 * dilation - size)))]
+    outside = 1 - F.pad(torch.ones(1, *grid, 1, 1, dtype=torch.float64), ends)
+
+    def composed(query, key, value, relative_position_bias, key_padding=0.0, value_padding=0.0):
+        key, value = F.pad(key, ends) + outside * key_padding, F.pad(value, ends) + outside * value_padding
+        options = (None, None, relative_position_bias)
+        outs = naive_neighborhood.neighborhood_attention(F.pad(query, ends), key, value, *window, *options)
+        return [out[:, : grid[0], : grid[1]] for out in outs]
+
+    def ours(query, key, value, relative_position_bias, key_padding=None, value_padding=None):
+        options = (None, None, relative_position_bias, False, key_padding, value_padding)
+        return neighborhood_attention_op(query, key, value, *map(list, window[:4]), window[4], *options)
+
+    expected = composed(**tensors)
+    inputs = cast(tensors, torch.float32 if choice == "cpu" else torch.float64)
+    with choose(choice):
+        outs = ours(**inputs)
+        grads = gradients(outs, list(inputs.values()))
+    for out, like in zip(outs, expected, strict=True):
+        assert_close(out, like)
+        assert out.is_contiguous()
+    assert_gradients_close(grads, gradients(expected, list(tensors.values())))
 
 
 @EACH_CHOICE

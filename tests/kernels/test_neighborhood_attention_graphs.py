@@ -175,11 +175,15 @@ def op_cases(dtype=torch.float32):
         return random(batch, *grid, heads, 2), random(batch, *grid, key_heads, 2), random(batch, *grid, key_heads, 3)
 
     extra = (random(2, 2, 1, 2), random(2, 2, 1, 3))
+    padding = (random(2, 2), random(2, 3))
     return {
         "1d": (*qkv(7), [3], [2], [2], [1], 0.5, None, None, random(2, 5), False),
         "2d": (*qkv(4, 5), [3, 2], [1, 2], [1, 2], [0, 1], 0.5, None, None, None, False),
         "2d_extra": (*qkv(3, 4, key_heads=1, batch=2), [3, 3], [1, 1], [1, 1], [0] * 2, 0.5, *extra, None, False),
         "2d_circular": (*qkv(4, 3), [5, 3], [1, 1], [1, 1], [0] * 2, 0.5, None, None, random(2, 9, 5), True),
+        # Smaller than the window on one axis and on both; with keys and values for the tokens that are missing.
+        "2d_zeros": (*qkv(2, 5), [3, 2], [1, 1], [1, 2], [0, 0], 0.5, None, None, random(2, 5, 3), False),
+        "2d_padded": (*qkv(3, 2), [3, 2], [1, 1], [2, 2], [0] * 2, 0.5, None, None, random(2, 5, 3), False, *padding),
         "3d": (*qkv(2, 3, 3), [1, 3, 2], [1, 1, 2], [2, 1, 1], [0] * 3, 0.5, None, None, random(2, 1, 5, 3), False),
     }
 
@@ -215,7 +219,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tensors)
 
 
-@pytest.mark.parametrize("case", ["1d", "2d_extra"])
+@pytest.mark.parametrize("case", ["1d", "2d_extra", "2d_padded"])
 def test_double_backward(case):
     function, tensors = differentiable(case)
     (grad,) = torch.autograd.grad(function(*tensors)[0].square().sum(), tensors[0], create_graph=True)
@@ -252,6 +256,10 @@ PAIRS = {
     # Radii 3 and 2: row offsets 0, +-1 and +-2 reach one column ((1 / 3)^2 + (1 / 2)^2 < 1, (2 / 3)^2 + (1 / 2)^2 < 1).
     # Pairs of rows: 4 + 2 x 3 + 2 x 2 = 14; of columns: 3 + 2 x 2 = 7.
     "2d_circular": 2 * 14 * 7,
+    # Rows: 3 x 3, the third padded. Columns, dilation 2: 5 x 2. Two heads.
+    "2d_zeros": 2 * 9 * 10,
+    # Extended to 6 x 4. Rows, dilation 2: 2 classes of 3 x 3. Columns, dilation 2: 2 classes of 2 x 2. Two heads.
+    "2d_padded": 2 * 18 * 8,
     # Levels: 2 x 1. Rows: 3 x 3. Columns: 3 x 2. Two heads.
     "3d": 2 * 2 * 9 * 6,
 }

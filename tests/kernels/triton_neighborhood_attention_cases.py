@@ -10,7 +10,7 @@ from accelerator import TRITON_DEVICE, needs_gpu
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import na1d, na2d, na3d, use
-from visionmix.kernels.neighborhood_attention import reference
+from visionmix.kernels.neighborhood_attention import neighborhood_attention_op, reference
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -134,6 +134,19 @@ def test_large_scores_neither_overflow_nor_vanish(shift):
     tensors = make((4,), 3, bias=True)
     tensors["relative_position_bias"] += shift
     check(tensors, kernel_size=3)
+
+
+def test_a_map_smaller_than_the_window_is_padded():
+    tensors = make((2, 7), 3, bias=True)
+    padding = {"key_padding": torch.randn(1, 4), "value_padding": torch.randn(1, 5)}
+    window, results = ([3, 3], [1, 1], [1, 2], [0, 0], 0.5), []
+    for choice, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in (tensors | padding).items()}
+        q, k, v, table, *paddings = leaves.values()
+        with use(choice):
+            out = neighborhood_attention_op(q, k, v, *window, None, None, table, False, *paddings)
+            results.append((*out, *gradients(out, list(leaves.values()))))
+    assert_gradients_close(*results)
 
 
 def test_empty_batch_and_no_additional_keys():

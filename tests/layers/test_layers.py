@@ -1,11 +1,14 @@
 """Layers against what their docstrings say, at odd sizes too."""
 
+import math
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.layers import ConvDownsample, ConvMlp, LogSigmoid, PatchMerging, PatchStem, SelectiveScan2d
+from visionmix.layers import ConvDownsample, ConvMlp, LogSigmoid, PatchMerging, PatchStem, RotaryMap, SelectiveScan2d
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
@@ -92,3 +95,88 @@ def test_log_sigmoid_is_exact_and_differentiable():
     out.sum().backward()
     assert torch.allclose(x.grad.double(), torch.sigmoid(-x.detach().double()), atol=1e-6)
     assert LogSigmoid()(x.detach().bfloat16()).dtype == torch.float32
+
+
+def naive_turns(x, height, width):
+    """Return x (batch, height * width, heads, dim) turned pair by pair, as complex numbers in float64."""
+    pairs = torch.view_as_complex(x.detach().double().unflatten(-1, (-1, 2)).contiguous())
+    count = pairs.shape[-1] // 2
+    out = pairs.clone()
+    for token in range(height * width):
+        for pair in range(2 * count):
+            position = token // width if pair < count else token % width
+            frequency = 10000.0 ** -(pair % count / max(count - 1, 1))
+            out[:, token, :, pair] *= complex(math.cos(position * frequency), math.sin(position * frequency))
+    return torch.view_as_real(out).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (1, 7)])
+def test_rotary_map_turns_pairs_by_row_and_column(size, dtype):
+    x = torch.randn(2, size[0] * size[1], 3, 12).to(dtype)
+    out = RotaryMap()(x, *size)
+    # The frequencies are of float32 whatever comes in.
+    assert torch.allclose(out.double(), naive_turns(x, *size), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["slice", "odd", "spread"])
+def test_rotary_map_takes_any_strides(layout):
+    memory = torch.randn(2, 15, 3, 2, 26)
+    x = {"slice": memory[:, :, :, 0, 2:10], "odd": memory[:, :, :, 0, 1:9], "spread": memory[..., 0, ::2][..., :8]}
+    x = x[layout].requires_grad_()
+    out, expected = RotaryMap()(x, 5, 3), naive_turns(x, 5, 3)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    (grad,) = torch.autograd.grad(out, x, out.detach())
+    assert torch.allclose(grad, x, atol=1e-5)  # turned and turned back
+
+
+def in_inference_mode(layer, x, size):
+    with torch.inference_mode():
+        layer(x, *size)
+
+
+def under_a_transform(layer, x, size):
+    torch.func.grad(lambda x: layer(x, *size).sum())(x)
+
+
+def with_fake_tensors(layer, x, size):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x), *size)
+
+
+def beside_the_meta_device(layer, x, size):
+    with torch.device("meta"):
+        layer(x, *size)
+
+
+FIRST = [in_inference_mode, under_a_transform, with_fake_tensors, beside_the_meta_device]
+
+
+@pytest.mark.parametrize(("number", "first"), list(enumerate(FIRST)))
+def test_what_rotary_map_keeps_serves_training(number, first):
+    layer, size = RotaryMap(), (6, 11 + number)  # a size that no other test has made
+    x = torch.randn(1, size[0] * size[1], 2, 8, requires_grad=True)
+    first(layer, x.detach(), size)
+    out = layer(x, *size)
+    (grad,) = torch.autograd.grad(out, x, out.detach())
+    assert torch.allclose(out.double(), naive_turns(x, *size), atol=1e-5)
+    assert torch.allclose(grad, x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [torch.jit.script, lambda layer: torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")],
+    ids=["script", "compile"],
+)
+def test_rotary_map_in_graphs_is_the_eager_one(graph):
+    layer = RotaryMap()
+    inside = graph(layer)
+    for size in [(4, 6), (5, 3)]:
+        x = torch.randn(2, size[0] * size[1], 2, 8)
+        assert torch.allclose(inside(x, *size), layer(x, *size), atol=1e-6)
+
+
+def test_rotary_map_maps_over_a_batch():
+    x = torch.randn(3, 2, 15, 2, 8)
+    out = torch.func.vmap(lambda y: RotaryMap()(y, 5, 3))(x)
+    assert torch.allclose(out.flatten(0, 1), RotaryMap()(x.flatten(0, 1), 5, 3), atol=1e-6)

@@ -31,6 +31,7 @@ class Block(nn.Module):
 
     has_mlp: Final[bool]
     has_pos: Final[bool]
+    has_scale: Final[bool]
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Block(nn.Module):
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale, **dd)
 
+        self.has_scale = layer_scale is not None
         self.has_pos = pos_layer is not None
         if pos_layer is not None:
             self.pos = pos_layer(dim, **dd)
@@ -67,9 +69,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.has_pos:
             x = x + self.pos(x)
-        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
+        y = self.drop_path(self.mixer(self.norm1(x)))
+        x = torch.addcmul(x, y, self.scale1.gamma) if self.has_scale else x + y
         if self.has_mlp:
-            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+            y = self.drop_path(self.mlp(self.norm2(x)))
+            x = torch.addcmul(x, y, self.scale2.gamma) if self.has_scale else x + y
         return x
 
 

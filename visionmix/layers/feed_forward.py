@@ -134,9 +134,11 @@ class ConvMlp(nn.Module):
         x = self.drop(self.fc1(x))
         if self.act_first:
             x = self.act(x)
-        y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)
+        y = self.conv(x)
         if self.residual:
-            y = x + y
+            y = y.add_(x)  # onto the convolution's output, of which its gradient needs nothing
+        y = y.permute(0, 2, 3, 1)
         if not self.act_first:
             y = self.act(y)
         return self.drop(self.fc2(y))

@@ -1,43 +1,70 @@
 """Rotary position encodings of maps."""
 
+from functools import lru_cache
+
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 
+def _turns(height: int, width: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine, both (height * width, 2 * count), of the angles to turn pairs of channels by."""
+    frequencies = (1.0 / (10000 ** torch.linspace(0, 1, count, dtype=torch.float32, device=device))).to(dtype)
+    rows = torch.arange(height, device=device).to(dtype)[:, None, None] * frequencies
+    columns = torch.arange(width, device=device).to(dtype)[None, :, None] * frequencies
+    angles = torch.cat([rows.expand(height, width, count), columns.expand(height, width, count)], dim=-1).flatten(0, 1)
+    return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=8)
+def _complex_turns(height: int, width: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Return cosine + i sine on the CPU, (height * width, 1, 2 * count): for every token, for all heads."""
+    # Made outside inference mode: a tensor of inference mode could not take part in a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.complex(*_turns(height, width, count, dtype, torch.device("cpu"))).unsqueeze(1)
+
+
+def _takes_kept_turns(x: Tensor) -> bool:
+    """Return whether `x` is an ordinary tensor on the CPU, its neighbouring channels pairs in memory.
+
+    Turns may not be kept where they become part of a graph, under torch.func's transforms, which wrap what is made
+    under them, or for fake tensors.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    in_pairs = x.stride(-1) == 1 and not any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
+    return type(x) is Tensor and x.device.type == "cpu" and in_pairs
+
+
 @torch.fx.wrap
-def _turns(x: Tensor, height: int, width: int) -> Tensor:
-    """Return cosine and sine, (2, height * width, dim / 2), of the angles to turn pairs of channels of x by."""
+def _turn(x: Tensor, height: int, width: int) -> Tensor:
+    """Return x (batch, tokens, heads, dim), channels 2i and 2i + 1 of each token turned by its angle i."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     count = x.shape[-1] // 4
-    frequencies = (1.0 / (10000 ** torch.linspace(0, 1, count, device=x.device))).to(dtype)
-    rows = torch.arange(height, device=x.device).to(dtype)[:, None, None] * frequencies
-    columns = torch.arange(width, device=x.device).to(dtype)[None, :, None] * frequencies
-    angles = torch.cat([rows.expand(height, width, count), columns.expand(height, width, count)], dim=-1).flatten(0, 1)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-@torch.fx.wrap
-def _turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Return x (batch, tokens, heads, dim), channels 2i and 2i + 1 of each token turned by its angle i."""
-    cosine, sine = turns[0].unsqueeze(1), turns[1].unsqueeze(1)
+    if not torch.jit.is_scripting():
+        if _takes_kept_turns(x):
+            # One product of complex numbers, a pass over memory instead of ten: Inductor would not fuse it.
+            pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * _complex_turns(height, width, count, dtype)).flatten(-2)
+    cosine, sine = _turns(height, width, count, dtype, x.device)
+    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
 
 
 class RotaryMap(nn.Module):
-    """Rotary position encodings of a map: q and k with pairs of neighbouring channels turned by row and column.
+    """Rotary position encodings of a map: pairs of neighbouring channels turned by row and column.
 
     The first dim / 4 pairs turn by the row, the others by the column, pair i by ``10000^(-i / (dim / 4 - 1))`` radians
     a row or column: the last frequency is 1 / 10000 itself, as the published models have it, which RoPE's would only
-    approach. Computed in float32 at least.
+    approach. Computed in float32 at least. On the CPU the cosines and sines of the last sizes are kept, for all blocks.
 
-    Shapes: q and k (batch, height * width, heads, dim) to the same; dim is a multiple of 4.
+    Shapes: (batch, height * width, heads, dim) to the same; dim is a multiple of 4. The heads of q and of k, side by
+    side, are turned in one call.
 
     Source: RoPE (Su et al. 2021, arXiv 2104.09864) in two dimensions, as MALA (Fan et al. 2025, arXiv 2507.00698) and
     RALA (Fan et al. 2024, arXiv 2411.07635) compute it.
     """
 
-    def forward(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        turns = _turns(q, height, width)
-        return _turn(q, turns), _turn(k, turns)
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return _turn(x, height, width)

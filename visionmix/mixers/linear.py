@@ -35,7 +35,8 @@ def _dot(q: Tensor, k: Tensor) -> Tensor:
 
 def _elu_plus_one(x: Tensor) -> Tensor:
     """Return ``elu(x) + 1``, exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs."""
-    return torch.clamp(x, max=0.0).exp() + F.relu(x)
+    # In place on what no gradient needs. F.threshold is relu, which would keep its result for its gradient.
+    return F.threshold(x, 0.0, 0.0).add_(torch.clamp(x, max=0.0).exp_())
 
 
 @torch.fx.wrap
@@ -89,12 +90,13 @@ class LinearAttention(Attention):
             return F.relu(x)
         return F.softplus(x) if self.feature_map == "softplus" else _elu_plus_one(x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        q, k, v = self._features(q), self._features(k), _at_least_float32(v)
+        qk, v = self._features(qk), _at_least_float32(v)
+        q, k = qk.chunk(2, dim=2)
         z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
         if self.has_rotary:
-            q, k = self.rotary(q, k, height, width)
+            q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         return _read(q, _outer(k, v, 1.0 / k.shape[1])) * z
 
 
@@ -129,14 +131,15 @@ class MagnitudeAwareLinearAttention(_Rotary):
     Source: MALA (Fan et al. 2025, arXiv 2507.00698).
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        q, k, v = _elu_plus_one(_at_least_float32(q)), _elu_plus_one(_at_least_float32(k)), _at_least_float32(v)
+        qk, v = _elu_plus_one(_at_least_float32(qk)), _at_least_float32(v)
+        q, k = qk.chunk(2, dim=2)
         z = _dot(q, k.mean(dim=1, keepdim=True)) * self.scale
         if self.has_rotary:
-            q, k = self.rotary(q, k, height, width)
+            q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         out = _read(q, _outer(k, v, self.scale / k.shape[1]))
-        return out * (1.0 + _inverse(z)) - z * v.mean(dim=1, keepdim=True)
+        return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, 1.0 + _inverse(z))
 
 
 @register_mixer("rala")
@@ -154,13 +157,13 @@ class RankAugmentedLinearAttention(_Rotary):
     Source: RALA (Fan et al. 2024, arXiv 2411.07635).
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        q, k, v = _elu_plus_one(_at_least_float32(q)), _elu_plus_one(_at_least_float32(k)), _at_least_float32(v)
-        tokens = k.shape[1]
+        q, k = _elu_plus_one(_at_least_float32(qk)).chunk(2, dim=2)
+        v, tokens = _at_least_float32(v), v.shape[1]
         weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
-        k = k * weights * tokens
+        k = k * (weights * tokens)
         z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
         if self.has_rotary:
-            q, k = self.rotary(q, k, height, width)
+            q, k = self.rotary(q, height, width), self.rotary(k, height, width)
         return _read(q, _outer(k, v, 1.0 / tokens)) * z

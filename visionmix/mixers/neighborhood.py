@@ -1,40 +1,12 @@
 """Neighborhood attention, dilated and circular: every token attends to a window around itself."""
 
 import torch
-import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
-
-
-@torch.fx.wrap
-def _pad_to(x: Tensor, least: int, value: Tensor | None) -> Tensor:
-    """Return x (batch, height, width, dim) with `value` (dim,), or zeros, below and right up to `least` a side."""
-    # A compiled graph pads always: a branch on the size would compile once more.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if x.shape[1] >= least and x.shape[2] >= least:
-            return x
-        sides = [0, 0, 0, max(0, least - x.shape[2]), 0, max(0, least - x.shape[1])]
-    else:
-        sides = [0, 0, 0, torch.sym_max(0, least - x.shape[2]), 0, torch.sym_max(0, least - x.shape[1])]
-    padded = F.pad(x, sides)
-    if value is None:
-        return padded
-    outside = 1.0 - F.pad(x.new_ones(1, x.shape[1], x.shape[2], 1), sides)
-    return padded + outside * value.to(x.dtype)
-
-
-@torch.fx.wrap
-def _crop(x: Tensor, height: int, width: int) -> Tensor:
-    """Return the first `height` rows and `width` columns of x (batch, rows, columns, dim)."""
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        return x[:, :height, :width]
-    # A copy, whose strides do not depend on whether the map was padded.
-    return torch.narrow_copy(torch.narrow_copy(x, 1, 0, height), 2, 0, width)
 
 
 class _Neighborhood(nn.Module):
@@ -63,8 +35,6 @@ class _Neighborhood(nn.Module):
         self.kernel_size = [kernel_size, kernel_size]
         self.dilation = [dilation, dilation]
         self.circular = circular
-        # A circular window is cut off at the border; a square one is shifted, so the map must hold it.
-        self.least = 1 if circular else kernel_size * dilation
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.position_bias = None
@@ -81,9 +51,12 @@ class _Neighborhood(nn.Module):
             trunc_normal_(self.position_bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        # A token of zeros becomes the projection's bias.
-        q, k, v = _pad_to(self.qkv(x), self.least, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        key_padding: Tensor | None = None
+        value_padding: Tensor | None = None
+        if self.qkv.bias is not None:
+            # A token of zeros becomes the projection's bias.
+            _, key_padding, value_padding = self.qkv.bias.unflatten(0, (3, self.num_heads, -1)).unbind(0)
         out, _ = neighborhood_attention_op(
             q,
             k,
@@ -97,8 +70,10 @@ class _Neighborhood(nn.Module):
             None,
             self.position_bias,
             self.circular,
+            key_padding,
+            value_padding,
         )
-        return self.proj(_crop(out.flatten(3), height, width))
+        return self.proj(out.flatten(3))
 
 
 @register_mixer("na")

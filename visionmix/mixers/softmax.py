@@ -16,8 +16,8 @@ class Attention(nn.Module):
         q, k, v, o = W x
         out        = W_o ((attend(q, k, v) + depthwise(v)) * o)        (depthwise with `lepe`, o with `gate`)
 
-    A mixer gives `attend`, from q, k, v (batch, tokens, heads, head_dim) and the map's height and width to the same
-    shape as v.
+    A mixer gives `attend`, from qk (batch, tokens, 2 heads, head_dim), the heads of q before those of k, from v (batch,
+    tokens, heads, head_dim) and the map's height and width to the same shape as v.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
     (batch, tokens, dim), class tokens and all, where there are neither `lepe` nor `rotary` (`needs_map` says so).
@@ -66,6 +66,7 @@ class Attention(nn.Module):
         self.has_rotary = rotary
         self.gate = gate
         self.has_lepe = lepe is not None
+        self.parts = [2 * dim, dim, dim] if gate else [2 * dim, dim]  # q and k, v, o
         self.needs_map = rotary or self.has_lepe
         self.rotary = RotaryMap() if rotary else nn.Identity()
         self.qkv = nn.Linear(dim, (3 + gate) * dim, bias=qkv_bias, **dd)
@@ -83,17 +84,15 @@ class Attention(nn.Module):
         return self._mix(x, grid.height, grid.width)
 
     def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = self.qkv(x)
-        o = x
-        if self.gate:
-            x, o = x.split([3 * self.dim, self.dim], dim=-1)
-        q, k, v = x.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        out = self.attend(q, k, v, height, width).flatten(2).to(x.dtype)
+        parts = self.qkv(x).split(self.parts, dim=-1)
+        qk, v = parts[0].unflatten(-1, (2 * self.num_heads, -1)), parts[1]
+        out = self.attend(qk, v.unflatten(-1, (self.num_heads, -1)), height, width).flatten(2).to(v.dtype)
         if self.has_lepe:
-            cells = v.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-            out = out + self.lepe(cells).permute(0, 2, 3, 1).flatten(1, 2)
+            cells, around = _cells(out, height, width), _cells(v, height, width)
+            # Onto the convolution's output, of which its gradient needs nothing.
+            out = self.lepe(around).add_(cells).permute(0, 2, 3, 1).flatten(1, 2)
         if self.gate:
-            out = out * o
+            out = out * parts[2]
         return self.proj(out)
 
 
@@ -120,12 +119,17 @@ class SoftmaxAttention(Attention):
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
         if self.has_rotary:
-            q, k = self.rotary(q, k, height, width)
-            q, k = q.to(v.dtype), k.to(v.dtype)
+            qk = self.rotary(qk, height, width).to(v.dtype)
+        q, k = qk.chunk(2, dim=2)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _cells(x: Tensor, height: int, width: int) -> Tensor:
+    """Return a sequence (batch, height * width, dim) as a map (batch, dim, height, width)."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
