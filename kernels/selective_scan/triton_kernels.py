@@ -1,8 +1,8 @@
 """The Triton kernels of the selective scan; `triton.py` launches them and says how they work together.
 
 Tiles are (tokens, channels). Strides of tokens and channels are not specialised: knowing what lies side by side, the
-compiler would give a thread four of those and spread the tokens of a scan over the others. As it is, a thread of a
-program of one warp has all tokens of its channels and scans by itself, without exchange.
+compiler would give a thread four of those and spread the tokens of a scan over more of them. As it is, in a program of
+one warp four threads share the tokens of a channel.
 
 Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<tensor>_<axis>.
 """
