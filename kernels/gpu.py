@@ -28,7 +28,7 @@ TUNE_VARIABLE = "VISIONMIX_TUNE"
 _MOST_REGISTERS = 255
 
 # Candidates of (num_warps, num_stages) where tuning is asked for; tiles are not tuned, since scratch depends on them.
-_CANDIDATES = tuple((warps, stages) for warps in (2, 4, 8) for stages in (1, 2, 3))
+_CANDIDATES = tuple((warps, stages) for warps in (1, 2, 4, 8) for stages in (1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,12 @@ def launch(
     num_stages: int = 1,
     passes: dict[str, float] | None = None,
     flops: int = 0,
-    repeatable: bool = True,
     limited: bool = True,
     **arguments: Any,
 ) -> None:
     """Run `kernel[grid](**arguments)`, or record it while a plan is active. The rest is as in `Launch` and its options.
 
-    A launch that is not `repeatable` adds to what its buffers hold, so that tuning, which runs it many times, is left
-    out. `limited` tells NVIDIA's assembler the most registers that a thread can have. Where it is not told, it spills a
+    `limited` tells NVIDIA's assembler the most registers that a thread can have. Where it is not told, it spills a
     few in many kernels so that more programs fit on a processor; where it is, it uses more in all, and spills in some
     kernels of large products that it else fits in. Both were found by compiling for all targets.
     """
@@ -145,7 +143,7 @@ def launch(
     if _plan is not None:
         _plan.append(Launch(kernel, grid, arguments, _options(num_warps, num_stages, limited), passes or {}, flops))
         return
-    if repeatable and os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
+    if os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
         num_warps, num_stages = _tuned(kernel, grid, arguments, (num_warps, num_stages), limited)
     kernel[grid](**arguments, **_options(num_warps, num_stages, limited))
 

@@ -29,7 +29,8 @@ class _Problem:
         self.states = A.shape[1]
         self.groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
         group_dim = self.dim // self.groups
-        self.block = min(32, triton.next_power_of_2(group_dim))
+        # The fastest of the tiles timed on an H200: with 8 channels, there are programs enough.
+        self.block = 8
         self.tokens = min(32, max(16, triton.next_power_of_2(self.length)))
         self.chunks = triton.cdiv(self.length, self.tokens)
         self.tiles = triton.cdiv(group_dim, self.block)
@@ -56,6 +57,8 @@ class _Problem:
             "sA_n": A.stride(1),
             "sD_d": 0 if D is None else D.stride(0),
             **strides,
+            "so_d": self.length,
+            "so_t": 1,
             "N": self.states,
             "BN": triton.next_power_of_2(self.states),
             "BD": self.block,
@@ -84,7 +87,7 @@ class _Problem:
             p_out=out,
             p_states=states,
             p_last=last,
-            num_warps=8,
+            num_warps=1,
             passes=self.passes | ({"p_C": 0} if out is None else {}),
             flops=self.size * (7 * self.states + 3),
         )
@@ -172,7 +175,7 @@ def backward(
         p_dz=None if z is None else grad_z,
         p_dbias=grad_bias,
         **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bdt")},
-        num_warps=8,
+        num_warps=1,
         passes=problem.passes,
         flops=problem.size * (19 * problem.states + 8),
     )

@@ -1,5 +1,9 @@
 """The Triton kernels of the selective scan; `triton.py` launches them and says how they work together.
 
+Tiles are (tokens, channels). Strides of tokens and channels are not specialised: knowing what lies side by side, the
+compiler would give a thread four of those and spread the tokens of a scan over more of them. As it is, in a program of
+one warp four threads share the tokens of a channel.
+
 Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<tensor>_<axis>.
 """
 
@@ -17,12 +21,15 @@ def combine(a_first, b_first, a_second, b_second):
 
 @triton.jit
 def softplus(b_x):
-    """log(1 + exp(x)), x itself above 20, exact to float32 for small results too."""
-    b_e = tl.exp(tl.minimum(b_x, 20.0))
-    b_sum = 1.0 + b_e
-    # log(1 + e) loses what the sum rounds off; e / (sum - 1) puts it back (Kahan).
-    b_log = tl.where(b_sum == 1.0, b_e, tl.log(b_sum) * (b_e / tl.where(b_sum == 1.0, 1.0, b_sum - 1.0)))
-    return tl.where(b_x > 20.0, b_x, b_log)
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), exact to float32 for small results too.
+
+    log(1 + e) = 2 artanh(z) with z = e / (2 + e) <= 1/3, z times a polynomial in z^2 that is 4e-9 from it.
+    """
+    b_e = tl.exp(-tl.abs(b_x))
+    b_z = b_e / (2.0 + b_e)
+    b_w = b_z * b_z
+    b_p = 0.40024852 + b_w * (0.27961426 + b_w * 0.28174666)
+    return tl.maximum(b_x, 0.0) + b_z * (2.0 + b_w * (0.66666316 + b_w * b_p))
 
 
 @triton.jit
@@ -30,6 +37,18 @@ def sigmoid(b_x):
     """1 / (1 + exp(-x)), without overflow."""
     b_e = tl.exp(-tl.abs(b_x))
     return tl.where(b_x >= 0, 1.0, b_e) / (1.0 + b_e)
+
+
+@triton.jit
+def combine_and_before(a, b, a_before, b_before, a_next, b_next, a_next_before, b_next_before):
+    """`combine`, and what it makes without the last step."""
+    return a * a_next, a_next * b + b_next, a * a_next_before, a_next_before * b + b_next_before
+
+
+@triton.jit
+def row(b_x, i):
+    """Row i of a (rows, columns) tile."""
+    return tl.sum(tl.where((tl.arange(0, b_x.shape[0]) == i)[:, None], b_x, 0.0), axis=0)
 
 
 @triton.jit
@@ -46,36 +65,39 @@ def set_column(b_x, i, b_column):
 
 @triton.jit
 def _load(p_x, o_c, o_t, stride_c, stride_t, mask):
-    """A (channels, tokens) tile in float32, 0 outside."""
-    return tl.load(p_x + o_c[:, None] * stride_c + o_t[None, :] * stride_t, mask=mask, other=0.0).to(tl.float32)
+    """A (tokens, channels) tile in float32, 0 outside."""
+    return tl.load(p_x + o_t[:, None] * stride_t + o_c[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS: tl.constexpr):
     """The step sizes, and what softplus took; both 0 outside, where a step changes nothing."""
-    mask = m_c[:, None] & m_t[None, :]
+    mask = m_t[:, None] & m_c[None, :]
     b_raw = _load(p_delta, o_c, o_t, sd_d, sd_t, mask)
     if p_bias is not None:
-        b_raw += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[:, None]
+        b_raw += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     b_delta = softplus(b_raw) if SOFTPLUS else b_raw
     return tl.where(mask, b_delta, 0.0), b_raw
 
 
 @triton.jit
 def _projection(p_x, o_c, o_t, n, stride_c, stride_n, stride_t, m_c, m_t, CONSTANT: tl.constexpr):
-    """State n's B or C: (1, tokens), or (channels, 1) where it is constant."""
+    """State n's B or C: (tokens, 1), or (1, channels) where it is constant."""
     if CONSTANT:
-        b_x = tl.load(p_x + o_c * stride_c + n * stride_n, mask=m_c, other=0.0).to(tl.float32)[:, None]
+        b_x = tl.load(p_x + o_c * stride_c + n * stride_n, mask=m_c, other=0.0).to(tl.float32)[None, :]
     else:
-        b_x = tl.load(p_x + n * stride_n + o_t * stride_t, mask=m_t, other=0.0).to(tl.float32)[None, :]
+        b_x = tl.load(p_x + n * stride_n + o_t * stride_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
     return b_x
 
 
-@triton.jit(do_not_specialize=["length"])
+_UNSPECIALISED = ["length", "su_d", "su_t", "sd_d", "sd_t", "sz_d", "sz_t", "so_d", "so_t", "sg_d", "sg_t"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_out, p_states, p_last, length, dim, group_dim,
     su_b, su_d, su_t, sd_b, sd_d, sd_t, sz_b, sz_d, sz_t, sA_d, sA_n,
-    sB_b, sB_c, sB_n, sB_t, sC_b, sC_c, sC_n, sC_t, sD_d,
+    sB_b, sB_c, sB_n, sB_t, sC_b, sC_c, sC_n, sC_t, sD_d, so_d, so_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
 ):  # fmt: skip
@@ -106,31 +128,31 @@ def forward_kernel(
     for i_t in range(chunks):
         o_t = tl.arange(0, BT).to(tl.int64) + i_t * BT
         m_t = o_t < length
-        mask = m_c[:, None] & m_t[None, :]
+        mask = m_t[:, None] & m_c[None, :]
         if p_states is not None:
             o_s = (i_b * chunks + i_t) * dim * N
             tl.store(p_states + o_s + o_c[:, None] * N + o_n[None, :], b_h, mask=m_h)
         b_u = _load(p_u, o_c, o_t, su_d, su_t, mask)
         b_delta, _ = _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS)
-        b_y = tl.zeros((BD, BT), tl.float32)
+        b_y = tl.zeros((BT, BD), tl.float32)
         for n in range(N):
             b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
             b_B = _projection(p_B, o_c, o_t, n, sB_c, sB_n, sB_t, m_c, m_t, B_CONSTANT)
             b_total, b_s = tl.associative_scan(
-                (tl.exp2(b_delta * (b_A * LOG2_E)[:, None]), b_delta * b_u * b_B), 1, combine
+                (tl.exp2(b_delta * (b_A * LOG2_E)[None, :]), b_delta * b_u * b_B), 0, combine
             )
-            b_s += b_total * (tl.sum(b_h, axis=1) if N == 1 else column(b_h, n))[:, None]
+            b_s += b_total * (tl.sum(b_h, axis=1) if N == 1 else column(b_h, n))[None, :]
             if p_out is not None:
                 b_y += b_s * _projection(p_C, o_c, o_t, n, sC_c, sC_n, sC_t, m_c, m_t, C_CONSTANT)
-            b_end = column(b_s, BT - 1)
+            b_end = row(b_s, BT - 1)
             b_h = b_end[:, None] if N == 1 else set_column(b_h, n, b_end)
         if p_out is not None:
             if p_D is not None:
-                b_y += b_u * tl.load(p_D + o_c * sD_d, mask=m_c, other=0.0).to(tl.float32)[:, None]
+                b_y += b_u * tl.load(p_D + o_c * sD_d, mask=m_c, other=0.0).to(tl.float32)[None, :]
             if p_z is not None:
                 b_z = _load(p_z + i_b * sz_b, o_c, o_t, sz_d, sz_t, mask)
                 b_y *= b_z * sigmoid(b_z)
-            p_y = p_out + i_b * dim * length + o_c[:, None] * length + o_t[None, :]
+            p_y = p_out + i_b * dim * length + o_t[:, None] * so_t + o_c[None, :] * so_d
             tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=mask)
     if p_last is not None:
         tl.store(p_last + i_b * dim * N + o_c[:, None] * N + o_n[None, :], b_h, mask=m_h)
@@ -140,23 +162,25 @@ def forward_kernel(
 def _store_projection(p_grad, b_grad, b_sums, n, o_t, length, m_t, CONSTANT: tl.constexpr):
     """Store state n's gradient of B or C, summed over the tile's channels; add it up in `b_sums` where constant."""
     if CONSTANT:
-        b_sums = set_column(b_sums, n, column(b_sums, n) + tl.sum(b_grad, axis=1))
+        b_sums = set_column(b_sums, n, column(b_sums, n) + tl.sum(b_grad, axis=0))
     else:
-        tl.store(p_grad + n * length.to(tl.int64) + o_t, tl.sum(b_grad, axis=0), mask=m_t)
+        tl.store(p_grad + n * length.to(tl.int64) + o_t, tl.sum(b_grad, axis=1), mask=m_t)
     return b_sums
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def backward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_states, p_grad, p_grad_last,
     p_du, p_ddelta, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, length, dim, group_dim,
     su_b, su_d, su_t, sd_b, sd_d, sd_t, sz_b, sz_d, sz_t, sg_b, sg_d, sg_t, sA_d, sA_n,
-    sB_b, sB_c, sB_n, sB_t, sC_b, sC_c, sC_n, sC_t, sD_d,
+    sB_b, sB_c, sB_n, sB_t, sC_b, sC_c, sC_n, sC_t, sD_d, so_d, so_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients, from the last chunk to the first: states again from `states`, then the reverse scan
-    `dh_t = C_t dy_t + exp(delta_(t+1) A) dh_(t+1)`.
+    """The gradients, from the last chunk to the first: states again from `states`, then the reverse scan.
+
+    With `g_t = exp(delta_t A) dh_t` what a token hands to the one before it, `dh_t = C_t dy_t + g_(t+1)`: the reverse
+    scan makes g, and g without its last step.
 
     Outputs: du, ddelta, dz (batch, dim, length); dA (batch, dim, N), dD and dbias (batch, dim) to be summed over the
     batch; dB and dC (tiles, batch, groups, N, length) to be summed over the tiles, or like dA where B or C is constant.
@@ -169,7 +193,6 @@ def backward_kernel(
     m_c = o_r < group_dim
     o_c = i_g * group_dim + o_r
     o_n = tl.arange(0, BN)
-    o_l = tl.arange(0, BT)
     p_u += i_b * su_b
     p_delta += i_b * sd_b
     p_grad += i_b * sg_b
@@ -197,55 +220,55 @@ def backward_kernel(
     chunks = tl.cdiv(length, BT)
     for step in range(chunks):
         i_t = chunks - 1 - step
-        o_t = o_l.to(tl.int64) + i_t * BT
+        o_t = tl.arange(0, BT).to(tl.int64) + i_t * BT
         m_t = o_t < length
-        mask = m_c[:, None] & m_t[None, :]
+        mask = m_t[:, None] & m_c[None, :]
         b_u = _load(p_u, o_c, o_t, su_d, su_t, mask)
         b_delta, b_raw = _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS)
-        # The decay after the chunk's last token is in b_flow.
-        m_next = (o_l < BT - 1) & (o_t + 1 < length)
-        b_next, _ = _steps(p_delta, p_bias, o_c, o_t + 1, sd_d, sd_t, m_c, m_next, SOFTPLUS)
         b_dy = _load(p_grad, o_c, o_t, sg_d, sg_t, mask)
         if p_z is not None:
             b_z = _load(p_z + i_b * sz_b, o_c, o_t, sz_d, sz_t, mask)
             b_open = sigmoid(b_z)
             b_dz = b_dy * b_open * (1.0 + b_z * (1.0 - b_open))
             b_dy *= b_z * b_open
-        b_y = tl.zeros((BD, BT), tl.float32)
-        b_dx = tl.zeros((BD, BT), tl.float32)
-        b_ddelta = tl.zeros((BD, BT), tl.float32)
+        b_y = tl.zeros((BT, BD), tl.float32)
+        b_dx = tl.zeros((BT, BD), tl.float32)
+        b_ddelta = tl.zeros((BT, BD), tl.float32)
         for n in range(N):
             b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
             b_B = _projection(p_B, o_c, o_t, n, sB_c, sB_n, sB_t, m_c, m_t, B_CONSTANT)
             b_C = _projection(p_C, o_c, o_t, n, sC_c, sC_n, sC_t, m_c, m_t, C_CONSTANT)
-            b_decay = tl.exp2(b_delta * (b_A * LOG2_E)[:, None])
+            b_decay = tl.exp2(b_delta * (b_A * LOG2_E)[None, :])
             b_in = b_delta * b_u * b_B
-            b_total, b_s = tl.associative_scan((b_decay, b_in), 1, combine)
+            b_total, b_s = tl.associative_scan((b_decay, b_in), 0, combine)
             p_s = p_states + (i_b * chunks + i_t) * dim * N + o_c * N + n
-            b_s += b_total * tl.load(p_s, mask=m_c, other=0.0)[:, None]
+            b_s += b_total * tl.load(p_s, mask=m_c, other=0.0)[None, :]
             if p_z is not None:
                 b_y += b_s * b_C
-            b_after = tl.exp2(b_next * (b_A * LOG2_E)[:, None])
-            b_total, b_ds = tl.associative_scan((b_after, b_dy * b_C), 1, combine, reverse=True)
-            b_ds += b_total * column(b_flow, n)[:, None]
-            b_flow = set_column(b_flow, n, column(b_decay * b_ds, 0))
+            b_direct = b_dy * b_C
+            one, zero = tl.full((BT, BD), 1.0, tl.float32), tl.zeros((BT, BD), tl.float32)
+            _, _, b_total, b_before = tl.associative_scan(
+                (b_decay, b_decay * b_direct, one, zero), 0, combine_and_before, reverse=True
+            )
+            b_ds = b_direct + b_before + b_total * column(b_flow, n)[None, :]
+            b_flow = set_column(b_flow, n, row(b_decay * b_ds, 0))
             b_dB = _store_projection(p_dB, b_ds * b_delta * b_u, b_dB, n, o_t, length, m_t, B_CONSTANT)
             b_dC = _store_projection(p_dC, b_dy * b_s, b_dC, n, o_t, length, m_t, C_CONSTANT)
             b_dx += b_ds * b_B
             b_through = b_ds * (b_s - b_in)
-            b_ddelta += b_through * b_A[:, None]
-            b_dA = set_column(b_dA, n, column(b_dA, n) + tl.sum(b_through * b_delta, axis=1))
+            b_ddelta += b_through * b_A[None, :]
+            b_dA = set_column(b_dA, n, column(b_dA, n) + tl.sum(b_through * b_delta, axis=0))
         b_du = b_dx * b_delta
         b_ddelta += b_dx * b_u
         if p_D is not None:
-            b_D = tl.load(p_D + o_c * sD_d, mask=m_c, other=0.0).to(tl.float32)[:, None]
+            b_D = tl.load(p_D + o_c * sD_d, mask=m_c, other=0.0).to(tl.float32)[None, :]
             b_du += b_dy * b_D
             b_y += b_u * b_D
-            b_dD += tl.sum(b_dy * b_u, axis=1)
+            b_dD += tl.sum(b_dy * b_u, axis=0)
         if SOFTPLUS:
-            b_ddelta *= tl.where(b_raw > 20.0, 1.0, sigmoid(b_raw))
-        b_dbias += tl.sum(tl.where(mask, b_ddelta, 0.0), axis=1)
-        o_out = i_b * dim * length + o_c[:, None] * length + o_t[None, :]
+            b_ddelta *= sigmoid(b_raw)
+        b_dbias += tl.sum(tl.where(mask, b_ddelta, 0.0), axis=0)
+        o_out = i_b * dim * length + o_t[:, None] * so_t + o_c[None, :] * so_d
         tl.store(p_du + o_out, b_du.to(p_du.dtype.element_ty), mask=mask)
         tl.store(p_ddelta + o_out, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
         if p_z is not None:

@@ -1,9 +1,8 @@
 """The selective scan over several orders of a map in Triton: every order reads the map in place.
 
 A table of slots says which cell each step of an order reads and to which route its output belongs, so no tensor is
-permuted; a low-rank delta is multiplied out tile by tile. With enough images and channels to fill the device, a program
-takes the orders one after the other and adds their outputs up in one map; with few, a program takes one order and
-writes a map of its own, and the maps are summed. Either way the additions have one fixed order.
+permuted; a low-rank delta is multiplied out tile by tile. A program of one warp takes a tile of an order's channels.
+Each order writes a map of its own, and the maps are summed, always in the same order.
 
 Liu et al., 2024, VMamba: Visual State Space Model (arXiv 2401.10166).
 """
@@ -20,19 +19,24 @@ from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import dot_precision, launch
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
-from visionmix.kernels.selective_scan_2d.triton_kernels import RANKS, backward_kernel, forward_kernel
+from visionmix.kernels.selective_scan_2d.triton_kernels import backward_kernel, forward_kernel
 
 _logger = logging.getLogger("visionmix.kernels")
 
-# From this many (image, channel tile) pairs on, a program takes all orders: two for each processor of a large GPU.
-ENOUGH_PROGRAMS = 256
+# Steps and channels of a tile, the fastest of those timed on an H200. The wide one, which reads slots, B and C once for
+# twice the channels, is for problems that give a GPU so many programs.
+ENOUGH_PROGRAMS = 1024
+_WIDE_TILE = (8, 64)
+_FORWARD_TILE = (16, 32)
+_BACKWARD_TILE = (16, 16)
 
 
 @lru_cache(maxsize=64)
 def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]] | None:
     """Return the slot of each step, route x cells + cell or -1, int32 (K, steps), and the number of routes an order.
 
-    None if a step that reads a cell does not give its output back to that cell, once.
+    Where every order is one route, slots are cells. None if a step that reads a cell does not give its output back to
+    that cell, once.
     """
     table = routes(orders, height, width, "all")
     cells = height * width
@@ -43,7 +47,10 @@ def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]]
     slots = slots.reshape(table.index.shape)
     if not np.array_equal(np.where(slots < 0, -1, slots % cells), table.index):
         return None
-    return slots.astype(np.int32), [name.count("+") + 1 for name in orders.split(",")]
+    per_order = [name.count("+") + 1 for name in orders.split(",")]
+    if max(per_order) == 1:
+        slots = table.index
+    return slots.astype(np.int32), per_order
 
 
 @lru_cache(maxsize=64)
@@ -78,7 +85,7 @@ def _leaves_to_reference(x: Tensor, orders: str, permute: str) -> bool:
 class _Problem:
     """Sizes, tables and the arguments that both kernels take."""
 
-    def __init__(self, x, delta, weight, A, B, C, D, bias, softplus: bool, orders: str, merge: str, block: int):
+    def __init__(self, x, delta, weight, A, B, C, D, bias, softplus: bool, orders: str, merge: str, backward: bool):
         self.batch, self.height, self.width, self.channels = x.shape
         self.cells = self.height * self.width
         self.orders, _, self.states = A.shape
@@ -86,24 +93,21 @@ class _Problem:
         table, self.per_order = _slots(orders, self.height, self.width)
         self.routes, self.steps = sum(self.per_order), table.shape[1]
         self.complete = table.size == (table >= 0).sum() == self.routes * self.cells
-        self.block = min(block, max(16, triton.next_power_of_2(self.channels)))
-        self.tokens = min(32, max(16, triton.next_power_of_2(self.steps)))
+        self.tokens, self.block = _BACKWARD_TILE if backward else self.forward_tile()
         self.chunks = triton.cdiv(self.steps, self.tokens)
         self.tiles = triton.cdiv(self.channels, self.block)
-        enough = self.batch * self.tiles >= ENOUGH_PROGRAMS
-        self.merged = enough and self.routes == self.orders and merge != "none"
-        # A merged buffer that the first order does not cover is added to by all: a second run would count twice.
-        self.repeatable = self.complete or not self.merged
-        self.grid = (self.batch, self.tiles, 1 if self.merged else self.orders)
+        self.grid = (self.batch, self.tiles, self.orders)
         self.merge, self.like = merge, x
+        # One axis of cells: a view, unless a map's rows do not follow each other.
+        x, delta, B, C = (y.flatten(1, 2) for y in (x, delta, B, C))
         strides = {}
         for name, y, axes in (
-            ("x", x, "bhwc"),
-            ("d", delta, "bhwkc"),
+            ("x", x, "btc"),
+            ("d", delta, "btkc"),
             ("w", weight, "kcr"),
             ("A", A, "kcn"),
-            ("B", B, "bhwkn"),
-            ("C", C, "bhwkn"),
+            ("B", B, "btkn"),
+            ("C", C, "btkn"),
         ):
             strides |= {f"s{name}_{axis}": 0 if y is None else y.stride(i) for i, axis in enumerate(axes)}
         self.arguments = {
@@ -118,37 +122,43 @@ class _Problem:
             "p_slots": _device_slots(orders, self.height, self.width, x.device),
             "steps": self.steps,
             "cells": self.cells,
-            "width": self.width,
             "channels": self.channels,
             **strides,
-            "ORDERS": self.orders if self.merged else 1,
-            "MERGED": self.merged,
-            "ZEROED": not self.complete,
+            "JOINED": self.routes != self.orders,
+            "WIDE": self.is_wide(x, delta, B, C),
             "RANK": self.rank,
             "N": self.states,
             "BN": triton.next_power_of_2(self.states),
             "BC": self.block,
             "BT": self.tokens,
             "SOFTPLUS": softplus,
-            "PRECISION": dot_precision(x, delta, weight),
         }
-        # Each order reads the whole map; maps of all orders are read once a channel tile where they have no channels.
+        self.precision = dot_precision(x, delta, weight)
+        # Each order reads the whole map; what has no channels is read once a channel tile.
         self.passes = {"p_x": self.orders, "p_B": self.tiles, "p_C": self.tiles, "p_slots": self.batch * self.tiles}
         if self.rank:
             self.passes["p_delta"] = self.tiles
         self.size = self.batch * self.orders * self.steps * self.channels
 
-    def warps(self, backward: bool) -> int:
-        """Return the warps of a program: those with which kernels compiled for all targets spilled least."""
-        large = self.rank > RANKS.value and self.arguments["PRECISION"] != "tf32"
-        return 4 if backward == large else 8
+    def forward_tile(self) -> tuple[int, int]:
+        """Return the steps and channels of forward's tile."""
+        programs = self.batch * triton.cdiv(self.channels, _WIDE_TILE[1]) * self.orders
+        return _WIDE_TILE if programs >= ENOUGH_PROGRAMS else _FORWARD_TILE
+
+    def is_wide(self, *maps: Tensor) -> bool:
+        """Return whether an offset within an image, of the inputs or of a gradient, can pass int32."""
+        largest = self.cells * self.routes * max(self.channels, self.rank, self.states)
+        for y in maps:
+            steps = zip(y.shape[1:], y.stride()[1:], strict=True)
+            largest = max(largest, sum((size - 1) * stride for size, stride in steps))
+        return largest >= 1 << 31
 
     def map_buffer(self) -> tuple[Tensor, dict[str, int]]:
-        """Return where the orders' maps go before they are merged, and its strides."""
-        shape = (1 if self.merged else self.routes, self.batch, self.cells, self.channels)
+        """Return where the routes' maps go before they are merged, and its strides."""
+        shape = (self.routes, self.batch, self.cells, self.channels)
         make = self.like.new_empty if self.complete else self.like.new_zeros
         buffer = make(shape, dtype=torch.float32)
-        return buffer, {"so_b": buffer.stride(1), "so_slot": buffer.stride(0), "so_cell": buffer.stride(2)}
+        return buffer, dict(zip(("so_k", "so_b", "so_t", "so_c"), buffer.stride(), strict=True))
 
     def merged_map(self, buffer: Tensor, factor: float = 1.0) -> Tensor:
         """Sum a buffer of maps; (batch, height, width, channels) in x's dtype."""
@@ -164,7 +174,6 @@ class _Problem:
     def forward(self, out: Tensor | None, states: Tensor | None, strides: dict[str, int]) -> None:
         # Without an output, D is not read.
         unused = {} if out is not None else {"p_D": None}
-        merged_passes = {"p_out": 2 * self.orders - 1} if self.merged else {}
         launch(
             forward_kernel,
             self.grid,
@@ -172,9 +181,8 @@ class _Problem:
             **strides,
             p_out=out,
             p_states=states,
-            num_warps=self.warps(backward=False),
-            repeatable=self.repeatable,
-            passes=self.passes | merged_passes | ({"p_C": 0} if out is None else {}),
+            num_warps=1,
+            passes=self.passes | ({"p_C": 0} if out is None else {}),
             flops=self.size * (7 * self.states + 3 + 2 * self.rank),
         )
 
@@ -201,12 +209,12 @@ def forward(
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
     if _leaves_to_reference(x, orders, permute):
         return reference.forward(*inputs, permute)
-    problem = _Problem(*inputs, 32)
+    problem = _Problem(*inputs, backward=False)
     nothing = x.new_empty(0, dtype=torch.float32)
     if merge == "none":
         make = x.new_empty if problem.complete else x.new_zeros
         out = make(*x.shape[:3], problem.routes, problem.channels)
-        strides = {"so_b": out.stride(0), "so_slot": out.stride(3), "so_cell": out.stride(2)}
+        strides = {"so_b": out.stride(0), "so_k": out.stride(3), "so_t": out.stride(2), "so_c": 1}
         problem.forward(out, None, strides)
         return out, nothing
     out, strides = problem.map_buffer()
@@ -234,14 +242,14 @@ def backward(
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
     if _leaves_to_reference(x, orders, permute):
         return reference.backward(grad_out, *inputs, permute)
-    problem = _Problem(*inputs, 16)
+    problem = _Problem(*inputs, backward=True)
 
     def empty(*shape: int, zeros: bool = False) -> Tensor:
         return (x.new_zeros if zeros else x.new_empty)(shape, dtype=torch.float32)
 
     batch, count, channels, states = problem.batch, problem.orders, problem.channels, problem.states
     entering = empty(batch, count, problem.chunks, channels, states)
-    problem.forward(None, entering, {"so_b": 0, "so_slot": 0, "so_cell": 0})
+    problem.forward(None, entering, dict.fromkeys(("so_b", "so_k", "so_t", "so_c"), 0))
     grad_x, strides = problem.map_buffer()
     # What no step reads gets no gradient.
     unread = not problem.complete
@@ -255,7 +263,8 @@ def backward(
     grad_A = empty(batch, count, channels, states)
     grad_weight = empty(batch, count, channels, problem.rank) if problem.rank else None
     grad_D, grad_bias = (None if y is None else empty(batch, count, channels) for y in (D, delta_bias))
-    route_stride = grad_out.stride(3) if merge == "none" else 0
+    grad_out = grad_out.flatten(1, 2)
+    route_stride = grad_out.stride(2) if merge == "none" else 0
     launch(
         backward_kernel,
         problem.grid,
@@ -273,14 +282,13 @@ def backward(
         p_dbias=grad_bias,
         scale=1 / problem.routes if merge == "mean" else 1.0,
         routes=problem.routes,
-        **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bhw")},
+        sg_b=grad_out.stride(0),
+        sg_t=grad_out.stride(1),
         sg_k=route_stride,
         sg_c=grad_out.stride(-1),
-        num_warps=problem.warps(backward=True),
-        repeatable=problem.repeatable,
-        passes=problem.passes
-        | {"p_grad": 1 if merge == "none" else count}
-        | ({"p_dx": 2 * count - 1} if problem.merged else {}),
+        PRECISION=problem.precision,
+        num_warps=1,
+        passes=problem.passes | {"p_grad": 1 if merge == "none" else count},
         flops=problem.size * (19 * states + 6 + 6 * problem.rank),
     )
     nothing = x.new_empty(0)

@@ -193,7 +193,7 @@ def selective_scan_2d(delta, delta_weight=None, **rest):
     return kernels.selective_scan_2d(delta=delta if delta_weight is None else (delta, delta_weight), **rest)
 
 
-@pytest.mark.parametrize("programs", ["merged", "split"])
+@pytest.mark.parametrize("tile", ["wide", "narrow"])
 @pytest.mark.parametrize(
     ("height", "width", "states", "rank", "orders", "merge"),
     [
@@ -208,9 +208,9 @@ def selective_scan_2d(delta, delta_weight=None, **rest):
         pytest.param(9, 11, 3, 2, ("window_2", "atrous_2+raster"), "sum", marks=pytest.mark.long),
     ],
 )
-def test_selective_scan_2d(monkeypatch, height, width, states, rank, orders, merge, programs):
+def test_selective_scan_2d(monkeypatch, height, width, states, rank, orders, merge, tile):
     module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
-    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1 if programs == "merged" else 1 << 30)
+    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1 if tile == "wide" else 1 << 30)
     tensors = maps(height, width, 5, states, len(orders), rank, options=merge != "mean")
     check(selective_scan_2d, tensors, delta_softplus=True, orders=orders, merge=merge)
 
