@@ -144,7 +144,7 @@ class AgentAttention(nn.Module):
 
 def _resample_line(bias: Tensor, length: int) -> Tensor:
     """Return `bias` (heads, agents, cells) resampled linearly to (heads, agents, length)."""
-    # As a map of one column: on a GPU, the gradient of PyTorch's linear mode never repeats bit by bit.
+    # As a map of one column: on a GPU, PyTorch has a deterministic gradient of the bilinear mode, of the linear none.
     return F.interpolate(bias.unsqueeze(3), size=[length, 1], mode="bilinear").squeeze(3)
 
 

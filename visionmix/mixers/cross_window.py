@@ -99,14 +99,14 @@ class CrossWindowAttention(nn.Module):
             local = self.horizontal_conv(_separated_values(cells, size).transpose(2, 3)).transpose(2, 3)
             horizontal = horizontal + _between(local, size, height)
             return self.proj(torch.cat([vertical, horizontal.transpose(1, 2)], dim=-1))
-        y = _attend(qkv.flatten(1, 2), self.heads).unflatten(1, (height, width))
+        y = _attend(qkv.flatten(1, 2).unflatten(-1, (self.heads, -1))).flatten(2).unflatten(1, (height, width))
         return self.proj(y + self.conv(qkv.select(3, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def _attend(tokens: Tensor, heads: int) -> Tensor:
-    """Return (batch, tokens, channels): attention among `tokens`, q, k and v (batch, tokens, 3, channels)."""
-    q, k, v = tokens.unflatten(-1, (heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def _attend(tokens: Tensor) -> Tensor:
+    """Return (batch, tokens, heads, dim): attention among `tokens`, q, k and v (batch, tokens, 3, heads, dim)."""
+    q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _padding(cells: int, size: int) -> tuple[int, int]:
@@ -117,13 +117,14 @@ def _padding(cells: int, size: int) -> tuple[int, int]:
 
 def _attend_in_stripes(cells: Tensor, size: int, heads: int, columns: int) -> Tensor:
     """Return the map (batch, rows, columns, channels) of attention inside stripes of the padded one, `cells`."""
-    batch, rows, padded, _, _ = cells.shape
+    batch, rows, padded, _, channels = cells.shape
     count = padded // size
     # Copies by index, and one axis of all cells in between: axes reshaped otherwise would be copied by a compiled graph
-    # only where there are several stripes, so that it would serve no other sizes.
+    # only where there are several stripes, so that it would serve no other sizes. Nor would it if stripes and images,
+    # with as many axes behind them, were compared.
     stripes = cells.flatten(1, 2).index_select(1, _stripe_order(rows, count, size, cells)).flatten(0, 1)
-    y = _attend(stripes.unflatten(0, (batch * count, rows * size)), heads)
-    y = y.flatten(0, 1).unflatten(0, (batch, count * rows * size))
+    y = _attend(stripes.view(-1, rows * size, 3, heads, channels // heads)).contiguous()
+    y = y.view(-1, channels).view(batch, -1, channels)
     return y.index_select(1, _cell_order(rows, count, size, columns, y)).unflatten(1, (rows, columns))
 
 
