@@ -125,7 +125,7 @@ class _Problem:
             "channels": self.channels,
             **strides,
             "JOINED": self.routes != self.orders,
-            "WIDE": self.is_wide(x, delta, B, C),
+            "INT64": self.needs_int64(x, delta, B, C),
             "RANK": self.rank,
             "N": self.states,
             "BN": triton.next_power_of_2(self.states),
@@ -145,7 +145,7 @@ class _Problem:
         programs = self.batch * triton.cdiv(self.channels, _WIDE_TILE[1]) * self.orders
         return _WIDE_TILE if programs >= ENOUGH_PROGRAMS else _FORWARD_TILE
 
-    def is_wide(self, *maps: Tensor) -> bool:
+    def needs_int64(self, *maps: Tensor) -> bool:
         """Return whether an offset within an image, of the inputs or of a gradient, can pass int32."""
         largest = self.cells * self.routes * max(self.channels, self.rank, self.states)
         for y in maps:

@@ -28,14 +28,14 @@ _UNSPECIALISED = ["steps", "cells", "sx_c", "sd_c", "sw_c", "sg_c", "so_c"]
 
 
 @triton.jit
-def _channels(BC: tl.constexpr, WIDE: tl.constexpr):
-    """The program's channels; int32 unless offsets in a map are too WIDE, since int64 takes twice the registers."""
+def _channels(BC: tl.constexpr, INT64: tl.constexpr):
+    """The program's channels; int32 unless offsets in a map need INT64, which takes twice the registers."""
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    return o_c.to(tl.int64) if WIDE else o_c
+    return o_c.to(tl.int64) if INT64 else o_c
 
 
 @triton.jit
-def _cells(p_slots, o_t, steps, cells, i_k, JOINED: tl.constexpr, WIDE: tl.constexpr):
+def _cells(p_slots, o_t, steps, cells, i_k, JOINED: tl.constexpr, INT64: tl.constexpr):
     """The steps' cells, 0 where there is none, their routes, and where there is one.
 
     The table holds cells, or route x cells + cell where an order has JOINED routes; -1 for padded steps.
@@ -47,7 +47,7 @@ def _cells(p_slots, o_t, steps, cells, i_k, JOINED: tl.constexpr, WIDE: tl.const
     if JOINED:
         b_route = (o_cell // cells).to(tl.int64)
         o_cell = o_cell % cells
-    return o_cell.to(tl.int64) if WIDE else o_cell, b_route, m_cell
+    return o_cell.to(tl.int64) if INT64 else o_cell, b_route, m_cell
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def forward_kernel(
     sx_b, sx_t, sx_c, sd_b, sd_t, sd_k, sd_c, sw_k, sw_c, sw_r, sA_k, sA_c, sA_n,
     sB_b, sB_t, sB_k, sB_n, sC_b, sC_t, sC_k, sC_n, so_b, so_k, so_t, so_c,
     RANK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
-    JOINED: tl.constexpr, WIDE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    JOINED: tl.constexpr, INT64: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """The scan of one order, chunk by chunk along its slots.
 
@@ -106,7 +106,7 @@ def forward_kernel(
     """
     i_b = tl.program_id(0).to(tl.int64)
     i_k = tl.program_id(2).to(tl.int64)
-    o_c = _channels(BC, WIDE)
+    o_c = _channels(BC, INT64)
     m_c = o_c < channels
     o_n = tl.arange(0, BN)
     orders = tl.num_programs(2)
@@ -115,7 +115,7 @@ def forward_kernel(
     o_p = i_k * channels
     for i_t in range(chunks):
         o_t = tl.arange(0, BT) + i_t * BT
-        o_cell, b_route, m_cell = _cells(p_slots + i_k * steps, o_t, steps, cells, i_k, JOINED, WIDE)
+        o_cell, b_route, m_cell = _cells(p_slots + i_k * steps, o_t, steps, cells, i_k, JOINED, INT64)
         mask = m_cell[:, None] & m_c[None, :]
         if p_states is not None:
             o_s = ((i_b * orders + i_k) * chunks + i_t) * channels * N
@@ -153,7 +153,7 @@ def backward_kernel(
     sx_b, sx_t, sx_c, sd_b, sd_t, sd_k, sd_c, sw_k, sw_c, sw_r, sA_k, sA_c, sA_n,
     sB_b, sB_t, sB_k, sB_n, sC_b, sC_t, sC_k, sC_n, sg_b, sg_t, sg_k, sg_c, so_b, so_k, so_t, so_c,
     RANK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
-    JOINED: tl.constexpr, WIDE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, INT64: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one order, from the last chunk to the first.
 
@@ -169,7 +169,7 @@ def backward_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     i_c = tl.program_id(1).to(tl.int64)
     i_k = tl.program_id(2).to(tl.int64)
-    o_c = _channels(BC, WIDE)
+    o_c = _channels(BC, INT64)
     m_c = o_c < channels
     o_n = tl.arange(0, BN)
     m_h = m_c[:, None] & (o_n < N)[None, :]
@@ -187,7 +187,7 @@ def backward_kernel(
         i_t = chunks - 1 - step
         o_t = tl.arange(0, BT) + i_t * BT
         m_t = o_t < steps
-        o_cell, b_route, m_cell = _cells(p_slots + i_k * steps, o_t, steps, cells, i_k, JOINED, WIDE)
+        o_cell, b_route, m_cell = _cells(p_slots + i_k * steps, o_t, steps, cells, i_k, JOINED, INT64)
         mask = m_cell[:, None] & m_c[None, :]
         b_x = _tile(p_x + i_b * sx_b, o_cell, o_c, sx_t, sx_c, mask)
         p_d = p_delta + i_b * sd_b + i_k * sd_k

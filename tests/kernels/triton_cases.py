@@ -215,6 +215,19 @@ def test_selective_scan_2d(monkeypatch, height, width, states, rank, orders, mer
     check(selective_scan_2d, tensors, delta_softplus=True, orders=orders, merge=merge)
 
 
+@pytest.mark.parametrize("orders", [CROSS, ("raster+raster_transposed", "snake")], ids=["cross", "joined"])
+def test_offsets_of_large_maps_and_rows_apart(monkeypatch, orders):
+    """Offsets in int64, as a map of 2^31 values needs, and maps that are cut out of wider ones."""
+    module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
+    monkeypatch.setattr(module._Problem, "needs_int64", lambda *_: True)
+
+    def cut(x, delta, B, C, **rest):
+        x, delta, B, C = (F.pad(y, (0,) * (2 * y.dim() - 5) + (2,))[:, :, : y.shape[2]] for y in (x, delta, B, C))
+        return selective_scan_2d(x=x, delta=delta, B=B, C=C, **rest)
+
+    check(cut, maps(3, 4, 5, 2, len(orders), 2), delta_softplus=True, orders=orders)
+
+
 def test_selective_scan_2d_in_bfloat16():
     check(selective_scan_2d, maps(3, 4, 4, 1, 4, 2), torch.bfloat16, delta_softplus=True)
 
