@@ -13,7 +13,6 @@ microseconds, and a model that allocates and frees more than the C library keeps
 """
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,8 +114,6 @@ def main(argv: list[str] | None = None) -> int:
         "model", nargs="+", help="names that timm knows; the first is what the others are compared with"
     )
     parser.add_argument("--reduce", action="append", default=[], metavar="METHOD:OPTIONS", help="may be repeated")
-    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE",
-                        help="import this, which registers other models with timm; may be repeated")  # fmt: skip
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="time a forward and backward pass")
@@ -128,8 +125,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for module in args.modules:
-        importlib.import_module(module)
     unknown = [name for name in args.model if not timm.is_model(name.partition("+")[0])]
     if unknown:
         parser.error(f"timm knows no model called {unknown[0]!r}; timm.list_models() has those it knows")

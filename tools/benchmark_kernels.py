@@ -3,7 +3,7 @@
 Appends a row an op, pass and implementation to benchmarks/kernels.csv. Each op and its peers are measured in one run,
 with the threads given. The floor is what the bytes that must move and the FLOPs that must be done take at the speed at
 which this machine copies and multiplies matrices, measured at the start. A GPU is given batches, so that launches do
-not count: `--device cuda --batch 16 --dtype bfloat16`. mamba_ssm and fla are peers there where they are installed.
+not count: `--device cuda --batch 16 --dtype bfloat16`. mamba_ssm is a peer there where it is installed.
 """
 
 import argparse
@@ -41,10 +41,6 @@ class Setting:
     def tolerance(self) -> float:
         """Of a peer's outputs, relative to the largest."""
         return 1e-4 if self.dtype == torch.float32 else 3e-2
-
-    def with_installed(self, named: dict[str, Callable]) -> dict[str, Callable]:
-        """Return `named` without the peers of packages that are not installed, or that need a GPU and have none."""
-        return {name: peer for name, peer in named.items() if self.device == "cuda" and find_spec(name)}
 
 
 @dataclass(frozen=True)
@@ -141,17 +137,9 @@ def _chunked_gla(q, k, v, g):
         return kernels.gated_linear_attention(q, k, v, g)[0]
 
 
-def _both_ways(scan, q, k, v, forward, backward):
-    flipped = scan(q.flip(1), k.flip(1), v.flip(1), backward.flip(1)).flip(1)
-    return (scan(q, k, v, forward) + flipped) / 2
-
-
-def _gla_both_loops(*inputs):
-    return _both_ways(peers.gated_linear_attention_token_loop, *inputs)
-
-
-def _gla_both_fla(*inputs):
-    return _both_ways(peers.gated_linear_attention_fla, *inputs)
+def _gla_both_loops(q, k, v, forward, backward):
+    flipped = peers.gated_linear_attention_token_loop(q.flip(1), k.flip(1), v.flip(1), backward.flip(1)).flip(1)
+    return (peers.gated_linear_attention_token_loop(q, k, v, forward) + flipped) / 2
 
 
 def _chunked_gla_both(*inputs):
@@ -182,11 +170,12 @@ def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
     def named(shape: str) -> str:
         return shape if full else f"{shape} {str(setting.dtype).removeprefix('torch.')}"
 
-    loops = {"token_loop": peers.selective_scan_token_loop, "mambapy": peers.selective_scan_mambapy} if full else {}
-    fused = setting.with_installed({"mamba_ssm": peers.selective_scan_mamba_ssm})
+    scans = {"token_loop": peers.selective_scan_token_loop, "mambapy": peers.selective_scan_mambapy} if full else {}
+    if setting.device == "cuda" and find_spec("mamba_ssm"):
+        scans["mamba_ssm"] = peers.selective_scan_mamba_ssm
     made = {
         named(f"selective_scan {batch}x384x3136 N16"): lambda: Case(
-            _scan_inputs(setting, 384, 3136, 16), _ours_scan, loops | fused, 9.0 * batch * 384 * 3136 * 16
+            _scan_inputs(setting, 384, 3136, 16), _ours_scan, scans, 9.0 * batch * 384 * 3136 * 16
         ),
         named(f"selective_scan_2d cross {_batched(batch)}56x56x192 N1"): lambda: Case(
             _cross_inputs(setting, 56, 192, 1), _ours_cross, {"index_select": _cross_by_index},
@@ -195,11 +184,8 @@ def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
         named(f"na2d {_batched(batch)}56x56 k7 3x32 dilation 1"): lambda: _na_case(setting, 1),
         named(f"na2d {_batched(batch)}56x56 k7 3x32 dilation 8"): lambda: _na_case(setting, 8),
     }  # fmt: skip
-    # fla's products round float32 to TF32, too far to be called equal.
-    one_way = {} if full else setting.with_installed({"fla": peers.gated_linear_attention_fla})
-    both_ways = {} if full else setting.with_installed({"fla": _gla_both_fla})
-    if full:
-        one_way["token_loop"], both_ways["token_loop"] = peers.gated_linear_attention_token_loop, _gla_both_loops
+    one_way = {"token_loop": peers.gated_linear_attention_token_loop} if full else {}
+    both_ways = {"token_loop": _gla_both_loops} if full else {}
     for side in (64, 14):
         length = side * side
         shape = f"{_batched(batch)}{side}x{side} 12x32x64"

@@ -52,13 +52,6 @@ def gated_linear_attention_token_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor
     return torch.stack(outputs, dim=1) * dk**-0.5
 
 
-def gated_linear_attention_fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Return gated linear attention by flash-linear-attention's Triton kernels; arguments as above, on a GPU."""
-    from fla.ops.gla import chunk_gla
-
-    return chunk_gla(q, k, v, g)[0]
-
-
 def window_starts(length: int, kernel_size: int, dilation: int) -> Tensor:
     """Return, for every position of an axis, the first of the keys it sees."""
     position = torch.arange(length)

@@ -89,29 +89,10 @@ def _fake(query, key, value, *args):
     return value.new_empty((*shape, value.shape[-1])), query.new_empty(shape, dtype=dtype)
 
 
-def _fake_backward(
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    out,
-    lse,
-    kernel_size,
-    stride,
-    dilation,
-    is_causal,
-    scale,
-    additional_keys,
-    additional_values,
-    relative_position_bias,
-    circular,
-    key_padding=None,
-    value_padding=None,
-    implementation="auto",
-):
-    options = (additional_keys, additional_values, relative_position_bias, key_padding, value_padding)
-    return _like(query), _like(key), _like(value), *(query.new_empty(0) if x is None else _like(x) for x in options)
+def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, *args):
+    options, paddings = padding.split_options(args)
+    options = (query.new_empty(0) if x is None else _like(x) for x in (*options[5:8], *paddings))
+    return _like(query), _like(key), _like(value), *options
 
 
 def _setup_context(ctx, inputs, output):

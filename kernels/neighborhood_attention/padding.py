@@ -6,6 +6,7 @@ maximum of two, and where strides depend on one, Inductor guards on them and com
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,36 +51,33 @@ def _sum_outside(x: Tensor, grid: tuple[int, ...], like: Tensor) -> Tensor:
     return total.to(like.dtype)
 
 
-def forward(
-    inner: Callable,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-    key_padding: Tensor | None = None,
-    value_padding: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def split_options(args: tuple) -> tuple[tuple, tuple]:
+    """Return the options that an implementation takes (kernel_size to circular), and (key_padding, value_padding).
+
+    The dispatcher leaves out trailing arguments that are None.
+    """
+    return args[:9], (*args[9:11], None, None)[:2]
+
+
+def _grids(query: Tensor, options: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the map's size and the extended one."""
+    kernel_size, _, dilation, *_, circular = options
+    grid = tuple(query.shape[1:-2])
+    return grid, extended_grid(grid, kernel_size, dilation, circular)
+
+
+def forward(inner: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp) of the map, `inner` being an implementation's forward on a map that is large enough.
 
-    Tokens added at the map's end have the key `key_padding` (key heads, dim) and the value `value_padding`
-    (key heads, value dim), or zeros.
+    Arguments as `neighborhood_attention_op`. Tokens added at the map's end have the key `key_padding` (key heads, dim)
+    and the value `value_padding` (key heads, value dim), or zeros.
     """
-    options = (additional_keys, additional_values, relative_position_bias, circular)
-    window = (kernel_size, stride, dilation, is_causal, scale)
-    grid = tuple(query.shape[1:-2])
-    extended = extended_grid(grid, kernel_size, dilation, circular)
+    options, paddings = split_options(args)
+    grid, extended = _grids(query, options)
     if extended == grid:
-        return inner(query, key, value, *window, *options)
-    tensors = ((query, None), (key, key_padding), (value, value_padding))
-    out, lse = inner(*(_extend(x, extended, fill) for x, fill in tensors), *window, *options)
+        return inner(query, key, value, *options)
+    tensors = zip((query, key, value), (None, *paddings), strict=True)
+    out, lse = inner(*(_extend(x, extended, fill) for x, fill in tensors), *options)
     return _crop(out, grid), _crop(lse, grid)
 
 
@@ -92,36 +90,21 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-    key_padding: Tensor | None = None,
-    value_padding: Tensor | None = None,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value, the three options and the paddings, empty where there is none.
 
     `inner` is an implementation's backward; it returns the first six on a map that is large enough.
     """
-    options = (additional_keys, additional_values, relative_position_bias, circular)
-    window = (kernel_size, stride, dilation, is_causal, scale)
-    paddings = (key_padding, value_padding)
-    grid = tuple(query.shape[1:-2])
-    extended = extended_grid(grid, kernel_size, dilation, circular)
+    options, paddings = split_options(args)
+    grid, extended = _grids(query, options)
+    tensors = (grad_out, grad_lse, query, key, value, out, lse)
     if extended == grid:
-        grads = inner(grad_out, grad_lse, query, key, value, out, lse, *window, *options)
+        grads = inner(*tensors, *options)
         return *grads, *(query.new_zeros(0) if x is None else x.new_zeros(x.shape) for x in paddings)
     # An added query has no gradient, and with a log-sum-exp of infinity no weight: exp(score - inf) = 0.
-    tensors = (
-        *((x, None) for x in (grad_out, grad_lse, query)),
-        *((key, key_padding), (value, value_padding), (out, None), (lse, lse.new_full((), torch.inf))),
-    )
-    grads = inner(*(_extend(x, extended, fill) for x, fill in tensors), *window, *options)
+    fills = (None, None, None, *paddings, None, lse.new_full((), torch.inf))
+    grads = inner(*(_extend(x, extended, fill) for x, fill in zip(tensors, fills, strict=True)), *options)
     outside = (
         query.new_zeros(0) if x is None else _sum_outside(grad, grid, x)
         for x, grad in zip(paddings, grads[1:3], strict=True)

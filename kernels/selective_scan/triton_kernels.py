@@ -40,9 +40,24 @@ def sigmoid(b_x):
 
 
 @triton.jit
-def combine_and_before(a, b, a_before, b_before, a_next, b_next, a_next_before, b_next_before):
+def _combine_and_before(a, b, a_before, b_before, a_next, b_next, a_next_before, b_next_before):
     """`combine`, and what it makes without the last step."""
     return a * a_next, a_next * b + b_next, a * a_next_before, a_next_before * b + b_next_before
+
+
+@triton.jit
+def state_gradients(b_decay, b_direct, b_flow):
+    """The gradients dh (steps, channels) of a chunk's states, and what flows on into the chunk before (channels,).
+
+    With `g_t = decay_t dh_t` what a step hands to the one before it, `dh_t = direct_t + g_(t+1)`; `flow` is g after the
+    last step. The reverse scan makes g, and g without its last step, so that no step need be shifted.
+    """
+    one, zero = tl.full(b_decay.shape, 1.0, tl.float32), tl.zeros(b_decay.shape, tl.float32)
+    _, _, b_total, b_before = tl.associative_scan(
+        (b_decay, b_decay * b_direct, one, zero), 0, _combine_and_before, reverse=True
+    )
+    b_dh = b_direct + b_before + b_total * b_flow[None, :]
+    return b_dh, row(b_decay * b_dh, 0)
 
 
 @triton.jit
@@ -177,10 +192,7 @@ def backward_kernel(
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients, from the last chunk to the first: states again from `states`, then the reverse scan.
-
-    With `g_t = exp(delta_t A) dh_t` what a token hands to the one before it, `dh_t = C_t dy_t + g_(t+1)`: the reverse
-    scan makes g, and g without its last step.
+    """The gradients, from the last chunk to the first: states again from `states`, then `state_gradients`.
 
     Outputs: du, ddelta, dz (batch, dim, length); dA (batch, dim, N), dD and dbias (batch, dim) to be summed over the
     batch; dB and dC (tiles, batch, groups, N, length) to be summed over the tiles, or like dA where B or C is constant.
@@ -245,13 +257,8 @@ def backward_kernel(
             b_s += b_total * tl.load(p_s, mask=m_c, other=0.0)[None, :]
             if p_z is not None:
                 b_y += b_s * b_C
-            b_direct = b_dy * b_C
-            one, zero = tl.full((BT, BD), 1.0, tl.float32), tl.zeros((BT, BD), tl.float32)
-            _, _, b_total, b_before = tl.associative_scan(
-                (b_decay, b_decay * b_direct, one, zero), 0, combine_and_before, reverse=True
-            )
-            b_ds = b_direct + b_before + b_total * column(b_flow, n)[None, :]
-            b_flow = set_column(b_flow, n, row(b_decay * b_ds, 0))
+            b_ds, b_end = state_gradients(b_decay, b_dy * b_C, column(b_flow, n))
+            b_flow = set_column(b_flow, n, b_end)
             b_dB = _store_projection(p_dB, b_ds * b_delta * b_u, b_dB, n, o_t, length, m_t, B_CONSTANT)
             b_dC = _store_projection(p_dC, b_dy * b_s, b_dC, n, o_t, length, m_t, C_CONSTANT)
             b_dx += b_ds * b_B

@@ -14,11 +14,11 @@ from visionmix.kernels.selective_scan.triton_kernels import (
     LOG2_E,
     column,
     combine,
-    combine_and_before,
     row,
     set_column,
     sigmoid,
     softplus,
+    state_gradients,
 )
 
 # Ranks of a low-rank delta's gradient that are multiplied out at a time.
@@ -157,9 +157,6 @@ def backward_kernel(
 ):  # fmt: skip
     """The gradients of one order, from the last chunk to the first.
 
-    With `g_t = exp(delta_t A) dh_t` what a step hands to the one before it, `dh_t = C_t dy_t + g_(t+1)`: the reverse
-    scan makes g, and g without its last step.
-
     `dx` is stored as `forward_kernel` stores `out`. By route: ddelta (batch, cells, routes, channels), or of low rank
     (tiles, batch, cells, routes, RANK) to be summed over the tiles, as dB and dC (tiles, batch, cells, routes, N).
     To be summed over the batch: dA (batch, K, channels, N), dD and dbias (batch, K, channels), dweight (batch, K,
@@ -210,13 +207,8 @@ def backward_kernel(
             b_total, b_s = tl.associative_scan((b_decay, b_in), 0, combine)
             p_h = p_states + ((i_b * orders + i_k) * chunks + i_t) * channels * N + o_c * N + n
             b_s += b_total * tl.load(p_h, mask=m_c, other=0.0)[None, :]
-            b_direct = b_dy * b_C
-            one, zero = tl.full((BT, BC), 1.0, tl.float32), tl.zeros((BT, BC), tl.float32)
-            _, _, b_total, b_before = tl.associative_scan(
-                (b_decay, b_decay * b_direct, one, zero), 0, combine_and_before, reverse=True
-            )
-            b_ds = b_direct + b_before + b_total * column(b_flow, n)[None, :]
-            b_flow = set_column(b_flow, n, row(b_decay * b_ds, 0))
+            b_ds, b_end = state_gradients(b_decay, b_dy * b_C, column(b_flow, n))
+            b_flow = set_column(b_flow, n, b_end)
             tl.store(p_dB + o_part * N + o_map * N + n, tl.sum(b_ds * b_delta * b_x, axis=1), mask=m_cell)
             tl.store(p_dC + o_part * N + o_map * N + n, tl.sum(b_dy * b_s, axis=1), mask=m_cell)
             b_dx += b_ds * b_B
