@@ -1,5 +1,6 @@
 """The worked example of CONTRIBUTING.md runs."""
 
+import copy
 import importlib.util
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from visionmix.models import family
 
 def test_the_example_makes_a_model(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(), re.S)
-    monkeypatch.setattr(registry, "_MIXERS", dict(registry._MIXERS))
+    monkeypatch.setattr(registry, "_MIXERS", copy.deepcopy(registry._MIXERS))
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     file = tmp_path / "example_family.py"
     file.write_text(code)

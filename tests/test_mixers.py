@@ -78,7 +78,7 @@ def test_models_take_mixers():
     assert [block.mixer.gate_down.out_features for block in plain.blocks] == [16, 8, 16]
     stages = timm.create_model("test_vig_h", mixer=[spec, spec, ["gated_linear_attention", spec], spec])
     assert [block.mixer.gate_down.out_features for block in stages.stages[2].blocks] == [16, 8]
-    with pytest.raises(ValueError, match="unknown mixer name='nothing'"):
+    with pytest.raises(ValueError, match="unknown mixer='nothing'"):
         timm.create_model("test_vig", mixer="nothing")
     with pytest.raises(ValueError, match="3 entries for 4 stages"):
         timm.create_model("test_vig_h", mixer=[spec] * 3)

@@ -96,7 +96,7 @@ def _call(name: str, kwargs: dict, image_size: int, device: str) -> Callable[[],
 def cost(made: recipe.Recipe, kwargs: dict) -> dict[str, object]:
     """Return the time and the peak memory of a forward pass of one image, and the conditions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    timing.check_quiet()
+    timing.wait_until_quiet()
     call = _call(made.model.name, kwargs, made.data.image_size, device)
     time = timing.measure(call, device)
     spec = json.dumps({"name": made.model.name, "kwargs": kwargs, "image_size": made.data.image_size})

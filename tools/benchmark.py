@@ -19,11 +19,10 @@ from pathlib import Path
 
 import timm
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
-from visionmix.tools import build, info, timing
+from visionmix.tools import build, display, info, timing
 
 _CSV = Path("benchmarks/models.csv")
 _WARM = 5
@@ -79,7 +78,7 @@ def profile(name: str, *, img_size: int, batch: int, train: bool, device: str, a
 
 def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: str, memory: bool) -> dict[str, object]:
     """Return the row of one model."""
-    timing.check_quiet()
+    timing.wait_until_quiet()
     call = _call(name, img_size, batch, train, device, amp)
     time = timing.measure(call, device)
     cost = info.measure(_build(name, img_size), (3, img_size, img_size))
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.model:
             profile(name, **options, device=args.device)
         return 0
-    console = Console()
+    console = display.table_console()
     try:
         rows = [run(name, **options, device=args.device, memory=not args.no_memory) for name in names]
     except timing.NoisyMachine as error:

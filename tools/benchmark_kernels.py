@@ -14,13 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from visionmix import kernels
-from visionmix.tools import peers, timing
+from visionmix.tools import display, peers, timing
 
 _CSV = Path("benchmarks/kernels.csv")
 
@@ -251,7 +250,7 @@ def run(name: str, case: Case, setting: Setting, *, memory: bool, skip: set[str]
         for label, function in {"visionmix": case.ours, **case.peers}.items():
             if backward and label in case.forward_only:
                 continue
-            timing.check_quiet()
+            timing.wait_until_quiet()
             call = _call(function, inputs, backward)
             time = timing.measure(call, setting.device)
             our_time = our_time or time.p50
@@ -312,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {name: make for name, make in cases(setting).items() if args.only in name}
     if not chosen:
         parser.error(f"--only {args.only!r} matches none of {list(cases(setting))}")
-    console = Console()
+    console = display.table_console()
     for name, make in chosen.items():
         try:
             rows = run(name, make(), setting, memory=not args.no_memory, skip=set(args.skip))

@@ -1,5 +1,6 @@
-"""What a person sees of a training run: a live bar in a terminal, plain lines in a log file."""
+"""What a person sees: of a training run a live bar in a terminal, plain lines in a log file; tables in either."""
 
+import sys
 import time
 
 from rich.console import Console
@@ -12,6 +13,11 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def table_console() -> Console:
+    """Return a console on standard output for tables, wide enough that a file or a pipe gets every name whole."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 class _Figures(ProgressColumn):

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from visionmix.models.family import Family, family_of, list_family_models
 from visionmix.models.weights import weights_file
 from visionmix.scans import num_steps
+from visionmix.tools import display
 
 _BEGIN, _END = "<!-- models: written by tools/info.py -->", "<!-- /models -->"
 _GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.model or args.all or args.write):
         parser.error("name a model, or give --all")
-    console = Console()
+    console = display.table_console()
     try:
         for name in args.model:
             show(name, args.img_size, console)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
-from visionmix.tools import build, checkpoint, data
+from visionmix.tools import build, checkpoint, data, display
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         for place, (name, probability) in enumerate(guesses):
             style = "bold" if place == 0 else "dim"
             table.add_row("" if place else str(file), name, f"{100 * probability:.1f} %", style=style)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = display.table_console()
     console.print(table)
     for file in broken:
         print(f"predict: {file} cannot be read as an image, left out", file=sys.stderr)

@@ -36,17 +36,24 @@ class Time:
     p80: float
 
 
-def check_quiet() -> None:
-    """Raise NoisyMachine where other processes take more than a tenth of a core, over half a second.
+def wait_until_quiet(patience: float = 60.0) -> None:
+    """Return once other processes take less than a tenth of a core, over half a second.
+
+    Args:
+        patience: Seconds to wait for it.
 
     Raises:
-        NoisyMachine: the machine is busy.
+        NoisyMachine: the machine stayed busy for as long.
     """
     import psutil
 
-    busy = psutil.cpu_percent(interval=0.5) / 100 * psutil.cpu_count()
-    if busy > _BUSY:
-        raise NoisyMachine(f"other processes take {busy:.2f} cores; wait until they end, or stop them")
+    deadline = time.monotonic() + patience
+    while (busy := psutil.cpu_percent(interval=0.5) / 100 * psutil.cpu_count()) > _BUSY:
+        if time.monotonic() > deadline:
+            raise NoisyMachine(
+                f"other processes have taken a tenth of a core or more for {patience:.0f} s, {busy:.2f} cores at the "
+                "end; stop them, or begin again when they have ended"
+            )
 
 
 def measure(call: Callable[[], object], device: str = "cpu") -> Time:

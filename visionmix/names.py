@@ -3,7 +3,9 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -13,18 +15,65 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {by_lower[matches[0]]!r}?)" if matches else ""
 
 
-def options_of(function: Callable[..., Any], besides: Iterable[str]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of `function` by name, without those named in `besides`."""
-    return {key: value for key, value in inspect.signature(function).parameters.items() if key not in besides}
+class Registry(Generic[T]):
+    """Classes by name, with the options that each of their constructors takes.
 
+    Args:
+        kind: What they are, for messages: "mixer".
+        besides: Parameters of the constructors that are no options.
+    """
 
-def check_options(owner: str, given: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
-    """Raise ValueError where `given` holds an option that `owner` does not know or lacks one that it needs."""
-    for option, value in given.items():
-        if option not in known:
-            raise ValueError(
-                f"{owner} has no option {option}={value!r}{nearest(option, known)}; its options are {sorted(known)}"
-            )
-    for option, parameter in known.items():
-        if option not in given and parameter.default is parameter.empty:
-            raise ValueError(f"{owner} needs the option {option}; its options are {sorted(known)}")
+    def __init__(self, kind: str, besides: Iterable[str]) -> None:
+        self.kind, self.besides = kind, {"self", *besides}
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Return a class decorator that registers a class under `name`.
+
+        Raises:
+            ValueError: `name` is taken.
+        """
+
+        def register(cls: type[T]) -> type[T]:
+            if name in self._classes:
+                raise ValueError(
+                    f"{self.kind}={name!r} is taken by {self._classes[name].__qualname__}; choose another name"
+                )
+            self._classes[name] = cls
+            return cls
+
+        return register
+
+    def names(self) -> list[str]:
+        """Return the registered names, sorted."""
+        return sorted(self._classes)
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """Return the options of the class called `name`, by name.
+
+        Raises:
+            ValueError: no class has this name.
+        """
+        if name not in self._classes:
+            hint = nearest(str(name), self._classes)
+            raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
+        parameters = inspect.signature(self._classes[name].__init__).parameters
+        return {key: value for key, value in parameters.items() if key not in self.besides}
+
+    def checked(self, name: str, options: Mapping[str, Any]) -> type[T]:
+        """Return the class called `name`, which knows all of `options` and needs no others.
+
+        Raises:
+            ValueError: no class has this name, or it does not know one of `options` or needs another.
+        """
+        known = self.options(name)
+        for option, value in options.items():
+            if option not in known:
+                raise ValueError(
+                    f"{self.kind} {name!r} has no option {option}={value!r}{nearest(option, known)}; "
+                    f"its options are {sorted(known)}"
+                )
+        for option, parameter in known.items():
+            if option not in options and parameter.default is parameter.empty:
+                raise ValueError(f"{self.kind} {name!r} needs the option {option}; its options are {sorted(known)}")
+        return self._classes[name]

@@ -1,14 +1,27 @@
 """Layers against what their docstrings say, at odd sizes too."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.fx
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.layers import ConvDownsample, ConvMlp, LogSigmoid, PatchMerging, PatchStem, RotaryMap, SelectiveScan2d
+from visionmix.layers import (
+    ConvDownsample,
+    ConvMlp,
+    LogSigmoid,
+    PatchMerging,
+    PatchStem,
+    RotaryMap,
+    SelectiveScan2d,
+    feed_forward,
+    mlp,
+    swiglu,
+)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
@@ -42,6 +55,56 @@ def test_conv_mlp_adds_the_neighbours():
     hidden = F.linear(x, layer.fc1.weight, layer.fc1.bias).permute(0, 3, 1, 2)
     hidden = F.gelu(hidden + F.conv2d(hidden, layer.conv.weight, layer.conv.bias, padding=1, groups=12))
     assert torch.allclose(layer(x), F.linear(hidden.permute(0, 2, 3, 1), layer.fc2.weight, layer.fc2.bias), atol=1e-6)
+
+
+@pytest.fixture
+def tiles_of_five(monkeypatch):
+    """Makes feed-forwards take five tokens at a time, however few there are."""
+    monkeypatch.setattr(feed_forward, "_LARGE", 0)
+    monkeypatch.setattr(feed_forward, "_TILE", 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+@pytest.mark.parametrize("make", [mlp, partial(swiglu, multiple_of=8)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (10, 6), (1, 3, 6)])
+def test_tiles_of_a_feed_forward_make_the_whole(tiles_of_five, monkeypatch, make, shape):
+    module, x = make(6).eval(), torch.randn(shape)
+    whole, seen = module._whole(x), []
+    monkeypatch.setattr(module, "_whole", lambda tile, whole=module._whole: seen.append(tile.shape) or whole(tile))
+    with torch.inference_mode():
+        assert torch.allclose(module(x), whole, atol=1e-6)
+    tokens = math.prod(shape[:-1])
+    assert [rows for rows, _ in seen] == [5] * (tokens // 5) + [tokens % 5] * (tokens % 5 > 0)
+    seen.clear()
+    module(x)  # with gradients, which need what is inside
+    assert seen == [x.shape]
+
+
+def test_tiles_keep_the_type_of_autocast(tiles_of_five):
+    module, x = mlp(6).eval(), torch.randn(2, 12, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_hooks_inside_a_feed_forward_see_all_tokens(tiles_of_five):
+    module, x, seen = mlp(6).eval(), torch.randn(2, 12, 6), []
+    module.fc1.register_forward_hook(lambda *call: seen.append(call[-1].shape))
+    with torch.inference_mode():
+        module(x)
+    assert seen == [(2, 12, 24)]
+
+
+@pytest.mark.parametrize("trace", [torch.jit.script, torch.fx.symbolic_trace, "jit", "export"])
+def test_graphs_have_no_tiles(tiles_of_five, trace):
+    module, x, other = mlp(6).eval(), torch.randn(1, 7, 6), torch.randn(1, 12, 6)
+    with torch.no_grad():
+        if trace == "jit":
+            graph = torch.jit.trace(module, x)
+        elif trace == "export":
+            graph = torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},)).module()
+        else:
+            graph = trace(module)
+        assert torch.allclose(graph(other), module(other), atol=1e-6)
 
 
 def test_options_of_stems_and_downsamplers():

@@ -1,6 +1,6 @@
 """What timm asks of every model, once, for both skeletons."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -197,7 +197,7 @@ def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:
             each.set_grid_size(grid_size)
 
 
-def check_output_format(output_fmt: str) -> None:
-    """Raise ValueError unless `output_fmt` is "NCHW" or "NHWC"."""
-    if output_fmt not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt={output_fmt!r} is unknown; give 'NCHW' or 'NHWC'")
+def check_output_format(output_fmt: str, known: Sequence[str] = ("NCHW", "NHWC")) -> None:
+    """Raise ValueError unless `output_fmt` is one of `known`."""
+    if output_fmt not in known:
+        raise ValueError(f"output_fmt={output_fmt!r} is unknown; give {' or '.join(map(repr, known))}")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionmix.names import check_options, nearest, options_of
+from visionmix.names import Registry
 
-_MIXERS: dict[str, type[nn.Module]] = {}
+_MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtype"))
 
 
 def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -18,19 +18,12 @@ def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     Raises:
         ValueError: `name` is taken.
     """
-
-    def register(cls: type[nn.Module]) -> type[nn.Module]:
-        if name in _MIXERS:
-            raise ValueError(f"mixer name={name!r} is taken by {_MIXERS[name].__qualname__}; choose another name")
-        _MIXERS[name] = cls
-        return cls
-
-    return register
+    return _MIXERS.register(name)
 
 
 def list_mixers() -> list[str]:
     """Return the names that `create_mixer` knows, sorted."""
-    return sorted(_MIXERS)
+    return _MIXERS.names()
 
 
 def mixer_options(name: str) -> dict[str, inspect.Parameter]:
@@ -39,9 +32,7 @@ def mixer_options(name: str) -> dict[str, inspect.Parameter]:
     Raises:
         ValueError: no mixer has this name.
     """
-    if name not in _MIXERS:
-        raise ValueError(f"unknown mixer name={name!r}{nearest(name, _MIXERS)}; the mixers are {list_mixers()}")
-    return options_of(_MIXERS[name].__init__, besides=("self", "dim", "device", "dtype"))
+    return _MIXERS.options(name)
 
 
 def create_mixer(
@@ -67,5 +58,4 @@ def create_mixer(
     Raises:
         ValueError: `name` or an option is unknown (the message has the nearest one), or an option's value is refused.
     """
-    check_options(f"mixer {name!r}", options, mixer_options(name))
-    return _MIXERS[name](dim, device=device, dtype=dtype, **options)
+    return _MIXERS.checked(name, options)(dim, device=device, dtype=dtype, **options)

@@ -65,16 +65,23 @@ class ReducedBackbone(Reduced):
                 taken.append(tokens)
         return tokens, taken
 
-    def _pools_patches(self) -> bool:
+    def _intermediates(
+        self, images: Tensor, indices: int | list[int] | None, norm: bool, stop_early: bool, output_fmt: str
+    ) -> tuple[Tokens, list[Tokens], list[Tensor]]:
+        """Return the tokens behind the last block that ran and the chosen blocks, and the latter's dense maps."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        tokens, taken = self._run(images, trace=True, take=take, last=last if stop_early else None)
+        if norm:
+            taken = [self._normalised(each) for each in taken]
+        return tokens, taken, [_laid_out(each, output_fmt) for each in taken]
+
+    def _pools_cells(self) -> bool:
         """Return whether the head pools over the cells' tokens."""
         raise NotImplementedError
 
     def _features(self, tokens: Tokens) -> Tensor:
         """Return what the head takes: the tokens, normalised; where it pools over them and sizes differ, one a cell."""
-        tokens = self._normalised(tokens)
-        if tokens.size is None or not self._pools_patches():
-            return tokens.x
-        return torch.cat([tokens.prefix(), tokens.cells()], dim=1)
+        raise NotImplementedError
 
     def _normalised(self, tokens: Tokens) -> Tokens:
         rest = None if tokens.rest is None else self.norm(tokens.rest)
@@ -122,8 +129,14 @@ class ReducedVisionTransformer(ReducedBackbone):
             )
         return Tokens(x, grid, tuple(range(prefix)), source=_source(images, grid, prefix))
 
-    def _pools_patches(self) -> bool:
+    def _pools_cells(self) -> bool:
         return self.attn_pool is not None or self.global_pool in ("avg", "avgmax", "max")
+
+    def _features(self, tokens: Tokens) -> Tensor:
+        tokens = self._normalised(tokens)
+        if tokens.size is None or not self._pools_cells():
+            return tokens.x
+        return torch.cat([tokens.prefix(), tokens.cells()], dim=1)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the normalised tokens (batch, tokens, channels) of images (batch, channels, height, width).
@@ -132,7 +145,7 @@ class ReducedVisionTransformer(ReducedBackbone):
             ValueError: an attention mask is given.
         """
         _check_unmasked(attn_mask, is_causal)
-        tokens, _ = self._run(x, trace=self._pools_patches())
+        tokens, _ = self._run(x, trace=self._pools_cells())
         return self._features(tokens)
 
     def forward_intermediates(
@@ -170,13 +183,8 @@ class ReducedVisionTransformer(ReducedBackbone):
             ValueError: an attention mask is given, or `output_fmt` is none of the three.
         """
         _check_unmasked(attn_mask, is_causal)
-        if output_fmt not in ("NCHW", "NHWC", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is unknown; give 'NCHW', 'NHWC' or 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
-        if norm:
-            taken = [self._normalised(each) for each in taken]
-        features = [_laid_out(each, output_fmt) for each in taken]
+        check_output_format(output_fmt, ("NCHW", "NHWC", "NLC"))
+        tokens, taken, features = self._intermediates(x, indices, norm, stop_early, output_fmt)
         prefix = [each.prefix() for each in taken] if return_prefix_tokens and self.num_prefix_tokens else None
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": features}
@@ -246,10 +254,7 @@ class ReducedPlain(ReducedBackbone):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the maps behind the chosen blocks, one value a cell; arguments and errors are the skeleton's."""
         check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.blocks), indices)
-        tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
-        taken = [self._normalised(each) for each in taken] if norm else taken
-        maps = [_laid_out(each, output_fmt) for each in taken]
+        tokens, taken, maps = self._intermediates(x, indices, norm, stop_early, output_fmt)
         if return_prefix_tokens:
             maps = [(each, tokens.prefix()) for each, tokens in zip(maps, taken, strict=True)]
         return maps if intermediates_only else (self._features(tokens), maps)

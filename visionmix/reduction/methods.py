@@ -1,16 +1,13 @@
 """Reduction methods by name."""
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
-from visionmix.names import check_options, nearest, options_of
+from visionmix.names import Registry
 from visionmix.reduction.tokens import Tokens
-
-_METHODS: dict[str, type["Method"]] = {}
 
 
 class Method(ABC):
@@ -38,6 +35,9 @@ class Method(ABC):
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
 
 
+_METHODS: Registry[Method] = Registry("method", besides=("blocks", "prefix_positions"))
+
+
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     """Return a class decorator that registers a method under `name`.
 
@@ -46,10 +46,8 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     """
 
     def register(cls: type[Method]) -> type[Method]:
-        if name in _METHODS:
-            raise ValueError(f"method name={name!r} is taken by {_METHODS[name].__qualname__}; choose another name")
+        cls = _METHODS.register(name)(cls)
         cls.name = name
-        _METHODS[name] = cls
         return cls
 
     return register
@@ -57,29 +55,16 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 def list_methods() -> list[str]:
     """Return the names that `apply` knows, sorted."""
-    return sorted(_METHODS)
+    return _METHODS.names()
 
 
-def method_options(name: str) -> dict[str, inspect.Parameter]:
-    """Return the options of the method called `name`, by name.
-
-    Raises:
-        ValueError: no method has this name.
-    """
-    if name not in _METHODS:
-        raise ValueError(f"unknown method={name!r}{nearest(str(name), _METHODS)}; the methods are {list_methods()}")
-    return options_of(_METHODS[name].__init__, besides=("self", "blocks", "prefix_positions"))
-
-
-def create_method(name: str, blocks: Sequence[nn.Module], prefix_positions: tuple[int, ...], **options: Any) -> Method:
-    """Return the method called `name`, fitted to a model's blocks and prefix tokens.
+def method_class(name: str, options: Mapping[str, Any]) -> type[Method]:
+    """Return the method called `name`, which knows all of `options`.
 
     Raises:
-        TypeError: a block is of a class that the method cannot take, or an option's value has a wrong type.
-        ValueError: `name` or an option is unknown (the message has the nearest one), or an option's value is refused.
+        ValueError: `name` or an option is unknown (the message has the nearest one), or one that it needs is missing.
     """
-    check_options(f"method {name!r}", options, method_options(name))
-    return _METHODS[name](blocks, prefix_positions, **options)
+    return _METHODS.checked(name, options)
 
 
 def check_leading(name: str, prefix_positions: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from visionmix.reduction.hosts import ReducedBackbone, host_of
-from visionmix.reduction.methods import create_method, method_options
+from visionmix.reduction.methods import method_class
 from visionmix.reduction.share import Reduced, reduced
 
 
@@ -30,8 +30,9 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
 
     Args:
         model: A VisionTransformer of timm, VisionTransformerDistilled included, a `visionmix.backbones.Plain` whose
-            mixers are softmax attention without a need of maps, or what ``create_model(...,
-            features_only=True)`` makes of one. A compiled or wrapped model is reduced before it is compiled or wrapped.
+            mixers the method can take (softmax attention without a need of maps; bidirectional Mamba, as in Vim, for
+            "ssm_prune"), or what ``create_model(..., features_only=True)`` makes of one. A compiled or wrapped model is
+            reduced before it is compiled or wrapped.
         method: One of `list_methods()`.
         **options: The method's own options.
 
@@ -45,14 +46,14 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
             f"model is reduced already, by {_backbone(model).reduction!r}; reduction.remove(model) returns the one "
             f"without"
         )
-    method_options(method)  # an unknown name is refused before an unfit model
+    cls = method_class(method, options)  # unknown names are refused before an unfit model
     if isinstance(model, FeatureGetterNet):
         features = reduced(model, ReducedFeatures)
         features.model = apply(model.model, method, **options)
         return features
     host = host_of(model)
     new = reduced(model, host)
-    new.reduction = create_method(method, list(model.blocks), host.prefix_of(model), **options)
+    new.reduction = cls(list(model.blocks), host.prefix_of(model), **options)
     return new
 
 
