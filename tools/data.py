@@ -4,6 +4,7 @@ The order of the images and the augmentation of each are functions of (seed, epo
 on the number of workers, and a resumed run sees what the uninterrupted one would have seen.
 """
 
+import itertools
 import random
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.readers import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -248,7 +250,7 @@ def _quiet_worker(_: int) -> None:
 def train_transform(recipe: Recipe, normalise: dict):
     """Return timm's training transform of the recipe; `normalise` holds the model's mean and std."""
     augment = recipe.augment
-    return create_transform(
+    transform = create_transform(
         recipe.data.image_size,
         is_training=True,
         scale=tuple(augment.scale),
@@ -262,6 +264,21 @@ def train_transform(recipe: Recipe, normalise: dict):
         re_mode=augment.erase_mode,
         **normalise,
     )
+    for op in _augmentations(transform):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    return transform
+
+
+def _augmentations(transform) -> Iterator[AugmentOp]:
+    for part in transform.transforms:
+        yield from getattr(part, "ops", ())  # of RandAugment and AugMix
+        yield from itertools.chain(*getattr(part, "policy", ()))  # of AutoAugment
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
+    """Do timm's op. At the highest level it keeps 0 bits, which Pillow 13 refuses; here it is black, as before."""
+    return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def eval_transform(image_size: int, interpolation: str, crop_pct: float, normalise: dict):

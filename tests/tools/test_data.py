@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from visionmix.tools import data, recipe
 from visionmix.tools.evaluation import evaluate
@@ -75,6 +76,22 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree, workers):
     assert torch.equal(first, epoch(0, workers))
     assert not torch.equal(first, epoch(1, workers))
     assert not torch.equal(first, epoch(0, workers, seed=1))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
+def test_posterizing_goes_as_far_as_black(policy):
+    made = recipe.read("imagenet/defaults.yaml", {}, [f"augment.auto_augment={policy}"])
+    transform = data.train_transform(made, NORMALISE)
+    ops = [op for op in data._augmentations(transform) if op.name.startswith("Posterize")]
+    assert ops
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+    colours = set()
+    for op in ops:
+        op.prob = 1.0
+        for level in range(11):
+            op.magnitude, op.magnitude_std = level, 0
+            colours.add(op(image).getpixel((0, 0)))
+    assert {(0, 0, 0), (128, 0, 0), (192, 64, 0), (192, 96, 32)} <= colours
 
 
 def test_processes_share_the_images():
