@@ -24,7 +24,7 @@ import torch
 
 from visionmix import list_mixers
 from visionmix.mixers.registry import mixer_options
-from visionmix.tools import pictures, recipe, timing
+from visionmix.tools import data, pictures, recipe, timing
 from visionmix.tools.checkpoint import write_aside
 
 _AGREE = 0.03
@@ -32,10 +32,11 @@ _RATIOS = (0.5, 32.0)  # of the hidden width that is searched
 _HALVINGS = 4  # of a mixer's expand
 
 
-def count_parameters(model: recipe.ModelRecipe, mixer: str | dict, mlp_ratio: float) -> int:
+def count_parameters(model: recipe.ModelRecipe, num_classes: int, mixer: str | dict, mlp_ratio: float) -> int:
     """Return the parameters of the recipe's model with this mixer and ratio, without building it for real."""
+    kwargs = model.kwargs | {"mixer": mixer, "mlp_ratio": mlp_ratio}
     with torch.device("meta"):
-        built = timm.create_model(model.name, **model.kwargs | {"mixer": mixer, "mlp_ratio": mlp_ratio})
+        built = timm.create_model(model.name, num_classes=num_classes, **kwargs)
     return sum(value.numel() for value in built.parameters())
 
 
@@ -61,7 +62,7 @@ def fit_ratio(count: Callable[[float], int], wanted: int) -> float:
     return ratio
 
 
-def fit_mixer(model: recipe.ModelRecipe, name: str, wanted: int) -> dict[str, object]:
+def fit_mixer(model: recipe.ModelRecipe, num_classes: int, name: str, wanted: int) -> dict[str, object]:
     """Return the model's arguments with which the mixer called `name` makes `wanted` parameters, within 3 %.
 
     Raises:
@@ -73,7 +74,7 @@ def fit_mixer(model: recipe.ModelRecipe, name: str, wanted: int) -> dict[str, ob
         specs += [{"name": name, "expand": expand.default / 2**power} for power in range(1, _HALVINGS + 1)]
     for spec in specs:
         try:
-            ratio = fit_ratio(lambda value, spec=spec: count_parameters(model, spec, value), wanted)
+            ratio = fit_ratio(lambda value, spec=spec: count_parameters(model, num_classes, spec, value), wanted)
         except ValueError as error:
             refusal = f"mixer {name!r}: {error}"
             continue
@@ -81,9 +82,9 @@ def fit_mixer(model: recipe.ModelRecipe, name: str, wanted: int) -> dict[str, ob
     raise ValueError(refusal)
 
 
-def _call(name: str, kwargs: dict, image_size: int, device: str) -> Callable[[], None]:
+def _call(name: str, num_classes: int, kwargs: dict, image_size: int, device: str) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).to(device).eval()
+    model = timm.create_model(name, num_classes=num_classes, **kwargs).to(device).eval()
     images = torch.randn(1, 3, image_size, image_size, device=device)
 
     def infer() -> None:
@@ -93,14 +94,15 @@ def _call(name: str, kwargs: dict, image_size: int, device: str) -> Callable[[],
     return infer
 
 
-def cost(made: recipe.Recipe, kwargs: dict) -> dict[str, object]:
+def cost(made: recipe.Recipe, num_classes: int, kwargs: dict) -> dict[str, object]:
     """Return the time and the peak memory of a forward pass of one image, and the conditions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     timing.wait_until_quiet()
-    call = _call(made.model.name, kwargs, made.data.image_size, device)
+    spec = {"name": made.model.name, "num_classes": num_classes, "kwargs": kwargs, "image_size": made.data.image_size}
+    call = _call(**spec, device=device)
     time = timing.measure(call, device)
-    spec = json.dumps({"name": made.model.name, "kwargs": kwargs, "image_size": made.data.image_size})
-    memory = timing.peak_memory([__file__, "--child", spec]) if device == "cpu" else timing.peak_gpu_memory(call)
+    child = [__file__, "--child", json.dumps(spec)]
+    memory = timing.peak_memory(child) if device == "cpu" else timing.peak_gpu_memory(call)
     return {"forward_ms": f"{time.p50 * 1e3:.4g}", "peak_mb": f"{memory / 1e6:.4g}", **timing.conditions(device)}
 
 
@@ -182,12 +184,13 @@ def run(args: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"--mixers {unknown[0]} is no mixer; the mixers are {list_mixers()}")
     base = made.model.kwargs.get("mlp_ratio", 4.0)
-    wanted = count_parameters(made.model, made.model.kwargs.get("mixer", "softmax"), base)
-    fitted = {mixer: fit_mixer(made.model, mixer, wanted) for mixer in args.mixers}
+    num_classes = len(data.check_folders(args.data))
+    wanted = count_parameters(made.model, num_classes, made.model.kwargs.get("mixer", "softmax"), base)
+    fitted = {mixer: fit_mixer(made.model, num_classes, mixer, wanted) for mixer in args.mixers}
     rows: list[dict[str, object]] = []
     for mixer, kwargs in fitted.items():
-        params = count_parameters(made.model, kwargs["mixer"], kwargs["mlp_ratio"])
-        measured = cost(made, kwargs)
+        params = count_parameters(made.model, num_classes, kwargs["mixer"], kwargs["mlp_ratio"])
+        measured = cost(made, num_classes, kwargs)
         for seed in args.seeds:
             summary = train(args, args.output / f"{mixer}-{seed}", kwargs, seed)
             rows.append(
@@ -224,8 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        spec = json.loads(args.child)
-        timing.print_growth(_call(spec["name"], spec["kwargs"], spec["image_size"], "cpu"))
+        timing.print_growth(_call(**json.loads(args.child), device="cpu"))
         return 0
     if not args.recipe or not args.data:
         parser.error("give a recipe and --data")

@@ -15,9 +15,9 @@ def made():
 
 @pytest.mark.parametrize("name", visionmix.list_mixers())
 def test_parameters_agree(made, name):
-    wanted = bakeoff.count_parameters(made.model, "softmax", 4.0)
-    kwargs = bakeoff.fit_mixer(made.model, name, wanted)
-    count = bakeoff.count_parameters(made.model, kwargs["mixer"], kwargs["mlp_ratio"])
+    wanted = bakeoff.count_parameters(made.model, 11, "softmax", 4.0)
+    kwargs = bakeoff.fit_mixer(made.model, 11, name, wanted)
+    count = bakeoff.count_parameters(made.model, 11, kwargs["mixer"], kwargs["mlp_ratio"])
     assert abs(count - wanted) <= 0.03 * wanted
 
 
