@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -15,7 +15,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {by_lower[matches[0]]!r}?)" if matches else ""
 
 
-class Registry(Generic[T]):
+class Registry(Generic[_T]):
     """Classes by name, with the options that each of their constructors takes.
 
     Args:
@@ -25,16 +25,16 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, besides: Iterable[str]) -> None:
         self.kind, self.besides = kind, {"self", *besides}
-        self._classes: dict[str, type[T]] = {}
+        self._classes: dict[str, type[_T]] = {}
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str) -> Callable[[type[_T]], type[_T]]:
         """Return a class decorator that registers a class under `name`.
 
         Raises:
             ValueError: `name` is taken.
         """
 
-        def register(cls: type[T]) -> type[T]:
+        def register(cls: type[_T]) -> type[_T]:
             if name in self._classes:
                 raise ValueError(
                     f"{self.kind}={name!r} is taken by {self._classes[name].__qualname__}; choose another name"
@@ -60,7 +60,7 @@ class Registry(Generic[T]):
         parameters = inspect.signature(self._classes[name].__init__).parameters
         return {key: value for key, value in parameters.items() if key not in self.besides}
 
-    def checked(self, name: str, options: Mapping[str, Any]) -> type[T]:
+    def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
         """Return the class called `name`, which knows all of `options` and needs no others.
 
         Raises:
