@@ -25,9 +25,11 @@ def _in_tiles(module: nn.Module, x: Tensor) -> Tensor:
         return module._whole(x)
     tiles = x.reshape(tokens, x.shape[-1]).split(_TILE * torch.get_num_threads())
     first = module._whole(tiles[0])
-    out = first.new_empty(tokens, first.shape[-1])
-    for tile, place in zip(tiles, out.split(tiles[0].shape[0]), strict=True):
-        place.copy_(first if tile is tiles[0] else module._whole(tile))
+    out = first.new_empty(tokens, first.shape[-1])  # under autocast, its type is not that of x
+    first_place, *places = out.split(tiles[0].shape[0])
+    first_place.copy_(first)
+    for tile, place in zip(tiles[1:], places, strict=True):
+        place.copy_(module._whole(tile))
     return out.view(*x.shape[:-1], -1)
 
 
