@@ -57,8 +57,9 @@ def test_stages_with_focused_attention(name, counts):
     assert focused == counts
 
 
-def test_stripes_of_cswin():
+@pytest.mark.parametrize(("img_size", "split_size"), [(128, 4), (192, 6), (224, 7), (384, 12), ((192, 256), 6)])
+def test_stripes_of_cswin(img_size, split_size):
     with torch.device("meta"):
-        model = timm.create_model("flatten_cswin_tiny")
-    assert {block.mixer.split_size for block in model.stages[2].blocks} == {7}
+        model = timm.create_model("flatten_cswin_tiny", img_size=img_size)
+    assert {block.mixer.split_size for block in model.stages[2].blocks} == {split_size}
     assert not model.stages[3].blocks[0].mixer.has_stripes

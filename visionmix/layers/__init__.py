@@ -9,6 +9,7 @@ from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.padding import pad
 from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
+from visionmix.layers.precision import at_least_float32
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
 from visionmix.layers.stem import ConvStem, DeepConvStem, DeepPatchStem, PatchStem
@@ -34,6 +35,7 @@ __all__ = [
     "SelectiveScan1d",
     "SelectiveScan2d",
     "TokenHead",
+    "at_least_float32",
     "join_prefix",
     "mlp",
     "pad",

@@ -4,11 +4,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from visionmix.layers.precision import at_least_float32
+
 
 @torch.fx.wrap
 def _log_sigmoid(x: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
-        x = x.float()
+    x = at_least_float32(x)
     return torch.where(x <= -20.0, x, torch.log(torch.sigmoid(x.clamp(min=-20.0))))
 
 

@@ -8,12 +8,14 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers.precision import at_least_float32
+
 
 @torch.fx.wrap
 def resample_position(weight: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Return `weight` (1, rows, columns, channels) resampled to (1, height, width, channels).
 
-    In float32, without antialiasing, corners not aligned; the identity, bit for bit, at the size that `weight` has.
+    In float32 at least, without antialiasing, corners not aligned; bit for bit the identity at the size of `weight`.
 
     Source: what ViT's fine-tuning at other sizes does (Dosovitskiy et al. 2020, arXiv 2010.11929).
 
@@ -28,7 +30,7 @@ def resample_position(weight: Tensor, height: int, width: int, mode: str = "bicu
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if height == weight.shape[1] and width == weight.shape[2]:
             return weight
-    resampled = F.interpolate(weight.permute(0, 3, 1, 2).float(), size=[height, width], mode=mode)
+    resampled = F.interpolate(at_least_float32(weight.permute(0, 3, 1, 2)), size=[height, width], mode=mode)
     return resampled.to(weight.dtype).permute(0, 2, 3, 1)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
 from visionmix.layers.order import scan_order
+from visionmix.layers.precision import at_least_float32
 from visionmix.scans import move_codes
 
 _STEP_RANGE = (1e-3, 0.1)
@@ -22,9 +23,7 @@ _MOVES = 5
 @torch.fx.wrap
 def _decay_rates(logarithms: Tensor) -> Tensor:
     """Return ``-exp(logarithms)``, in float32 where they are of half precision: decays compound over a sequence."""
-    if logarithms.dtype == torch.float16 or logarithms.dtype == torch.bfloat16:
-        logarithms = logarithms.float()
-    return -torch.exp(logarithms)
+    return -torch.exp(at_least_float32(logarithms))
 
 
 @torch.fx.wrap

@@ -7,7 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import PositionEmbedding
+from visionmix.layers import PositionEmbedding, at_least_float32
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
@@ -112,9 +112,8 @@ class FocusedLinearAttention(nn.Module):
 @torch.fx.wrap
 def _focused(x: Tensor, scale: Tensor, focus: float) -> Tensor:
     """Return phi(x), see `FocusedLinearAttention`, of the last axis."""
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        x = x.float()  # 1e-6 to the third power underflows in half precision
-    x = (F.relu(x) + 1e-6) / scale
+    # 1e-6 to the third power underflows in half precision.
+    x = (F.relu(at_least_float32(x)) + 1e-6) / scale
     sharp = x**focus
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return sharp * (length / torch.linalg.vector_norm(sharp, dim=-1, keepdim=True))

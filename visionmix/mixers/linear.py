@@ -5,6 +5,7 @@ import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionmix.layers import at_least_float32
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import Attention
 
@@ -37,11 +38,6 @@ def _elu_plus_one(x: Tensor) -> Tensor:
     """Return ``elu(x) + 1``, exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs."""
     # In place on what no gradient needs. F.threshold is relu, which would keep its result for its gradient.
     return F.threshold(x, 0.0, 0.0).add_(torch.clamp(x, max=0.0).exp_())
-
-
-@torch.fx.wrap
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 @register_mixer("linear")
@@ -85,14 +81,14 @@ class LinearAttention(Attention):
         self.feature_map = feature_map
 
     def _features(self, x: Tensor) -> Tensor:
-        x = _at_least_float32(x)
+        x = at_least_float32(x)
         if self.feature_map == "relu":
             return F.relu(x)
         return F.softplus(x) if self.feature_map == "softplus" else _elu_plus_one(x)
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        qk, v = self._features(qk), _at_least_float32(v)
+        qk, v = self._features(qk), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
         if self.has_rotary:
@@ -133,7 +129,7 @@ class MagnitudeAwareLinearAttention(_Rotary):
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        qk, v = _elu_plus_one(_at_least_float32(qk)), _at_least_float32(v)
+        qk, v = _elu_plus_one(at_least_float32(qk)), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         z = _dot(q, k.mean(dim=1, keepdim=True)) * self.scale
         if self.has_rotary:
@@ -159,8 +155,8 @@ class RankAugmentedLinearAttention(_Rotary):
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        q, k = _elu_plus_one(_at_least_float32(qk)).chunk(2, dim=2)
-        v, tokens = _at_least_float32(v), v.shape[1]
+        q, k = _elu_plus_one(at_least_float32(qk)).chunk(2, dim=2)
+        v, tokens = at_least_float32(v), v.shape[1]
         weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
         k = k * (weights * tokens)
         z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))

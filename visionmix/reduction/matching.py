@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from visionmix.kernels.dispatch import full_precision
+from visionmix.layers import at_least_float32
 from visionmix.reduction.tokens import rows, take
 
 Merge = Callable[..., Tensor]
@@ -87,7 +88,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
 def _pair(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return, numbered within A and B, the tokens of A that go (batch, r), those that stay, and where the former go."""
     with full_precision(metric.device):
-        unit = normalize(metric if metric.dtype == torch.float64 else metric.float(), dim=-1)
+        unit = normalize(at_least_float32(metric), dim=-1)
         similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     # Of the prefix tokens the even positions lie in A and the odd ones in B.
     similarity[:, : (num_prefix_tokens + 1) // 2] = -torch.inf

@@ -25,8 +25,8 @@ NAMES = [
 
 
 def _half_the_map(grid_size: tuple[int, int]) -> int:
-    """Return 7, or half of the map's side where that is more: 12 for maps of 384 pixels, as published."""
-    return max(7, min(grid_size) // 2)
+    """Return half of the map's side: 7 for images of 224 pixels, 12 for 384, as published."""
+    return max(1, min(grid_size) // 2)
 
 
 _STRIPES = (1, 2, _half_the_map, None)

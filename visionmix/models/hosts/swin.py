@@ -1,5 +1,8 @@
 """Swin as a host: global linear attention where the maps are large, windows of softmax attention elsewhere.
 
+The linear attention is global on every map. The published code mixes inside squares as wide as the map's shorter side,
+and takes a map that is not square only where they divide it: there its output differs.
+
 Source: Swin (Liu et al. 2021, arXiv 2103.14030).
 """
 

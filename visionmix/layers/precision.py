@@ -1,0 +1,15 @@
+"""The type that a part of a model computes in."""
+
+import torch
+import torch.fx
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32 where it is of half precision, else itself."""
+    return _at_least_float32(x)  # what torch.fx.wrap leaves whole it finds by the name in its own module alone
+
+
+@torch.fx.wrap
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
