@@ -10,22 +10,26 @@ from visionmix import reduction
 
 CASES = {
     "tome_deit_small_r8": ("deit_small_patch16_224", "tome", {"r": 8}),
+    "tome_deit_small_r8_decreasing": ("deit_small_patch16_224", "tome", {"r": (8, -1.0)}),
     "tome_deit_small_r13": ("deit_small_patch16_224", "tome", {"r": 13}),
     "tome_deit_small_r13_noprop": ("deit_small_patch16_224", "tome", {"r": 13, "prop_attn": False}),
     "tome_deit_small_r13_decreasing": ("deit_small_patch16_224", "tome", {"r": (13, -1.0)}),
     "tome_deit_tiny_r16": ("deit_tiny_patch16_224", "tome", {"r": 16}),
+    "tome_deit_small_r13_distilled": ("deit_small_distilled_patch16_224", "tome", {"r": 13}),
+    "evit_deit_tiny_kr0.5": ("deit_tiny_patch16_224", "evit", {"keep_rate": 0.5}),
     "evit_deit_small_kr0.7": ("deit_small_patch16_224", "evit", {"keep_rate": 0.7}),
     "evit_deit_small_kr0.7_nofuse": ("deit_small_patch16_224", "evit", {"keep_rate": 0.7, "fuse": False}),
 }
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_pruned_vim_equals_the_published(device, tmp_path):
+@pytest.mark.parametrize("name", ["vim_tiny", "vim_tiny_stride8"])
+def test_pruned_vim_equals_the_published(name, device, tmp_path):
     """The published code runs one image; more are each as it would be alone."""
-    meta, arrays = golden.load("topvim_vim_tiny")
+    meta, arrays = golden.load(f"topvim_{name}")
     torch.save({"model": golden.state_dict(meta)}, tmp_path / "published.pth")
     overlay = {"file": str(tmp_path / "published.pth")}
-    model = timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay).eval().to(device)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval().to(device)
     fast = reduction.apply(model, "ssm_prune", released=True)
     counts = []
     for block in fast.blocks:
@@ -34,20 +38,20 @@ def test_pruned_vim_equals_the_published(device, tmp_path):
     other = golden.image(*meta["image_size"], batch=1, seed=meta["seed"] + 1).to(device)
     with torch.no_grad():
         assert golden.relative_error(fast(image), arrays["logits"]) <= 1e-5
-        assert counts == [197] * 5 + [157] * 5 + [125] * 5 + [101] * 9
+        assert counts == listed_tokens(meta, "into each block")
         assert golden.relative_error(fast(torch.cat([other, image]))[1:], arrays["logits"]) <= 1e-5
 
 
-def tokens_after_blocks(meta: dict) -> list[int]:
-    """Return the numbers of tokens that the golden's note gives, class token included."""
-    note = meta["note"].partition("after each block")[2]
+def listed_tokens(meta: dict, where: str) -> list[int]:
+    """Return the numbers of tokens that the golden's note gives `where`, class token included."""
+    note = meta["note"].partition(where)[2]
     counts = [int(count) for count in note[note.index("[") + 1 : note.index("]")].split(",")]
     return [count + 1 for count in counts] if "without cls" in meta["note"] else counts
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.long] if case.endswith("r8") else []) for case in CASES]
+    "case", [pytest.param(case, marks=[pytest.mark.long] if "_r8" in case else []) for case in CASES]
 )
 def test_logits_equal_the_published(case, device):
     base, method, options = CASES[case]
@@ -61,4 +65,4 @@ def test_logits_equal_the_published(case, device):
     image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
     with torch.no_grad():
         assert golden.relative_error(fast(image.to(device)), arrays["logits"]) <= 1e-5
-    assert counts == tokens_after_blocks(meta)
+    assert counts == listed_tokens(meta, "after each block")

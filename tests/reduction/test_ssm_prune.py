@@ -71,6 +71,26 @@ def test_the_class_token_lies_where_the_head_looks():
     assert (cells.diff(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize(("side", "middle", "kept"), [(96, 18, [18, 8]), (80, 13, [12, 6])])
+def test_the_released_code_takes_the_middle_for_the_class_token(side, middle, kept):
+    """Where the cells are odd in number, as 25 of 80 pixels are, the middle is the cell behind the class token."""
+    model = vim(img_size=side)
+    x, _ = model.embed(image := images(1)[..., :side, :side])
+    left = list(range(x.shape[1]))
+    for index, block in enumerate(model.blocks):
+        forward, backward = block.mixer.directions(block.norm1(x))
+        x = x + block.mixer.merged(forward, backward)
+        if index in (1, 2):
+            score = backward.sum(-1)[0].flip(0).tolist()
+            ranked = sorted((place for place in left if place != middle), key=lambda place: -score[left.index(place)])
+            cells = sorted(ranked[: kept[index - 1]])
+            cells.insert(len(cells) // 2, middle)
+            x, left = x[:, [left.index(place) for place in cells]], cells
+    fast = reduction.apply(model, "ssm_prune", keep_rate=0.5, layers=[1, 2], released=True, trace_source=True)
+    torch.testing.assert_close(fast(image), model.head.fc(model.norm(x)[:, left.index(middle)]))
+    assert fast.forward_tokens(image).position[0].tolist() == left
+
+
 def test_every_cell_has_its_last_value():
     model = vim()
     fast = reduction.apply(model, "ssm_prune", keep_rate=0.5, layers=[1])

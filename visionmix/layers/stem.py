@@ -2,15 +2,24 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visionmix.layers.layout import channels_first
+from visionmix.layers.padding import pad
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
+
+
+def _pad_to_whole(x: Tensor, patch_size: int) -> Tensor:
+    """Return x (batch, channels, height, width), zeros at the bottom and on the right until patches fit."""
+    # Not -side % patch_size: compiled graphs know no remainder of negative numbers.
+    bottom = (patch_size - x.shape[2] % patch_size) % patch_size
+    right = (patch_size - x.shape[3] % patch_size) % patch_size
+    return pad(x, [0, right, 0, bottom])
 
 
 class ConvStem(nn.Module):
@@ -82,7 +91,8 @@ class PatchStem(nn.Module):
     By default the kernel is a patch, patches do not overlap, and pixels beyond the last whole one are not read.
 
     Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim), where a side becomes
-    ``(side + 2 * padding - kernel_size) // stride + 1``: by default ``side // patch_size``.
+    ``(side + 2 * padding - kernel_size) // stride + 1``: by default ``side // patch_size``, with `whole`
+    ``ceil(side / patch_size)``.
 
     Source: the patch embedding of ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), with a norm as in Swin (Liu et al.
     2021, arXiv 2103.14030); with patches that overlap, PVTv2 (Wang et al. 2021, arXiv 2106.13797).
@@ -94,10 +104,17 @@ class PatchStem(nn.Module):
         kernel_size: Rows and columns of the kernel; None for `patch_size`.
         stride: Pixels from one patch to the next; None for `patch_size`.
         padding: Rows and columns of zeros around the image.
+        whole: Whether the image first gets zeros at the bottom and on the right until patches fit, as in Swin's code
+            for detection. Only for patches that do not overlap.
         norm_layer: Makes the norm from `embed_dim`; None for no norm, as in ViT.
         device: Where the parameters lie.
         dtype: Type of the parameters.
+
+    Raises:
+        ValueError: patches overlap or have zeros around them, and `whole` is asked for.
     """
+
+    whole: Final[bool]
 
     def __init__(
         self,
@@ -108,23 +125,36 @@ class PatchStem(nn.Module):
         kernel_size: int | None = None,
         stride: int | None = None,
         padding: int = 0,
+        whole: bool = False,
         norm_layer: Callable[..., nn.Module] | None = _NORM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, stride or patch_size, padding, **dd)
+        kernel_size, stride = kernel_size or patch_size, stride or patch_size
+        if whole and (kernel_size != stride or padding):
+            raise ValueError(
+                f"whole=True needs patches side by side; leave out kernel_size={kernel_size}, stride={stride} and "
+                f"padding={padding}"
+            )
+        self.whole = whole
+        self.stride = stride
+        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding, **dd)
         self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
 
     @torch.jit.ignore
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        (stride, _), (kernel, _), (padding, _) = self.conv1.stride, self.conv1.kernel_size, self.conv1.padding
-        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        if self.whole:
+            return -(-height // self.stride), -(-width // self.stride)
+        (kernel, _), (padding, _) = self.conv1.kernel_size, self.conv1.padding
+        rows, columns = ((side + 2 * padding - kernel) // self.stride + 1 for side in (height, width))
         return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.whole:
+            x = _pad_to_whole(x, self.stride)
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
 
 
@@ -241,8 +271,4 @@ class DeepPatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(self.act1(self.norm1(self.conv1(x))))
-        # Not -side % stride: compiled graphs know no remainder of negative numbers.
-        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
-        right = (self.stride - x.shape[3] % self.stride) % self.stride
-        x = F.pad(x, [0, right, 0, bottom])
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(_pad_to_whole(x, self.stride)).permute(0, 2, 3, 1)

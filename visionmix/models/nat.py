@@ -19,6 +19,7 @@ _NONE = Published()
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 _LINKS = "https://shi-labs.com/projects"
 _DINAT = f"{_LINKS}/dinat/checkpoints/imagenet1k"
+_WHOLE_PATCHES = partial(PatchStem, whole=True)
 _DILATIONS = (8, 4, 2, 1)  # of every other block, by stage: each fills its map at 224 pixels
 
 
@@ -61,7 +62,7 @@ def _dilated(*arguments: Any, **options: Any) -> Variant:
 
 
 def _swin_layout(dim: int, heads: int, depth: int, file: str = "", published: Published = _NONE) -> Variant:
-    options = {"stem_layer": PatchStem, "downsample_layer": PatchMerging, "depths": (2, 2, depth, 2)}
+    options = {"stem_layer": _WHOLE_PATCHES, "downsample_layer": PatchMerging, "depths": (2, 2, depth, 2)}
     return _dilated(dim, heads, depth, 4.0, f"{_DINAT}/{file}", published, **options)
 
 
@@ -69,7 +70,7 @@ def _isotropic(
     dim: int, heads: int, dilation: int, file: str = "", published: Published = _NONE, **options: Any
 ) -> Variant:
     layers = {
-        "stem_layer": PatchStem,
+        "stem_layer": _WHOLE_PATCHES,
         "mlp_layer": mlp,
         "pos_embed": None,
         "norm_layer": partial(nn.LayerNorm, eps=1e-5),

@@ -43,8 +43,10 @@ class SSMPrune(Method):
             its middle.
         released: Whether to do what the published code does, which differs from its paper: no alignment; the score is
             the plain sum over channels of the backward scan alone, read from the sequence's end, so that tokens are
-            scored by those opposite; of the tokens that stay and the class token together there are an odd number.
-            (It keeps the class token in the first image of a batch only; here it stays in all.)
+            scored by those opposite; of the tokens that stay and the class token together there are an odd number;
+            and the class token is looked for in the middle of all tokens, so that from the first pruning on, where the
+            cells are odd in number, the token behind it is taken for it. (It keeps the class token in the first image
+            of a batch only; here it stays in all.)
         trace_source: Whether every pass follows which token holds which cell.
 
     Raises:
@@ -95,6 +97,9 @@ class SSMPrune(Method):
         if keep >= count:
             return tokens
         scores = self._scores(forward.detach(), backward.detach())
+        if self.released:
+            middle = tuple(x.shape[1] // 2 if place else 0 for place in tokens.prefix_positions)
+            tokens = tokens._replace(prefix_positions=middle)
         return pruned(tokens, scores if back is None else scores.gather(1, back), keep)
 
     def _kept(self, rate: float, count: int) -> int:
