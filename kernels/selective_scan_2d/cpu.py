@@ -58,6 +58,7 @@ class _Table:
     """The steps of K orders as the library reads them.
 
     Attributes:
+        arguments: The arguments that name these, and the sizes they have; a call starts from a copy.
         read: int32 (K, steps), the cell of x that a step reads, -1 for a padded step.
         place: the same, the cell of delta, B and C that it reads.
         target: the same, the row of the output that takes a step back, -1 for none; rows are cells, or cells x routes.
@@ -67,6 +68,7 @@ class _Table:
         routes: the number of routes.
     """
 
+    arguments: _Arguments
     read: np.ndarray
     place: np.ndarray
     target: np.ndarray
@@ -94,8 +96,12 @@ def _table(orders: str, height: int, width: int, permute: str, apart: bool) -> _
         first[2] = _covers(target, cells * count)
     else:
         first[2, 0] = _covers(target[0], cells)
-    read, place, target = (_padded(x) for x in (table.index, place, target))
-    return _Table(read, place, target, counts.astype(np.int64), first, count)
+    rows = cells * count if apart else cells
+    arguments = _Arguments(cells=cells, orders=len(used), steps=used.shape[1], rows=rows)
+    arrays = [*(_padded(x) for x in (table.index, place, target)), counts.astype(np.int64), first]
+    for name, array in zip(("read", "place", "target", "counts", "first"), arrays, strict=True):
+        setattr(arguments, name, array.ctypes.data)
+    return _Table(arguments, *arrays, count)
 
 
 def _covers(table: np.ndarray, size: int) -> bool:
@@ -141,51 +147,50 @@ class _Call:
         permute: str,
     ):
         batch, height, width, channels = x.shape
-        apart = merge == "none"
-        self.table = table = _table(orders, height, width, permute, apart)
-        cells = height * width
-        rank = 0 if delta_weight is None else delta_weight.shape[2]
-        rows = cells * table.routes if apart else cells
-        sizes = (batch, cells, channels, A.shape[2], rank, *table.read.shape, rows)
-        sizes = (*sizes, chunk_steps(A.shape[2]), delta_softplus, native.threads())
-        self.arguments = _Arguments(**dict(zip(_NUMBERS, sizes, strict=True)))
-        self.arguments.scale = 1 / table.routes if merge == "mean" else 1
-        for name in ("read", "place", "target", "counts", "first"):
-            setattr(self.arguments, name, getattr(table, name).ctypes.data)
+        self.table = _table(orders, height, width, permute, merge == "none")
+        self.arguments = arguments = _Arguments.from_buffer_copy(self.table.arguments)
+        arguments.batch = batch
+        arguments.channels = channels
+        arguments.states = A.shape[2]
+        arguments.rank = 0 if delta_weight is None else delta_weight.shape[2]
+        arguments.chunk = chunk_steps(A.shape[2])
+        arguments.softplus = delta_softplus
+        arguments.threads = native.threads()
+        arguments.scale = 1 / self.table.routes if merge == "mean" else 1
         self.tensors = []
-        tensors = {"x": x, "delta": delta, "delta_weight": delta_weight, "A": A, "B": B, "C": C, "D": D}
-        tensors["delta_bias"] = delta_bias
-        for name, y in tensors.items():
+        for name, y in (("x", x), ("delta", delta), ("B", B), ("C", C)):
+            self.set_map(name, y)
+        for name, y in (("delta_weight", delta_weight), ("A", A), ("D", D), ("delta_bias", delta_bias)):
             if y is not None:
-                self.set(name, y)
+                self.set_dense(name, y)
 
-    def set(self, name: str, x: Tensor) -> None:
-        x = x.detach().float()
-        if name in _MAPS:
-            x = _one_stride(x)
-            value = _Map(x.data_ptr(), x.stride(0), x.stride(2), x.stride(3) if x.dim() == 5 else 0)
-        else:
+    def set_map(self, name: str, x: Tensor) -> None:
+        """Set a tensor (batch, height, width, features) or (batch, height, width, orders, features)."""
+        x = x.float()
+        strides = x.stride()
+        dense = strides[-1] == 1 or x.shape[-1] == 1
+        if not dense or (x.shape[1] > 1 and strides[1] != x.shape[2] * strides[2]):
             x = x.contiguous()
-            value = x.data_ptr()
-        setattr(self.arguments, name, value)
+            strides = x.stride()
+        order = strides[3] if len(strides) == 5 else 0
+        setattr(self.arguments, name, _Map(x.data_ptr(), strides[0], strides[2], order))
+        self.tensors.append(x)
+
+    def set_dense(self, name: str, x: Tensor) -> None:
+        """Set a tensor that is read, or written, in its own order."""
+        x = x.float().contiguous()
+        setattr(self.arguments, name, x.data_ptr())
         self.tensors.append(x)
 
     def set_rows(self, name: str, x: Tensor) -> None:
         """Set the output or its gradient, whose rows are (cells,) or (cells x routes,)."""
-        x = x.detach().float().contiguous()
+        x = x.float().contiguous()
         setattr(self.arguments, name, _Map(x.data_ptr(), x[0].numel() if len(x) else 0, x.shape[-1], 0))
         self.tensors.append(x)
 
     def run(self, function: str) -> None:
         if getattr(_library(), function)(ctypes.byref(self.arguments)):
             raise MemoryError("not enough memory for the scratch space of selective_scan_2d")
-
-
-def _one_stride(x: Tensor) -> Tensor:
-    """Return the map with one stride over its cells and dense features."""
-    dense = x.stride(-1) == 1 or x.shape[-1] == 1
-    uniform = x.shape[1] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
-    return x if dense and uniform else x.contiguous()
 
 
 def forward(
@@ -217,7 +222,7 @@ def forward(
     # Orders may have fewer chunks than the longest.
     entering = torch.zeros(entering_shape(x, A, call.table.read.shape[1]) if keep_states else 0, dtype=torch.float32)
     if keep_states:
-        call.set("entering", entering)
+        call.set_dense("entering", entering)
     call.run("selective_scan_2d_forward")
     return out.to(x.dtype), entering
 
@@ -248,7 +253,7 @@ def backward(
     if entering is None or entering.dim() == 1:
         _, entering = forward(*tensors, delta_softplus, orders, merge, permute, keep_states=True)
     call = _Call(*tensors, delta_softplus, orders, merge, permute)
-    call.set("entering", entering)
+    call.set_dense("entering", entering)
     call.set_rows("grad_out", grad_out)
     names = ("x", "delta" if delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")
     grads = []
@@ -262,7 +267,8 @@ def backward(
             # Parameters' come with an axis of images, summed here in one order.
             leading = () if name in ("x", "delta") else x.shape[:1]
             grads.append(torch.empty((*leading, *y.shape), dtype=torch.float32))
-        call.set(f"grad_{name}", grads[-1])
+        set_grad = call.set_map if name in ("x", "delta") else call.set_dense
+        set_grad(f"grad_{name}", grads[-1])
     call.run("selective_scan_2d_backward")
     return tuple(
         x.new_empty(0) if y is None else (grad if grad.dim() == y.dim() else grad.sum(0)).to(y.dtype)

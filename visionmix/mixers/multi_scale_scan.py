@@ -87,7 +87,7 @@ class MultiScaleScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = x.permute(0, 3, 1, 2)
+        x = x.contiguous().permute(0, 3, 1, 2)  # copied once here, else by each convolution
         y = self.norm(self.full_scan(self.act(self.full_conv(x)).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         low = self.norm(self.low_scan(self.act(self.low_conv(x)).permute(0, 2, 3, 1))).sum(dim=3).permute(0, 3, 1, 2)
         y = y + F.interpolate(low, size=[height, width], mode="bilinear")
