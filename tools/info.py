@@ -106,7 +106,7 @@ def _weights(family: Family, name: str) -> tuple[str, str]:
 def _equality(name: str) -> str:
     sizes = [path.stem.partition("__")[2] or "built size" for path in sorted(_GOLDENS.glob(f"{name}*.npz"))
              if path.stem.partition("__")[0] == name]  # fmt: skip
-    return ", ".join(sizes) or "no published code"
+    return ", ".join(sizes) or "not compared"
 
 
 def show(name: str, img_size: int | None, console: Console) -> None:

@@ -58,28 +58,23 @@ class _Table:
     """The steps of K orders as the library reads them.
 
     Attributes:
-        arguments: The arguments that name these, and the sizes they have; a call starts from a copy.
-        read: int32 (K, steps), the cell of x that a step reads, -1 for a padded step.
-        place: the same, the cell of delta, B and C that it reads.
-        target: the same, the row of the output that takes a step back, -1 for none; rows are cells, or cells x routes.
-        counts: int64 (K,), the steps that matter: padding at the end does not.
-        first: int32 (3, K), whether an order is the first to reach every cell of x, of its own delta, B and C, and
-            every row of the output, each of them once.
-        routes: the number of routes.
+        arguments: The arguments that hold these steps and their sizes; a call starts from a copy.
+        arrays: What the arguments point to: `read`, `place` and `target`, int32 (K, steps), the cell of x that a step
+            reads, that of delta, B and C, and the row of the output that takes it back, -1 for none; `counts`, int64
+            (K,), the steps that matter, since padding at the end does not; and `first`, int32 (3, K), whether an order
+            is the first to reach every cell of x, of its own delta, B and C, and every row of the output, each of them
+            once. Rows are cells, or cells x routes.
+        routes: The number of routes.
     """
 
     arguments: _Arguments
-    read: np.ndarray
-    place: np.ndarray
-    target: np.ndarray
-    counts: np.ndarray
-    first: np.ndarray
+    arrays: tuple[np.ndarray, ...]
     routes: int
 
 
 @lru_cache(maxsize=64)
 def _table(orders: str, height: int, width: int, permute: str, apart: bool) -> _Table:
-    """Return the tables of orders whose routes are kept apart or added up."""
+    """Return the table of orders, whose routes have rows of their own in the output if `apart`, else common ones."""
     table = routes(orders, height, width, permute)
     count, cells = table.inverse.shape
     # An order's inverse names each of its steps at most once.
@@ -98,10 +93,10 @@ def _table(orders: str, height: int, width: int, permute: str, apart: bool) -> _
         first[2, 0] = _covers(target[0], cells)
     rows = cells * count if apart else cells
     arguments = _Arguments(cells=cells, orders=len(used), steps=used.shape[1], rows=rows)
-    arrays = [*(_padded(x) for x in (table.index, place, target)), counts.astype(np.int64), first]
+    arrays = (*(_padded(x) for x in (table.index, place, target)), counts.astype(np.int64), first)
     for name, array in zip(("read", "place", "target", "counts", "first"), arrays, strict=True):
         setattr(arguments, name, array.ctypes.data)
-    return _Table(arguments, *arrays, count)
+    return _Table(arguments, arrays, count)
 
 
 def _covers(table: np.ndarray, size: int) -> bool:
@@ -220,7 +215,7 @@ def forward(
     out = torch.empty(shape, dtype=torch.float32)
     call.set_rows("out", out)
     # Orders may have fewer chunks than the longest.
-    entering = torch.zeros(entering_shape(x, A, call.table.read.shape[1]) if keep_states else 0, dtype=torch.float32)
+    entering = torch.zeros(entering_shape(x, A, call.arguments.steps) if keep_states else 0, dtype=torch.float32)
     if keep_states:
         call.set_dense("entering", entering)
     call.run("selective_scan_2d_forward")

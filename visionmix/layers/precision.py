@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32 where it is of half precision, else itself."""
+    """Return `x` in float32 where it is of half precision, else itself; any shape."""
     return _at_least_float32(x)  # what torch.fx.wrap leaves whole it finds by the name in its own module alone
 
 

@@ -139,22 +139,21 @@ class PatchStem(nn.Module):
                 f"padding={padding}"
             )
         self.whole = whole
-        self.stride = stride
         self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding, **dd)
         self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
 
     @torch.jit.ignore
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of the map of an image of `height` by `width` pixels."""
+        (stride, _), (kernel, _), (padding, _) = self.conv1.stride, self.conv1.kernel_size, self.conv1.padding
         if self.whole:
-            return -(-height // self.stride), -(-width // self.stride)
-        (kernel, _), (padding, _) = self.conv1.kernel_size, self.conv1.padding
-        rows, columns = ((side + 2 * padding - kernel) // self.stride + 1 for side in (height, width))
+            return -(-height // stride), -(-width // stride)
+        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
         return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
         if self.whole:
-            x = _pad_to_whole(x, self.stride)
+            x = _pad_to_whole(x, self.conv1.stride[0])
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
 
 
