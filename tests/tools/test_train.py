@@ -1,4 +1,4 @@
-"""Training runs from end to end: results, stopping and going on, failures on the way."""
+"""Trainer runs from end to end: results, stopping and going on, failures on the way."""
 
 import csv
 import errno
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from visionmix.tools import checkpoint, train, validate
-from visionmix.tools.training import Training
+from visionmix.tools.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "unreadable")
@@ -26,14 +26,14 @@ def run(recipe_file, tree, output, *more):
 
 def at_step(monkeypatch, step, act):
     """Call `act` in the middle of the training step numbered `step`, counted over the whole run."""
-    update = Training._update
+    update = Trainer._update
 
     def acting(self, batch):
         if self.step + 1 == step:
             act(self)
         return update(self, batch)
 
-    monkeypatch.setattr(Training, "_update", acting)
+    monkeypatch.setattr(Trainer, "_update", acting)
 
 
 def same(first: Path, second: Path) -> None:
@@ -185,13 +185,13 @@ def test_an_all_broken_training_set_is_an_error(recipe_file, tree, tmp_path, cut
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--model", "vig_zz"), ("model='vig_zz' is not known; did you mean",)),
+        (("--model", "vig_zz"), ("model='vig_zz' is not known (did you mean 'vig_",)),
         (("--set", "model.kwargs.depht=3"), ("does not take these arguments", "depht")),
         (("--img-size", "48"), ("does not take RGB images of image_size=48", "model.kwargs.img_size=48")),
         (("--set", "optimizer.name=adamww"), ("optimizer.name='adamww'",)),
         (("--set", "optimizer.kwargs.beta=3"), ("does not take kwargs", "beta")),
         (("--batch-size", "64"), ("has 18 images", "lower data.batch_size")),
-        (("--set", "optimizer.learning=3"), ("did you mean optimizer.",)),
+        (("--set", "optimizer.learning=3"), ("did you mean 'optimizer.",)),
         (("--device", "cuda:77"), ("--device 'cuda:77' cannot be used",)),
         (("--data", "/nowhere"), ("data folder /nowhere does not exist",)),
         (("--resume", "/nowhere/last.pt"), ("checkpoint /nowhere/last.pt does not exist",)),

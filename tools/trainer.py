@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from visionmix.tools import build, checkpoint, data
+from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_paths
 from visionmix.tools.recipe import Recipe, to_dict
 
-_logger = logging.getLogger("visionmix.tools.training")
+_logger = logging.getLogger("visionmix.tools.trainer")
 
 
 class Interrupted(Exception):
@@ -58,7 +58,7 @@ class Stop:
             raise Interrupted
 
 
-class Training:
+class Trainer:
     """All that changes during a run, and what it takes to make an epoch of it.
 
     Args:
@@ -81,12 +81,12 @@ class Training:
         )  # fmt: skip
         self.epoch, self.step, self.history = 0, 0, []
         data.seed_everything(recipe.train.seed)
-        self.model = build.create_model(
+        self.model = models.create_model(
             recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
         ).to(device)
-        build.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
+        models.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
         wanted = recipe.data
-        self.input = build.model_input(
+        self.input = models.model_input(
             self.model,
             image_size=wanted.image_size,
             interpolation="bicubic" if wanted.interpolation == "random" else wanted.interpolation,
@@ -299,23 +299,23 @@ class Training:
 
 
 @torch.inference_mode()
-def predict_some(training: Training, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
+def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
     """Return (images, true, predicted, sure) of `count` test images drawn at random, those that can be read."""
-    rng = np.random.default_rng(training.recipe.train.seed)
+    rng = np.random.default_rng(trainer.recipe.train.seed)
     chosen = np.sort(rng.choice(len(dataset), min(count, len(dataset)), replace=False))
     rng.shuffle(chosen)
     images, true, predicted, sure = [], [], [], []
-    model = training.tested.eval()
+    model = trainer.tested.eval()
     for index in chosen:
         try:
             image, target = dataset.load(int(index))
         except data.UNREADABLE:
             continue
-        with autocast(training.device, training.recipe.train.amp):
-            logits = model(dataset.transform(image)[None].to(training.device))
+        with autocast(trainer.device, trainer.recipe.train.amp):
+            logits = model(dataset.transform(image)[None].to(trainer.device))
         probability, guess = logits.float().softmax(1)[0].max(0)
         images.append(image)
-        true.append(training.classes[target])
-        predicted.append(training.classes[int(guess)])
+        true.append(trainer.classes[target])
+        predicted.append(trainer.classes[int(guess)])
         sure.append(float(probability))
     return images, true, predicted, sure
