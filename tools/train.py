@@ -23,10 +23,6 @@ from visionmix.tools import checkpoint, data, models, pictures, recipe
 from visionmix.tools.display import Display, duration
 from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
-COLUMNS = (
-    "epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "images_per_second", "seconds", "unreadable",
-)  # fmt: skip
-
 # Flags for what is changed most often; everything else goes by --set.
 FLAGS = {
     "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
@@ -105,7 +101,7 @@ def write_summary(path: Path, history: list[dict]) -> None:
 
     def write(aside: Path) -> None:
         with aside.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS)
+            table = csv.DictWriter(file, dict.fromkeys(column for row in history for column in row))
             table.writeheader()
             table.writerows(history)
 
@@ -138,6 +134,7 @@ def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, displa
             "images_per_second": trainer.steps * trainer.recipe.data.batch_size * trainer.world / trained,
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),
+            **{f"loss_{name}": value.item() for name, value in trainer.own_losses.items()},
         }
         best = trainer.finish_epoch(row)
         display.end_epoch(row, best)
