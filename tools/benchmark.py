@@ -80,7 +80,7 @@ def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: 
     """Return the row of one model."""
     timing.wait_until_quiet()
     call = _call(name, img_size, batch, train, device, amp)
-    time = timing.measure(call, device)
+    time = timing.measure(call)
     cost = info.measure(_build(name, img_size), (3, img_size, img_size))
     gmacs = sum(cost.macs.values()) / 1e9
     arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
