@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 _BUSY = 0.10  # of one core
 _AGREE = 0.10
@@ -65,6 +64,8 @@ def measure(call: Callable[[], object]) -> Time:
     Raises:
         NoisyMachine: no two rounds in a row agreed.
     """
+    from torch.utils.benchmark import Timer  # logs a line where there is a CUDA toolkit and no GPU
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     medians: list[float] = []
     for _ in range(_ROUNDS):
