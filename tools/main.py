@@ -1,4 +1,4 @@
-"""The `visionmix` command: what a clone has in tools/, after pip install."""
+"""The `visionmix` command: after pip install it runs the scripts that a clone has in tools/."""
 
 import importlib
 import sys

@@ -68,7 +68,7 @@ def draw_trade_off(
     Args:
         accuracy: percent, by name.
         against: cost, by name.
-        label: what the cost is, and in which unit.
+        label: name and unit of the cost.
         path: PNG to write.
         groups: names by the group that they belong to, two at most, each drawn in a colour of its own.
     """
