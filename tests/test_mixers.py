@@ -51,10 +51,10 @@ def test_the_mixers_that_scan():
 
 
 def test_a_mixer_of_maps_is_refused_beside_a_class_token():
-    options = {"mixer": "conv", "class_token": "first", "global_pool": "token"}
-    with pytest.raises(ValueError, match="mixer='conv' reads whole maps and cannot serve beside a class token"):
+    options = {"mixer": "conv", "prefix_tokens": "first", "global_pool": "token"}
+    with pytest.raises(ValueError, match="DepthwiseConv reads whole maps and cannot serve beside prefix tokens"):
         timm.create_model("test_plain", **options)
-    with pytest.raises(ValueError, match=r"lepe.*reads whole maps"):
+    with pytest.raises(ValueError, match="LinearAttention reads whole maps"):
         timm.create_model("test_plain", **options | {"mixer": {"name": "linear", "lepe": 3}})
 
 

@@ -31,8 +31,8 @@ def test_the_averaging_hooks_copies_are_left_out():
 def test_only_the_smallest_models_first_block_ends_in_a_convolution():
     with torch.device("meta"):
         small, large = (timm.create_model(f"plainmamba_l{size}") for size in (1, 2))
-    assert [block.has_tail for block in small.blocks] == [True] + [False] * 23
-    assert not any(block.has_tail for block in large.blocks)
+    assert [hasattr(block, "tail") for block in small.blocks] == [True] + [False] * 23
+    assert not any(hasattr(block, "tail") for block in large.blocks)
 
 
 def test_the_stem_pads_until_patches_fit():
@@ -83,5 +83,5 @@ def test_options_that_do_not_fit():
 
 
 def test_a_block_with_a_tail_takes_whole_maps():
-    with pytest.raises(ValueError, match="block 0 with mixer='softmax' reads whole maps"):
-        timm.create_model("test_plainmamba", mixer="softmax", num_heads=2, class_token="first", global_pool="token")
+    with pytest.raises(ValueError, match="block 0, a _LocalBlock, reads whole maps"):
+        timm.create_model("test_plainmamba", mixer="softmax", num_heads=2, prefix_tokens="first", global_pool="token")

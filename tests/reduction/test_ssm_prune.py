@@ -124,7 +124,7 @@ def test_default_layers_are_the_published():
 
 
 def test_without_a_class_token():
-    model = vim(class_token=None, global_pool="avg")
+    model = vim(prefix_tokens=None, global_pool="avg")
     fast = reduction.apply(model, "ssm_prune", keep_rate=0.5, layers=[1])
     assert fast(images()).shape == (2, 1000)
     assert fast.forward_features(images()).shape == (2, 6, 6, 32)

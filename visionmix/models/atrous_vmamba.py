@@ -16,7 +16,7 @@ from visionmix.layers import mlp
 from visionmix.models.family import Variant, register_family
 from visionmix.models.weights import KeyMap
 
-_WIDENING = [{"name": "atrous_scan", "rate": 1}, {"name": "atrous_scan", "rate": 2}]
+_WIDENING = {"cycle": [{"name": "atrous_scan", "rate": 1}, {"name": "atrous_scan", "rate": 2}]}
 _MIXERS = [_WIDENING, _WIDENING, _WIDENING, {"name": "atrous_scan", "rate": 1}]
 
 

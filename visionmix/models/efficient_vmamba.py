@@ -4,31 +4,30 @@ Source: EfficientVMamba (Pei et al. 2024, arXiv 2403.09977). The mixers are `vis
 `InvertedResidualMixer`.
 """
 
+from functools import partial
 from typing import Any
 
+from timm.layers import LayerNorm
 from torch import nn
 
 from visionmix.backbones import Hierarchical
-from visionmix.backbones.block import Block
-from visionmix.layers import PatchMerging, PatchStem
+from visionmix.layers import PatchMerging, patch_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.vmamba import RENAME as VMAMBA_NAMES
 from visionmix.models.weights import KeyMap, reshape_to
 
 _NONE = Published()
-
-
-def _bare_block(mixer: nn.Module, dim: int, **options: Any) -> Block:
-    """Return a block without a norm before the mixer: MobileNet's blocks have their own inside."""
-    return Block(mixer, dim, **(options | {"norm_layer": nn.Identity}))
+_NORM = partial(LayerNorm, eps=1e-5)
 
 
 _LAYERS = {
-    "stem_layer": PatchStem,
+    "stem_layer": patch_stem,
     "downsample_layer": PatchMerging,
     "mlp_layer": None,
     "mixer": ["efficient_scan", "efficient_scan", "inverted_residual", "inverted_residual"],
-    "block_layer": [Block, Block, _bare_block, _bare_block],
+    # MobileNet's blocks have norms of their own inside, and none before.
+    "norm_layer": [_NORM, _NORM, nn.Identity, nn.Identity],
+    "final_norm_layer": _NORM,
 }
 
 

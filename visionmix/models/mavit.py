@@ -11,21 +11,20 @@ from typing import Any
 from timm.layers import LayerNorm
 from torch import nn
 
-from visionmix.backbones import Hierarchical
-from visionmix.backbones.block import Block
-from visionmix.layers import BatchNorm, ConvDownsample, ConvMlp, ConvPosition, DeepConvStem, ProjectionHead
+from visionmix.backbones import Block, Hierarchical
+from visionmix.layers import BatchNorm, ConvDownsample, ConvMlp, ConvPosition, ProjectionHead, deep_conv_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap, reshape_to
 
 _NONE = Published()
 _SOFTMAX = {"name": "softmax", "rotary": True, "lepe": 5, "gate": True}
 _LAYERS = {
-    "stem_layer": DeepConvStem,
+    "stem_layer": deep_conv_stem,
     "downsample_layer": partial(ConvDownsample, norm_layer=BatchNorm),
     "block_layer": partial(Block, pos_layer=ConvPosition),
     "mlp_layer": partial(ConvMlp, mlp_ratio=3.5, act_first=True),
     "norm_layer": partial(LayerNorm, eps=1e-6),
-    "final_norm": False,
+    "final_norm_layer": None,
     "layer_scale": 1.0,
 }
 

@@ -9,13 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionmix.backbones import Hierarchical
-from visionmix.layers import ConvMlp, PatchMerging, PatchStem
+from visionmix.layers import ConvMlp, PatchMerging, patch_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.vmamba import RENAME as VMAMBA_NAMES
 from visionmix.models.weights import KeyMap, reshape_to
 
 _NONE = Published()
-_LAYERS = {"stem_layer": PatchStem, "downsample_layer": PatchMerging, "mlp_layer": ConvMlp, "mixer": "multi_scale_scan"}
+_LAYERS = {
+    "stem_layer": patch_stem,
+    "downsample_layer": PatchMerging,
+    "mlp_layer": ConvMlp,
+    "mixer": "multi_scale_scan",
+}
 
 
 def _variant(dim: int, depth: int, folder: str = "", published: Published = _NONE, **options: Any) -> Variant:

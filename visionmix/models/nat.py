@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from visionmix.backbones import Hierarchical, Plain
-from visionmix.layers import ConvDownsample, ConvStem, PatchMerging, PatchStem, mlp
+from visionmix.layers import ConvDownsample, PatchMerging, conv_stem, mlp, patch_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap
 
@@ -19,13 +19,13 @@ _NONE = Published()
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 _LINKS = "https://shi-labs.com/projects"
 _DINAT = f"{_LINKS}/dinat/checkpoints/imagenet1k"
-_WHOLE_PATCHES = partial(PatchStem, whole=True)
+_WHOLE_PATCHES = partial(patch_stem, whole=True)
 _DILATIONS = (8, 4, 2, 1)  # of every other block, by stage: each fills its map at 224 pixels
 
 
 def _mixers(dilations: Sequence[int] | None) -> Any:
     """Return the mixers: all alike, or in each stage an undilated one and a dilated one in turn."""
-    return [["na", {"name": "na", "dilation": each}] for each in dilations] if dilations else "na"
+    return [{"cycle": ["na", {"name": "na", "dilation": each}]} for each in dilations] if dilations else "na"
 
 
 def _weights(address: str) -> dict[str, str]:
@@ -44,7 +44,7 @@ def _variant(
     **options: Any,
 ) -> Variant:
     layers = {
-        "stem_layer": partial(ConvStem, between=False),
+        "stem_layer": partial(conv_stem, between=False),
         "downsample_layer": partial(ConvDownsample, bias=False),
         "mlp_layer": partial(mlp, mlp_ratio=mlp_ratio),
         "mixer": _mixers(dilations),
@@ -75,7 +75,7 @@ def _isotropic(
         "pos_embed": None,
         "norm_layer": partial(nn.LayerNorm, eps=1e-5),
     }
-    mixer = ["na", {"name": "na", "dilation": dilation}]
+    mixer = {"cycle": ["na", {"name": "na", "dilation": dilation}]}
     address = f"{_LINKS}/dinat/checkpoints/isotropic/{file}" if file else ""
     sizes = {"embed_dim": dim, "num_heads": heads, "mixer": mixer}
     return Variant(Plain, layers | sizes | options, _weights(address), published)
@@ -127,7 +127,7 @@ def key_map(model: nn.Module) -> KeyMap:
         stem = [(r"^patch_embed\.proj\.(?=[a-z])", "stem.conv1."), (r"^patch_embed\.norm\.", "stem.norm1.")]
         return KeyMap(rename=[*stem, *_NAMES, (r"^layers\.", "blocks.")])
     stages = [_DOWNSAMPLE, (r"^(levels|layers)\.", "stages.")]
-    if isinstance(model.stem, PatchStem):
+    if not hasattr(model.stem, "conv2"):
         stem = [(r"^patch_embed\.proj\.(?=[a-z])", "stem.conv1."), (r"^patch_embed\.norm\.", "stem.norm1.")]
         return KeyMap(rename=[*stem, *_NAMES, *stages])
     conv = [(r"^patch_embed\.norm\.", "stem.norm2."), (r"\.downsample\.reduction\.", ".downsample.conv.")]

@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 from timm.layers import LayerNorm
-from torch import nn
+from torch import Tensor, nn
 
-from visionmix.backbones import Plain
-from visionmix.backbones.block import TokenBlock
-from visionmix.layers import DeepPatchStem, DepthwiseConv
+from visionmix.backbones import Block, Plain
+from visionmix.layers import DepthwiseConv, deep_patch_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap, reshape_to
 
@@ -28,27 +27,31 @@ _LAYERS = {
 
 
 def _variant(dim: int, depth: int, convs: int, file: str = "", published: Published = _NONE, **options: Any) -> Variant:
-    sizes = {"embed_dim": dim, "depth": depth, "stem_layer": partial(DeepPatchStem, depth=convs)}
+    sizes = {"embed_dim": dim, "depth": depth, "stem_layer": partial(deep_patch_stem, depth=convs)}
     weights = {"url": f"{_FILES}/{file}"} if file else {}
     return Variant(Plain, _LAYERS | sizes | options, weights, published)
 
 
-def _local_first(depth: int) -> list:
-    """The smallest model's first block ends in a convolution that the whole stream passes, without a residual."""
-    return [partial(TokenBlock, tail_layer=DepthwiseConv)] + [TokenBlock] * (depth - 1)
+class _LocalBlock(nn.Module):
+    """A block without a feed-forward and, behind it, a convolution that the whole stream passes, without a residual."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__()
+        block = Block(dim, **options)
+        self.norm1, self.mixer, self.scale1 = block.norm1, block.mixer, block.scale1
+        self.tail = DepthwiseConv(dim, device=options["device"], dtype=options["dtype"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.scale1(x, self.mixer(self.norm1(x))))
 
 
 # The paper's 7.3, 25.7 and 50.5 M parameters are those without the classifier, cut and not rounded: 7.36, 25.76, 50.51.
 VARIANTS = {
-    "plainmamba_l1": _variant(192, 24, 1, "l1.pth", Published(top1=77.9), block_layer=_local_first(24)),
+    "plainmamba_l1": _variant(192, 24, 1, "l1.pth", Published(top1=77.9), block_layer=[_LocalBlock, *[Block] * 23]),
     "plainmamba_l2": _variant(384, 24, 2, "l2.pth", Published(top1=81.6)),
     "plainmamba_l3": _variant(448, 36, 2, "l3.pth", Published(top1=82.3)),
-    "test_plainmamba": _variant(32, 3, 1, img_size=96, block_layer=_local_first(3)),
+    "test_plainmamba": _variant(32, 3, 1, img_size=96, block_layer=[_LocalBlock, Block, Block]),
 }
-
-
-def _conv_or_norm(index: int) -> tuple[int, str]:
-    return index // 3, ("conv", "bn")[index % 3]
 
 
 _NAMES = [
@@ -57,8 +60,10 @@ _NAMES = [
     (r"^patch_embed\.stem\.0\.", "stem.conv1."),
     (r"^patch_embed\.stem\.1\.", "stem.norm1."),
     # Convolution, norm and activation follow each other in one list.
-    (r"^patch_embed\.convs\.(\d+)\.", lambda match: "stem.convs.{}.{}.".format(*_conv_or_norm(int(match[1])))),
-    (r"^patch_embed\.projection\.", "stem.proj."),
+    (
+        r"^patch_embed\.convs\.(\d+)\.",
+        lambda match: f"stem.{('conv', 'norm')[int(match[1]) % 3]}{int(match[1]) // 3 + 2}.",
+    ),
     (r"^layers\.", "blocks."),
     (r"(\.\d+)\.norm\.", r"\1.norm1."),
     (r"\.dw\.0\.", ".tail.conv."),
@@ -76,8 +81,9 @@ _NAMES = [
 
 def key_map(model: nn.Module) -> KeyMap:
     """Return the map from the published files' keys to those of `model`."""
+    last = max(name for name, _ in model.stem.named_children() if name.startswith("conv"))
     return KeyMap(
-        rename=_NAMES,
+        rename=[*_NAMES, (r"^(patch_embed\.projection|stem\.proj)\.", f"stem.{last}.")],
         drop={r"^ema_": "the averaging hook's other copy of the weights; the plain keys have the average"},
         transform=reshape_to(model),
     )

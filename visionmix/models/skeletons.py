@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from visionmix.backbones import Hierarchical, Plain
-from visionmix.layers import PatchStem, mlp
+from visionmix.layers import mlp, patch_stem
 from visionmix.models.family import Variant, register_family
 from visionmix.models.weights import KeyMap
 
@@ -25,7 +25,7 @@ def _pyramid(dim: int, heads: int, depth: int, **options: Any) -> Variant:
 
 
 def _plain(dim: int, heads: int, **options: Any) -> Variant:
-    layers = {"mixer": "softmax", "mlp_layer": mlp, "stem_layer": PatchStem}
+    layers = {"mixer": "softmax", "mlp_layer": mlp, "stem_layer": patch_stem}
     return Variant(Plain, layers | {"embed_dim": dim, "num_heads": heads} | options)
 
 

@@ -11,18 +11,18 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from visionmix.backbones import Plain
-from visionmix.layers import PatchStem
+from visionmix.layers import patch_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap, reshape_to, split_class_position
 
 _NONE = Published()
 _LAYERS = {
     "depth": 24,
-    "stem_layer": partial(PatchStem, norm_layer=None),
+    "stem_layer": partial(patch_stem, norm_layer=None),
     "mixer": "bidirectional_mamba",
     "mlp_layer": None,
     "norm_layer": partial(RmsNorm, eps=1e-5),
-    "class_token": "middle",
+    "prefix_tokens": "middle",
     "global_pool": "token",
 }
 

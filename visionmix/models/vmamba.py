@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from visionmix.backbones import Hierarchical
-from visionmix.layers import PatchMerging, PatchStem, mlp
+from visionmix.layers import PatchMerging, mlp, patch_stem
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap, reshape_to
 
@@ -30,7 +30,7 @@ def _variant(
 
 
 def _first_version(dim: int, depth: int, file: str = "", published: Published = _NONE, **options: Any) -> Variant:
-    layers = {"stem_layer": PatchStem, "downsample_layer": PatchMerging, "mlp_layer": None}
+    layers = {"stem_layer": patch_stem, "downsample_layer": PatchMerging, "mlp_layer": None}
     mixer = {"name": "cross_scan", "expand": 2.0, "states": 16, "gate": True, "conv_bias": True}
     return Variant(
         Hierarchical,
@@ -89,7 +89,7 @@ _PATCH_MERGING = [(r"\.downsample\.1\.", ".downsample.norm."), (r"\.downsample\.
 
 def key_map(model: nn.Module) -> KeyMap:
     """Return the map from the published files' keys to those of `model`."""
-    downsample = _PATCH_MERGING if isinstance(model.stem, PatchStem) else _CONV_DOWNSAMPLE
+    downsample = _PATCH_MERGING if not hasattr(model.stem, "conv2") else _CONV_DOWNSAMPLE
     return KeyMap(rename=RENAME + downsample, transform=reshape_to(model))
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import PatchStem, mlp
+from visionmix.layers import mlp, patch_stem
 from visionmix.models.hosts import mixers_by_letter
 
 NAMES = [
@@ -53,6 +53,6 @@ def cswin(
         "depths": depths,
         "num_heads": tuple(num_heads << stage for stage in range(len(depths))),
         "mixer": mixers_by_letter(layout, depths, mixer, stripes),
-        "stem_layer": partial(PatchStem, kernel_size=7, padding=2),
+        "stem_layer": partial(patch_stem, kernel_size=7, padding=2),
         "mlp_layer": mlp,
     }

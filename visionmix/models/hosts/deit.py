@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import PatchStem, mlp
+from visionmix.layers import mlp, patch_stem
 
-_STEM = partial(PatchStem, norm_layer=None)
+_STEM = partial(patch_stem, norm_layer=None)
 
 NAMES = [
     (r"^patch_embed\.proj\.", "stem.conv1."),
@@ -28,7 +28,7 @@ def deit(embed_dim: int, num_heads: int, mixers: Sequence[MixerSpec]) -> dict[st
         "depth": len(mixers),
         "num_heads": num_heads,
         "mixer": list(mixers),
-        "class_token": "first",
+        "prefix_tokens": "first",
         "global_pool": "token",
         "stem_layer": _STEM,
         "mlp_layer": mlp,

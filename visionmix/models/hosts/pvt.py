@@ -10,7 +10,7 @@ from typing import Any
 from timm.layers import LayerNorm
 
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import ConvDownsample, ConvMlp, PatchStem, PositionEmbedding, mlp
+from visionmix.layers import ConvDownsample, ConvMlp, PositionEmbedding, mlp, patch_stem
 
 _Mixers = MixerSpec | list[MixerSpec | list[MixerSpec]]
 
@@ -49,11 +49,11 @@ def pvt(
         mlp_ratios: Hidden width of each stage's feed-forwards over its channels.
     """
     return {
-        "stem_layer": PatchStem,
+        "stem_layer": patch_stem,
         "downsample_layer": partial(ConvDownsample, kernel_size=2),
         "pos_embed": partial(PositionEmbedding, mode="bilinear"),
         "mlp_layer": [partial(mlp, mlp_ratio=ratio) for ratio in mlp_ratios],
-        "final_norm": False,
+        "final_norm_layer": None,
         **_sizes(embed_dims, depths, mixer, num_heads),
     }
 
@@ -71,11 +71,11 @@ def pvt_v2(
     ends in a norm.
     """
     return {
-        "stem_layer": partial(PatchStem, kernel_size=7, padding=3),
+        "stem_layer": partial(patch_stem, kernel_size=7, padding=3),
         "downsample_layer": ConvDownsample,
         "mlp_layer": [partial(ConvMlp, mlp_ratio=ratio, residual=False) for ratio in mlp_ratios],
-        "stage_norm": True,
-        "final_norm": False,
+        "stage_norm_layer": "same",
+        "final_norm_layer": None,
         **_sizes(embed_dims, depths, mixer, num_heads),
     }
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import PatchMerging, PatchStem, mlp
+from visionmix.layers import PatchMerging, mlp, patch_stem
 from visionmix.models.hosts import mixers_by_letter
 
 NAMES = [
@@ -59,7 +59,7 @@ def swin(
         "depths": depths,
         "num_heads": tuple(num_heads << stage for stage in range(len(depths))),
         "mixer": mixers_by_letter(layout, depths, mixer, window),
-        "stem_layer": PatchStem,
+        "stem_layer": patch_stem,
         "downsample_layer": PatchMerging,
         "mlp_layer": mlp,
     }
