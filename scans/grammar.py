@@ -8,7 +8,6 @@
 top to bottom, and `reversed` reads it from its last step, padding included, to its first.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from visionmix.registry import close_matches
 from visionmix.scans import curves, windows
 from visionmix.scans.hilbert import hilbert
 
@@ -75,7 +75,7 @@ def _nearest(part: str) -> str:
     numbers = "".join(f"_{number}" for number in re.findall(r"\d+", part))
     bases = [key + numbers if base.numbers else key for key, base in BASES.items()]
     modified = [f"{base}_{modifier}" for base in bases for modifier in MODIFIERS]
-    found = difflib.get_close_matches(part, bases + modified, n=1, cutoff=0.5)
+    found = close_matches(part, bases + modified, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -1,7 +1,6 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
 import ast
-import difflib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
 from visionmix import reduction
+from visionmix.registry import close_matches
 from visionmix.tools import checkpoint
 
 
@@ -42,7 +42,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: at an unknown name, with the nearest ones, or at an argument that the model does not take.
     """
     if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+        close = close_matches(name, timm.list_models(), 3, 0.4)
         raise ValueError(
             f"model={name!r} is not known; did you mean {', '.join(close) or 'one of timm.list_models()'}?"
         )

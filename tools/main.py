@@ -1,8 +1,9 @@
 """The `visionmix` command: what a clone has in tools/, after pip install."""
 
-import difflib
 import importlib
 import sys
+
+from visionmix.registry import close_matches
 
 # Imported only when asked for: each brings much of its own.
 COMMANDS = {
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = argv[0].replace("_", "-")
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, 1, 0.0)[0]
+        close = close_matches(command, COMMANDS, cutoff=0.0)[0]
         print(f"visionmix: no command {argv[0]!r}; did you mean {close}?\n\n{usage()}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"visionmix.tools.{COMMANDS[command][0]}")

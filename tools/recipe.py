@@ -9,7 +9,6 @@ A recipe is named by its path, or by its name inside the package: `imagenet/vig_
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from visionmix.registry import close_matches
 
 
 @dataclass
@@ -176,7 +177,7 @@ def _unknown(key: str, value: object, source: str) -> ValueError:
     known = _known_keys() if "." in key else [section.name for section in dataclasses.fields(Recipe)] + ["base"]
     leaf = key.rsplit(".", 1)[-1]
     elsewhere = [name for name in _known_keys() if name.rsplit(".", 1)[-1] == leaf]
-    nearest = elsewhere or difflib.get_close_matches(key, known, 1, 0.0)
+    nearest = elsewhere or close_matches(key, known, cutoff=0.0)
     section = f"{key.split('.')[0]}."
     others = ", ".join(name.removeprefix(section) for name in known if "." not in key or name.startswith(section))
     return ValueError(
@@ -306,7 +307,7 @@ def find(name: str, ending: str = "yaml") -> Path:
         if path.is_file():
             return path
     have = sorted(str(path.relative_to(packaged)) for path in packaged.glob(f"*/*.{ending}"))
-    close = difflib.get_close_matches(name, have, 3, 0.3) or have
+    close = close_matches(name, have, 3, 0.3) or have
     raise FileNotFoundError(f"there is no recipe {name!r}, neither as a file nor in the package: {', '.join(close)}")
 
 

@@ -1,4 +1,4 @@
-"""PlainMamba: what its published code does otherwise than its paper, its files and its sizes."""
+"""PlainMamba: where its published code differs from its paper, its files, and its sizes."""
 
 import golden
 import pytest
@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.models import plainmamba
-from visionmix.models.weights import load_weights
+from visionmix.models import load_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -24,7 +23,7 @@ def test_the_averaging_hooks_copies_are_left_out():
     tensors = golden.state_dict(golden.load("plainmamba_l1")[0])
     copies = {"ema_" + key.replace(".", "_"): value for key, value in tensors.items()}
     model = timm.create_model("plainmamba_l1")
-    load_weights(model, tensors | copies, plainmamba.key_map(model), name="plainmamba_l1")
+    load_checkpoint(model, tensors | copies)
     assert torch.equal(model.pos_embed.weight.flatten(1, 2), tensors["backbone.pos_embed"])
 
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from visionmix.names import Registry
 from visionmix.reduction.tokens import Tokens
+from visionmix.registry import Registry
 
 
 class Method(ABC):
