@@ -14,7 +14,7 @@ from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.stem import conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
-from visionmix.names import nearest
+from visionmix.registry import nearest
 
 Layer = Callable[..., nn.Module]
 LayerSpec = str | Mapping[str, Any] | Layer | None
