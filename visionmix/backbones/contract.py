@@ -93,13 +93,20 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that optimisers should not decay: embeddings of positions and of class tokens, and what
-        a mixer marks so.
+        """Return the parameters that optimisers should not decay.
+
+        These are the embeddings of positions and of class tokens, and of any module with a class attribute `undecayed`
+        the parameters that it names. An attribute of the parameters themselves would not outlive a copy.
         """
+        named = {
+            f"{prefix}.{leaf}" if prefix else leaf
+            for prefix, module in self.named_modules()
+            for leaf in getattr(module, "undecayed", ())
+        }
         return {
             name
-            for name, value in self.named_parameters()
-            if getattr(value, "_no_weight_decay", False) or "pos_embed" in name or "class_token" in name
+            for name, _ in self.named_parameters()
+            if name in named or "pos_embed" in name or "class_token" in name
         }
 
     @torch.jit.ignore

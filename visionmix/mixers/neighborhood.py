@@ -12,6 +12,8 @@ from visionmix.mixers.softmax import check_heads
 class _Neighborhood(nn.Module):
     """Projections, heads and position bias around neighborhood attention: what the mixers of this file share."""
 
+    undecayed = ("position_bias",)
+
     def __init__(
         self,
         dim: int,
@@ -41,7 +43,6 @@ class _Neighborhood(nn.Module):
         if position_bias:
             side = 2 * kernel_size - 1
             self.position_bias = nn.Parameter(torch.empty(num_heads, side, side, **dd))
-            self.position_bias._no_weight_decay = True
             self.init_layer_weights()
 
     @torch.jit.ignore

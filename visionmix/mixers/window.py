@@ -42,6 +42,8 @@ class WindowAttention(nn.Module):
         ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
     """
 
+    undecayed = ("bias_table",)
+
     def __init__(
         self,
         dim: int,
@@ -66,7 +68,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         table = trunc_normal_(torch.zeros((2 * self.side - 1) ** 2, num_heads, **dd), std=0.02)
-        self._set_table(table)
+        self.bias_table = nn.Parameter(table)
 
     @torch.jit.ignore
     def _side_and_shift(self, grid_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -76,11 +78,6 @@ class WindowAttention(nn.Module):
         if grid_size is not None and min(grid_size) <= fixed:
             return min(grid_size), 0
         return fixed, fixed // 2 if self.shift else 0
-
-    @torch.jit.ignore
-    def _set_table(self, table: Tensor) -> None:
-        self.bias_table = nn.Parameter(table)
-        self.bias_table._no_weight_decay = True
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -118,7 +115,7 @@ class WindowAttention(nn.Module):
         """Fit the window to a map of `grid_size`, and the biases to the window."""
         self.side, self.shift_size = self._side_and_shift(grid_size)
         with torch.no_grad():
-            self._set_table(self._resampled(self.bias_table.data))
+            self.bias_table = nn.Parameter(self._resampled(self.bias_table))
 
     @torch.jit.ignore
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:
