@@ -1,11 +1,11 @@
 """Stems: from an NCHW image to an NHWC map of tokens."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 import torch
-from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from visionmix.layers.layout import channels_first
@@ -259,7 +259,18 @@ class DeepPatchStem(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
         self.norm1 = nn.BatchNorm2d(width, **dd)
         self.act1 = nn.ReLU()
-        self.convs = nn.Sequential(*(ConvNormAct(width, width, 3, **dd) for _ in range(depth)))
+        self.convs = nn.Sequential(
+            *(
+                nn.Sequential(
+                    OrderedDict(
+                        conv=nn.Conv2d(width, width, 3, padding=1, bias=False, **dd),
+                        bn=nn.BatchNorm2d(width, **dd),
+                        act=nn.ReLU(inplace=True),
+                    )
+                )
+                for _ in range(depth)
+            )
+        )
         self.proj = nn.Conv2d(width, embed_dim, kernel_size=self.stride, stride=self.stride, **dd)
 
     @torch.jit.ignore
