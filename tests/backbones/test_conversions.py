@@ -38,3 +38,14 @@ def test_sync_batch_norm_computes_the_same(name):
     with torch.no_grad():
         expected = model(images)
         assert torch.equal(nn.SyncBatchNorm.convert_sync_batchnorm(model)(images), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dynamic_int8_is_close(name):
+    model, images = trained_a_little(name), torch.randn(2, 3, 32, 64)  # maps smaller than a window, too
+    quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not [key for key, module in quantized.named_modules() if type(module) is nn.Linear]
+    with torch.no_grad():
+        expected = model(images)
+        error = (quantized(images) - expected).norm() / expected.norm()
+    assert error < 0.05
