@@ -104,9 +104,7 @@ class Backbone(nn.Module):
             for leaf in getattr(module, "undecayed", ())
         }
         return {
-            name
-            for name, _ in self.named_parameters()
-            if name in named or "pos_embed" in name or "class_token" in name
+            name for name, _ in self.named_parameters() if name in named or "pos_embed" in name or "class_token" in name
         }
 
     @torch.jit.ignore

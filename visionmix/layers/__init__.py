@@ -6,7 +6,7 @@ from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
-from visionmix.layers.norm import BatchNorm
+from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
 from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
 from visionmix.layers.precision import at_least_float32
@@ -32,6 +32,8 @@ __all__ = [
     "PositionEmbedding",
     "ProjectionHead",
     "RotaryMap",
+    "ScanLayerNorm",
+    "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",
     "TokenHead",

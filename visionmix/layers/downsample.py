@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 import torch.fx
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.layout import channels_first
 
-_NORM = partial(nn.LayerNorm, eps=1e-5)
+_NORM = partial(LayerNorm, eps=1e-5)
 
 
 class ConvDownsample(nn.Module):
@@ -110,7 +111,7 @@ class PatchMerging(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps, **dd)
+        self.norm = LayerNorm(4 * dim, eps=norm_eps, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     @torch.jit.ignore

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Final
 
 import torch
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from visionmix.layers.layout import channels_first
 from visionmix.layers.padding import pad
 
-_NORM = partial(nn.LayerNorm, eps=1e-5)
+_NORM = partial(LayerNorm, eps=1e-5)
 
 
 def _pad_to_whole(x: Tensor, patch_size: int) -> Tensor:
@@ -68,10 +69,10 @@ class ConvStem(nn.Module):
         dd = {"device": device, "dtype": dtype}
         half, stride = embed_dim // 2, patch_size // 2
         self.conv1 = nn.Conv2d(in_chans, half, kernel_size=stride + 1, stride=stride, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(half, eps=norm_eps, **dd) if between else nn.Identity()
+        self.norm1 = LayerNorm(half, eps=norm_eps, **dd) if between else nn.Identity()
         self.act = act_layer() if between else nn.Identity()
         self.conv2 = nn.Conv2d(half, embed_dim, kernel_size=3, stride=2, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps, **dd)
+        self.norm2 = LayerNorm(embed_dim, eps=norm_eps, **dd)
 
     @torch.jit.ignore
     def grid_size(self, height: int, width: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import Attention
 
 _FEATURE_MAPS = ("elu", "relu", "softplus")
-_EPSILON = 1e-6
 
 
 def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
@@ -21,7 +20,7 @@ def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
     if in_pairs:
         pairs = mean.unflatten(-1, (-1, 2))
         mean = pairs.mean(dim=-1, keepdim=True).expand_as(pairs).flatten(-2)
-    return mean.detach() + _EPSILON  # it cancels, and so do its gradients
+    return mean.detach() + 1e-6  # it cancels, and so do its gradients
 
 
 def _averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class LinearAttention(Attention):
         qk, v = self._features(qk), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         mean = k.mean(dim=1, keepdim=True)
-        normaliser = _dot(q, mean) + _EPSILON
+        normaliser = _dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         return _averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
@@ -145,8 +144,8 @@ class MagnitudeAwareLinearAttention(_Rotary):
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         # (1 + 1 / (z + e)) s q is (z + e + 1) times q over its normaliser, (z + e) / s.
-        out = _averages(q, k, v, (z + _EPSILON) / self.scale, _levels(mean, self.has_rotary))
-        return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, z + (1.0 + _EPSILON))
+        out = _averages(q, k, v, (z + 1e-6) / self.scale, _levels(mean, self.has_rotary))
+        return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, z + 1.000001)
 
 
 @register_mixer("rala")
@@ -171,7 +170,7 @@ class RankAugmentedLinearAttention(_Rotary):
         weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
         k = k * (weights * tokens)
         mean = k.mean(dim=1, keepdim=True)
-        normaliser = _dot(q, mean) + _EPSILON
+        normaliser = _dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(q, height, width), self.rotary(k, height, width)
         return _averages(q, k, v, normaliser, _levels(mean, self.has_rotary))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from timm.layers import LayerNorm
 from torch import nn
 
 from visionmix.backbones import Hierarchical, Plain
@@ -16,7 +17,7 @@ from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap
 
 _NONE = Published()
-_NORM = partial(nn.LayerNorm, eps=1e-5)
+_NORM = partial(LayerNorm, eps=1e-5)
 _LINKS = "https://shi-labs.com/projects"
 _DINAT = f"{_LINKS}/dinat/checkpoints/imagenet1k"
 _WHOLE_PATCHES = partial(PatchStem, whole=True)
@@ -73,7 +74,7 @@ def _isotropic(
         "stem_layer": _WHOLE_PATCHES,
         "mlp_layer": mlp,
         "pos_embed": None,
-        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+        "norm_layer": partial(LayerNorm, eps=1e-5),
     }
     mixer = ["na", {"name": "na", "dilation": dilation}]
     address = f"{_LINKS}/dinat/checkpoints/isotropic/{file}" if file else ""
