@@ -6,7 +6,7 @@ from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
-from visionmix.layers.norm import BatchNorm
+from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
 from visionmix.layers.position import ConvPosition, PositionEmbedding, resample_position
 from visionmix.layers.precision import at_least_float32
@@ -28,6 +28,8 @@ __all__ = [
     "PrefixTokens",
     "ProjectionHead",
     "RotaryMap",
+    "ScanLayerNorm",
+    "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",
     "Stem",
