@@ -1,4 +1,4 @@
-"""Checkpoints: written so that the old one survives whatever happens, read without running any code of theirs.
+"""Checkpoints: written so that the old one survives any failure, read without running code that they hold.
 
 A checkpoint is what torch.save makes of a dictionary of tensors and plain values:
 
@@ -26,6 +26,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from visionmix.models.weights import read_checkpoint, unwrap
 
 FORMAT = 1
 
@@ -103,33 +105,25 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged, or holds other things than tensors and plain values.
+        ValueError: when it is damaged, of another format, or holds no tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("visionmix", "{}"))
-            return {**metadata, "model": safetensors.torch.load_file(path)}
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        tensors = read_checkpoint(path)
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("visionmix", "{}"))
+        return {**metadata, "model": tensors}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a different type for every way a file can be damaged
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a checkpoint: it holds {type(content).__name__}")
-    if "format" in content:
-        if content["format"] != FORMAT:
-            raise ValueError(f"{path} has format={content['format']}; this version reads format={FORMAT}")
-        return content
-    for name in ("model", "state_dict"):
-        if isinstance(content.get(name), dict):
-            content = content[name]
-    return {"model": content}
+    except Exception:  # read_checkpoint knows what else lies in published files, and says what is wrong with the rest
+        return {"model": read_checkpoint(path)}
+    if not (isinstance(content, dict) and isinstance(content.get("format"), int)):
+        return {"model": unwrap(content, str(path))}
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path} has format={content['format']}; this version reads format={FORMAT}")
+    return content
 
 
 def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -138,7 +132,7 @@ def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a state dict whose keys and shapes are exactly the model's.
+    """Load a state dict that `train` saved, whose keys and shapes are exactly the model's.
 
     Raises:
         ValueError: when a key is missing or left over or a shape differs, with all of them, before anything is loaded.

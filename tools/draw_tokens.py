@@ -19,7 +19,7 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor, nn
 
-from visionmix.tools import build, data, demo_data, pictures
+from visionmix.tools import data, demo_data, models, pictures
 
 DROPPED = 0.15  # brightness left to cells that no token holds
 
@@ -61,7 +61,7 @@ def draw_regions(axes: Axes, image: np.ndarray, source: np.ndarray) -> None:
 @torch.inference_mode()
 def sources(model: nn.Module, images: Tensor, spec: str) -> tuple[np.ndarray, int]:
     """Return the token of each cell, int (batch, rows, columns), and how many are left, when `spec` reduces `model`."""
-    tokens = build.reduce_model(model, spec, trace_source=True).forward_tokens(images)
+    tokens = models.reduce_model(model, spec, trace_source=True).forward_tokens(images)
     return tokens.source.reshape(-1, *tokens.grid).numpy(), tokens.x.shape[1]
 
 
@@ -119,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.pretrained or args.checkpoint:
             device = torch.device("cpu")
             given = {"name": args.model, "pretrained": args.pretrained}
-            model = build.load_trained(args.checkpoint, **given, device=device).model
+            model = models.load_trained(args.checkpoint, **given, device=device).model
         else:
             torch.manual_seed(0)
-            model = build.create_model(args.model).eval()
+            model = models.create_model(args.model).eval()
         for spec in specs:
-            build.reduce_model(model, spec)
-        settings = build.model_input(model)
+            models.reduce_model(model, spec)
+        settings = models.model_input(model)
         transform = data.eval_transform(settings.image_size, settings.interpolation, 1.0, settings.normalise)
         images = torch.stack([transform(_open(name)) for name in args.images])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))

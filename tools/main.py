@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from visionmix.registry import close_matches
+from visionmix.registry import nearest
 
 # Imported only when asked for: each brings much of its own.
 COMMANDS = {
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = argv[0].replace("_", "-")
     if command not in COMMANDS:
-        close = close_matches(command, COMMANDS, cutoff=0.0)[0]
-        print(f"visionmix: no command {argv[0]!r}; did you mean {close}?\n\n{usage()}", file=sys.stderr)
+        print(f"visionmix: no command {argv[0]!r}{nearest(command, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"visionmix.tools.{COMMANDS[command][0]}")
     return module.main(argv[1:]) or 0

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from visionmix.tools import build, checkpoint, data, display
+from visionmix.tools import checkpoint, data, display, models
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    trained: build.Trained, files: list[Path], topk: int, batch: int, device: torch.device
+    trained: models.Trained, files: list[Path], topk: int, batch: int, device: torch.device
 ) -> tuple[list[tuple[Path, list[tuple[str, float]]]], list[Path]]:
     """Return ((file, [(class, probability), ...] from the likeliest down) of each image, files that cannot be read)."""
     settings = trained.input
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
         files = find_images(args.images)
-        device = build.choose_device(args.device)
-        trained = build.load_trained(
+        device = models.choose_device(args.device)
+        trained = models.load_trained(
             args.checkpoint,
             name=args.model,
             pretrained=args.pretrained,

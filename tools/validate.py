@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from visionmix.tools import build, checkpoint, data
+from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
 
@@ -44,7 +44,7 @@ def test_folder(root: Path) -> Path:
     return data.split_folder(root, "val")
 
 
-def check_classes(trained: build.Trained, classes: list[str], folder: Path) -> None:
+def check_classes(trained: models.Trained, classes: list[str], folder: Path) -> None:
     """Raise ValueError when the folder's classes cannot be the model's."""
     count = trained.model.num_classes
     if len(classes) != count:
@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
         folder = test_folder(Path(args.data)) if args.data else None
         classes = data.find_classes(folder) if folder else None
-        device = build.choose_device(args.device)
-        trained = build.load_trained(
+        device = models.choose_device(args.device)
+        trained = models.load_trained(
             args.checkpoint,
             name=args.model,
             pretrained=args.pretrained,

@@ -72,7 +72,7 @@ def test_predict(trained, tree, tmp_path, capsys):
     [
         ([], "either --checkpoint FILE or --pretrained"),
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt does not exist"),
-        (["--model", "vig_zz", "--pretrained"], "is not known; did you mean"),
+        (["--model", "vig_zz", "--pretrained"], "is not known (did you mean 'vig_"),
     ],
 )
 @pytest.mark.parametrize("tool", [validate, predict])
