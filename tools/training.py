@@ -309,7 +309,7 @@ def predict_some(training: Training, dataset: data.FolderSet, count: int = 50) -
     for index in chosen:
         try:
             image, target = dataset.load(int(index))
-        except data.UNREADABLE:
+        except data.UnreadableImage:
             continue
         with autocast(training.device, training.recipe.train.amp):
             logits = model(dataset.transform(image)[None].to(training.device))

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from visionmix.tools import checkpoint, predict, train, validate
 
@@ -52,7 +55,7 @@ def test_predict(trained, tree, tmp_path, capsys):
     arguments = ["--checkpoint", str(trained / "best.pt"), "--topk", "2", "--csv", str(tmp_path / "p.csv")]
     assert predict.main([*images, *arguments]) == 0
     captured = capsys.readouterr()
-    assert f"{broken} cannot be read" in captured.err
+    assert f"cannot be read: {broken}: not in a format" in captured.err
     with (tmp_path / "p.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 10
@@ -80,6 +83,38 @@ def test_mistakes(tool, tree, arguments, words, capsys):
     where = [str(tree)] if tool is predict else ["--data", str(tree)]
     assert tool.main([*where, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_predict_reads_every_kind_and_names_what_it_leaves_out(trained, tree, tmp_path, caplog, capsys):
+    folder = tmp_path / "mixed"
+    shutil.copytree(tree / "val" / "red", folder / "deep")
+    with Image.open(folder / "deep" / "0.jpg") as image:
+        image.save(folder / "1.webp")
+        image.save(folder / "2.TIF")
+    for name in ("notes.txt", ".DS_Store"):
+        (folder / name).touch()
+    (folder / "__MACOSX").mkdir()
+    shutil.copy(folder / "1.webp", folder / "__MACOSX")
+    assert predict.main([str(folder), "--checkpoint", str(trained / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        assert len({row["image"] for row in csv.DictReader(file)}) == 3 + 2
+    (record,) = caplog.records
+    assert "left out 1 file(s) that Pillow does not decode: notes.txt" in record.message
+    assert not capsys.readouterr().err
+
+
+def test_predict_sees_a_16_bit_image_as_the_8_bit_one(trained, tmp_path, capsys):
+    grey = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    files = [str(tmp_path / "8.png"), str(tmp_path / "16.png")]
+    assert predict.main([*files, "--checkpoint", str(trained / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        rows = [(row["image"], row["class"], row["probability"]) for row in csv.DictReader(file)]
+    assert [row[1:] for row in rows if row[0] == files[0]] == [row[1:] for row in rows if row[0] == files[1]]
+    Image.fromarray(np.float32([[0, 255]])).save(tmp_path / "float.tif")
+    assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(trained / "best.pt")]) == 1
+    assert "float.tif has mode 'F' and values from 0 to 255" in capsys.readouterr().err
 
 
 def test_predict_names_missing_images(trained, tmp_path, capsys):
