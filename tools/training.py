@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from visionmix.tools import build, checkpoint, data
 from visionmix.tools.display import Display
-from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_paths
+from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines
 from visionmix.tools.recipe import Recipe, to_dict
 
 _logger = logging.getLogger("visionmix.tools.training")
@@ -200,7 +200,7 @@ class Training:
             distribute_bn(self.model, self.world, reduce=True)
             if self.ema:
                 distribute_bn(self.ema.module, self.world, reduce=True)
-        return total.item() / (self.steps * self.world), gather_paths(unreadable)
+        return total.item() / (self.steps * self.world), gather_lines(unreadable)
 
     def _update(self, batch: data.Batch) -> torch.Tensor:
         images = batch.images.to(self.device, non_blocking=True)
