@@ -137,13 +137,14 @@ def load_trained(
         file: checkpoint (.pt, .pth, .safetensors), or None.
         name: timm model name; a checkpoint made here knows its own.
         pretrained: take the published weights.
-        classes: outputs, where the file does not say; None takes the model's own.
+        classes: outputs that the weights must have; None takes any number.
         image_size: pixels; None takes the checkpoint's, or the model's own.
         device: where the model goes.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the arguments contradict each other or the file holds another model's weights.
+        ValueError: when the arguments contradict each other, or the file holds another model's weights or has another
+            number of outputs than `classes`.
     """
     if bool(file) == pretrained:
         raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
@@ -157,8 +158,8 @@ def load_trained(
         raise ValueError(f"{file} does not say which model it holds; give --model NAME")
     labels = content.get("classes")
     kwargs = dict(made.get("kwargs", {}))
-    if labels or classes:
-        kwargs["num_classes"] = len(labels) if labels else classes
+    if (outputs := len(labels) if labels else _outputs(name, content)) is not None:
+        kwargs["num_classes"] = outputs
     if pretrained:
         model = create_model(name, pretrained=True, **kwargs)
     else:
@@ -166,9 +167,16 @@ def load_trained(
         state = checkpoint.weights(content)
         if not made and set(state) != set(model.state_dict()) and getattr(model, "load_pretrained", None):
             # Published files name their tensors in their own way; the family's key map knows them, and is strict.
-            model = create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(Path(file))}, **kwargs)
+            # A num_classes beside another one in the overlay would leave the file's classifier out.
+            overlay = {"file": str(Path(file))} | ({} if outputs is None else {"num_classes": outputs})
+            model = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         else:
             checkpoint.load_weights(model, state, str(file))
+    if classes is not None and model.num_classes != classes:
+        raise ValueError(
+            f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
+            "leave --num-classes out"
+        )
     model = model.to(device).eval()
     settings = content.get("input") or {}
     settings = settings | ({"image_size": image_size} if image_size else {})
@@ -178,6 +186,15 @@ def load_trained(
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
     return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+
+
+def _outputs(name: str, content: dict[str, Any]) -> int | None:
+    """Return how many outputs the classifier in a weight file has; None where no tensor has its name."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classifier = config.classifier if config and content else None
+    first = classifier if isinstance(classifier, str | None) else classifier[0]  # a distilled model has two
+    weight = checkpoint.weights(content).get(f"{first}.weight") if first else None
+    return len(weight) if isinstance(weight, torch.Tensor) else None
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--model", help="timm model name; a checkpoint of train.py knows its own")
     parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
-    parse.add_argument("--num-classes", type=int, help="outputs, where a foreign checkpoint has another number")
+    parse.add_argument(
+        "--num-classes", type=int, help="outputs that the weights must have; any other number is refused"
+    )
     parse.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
     parse.add_argument("--batch-size", type=int, default=32, help="images a step (default: %(default)s)")
     parse.add_argument("--img-size", type=int, help="side of the input in pixels")
