@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from visionmix.tools.demo_tiles import make_nuclei, make_trees
+from visionmix.tools.images import read_rgb
 from visionmix.tools.wheel_data import MANIFEST, make_folder
 
 # The colour photographs and the surface textures of skimage.data that its wheel itself carries.
@@ -68,8 +69,7 @@ def photograph_folder() -> Path:
 
 def open_photograph(path: Path, side: int = 640) -> Image.Image:
     """Return the photograph in RGB, resized so that its shorter side is `side` pixels."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = read_rgb(path)
     scale = side / min(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 

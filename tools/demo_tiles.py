@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from visionmix.tools.images import read_rgb
 from visionmix.tools.wheel_data import Wheel, make_folder, read_members
 
 # Aerial photographs with every tree in a box, of NEON's sites at Yellowstone, Ordway-Swisher and Soaproot Saddle.
@@ -109,7 +110,7 @@ def make_trees(out: Path, *, tile: int = 256, margin: int = 64) -> Path:
         (folder / "images").mkdir()
         sets: dict[str, dict[str, list]] = {split: {"images": [], "annotations": []} for split in ("train", "val")}
         for name in PHOTOGRAPHS:
-            photograph = Image.open(io.BytesIO(files[f"deepforest/data/{name}.png"])).convert("RGB")
+            photograph = read_rgb(io.BytesIO(files[f"deepforest/data/{name}.png"]))
             boxes = read_boxes(files[f"deepforest/data/{name}.xml"])
             for split, region in parts(*photograph.size, tile, margin):
                 for place in tiles(region, tile):

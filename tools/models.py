@@ -213,10 +213,10 @@ def load_trained(
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
         model = load_published(name, checkpoint.weights(content), str(file), classes)
-    if classes and model.num_classes != classes:
+    if classes is not None and model.num_classes != classes:
         raise ValueError(
-            f"{file or f'{name} --pretrained'} has {model.num_classes} classes, not {classes}; take weights of "
-            f"{classes} classes, e.g. fine-tune these by visionmix train with model.pretrained=true"
+            f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
+            "leave --num-classes out"
         )
     model = model.to(device).eval()
     settings = content.get("input") or {}
