@@ -74,7 +74,7 @@ def test_a_name_is_taken_once():
 
 def test_models_take_mixers():
     spec = {"name": "gated_linear_attention", "gate_rank": 8}
-    plain = timm.create_model("test_vig", mixer=["gated_linear_attention", spec])
+    plain = timm.create_model("test_vig", mixer={"cycle": ["gated_linear_attention", spec]})
     assert [block.mixer.gate_down.out_features for block in plain.blocks] == [16, 8, 16]
     stages = timm.create_model("test_vig_h", mixer=[spec, spec, ["gated_linear_attention", spec], spec])
     assert [block.mixer.gate_down.out_features for block in stages.stages[2].blocks] == [16, 8]

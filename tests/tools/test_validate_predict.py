@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from visionmix.tools import checkpoint, data, predict, train, validate
+from visionmix.tools import checkpoint, data, models, predict, train, validate
 
 KWARGS = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
