@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visionmix.reduction.matching import match
 from visionmix.reduction.methods import Method, check_leading, register_method
-from visionmix.reduction.parts import attention_block
+from visionmix.reduction.attention import attention_block
 from visionmix.reduction.tokens import Tokens
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from visionmix.reduction.hosts import ReducedBackbone, host_of
+from visionmix.reduction.backbones import ReducedBackbone, reduced_backbone_for
 from visionmix.reduction.methods import method_class
-from visionmix.reduction.share import Reduced, reduced
+from visionmix.reduction.sharing import Reduced, reduced
 
 
 class ReducedFeatures(Reduced):
@@ -51,9 +51,9 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
         features = reduced(model, ReducedFeatures)
         features.model = apply(model.model, method, **options)
         return features
-    host = host_of(model)
-    new = reduced(model, host)
-    new.reduction = cls(list(model.blocks), host.prefix_of(model), **options)
+    backbone = reduced_backbone_for(model)
+    new = reduced(model, backbone)
+    new.reduction = cls(list(model.blocks), backbone.prefix_of(model), **options)
     return new
 
 
