@@ -172,18 +172,23 @@ def _settle_classifier(
 ) -> list[str]:
     """Take a classifier that the model replaces on purpose out of `mapped`; return the head's keys that stay fresh."""
     classifier = _classifier_keys(cfg)
-    if model.num_classes == 0:
-        for key in classifier:
-            if key not in own:
-                mapped.pop(key, None)
     in_file = [key for key in classifier if key in mapped]
-    heads = tuple(f"{layer.split('.')[0]}." for layer in _names(cfg.classifier))
-    head = [key for key in own if key.startswith(heads)] if heads else []
-    if head and not any(key.startswith(heads) for key in mapped):
-        _logger.warning("%s: the file has no classifier; the model's keeps its fresh weights", name)
-        return head
+    if not in_file:
+        # What else belongs to the head, a projection for instance, is there whole or is missing with it.
+        heads = tuple({f"{layer.partition('.')[0]}." for layer in _names(cfg.classifier)})
+        around = [key for key in own if key.startswith(heads) and key not in classifier] if heads else []
+        fresh = [] if any(key in mapped for key in around) else around
+        fresh += [key for key in classifier if key in own]
+        if fresh:
+            _logger.warning("%s: the file has no classifier; the model's keeps its fresh weights", name)
+        return fresh
+    if model.num_classes == 0:
+        for key in in_file:
+            if key not in own:
+                del mapped[key]
+        return []
     differs = any(key not in own or mapped[key].shape != own[key].shape for key in in_file)
-    if differs and model.num_classes not in (0, cfg.num_classes):
+    if differs and model.num_classes != cfg.num_classes:
         given = mapped[in_file[0]].shape[0]
         _logger.warning(
             "%s: the file's classifier has %d classes, num_classes=%d; the model's keeps its fresh weights",
