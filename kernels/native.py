@@ -64,6 +64,28 @@ def leaves_to_reference(op: str, *tensors: torch.Tensor | None) -> bool:
     return True
 
 
+# The stride of an axis of length 1 means nothing: views leave any number there, and `contiguous()` keeps it. Kernels
+# only ever multiply a stride by an index, which is 0 there; what else is read from strides is read in these functions.
+
+
+def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` in float32 with its last axis dense; the other strides may be any."""
+    x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def with_joint_cells(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return `x` in float32 with its last axis dense, and the stride of axes 1 and 2 taken as one; else a copy."""
+    x = x.float()
+    shape, strides = x.shape, x.stride()
+    along = 2 if shape[2] > 1 else 1
+    cell = strides[along]
+    if (strides[-1] != 1 and shape[-1] > 1) or (shape[1] > 1 and strides[1] != shape[2] * cell):
+        x = x.contiguous()
+        cell = x.stride(along)
+    return x, cell
+
+
 @cache
 def load(source: Path) -> ctypes.CDLL:
     """Return the library compiled from `source`, a C++ file; compile it unless the cache holds it.

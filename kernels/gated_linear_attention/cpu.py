@@ -41,12 +41,6 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _float(x: Tensor) -> Tensor:
-    """Return `x` in float32 with the last axis dense; the other strides may be any."""
-    x = x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _view(x: Tensor | None) -> object:
     return ctypes.byref(_View(None, 0, 0, 0) if x is None else _View(x.data_ptr(), *x.stride()[:3]))
 
@@ -78,8 +72,8 @@ def _run_forward(
     last: Tensor | None,
 ) -> Tensor:
     out = _empty(v)
-    q, k, v = _float(q), _float(k), _float(v)
-    gates = [None if g is None else _float(g) for g in gates]
+    q, k, v = native.with_dense_rows(q), native.with_dense_rows(k), native.with_dense_rows(v)
+    gates = [None if g is None else native.with_dense_rows(g) for g in gates]
     initial = None if initial is None else initial.float().contiguous()
     status = _library().gla_forward(
         _view(q),
@@ -111,8 +105,13 @@ def _run_backward(
 ) -> list[Tensor]:
     inputs = [q, k, v, *(g for g in gates if g is not None)]
     grads = [_empty(x) for x in inputs]
-    grad_out, q, k, v = _float(grad_out), _float(q), _float(k), _float(v)
-    gates = [None if g is None else _float(g) for g in gates]
+    grad_out, q, k, v = (
+        native.with_dense_rows(grad_out),
+        native.with_dense_rows(q),
+        native.with_dense_rows(k),
+        native.with_dense_rows(v),
+    )
+    gates = [None if g is None else native.with_dense_rows(g) for g in gates]
     initial, grad_last = (None if x is None else x.float().contiguous() for x in (initial, grad_last))
     views = [_view(grad) for grad in grads]
     status = _library().gla_backward(

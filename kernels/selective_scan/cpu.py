@@ -85,7 +85,7 @@ class _Call:
                 self.set(name, x)
 
     def set(self, name: str, x: Tensor) -> None:
-        x = x.detach().float()
+        x = x.float()
         if name in _SIGNALS:
             value = _Signal(x.data_ptr(), *x.stride())
         elif name in _INPUTS and x.dim() == 4:

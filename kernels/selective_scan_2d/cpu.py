@@ -161,14 +161,9 @@ class _Call:
 
     def set_map(self, name: str, x: Tensor) -> None:
         """Set a tensor (batch, height, width, features) or (batch, height, width, orders, features)."""
-        x = x.float()
-        strides = x.stride()
-        dense = strides[-1] == 1 or x.shape[-1] == 1
-        if not dense or (x.shape[1] > 1 and strides[1] != x.shape[2] * strides[2]):
-            x = x.contiguous()
-            strides = x.stride()
-        order = strides[3] if len(strides) == 5 else 0
-        setattr(self.arguments, name, _Map(x.data_ptr(), strides[0], strides[2], order))
+        x, cell = native.with_joint_cells(x)
+        order = x.stride(3) if x.dim() == 5 else 0
+        setattr(self.arguments, name, _Map(x.data_ptr(), x.stride(0), cell, order))
         self.tensors.append(x)
 
     def set_dense(self, name: str, x: Tensor) -> None:

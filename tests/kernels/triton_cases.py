@@ -4,11 +4,13 @@ Run by test_triton.py in a process of its own: TRITON_INTERPRET must be set befo
 """
 
 import importlib
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerator import TRITON_DEVICE, needs_gpu
+from random_calls import OPS, dense, stray
 from tolerance import TOLERANCE, assert_close, gradients
 
 from visionmix import kernels
@@ -274,6 +276,19 @@ def viewed(op, **expanded):
 )
 def test_strided_and_expanded_tensors(op, tensors, options):
     check(op, tensors, **options)
+
+
+@pytest.mark.skipif(TRITON_DEVICE == "cuda", reason="random calls are made on the CPU")
+@pytest.mark.long
+@pytest.mark.parametrize("op", OPS)
+def test_random_strides_of_axes_of_length_1(op):
+    for seed in range(6):
+        rng = random.Random(f"{op} {seed}")
+        call = OPS[op](rng)
+        with kernels.use("triton"):
+            expected, actual = call.outputs_and_gradients(dense), call.outputs_and_gradients(stray(rng))
+        for name, ours in actual.items():
+            assert_close(ours, expected[name], f"{op}, seed {seed}: {name}", factor=3)
 
 
 def test_float64_runs_the_reference():
