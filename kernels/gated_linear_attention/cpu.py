@@ -164,13 +164,20 @@ def backward(
 
 
 def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
     if native.leaves_to_reference("gated_linear_attention", q, k, v, g_forward, g_backward):
-        return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge)
+        return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge, out_dtype)
     out = _run_forward(q, k, v, (g_forward, g_backward), reference.merged(scale, merge), None, None)
-    return out.to(v.dtype)
+    return out.to(out_dtype or v.dtype)
 
 
 def bidirectional_backward(

@@ -271,13 +271,20 @@ def backward(
 
 
 def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
     attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, merged(scale, merge))
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
-    return _tokens(attention.out.flatten(1, 2), v, v.dtype)
+    return _tokens(attention.out.flatten(1, 2), v, out_dtype or v.dtype)
 
 
 def bidirectional_backward(

@@ -182,6 +182,7 @@ def forward(
     return_last_state: bool,
     gap: Tensor | None = None,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
 
@@ -200,7 +201,7 @@ def forward(
     if z is not None:
         out = out * F.silu(z.to(dtype))
     last = last.flatten(1, 2).contiguous() if return_last_state else out.new_empty(0)
-    return out.to(u.dtype).contiguous(), last, out.new_empty(0)
+    return out.to(out_dtype or u.dtype).contiguous(), last, out.new_empty(0)
 
 
 def _gradients(

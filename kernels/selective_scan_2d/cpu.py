@@ -197,6 +197,7 @@ def forward(
     merge: str,
     permute: str,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the merged outputs, and the states entering the chunks, empty unless asked for.
 
@@ -204,7 +205,7 @@ def forward(
     """
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
-        return reference.forward(*tensors, delta_softplus, orders, merge, permute)
+        return reference.forward(*tensors, delta_softplus, orders, merge, permute, False, out_dtype)
     call = _Call(*tensors, delta_softplus, orders, merge, permute)
     shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
     out = torch.empty(shape, dtype=torch.float32)
@@ -214,7 +215,7 @@ def forward(
     if keep_states:
         call.set_dense("entering", entering)
     call.run("selective_scan_2d_forward")
-    return out.to(x.dtype), entering
+    return out.to(out_dtype or x.dtype), entering
 
 
 def backward(

@@ -65,6 +65,7 @@ def forward(
     merge: str,
     permute: str,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the merged outputs, and nothing: the way back finds the states itself.
 
@@ -81,7 +82,7 @@ def forward(
         out = take_sum(sequences, inverse)
         out = out / len(inverse) if merge == "mean" else out
         shape = x.shape
-    return out.reshape(shape).to(x.dtype).contiguous(), out.new_empty(0)
+    return out.reshape(shape).to(out_dtype or x.dtype).contiguous(), out.new_empty(0)
 
 
 def backward(

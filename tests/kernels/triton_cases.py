@@ -234,6 +234,36 @@ def test_selective_scan_2d_in_bfloat16():
     check(selective_scan_2d, maps(3, 4, 4, 1, 4, 2), torch.bfloat16, delta_softplus=True)
 
 
+FLOAT32_OUTPUTS = {
+    "scan": (kernels.selective_scan, scan(2, 5, 1), {}),
+    "maps": (selective_scan_2d, maps(2, 2, 2, 1, 4), {"merge": "mean", "delta_softplus": True}),
+    "routes": (selective_scan_2d, maps(2, 2, 2, 1, 4), {"merge": "none", "delta_softplus": True}),
+    "bidirectional": (
+        kernels.bidirectional_gated_linear_attention,
+        attention(5, 4, 4, gates=("g_forward", "g_backward"), heads=1),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLOAT32_OUTPUTS)
+def test_output_in_float32(case):
+    op, tensors, options = FLOAT32_OUTPUTS[case]
+    halves = {name: x.to(TRITON_DEVICE, torch.float16) for name, x in tensors.items()}
+    doubles = {name: x.double().requires_grad_() for name, x in halves.items()}
+    halves = {name: x.requires_grad_() for name, x in halves.items()}
+    expected = op(**doubles, **options)
+    with kernels.use("triton"):
+        out = op(**halves, **options, out_dtype=torch.float32)
+        grads = gradients(out, list(halves.values()))
+    assert out.dtype == torch.float32
+    rounded = TRITON_DEVICE == "cuda" and case == "bidirectional"  # TF32 products
+    assert_close(out, expected, factor=TOLERANCE[torch.float16] / TOLERANCE[torch.float32] if rounded else 1)
+    for name, ours, theirs in zip(halves, grads, gradients(expected, list(doubles.values())), strict=True):
+        assert ours.dtype == torch.float16
+        assert_close(ours, theirs, name)
+
+
 def viewed(op, **expanded):
     """`op` on tensors of transposed storage, those named expanded along an axis; gradients are of what is viewed."""
 
