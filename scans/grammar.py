@@ -29,6 +29,7 @@ class Base(NamedTuple):
     numbers: tuple[str, ...] = ()  # what the numbers in the name mean
     steps: Callable[..., int] | None = None  # None: one step a cell
     volumetric: bool = False  # takes a depth
+    recursive: bool = False  # built of pieces whose number depends on the size
     self_inverse: bool = False  # the published inverse is the index itself, true or not
 
 
@@ -40,7 +41,7 @@ BASES = {
     # inverse of square grids only. Its published weights were trained with it, at square sizes; at others it scrambles.
     "column_unswapped": Base(curves.column, self_inverse=True),
     "diagonal": Base(curves.diagonal),
-    "hilbert": Base(hilbert),
+    "hilbert": Base(hilbert, recursive=True),
     "morton": Base(curves.morton, volumetric=True),
     "raster": Base(curves.raster, volumetric=True),
     "skip": Base(windows.skip, ("rate", "row", "column"), windows.skip_steps),

@@ -33,7 +33,7 @@ class _Sizes(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _View, _Sizes)
     view, state = ctypes.POINTER(_View), ctypes.c_void_p
     tail = [ctypes.POINTER(_Sizes), ctypes.c_float, ctypes.c_int]
     library.gla_forward.argtypes = [view] * 5 + [state, view, state, *tail]

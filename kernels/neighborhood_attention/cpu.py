@@ -37,7 +37,7 @@ class _View(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Problem, _View)
     problem, view, pointer = ctypes.POINTER(_Problem), ctypes.POINTER(_View), ctypes.c_void_p
     library.na_forward.argtypes = [problem] + [view] * 3 + [pointer] * 5
     library.na_backward.argtypes = [problem] + [view] * 4 + [pointer] * 12

@@ -48,7 +48,7 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Signal, _Input, _Arguments)
     for function in (library.selective_scan_parts, library.selective_scan_forward, library.selective_scan_backward):
         function.argtypes = [ctypes.POINTER(_Arguments)]
     library.selective_scan_parts.restype = ctypes.c_int64

@@ -47,7 +47,7 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Map, _Arguments)
     for name in ("selective_scan_2d_forward", "selective_scan_2d_backward"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Arguments)]
     return library
