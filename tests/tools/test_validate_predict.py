@@ -174,9 +174,8 @@ def published(monkeypatch, file):
     make = timm.create_model
 
     def create_model(name, pretrained=False, **kwargs):
-        return make(
-            name, pretrained, **({"pretrained_cfg_overlay": {"file": str(file)}} if pretrained else {}), **kwargs
-        )
+        overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if pretrained else {}
+        return make(name, pretrained, **overlay | kwargs)
 
     monkeypatch.setattr(timm, "create_model", create_model)
 
