@@ -1,4 +1,4 @@
-"""What timm asks of a model, over every tiny model of this library."""
+"""The model contract of timm, over every tiny model of this library."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
+"""Layers that several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
 from visionmix.layers.conv import DepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
