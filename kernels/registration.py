@@ -40,6 +40,11 @@ def _define(name: str, schema: str, kernel: Callable, fake: Callable, flops: Cal
     _register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
 
 
+def _place_of_implementation(schema: str) -> int:
+    names = [argument.name for argument in torch._C.parse_schema(f"{NAMESPACE}::any{schema}").arguments]
+    return names.index("implementation")
+
+
 def register_op(
     name: str,
     *,
@@ -69,20 +74,18 @@ def register_op(
     """
     dispatch.register(name, "reference", reference)
 
-    # The dispatcher leaves out trailing arguments that have their default values, so the schema's last argument is
-    # found by its position.
-    count = len(torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}").arguments) - 1
-    backward_count = len(torch._C.parse_schema(f"{NAMESPACE}::{name}{backward_schema}").arguments) - 1
+    # The dispatcher leaves out trailing arguments that have their default values.
+    place, backward_place = _place_of_implementation(schema), _place_of_implementation(backward_schema)
 
     def run(*args):
-        implementation = dispatch.resolve(name, *args[count:] or ("auto",), args[0].device)
+        implementation = dispatch.resolve(name, *args[place : place + 1] or ("auto",), args[0].device)
         with dispatch.full_precision(args[0].device):
-            return dispatch.load(name, implementation).forward(*args[:count])
+            return dispatch.load(name, implementation).forward(*args[:place], *args[place + 1 :])
 
     def run_backward(*args):
-        implementation = dispatch.resolve(name, *args[backward_count:] or ("auto",), args[0].device)
+        implementation = dispatch.resolve(name, *args[backward_place:] or ("auto",), args[0].device)
         with dispatch.full_precision(args[0].device):
-            return dispatch.load(name, implementation).backward(*args[:backward_count])
+            return dispatch.load(name, implementation).backward(*args[:backward_place])
 
     def double_backward(_ctx, *_grads):
         raise RuntimeError(f"double backward is not implemented for the fused op {NAMESPACE}::{name}; {_REMEDY}")

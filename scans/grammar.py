@@ -8,7 +8,6 @@
 top to bottom, and `reversed` reads it from its last step, padding included, to its first.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from visionmix.registry import close_matches
 from visionmix.scans import curves, windows
 from visionmix.scans.hilbert import hilbert
 
@@ -29,6 +29,7 @@ class Base(NamedTuple):
     numbers: tuple[str, ...] = ()  # what the numbers in the name mean
     steps: Callable[..., int] | None = None  # None: one step a cell
     volumetric: bool = False  # takes a depth
+    recursive: bool = False  # built of pieces whose number depends on the size
     self_inverse: bool = False  # the published inverse is the index itself, true or not
 
 
@@ -40,7 +41,7 @@ BASES = {
     # inverse of square grids only. Its published weights were trained with it, at square sizes; at others it scrambles.
     "column_unswapped": Base(curves.column, self_inverse=True),
     "diagonal": Base(curves.diagonal),
-    "hilbert": Base(hilbert),
+    "hilbert": Base(hilbert, recursive=True),
     "morton": Base(curves.morton, volumetric=True),
     "raster": Base(curves.raster, volumetric=True),
     "skip": Base(windows.skip, ("rate", "row", "column"), windows.skip_steps),
@@ -75,7 +76,7 @@ def _nearest(part: str) -> str:
     numbers = "".join(f"_{number}" for number in re.findall(r"\d+", part))
     bases = [key + numbers if base.numbers else key for key, base in BASES.items()]
     modified = [f"{base}_{modifier}" for base in bases for modifier in MODIFIERS]
-    found = difflib.get_close_matches(part, bases + modified, n=1, cutoff=0.5)
+    found = close_matches(part, bases + modified, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

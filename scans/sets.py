@@ -1,9 +1,8 @@
 """Sets of directions, as published models read a map several times over."""
 
-import difflib
-
 import torch
 
+from visionmix.registry import close_matches
 from visionmix.scans.grammar import check_name, parse
 from visionmix.scans.orders import ScanOrder, order
 
@@ -63,7 +62,7 @@ def direction_names(name: str) -> tuple[str, ...]:
     try:
         parts = parse(name)
     except ValueError as error:
-        close = difflib.get_close_matches(name, SETS, n=1)
+        close = close_matches(name, SETS)
         hint = f"did you mean {close[0]!r}?" if close else "scans.direction_sets() lists them"
         raise ValueError(f"no direction set is called {name!r} ({hint}); as an order: {error}") from None
     if len(parts) > 1:

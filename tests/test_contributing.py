@@ -8,11 +8,12 @@ from pathlib import Path
 import timm
 import torch
 
+import visionmix
 from visionmix.mixers import registry
 from visionmix.models import family
 
 
-def test_the_example_makes_a_model(tmp_path, monkeypatch):
+def test_the_example_family_makes_models(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(), re.S)
     monkeypatch.setattr(registry, "_MIXERS", copy.deepcopy(registry._MIXERS))
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
@@ -22,6 +23,9 @@ def test_the_example_makes_a_model(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "example_family", module)
     spec.loader.exec_module(module)
+    assert visionmix.models.published("pool_s12.in1k").top1 == 77.2
+    assert "pool_s12.in1k" in timm.list_pretrained("pool_s12*")
+    assert visionmix.mixers.Pool is module.Pool
     model = timm.create_model("test_pool").eval()
     images = torch.randn(1, 3, 64, 96)
     assert model(images).shape == (1, 1000)

@@ -51,10 +51,10 @@ def test_the_mixers_that_scan():
 
 
 def test_a_mixer_of_maps_is_refused_beside_a_class_token():
-    options = {"mixer": "conv", "class_token": "first", "global_pool": "token"}
-    with pytest.raises(ValueError, match="mixer='conv' reads whole maps and cannot serve beside a class token"):
+    options = {"mixer": "conv", "prefix_tokens": "first", "global_pool": "token"}
+    with pytest.raises(ValueError, match="DepthwiseConv reads whole maps and cannot serve beside prefix tokens"):
         timm.create_model("test_plain", **options)
-    with pytest.raises(ValueError, match=r"lepe.*reads whole maps"):
+    with pytest.raises(ValueError, match="LinearAttention reads whole maps"):
         timm.create_model("test_plain", **options | {"mixer": {"name": "linear", "lepe": 3}})
 
 
@@ -74,7 +74,7 @@ def test_a_name_is_taken_once():
 
 def test_models_take_mixers():
     spec = {"name": "gated_linear_attention", "gate_rank": 8}
-    plain = timm.create_model("test_vig", mixer=["gated_linear_attention", spec])
+    plain = timm.create_model("test_vig", mixer={"cycle": ["gated_linear_attention", spec]})
     assert [block.mixer.gate_down.out_features for block in plain.blocks] == [16, 8, 16]
     stages = timm.create_model("test_vig_h", mixer=[spec, spec, ["gated_linear_attention", spec], spec])
     assert [block.mixer.gate_down.out_features for block in stages.stages[2].blocks] == [16, 8]

@@ -17,9 +17,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from PIL import Image
 
 from visionmix import scans
+from visionmix.tools.images import read_rgb
 
 GALLERY = (
     *("raster", "snake", "hilbert", "morton"),
@@ -83,9 +83,8 @@ def draw_orders(names: list[str], height: int, width: int, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100, bbox_inches="tight", pad_inches=0.1)
     if out.suffix.lower() == ".png":
-        with Image.open(out) as picture:
-            indexed = picture.convert("RGB").quantize(256)  # a third of the bytes, with no difference to be seen
-        indexed.save(out, optimize=True)
+        # A third of the bytes, with no difference to be seen.
+        read_rgb(out).quantize(256).save(out, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> None:

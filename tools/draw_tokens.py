@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visionmix.tools import data, demo_data, models, pictures
+from visionmix.tools.images import read_rgb
 
 DROPPED = 0.15  # brightness left to cells that no token holds
 
@@ -94,8 +95,7 @@ def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list
 def _open(name: str) -> Image.Image:
     if name in demo_data.PHOTOGRAPHS and not Path(name).exists():
         return demo_data.open_photograph(demo_data.photograph_folder() / demo_data.PHOTOGRAPHS[name])
-    with Image.open(name) as file:
-        return file.convert("RGB")
+    return read_rgb(name)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from visionmix.names import nearest
+from visionmix.registry import nearest
 
 # Imported only when asked for: each brings much of its own.
 COMMANDS = {

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
 from visionmix import reduction
-from visionmix.names import nearest
+from visionmix.registry import nearest
 from visionmix.tools import checkpoint
 
 
@@ -212,11 +212,12 @@ def load_trained(
         model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
-        model = load_published(name, checkpoint.weights(content), str(file), classes)
-    if classes and model.num_classes != classes:
+        tensors = checkpoint.weights(content)
+        model = load_published(name, tensors, str(file), _outputs(name, tensors))
+    if classes is not None and model.num_classes != classes:
         raise ValueError(
-            f"{file or f'{name} --pretrained'} has {model.num_classes} classes, not {classes}; take weights of "
-            f"{classes} classes, e.g. fine-tune these by visionmix train with model.pretrained=true"
+            f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
+            "leave --num-classes out"
         )
     model = model.to(device).eval()
     settings = content.get("input") or {}
@@ -227,6 +228,15 @@ def load_trained(
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
     return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+
+
+def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Return how many outputs the classifier in a weight file has; None where no tensor has the classifier's name."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    first = config.classifier if config else None
+    first = first if isinstance(first, str | None) else first[0]  # a distilled model has two
+    weight = tensors.get(f"{first}.weight") if first else None
+    return len(weight) if isinstance(weight, torch.Tensor) else None
 
 
 def choose_device(name: str | None) -> torch.device:

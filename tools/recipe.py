@@ -24,7 +24,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, UnsupportedValueType
 
-from visionmix.names import nearest
+from visionmix.registry import nearest
 
 
 @dataclass

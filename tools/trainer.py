@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
-from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_paths
+from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines
 from visionmix.tools.recipe import Recipe, to_dict
 
 _logger = logging.getLogger("visionmix.tools.trainer")
@@ -222,7 +222,7 @@ class Trainer:
             if self.ema:
                 distribute_bn(self.ema.module, self.world, reduce=True)
         self.own_losses = {name: value / (self.steps * self.world) for name, value in self.own_losses.items()}
-        return total.item() / (self.steps * self.world), gather_paths(unreadable)
+        return total.item() / (self.steps * self.world), gather_lines(unreadable)
 
     def _set_progress(self) -> None:
         done = min(self.step / (self.steps * self.recipe.schedule.epochs), 1.0)
@@ -342,7 +342,7 @@ def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> 
     for index in chosen:
         try:
             image, target = dataset.load(int(index))
-        except data.UNREADABLE:
+        except data.UnreadableImage:
             continue
         with autocast(trainer.device, trainer.recipe.train.amp):
             logits = model(dataset.transform(image)[None].to(trainer.device))

@@ -1,8 +1,9 @@
 """Gated linear attention, in one and in both directions."""
 
+import torch
 from torch import Tensor
 
-from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
+from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
 from visionmix.kernels.gated_linear_attention.op import bidirectional_op, gated_linear_attention_op
 
 __all__ = [
@@ -73,6 +74,7 @@ def bidirectional_gated_linear_attention(
     g_backward: Tensor,
     scale: float | None = None,
     merge: str = "mean",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gated linear attention from both ends of the sequence, with shared q, k and v and a gate for each direction.
 
@@ -89,14 +91,19 @@ def bidirectional_gated_linear_attention(
             that comes from token t + 1.
         scale: factor of the queries; dk^-0.5 if None.
         merge: "mean" or "sum" of the directions.
+        out_dtype: type of the output, v's if None. Under mixed precision torch.float32 keeps outputs that half
+            precision cannot hold, or would round, until the norm behind the attention brings them back to its range.
 
     Returns:
-        The output (batch, length, heads, dv) in v's dtype; computed in float32, or float64 if any input is.
+        The output (batch, length, heads, dv) in `out_dtype`; computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor.
-        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `merge` is unknown.
+        TypeError: an argument is no real floating-point tensor, or `out_dtype` no dtype.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, `merge` is unknown, or
+            `out_dtype` is not of floating-point numbers.
     """
+    check_out_dtype(out_dtype)
     check_merge(merge, ("mean", "sum"))
     _check(q, k, v, {"g_forward": g_forward, "g_backward": g_backward}, None)
-    return bidirectional_op(q, k, v, g_forward, g_backward, q.shape[-1] ** -0.5 if scale is None else scale, merge)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return bidirectional_op(q, k, v, g_forward, g_backward, scale, merge, out_dtype)

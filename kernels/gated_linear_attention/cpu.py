@@ -33,18 +33,12 @@ class _Sizes(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _View, _Sizes)
     view, state = ctypes.POINTER(_View), ctypes.c_void_p
     tail = [ctypes.POINTER(_Sizes), ctypes.c_float, ctypes.c_int]
     library.gla_forward.argtypes = [view] * 5 + [state, view, state, *tail]
     library.gla_backward.argtypes = [view, state] + [view] * 5 + [state] + [view] * 5 + [state, *tail]
     return library
-
-
-def _float(x: Tensor) -> Tensor:
-    """Return `x` in float32 with the last axis dense; the other strides may be any."""
-    x = x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _view(x: Tensor | None) -> object:
@@ -78,8 +72,8 @@ def _run_forward(
     last: Tensor | None,
 ) -> Tensor:
     out = _empty(v)
-    q, k, v = _float(q), _float(k), _float(v)
-    gates = [None if g is None else _float(g) for g in gates]
+    q, k, v = native.with_dense_rows(q), native.with_dense_rows(k), native.with_dense_rows(v)
+    gates = [None if g is None else native.with_dense_rows(g) for g in gates]
     initial = None if initial is None else initial.float().contiguous()
     status = _library().gla_forward(
         _view(q),
@@ -111,8 +105,13 @@ def _run_backward(
 ) -> list[Tensor]:
     inputs = [q, k, v, *(g for g in gates if g is not None)]
     grads = [_empty(x) for x in inputs]
-    grad_out, q, k, v = _float(grad_out), _float(q), _float(k), _float(v)
-    gates = [None if g is None else _float(g) for g in gates]
+    grad_out, q, k, v = (
+        native.with_dense_rows(grad_out),
+        native.with_dense_rows(q),
+        native.with_dense_rows(k),
+        native.with_dense_rows(v),
+    )
+    gates = [None if g is None else native.with_dense_rows(g) for g in gates]
     initial, grad_last = (None if x is None else x.float().contiguous() for x in (initial, grad_last))
     views = [_view(grad) for grad in grads]
     status = _library().gla_backward(
@@ -165,13 +164,20 @@ def backward(
 
 
 def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
     if native.leaves_to_reference("gated_linear_attention", q, k, v, g_forward, g_backward):
-        return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge)
+        return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge, out_dtype)
     out = _run_forward(q, k, v, (g_forward, g_backward), reference.merged(scale, merge), None, None)
-    return out.to(v.dtype)
+    return out.to(out_dtype or v.dtype)
 
 
 def bidirectional_backward(

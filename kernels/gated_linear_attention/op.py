@@ -22,15 +22,28 @@ def gated_linear_attention_op(
 
 
 def bidirectional_op(
-    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return gated linear attention in both directions, merged by "mean" or "sum"."""
+    """Return gated linear attention in both directions, merged by "mean" or "sum".
+
+    The output has `out_dtype`, or v's type if None: torch.float32 where a norm follows that needs what half precision
+    cannot hold.
+    """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
             return dispatch.call_reference(
-                reference.bidirectional_forward, q, k, v, g_forward, g_backward, scale, merge
+                reference.bidirectional_forward, q, k, v, g_forward, g_backward, scale, merge, out_dtype
             )
-    return torch.ops.visionmix.bidirectional_gated_linear_attention(q, k, v, g_forward, g_backward, scale, merge)
+    return torch.ops.visionmix.bidirectional_gated_linear_attention(
+        q, k, v, g_forward, g_backward, scale, merge, "auto", out_dtype
+    )
 
 
 def _like(x: Tensor) -> Tensor:
@@ -105,8 +118,8 @@ register_op(
 )
 
 
-def _fake_bidirectional(q, k, v, g_forward, g_backward, scale, merge, implementation="auto"):
-    return _like(v)
+def _fake_bidirectional(q, k, v, g_forward, g_backward, scale, merge, implementation="auto", out_dtype=None):
+    return v.new_empty(v.shape, dtype=out_dtype)
 
 
 def _fake_bidirectional_backward(grad_out, q, k, v, g_forward, g_backward, scale, merge, implementation="auto"):
@@ -114,7 +127,7 @@ def _fake_bidirectional_backward(grad_out, q, k, v, g_forward, g_backward, scale
 
 
 def _setup_bidirectional_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.merge, implementation = inputs
+    *tensors, ctx.scale, ctx.merge, implementation, _ = inputs
     ctx.implementation = dispatch.resolve("bidirectional_gated_linear_attention", implementation, tensors[0].device)
     ctx.save_for_backward(*tensors)
 
@@ -123,7 +136,7 @@ def _bidirectional_backward(ctx, grad_out):
     grads = torch.ops.visionmix.bidirectional_gated_linear_attention_backward(
         grad_out, *ctx.saved_tensors, ctx.scale, ctx.merge, ctx.implementation
     )
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 def _bidirectional_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
@@ -144,7 +157,7 @@ register_op(
     "bidirectional_gated_linear_attention",
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor g_forward, Tensor g_backward, float scale, str merge, "
-        'str implementation="auto") -> Tensor'
+        'str implementation="auto", ScalarType? out_dtype=None) -> Tensor'
     ),
     backward_schema=(
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor g_forward, Tensor g_backward, float scale, str merge, "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.exported import is_symbolic, scan_states
 
 CHUNKS = (32, 16)
 
@@ -232,10 +233,26 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], state: Tensor
     return _Attention(query * scale, key, value, gates, chunk), None if state is None else state.flatten(0, 1).to(dtype)
 
 
+def _exported(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return (output, last state) of one direction, in a graph that serves every length."""
+    q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
+    decay, added = g.exp().unsqueeze(-1), k.unsqueeze(-1) * v.unsqueeze(-2)
+    if state is not None:
+        added = torch.cat((added[:, :1] + decay[:, :1] * state.to(dtype).unsqueeze(1), added[:, 1:]), 1)
+    states = scan_states(decay, added)
+    return scale * (q.unsqueeze(-2) @ states).squeeze(-2), states[:, -1]
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
+    if is_symbolic(q.shape[1]):
+        dtype = compute_dtype(q, k, v, g, initial_state)
+        out, state = _exported(q, k, v, g, scale, initial_state, dtype)
+        return out.to(v.dtype), state if output_final_state else out.new_empty(0, dtype=dtype)
     attention, state = _prepare(q, k, v, [g], initial_state, scale)
     if state is not None or output_final_state or attention.value.shape[1] > 1:
         state = attention.pass_states(state)
@@ -271,13 +288,26 @@ def backward(
 
 
 def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
-    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, merged(scale, merge))
+    scale = merged(scale, merge)
+    if is_symbolic(q.shape[1]):
+        dtype = compute_dtype(q, k, v, g_forward, g_backward)
+        out, _ = _exported(q, k, v, g_forward, scale, None, dtype)
+        flipped, _ = _exported(*(x.flip(1) for x in (q, k, v, g_backward)), scale, None, dtype)
+        return (out + flipped.flip(1)).to(out_dtype or v.dtype)
+    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, scale)
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
-    return _tokens(attention.out.flatten(1, 2), v, v.dtype)
+    return _tokens(attention.out.flatten(1, 2), v, out_dtype or v.dtype)
 
 
 def bidirectional_backward(

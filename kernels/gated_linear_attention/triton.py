@@ -193,11 +193,18 @@ def backward(
 
 
 def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float, merge: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
     problem = _Problem(q, k, v, [g_forward, g_backward], 0.5 * scale if merge == "mean" else scale, None)
-    out = v.new_empty(v.shape)
+    out = v.new_empty(v.shape, dtype=out_dtype)
     states = [problem.states(number, k, v, True, None, None) for number in range(2)]
     problem.mix(v, states, out, transposed=False)
     return out

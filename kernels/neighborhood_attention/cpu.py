@@ -37,17 +37,11 @@ class _View(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Problem, _View)
     problem, view, pointer = ctypes.POINTER(_Problem), ctypes.POINTER(_View), ctypes.c_void_p
     library.na_forward.argtypes = [problem] + [view] * 3 + [pointer] * 5
     library.na_backward.argtypes = [problem] + [view] * 4 + [pointer] * 12
     return library
-
-
-def _float(x: Tensor) -> Tensor:
-    """Return `x` in float32 with the last axis dense; the other strides may be any."""
-    x = x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -104,7 +98,7 @@ def forward(
     out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32)
     problem = _problem(query, value, *window, additional_keys, circular)
-    inputs = [_float(x) for x in (query, key, value)]
+    inputs = [native.with_dense_rows(x) for x in (query, key, value)]
     options = [_dense(x) for x in options]
     status = _library().na_forward(
         problem, *map(_view, inputs), *map(_pointer, options), out.data_ptr(), lse.data_ptr()
@@ -139,7 +133,7 @@ def backward(
     tensors = (query, key, value, *options)
     grads = [_empty(x) for x in tensors]
     problem = _problem(query, value, *window, additional_keys, circular)
-    inputs = [_float(x) for x in (query, key, value, grad_out)]
+    inputs = [native.with_dense_rows(x) for x in (query, key, value, grad_out)]
     numbers = [_dense(x) for x in (*options, out, lse, grad_lse)]
     status = _library().na_backward(problem, *map(_view, inputs), *map(_pointer, numbers), *map(_pointer, grads))
     _succeed(status)

@@ -4,17 +4,22 @@ The function here checks nothing: it scripts, traces and exports. The checked fu
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch, gpu
-from visionmix.kernels.neighborhood_attention import padding, reference
+from visionmix.kernels.exported import is_symbolic
+from visionmix.kernels.neighborhood_attention import exported, padding, reference
 from visionmix.kernels.neighborhood_attention.windows import count_pairs
 from visionmix.kernels.registration import register_op
 
-_reference_forward = partial(padding.forward, reference.forward)
+
+def _reference_forward(query: Tensor, key: Tensor, value: Tensor, *args) -> tuple[Tensor, Tensor]:
+    if is_symbolic(*query.shape[1:-2]):
+        dtype = dispatch.compute_dtype(query, key, value, *args[5:8])
+        return exported.forward(query, key, value, *args, dtype)
+    return padding.forward(reference.forward, query, key, value, *args)
 
 
 def neighborhood_attention_op(

@@ -1,8 +1,9 @@
 """The selective scan of Mamba."""
 
+import torch
 from torch import Tensor
 
-from visionmix.kernels.checks import check_shape, check_sizes, check_tensors
+from visionmix.kernels.checks import check_out_dtype, check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan.op import selective_scan_op
 
 __all__ = ["selective_scan", "selective_scan_op"]
@@ -35,6 +36,7 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     gap: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan: a diagonal linear state space whose step size, input and output depend on the token.
 
@@ -61,15 +63,19 @@ def selective_scan(
         return_last_state: whether to return the state after the last token.
         gap: steps that no token is there for, since the token before (batch, dim, length), of the size that delta has
             behind the softplus. On a GPU the PyTorch reference runs for it.
+        out_dtype: type of the output, u's if None. Under mixed precision torch.float32 keeps outputs that half
+            precision cannot hold, or would round, until the norm behind the scan brings them back to its range.
 
     Returns:
-        The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state
-        is float32, or float64 if any input is; so is the computation.
+        The output (batch, dim, length) in `out_dtype`, or (output, state) with the state (batch, dim, states). The
+        state is float32, or float64 if any input is; so is the computation.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor (complex A is not supported).
-        ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
+        TypeError: an argument is no real floating-point tensor (complex A is not supported), or `out_dtype` no dtype.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `out_dtype` is not of
+            floating-point numbers.
     """
+    check_out_dtype(out_dtype)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     tensors["gap"] = gap
     check_tensors(tensors, _RANKS, ("u", "delta", "A", "B", "C"))
@@ -87,5 +93,6 @@ def selective_scan(
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     if B.dim() == C.dim() == 4 and B.shape[1] != C.shape[1]:
         raise ValueError(f"B has {B.shape[1]} groups and C has {C.shape[1]}; give them the same number")
-    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap)
+    options = (delta_softplus, return_last_state, gap, out_dtype)
+    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, *options)
     return (out, state) if return_last_state else out

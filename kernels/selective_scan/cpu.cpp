@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../structures.h"
 #include "scan.h"
 
 namespace {
@@ -38,7 +39,7 @@ struct Input {
 struct Arguments {
   Signal u, delta, z, gap, grad_out, out, grad_u, grad_delta, grad_z, grad_gap;
   Input B, C;
-  const float *A, *D, *bias, *grad_state;
+  const float *A, *D, *delta_bias, *grad_state;
   // The gradients of B and C are (parts, batch, groups, states, time), to be summed over the parts of a group's channels
   // that tasks walk through; those of parameters, constant B and C among them, have a leading batch axis.
   // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted on the way forward where there is
@@ -171,7 +172,7 @@ struct Job {
     };
     t.B = constant(a.B), t.C = constant(a.C);
     if (a.D) scan::load_columns(a.D + t.channel, 1, t.width, 1.0f, &t.ends.D);
-    if (a.bias) scan::load_columns(a.bias + t.channel, 1, t.width, 1.0f, &t.ends.bias);
+    if (a.delta_bias) scan::load_columns(a.delta_bias + t.channel, 1, t.width, 1.0f, &t.ends.bias);
     return t;
   }
 
@@ -319,7 +320,7 @@ struct Job {
       if (a.B.constant) scan::store_columns(t.grad_B, states, t.width, 1.0f, a.grad_B + channel * states);
       if (a.C.constant) scan::store_columns(t.grad_C, states, t.width, 1.0f, a.grad_C + channel * states);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
-      if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
+      if (a.delta_bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
     }
   }
 
@@ -362,6 +363,10 @@ struct Job {
 }  // namespace
 
 extern "C" {
+
+EXPORT_SIZE(Signal)
+EXPORT_SIZE(Input)
+EXPORT_SIZE(Arguments)
 
 // The number of parts that the gradients of B and C come in.
 int64_t selective_scan_parts(const Arguments* arguments) { return Job(*arguments, true).parts; }

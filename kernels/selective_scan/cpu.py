@@ -48,7 +48,7 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Signal, _Input, _Arguments)
     for function in (library.selective_scan_parts, library.selective_scan_forward, library.selective_scan_backward):
         function.argtypes = [ctypes.POINTER(_Arguments)]
     library.selective_scan_parts.restype = ctypes.c_int64
@@ -85,7 +85,7 @@ class _Call:
                 self.set(name, x)
 
     def set(self, name: str, x: Tensor) -> None:
-        x = x.detach().float()
+        x = x.float()
         if name in _SIGNALS:
             value = _Signal(x.data_ptr(), *x.stride())
         elif name in _INPUTS and x.dim() == 4:
@@ -117,6 +117,7 @@ def forward(
     return_last_state: bool,
     gap: Tensor | None = None,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (output, last state, states entering the chunks), the latter two empty unless asked for.
 
@@ -124,13 +125,13 @@ def forward(
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     if native.leaves_to_reference("selective_scan", *tensors, gap):
-        return reference.forward(*tensors, delta_softplus, return_last_state, gap)
+        return reference.forward(*tensors, delta_softplus, return_last_state, gap, False, out_dtype)
     out = torch.empty(u.shape, dtype=torch.float32)
     state = torch.empty((*u.shape[:2], A.shape[1]) if return_last_state else 0, dtype=torch.float32)
     entering = torch.empty(entering_shape(u, A) if keep_states else 0, dtype=torch.float32)
     others = {"state": state if return_last_state else None, "entering": entering if keep_states else None}
     _Call(*tensors, delta_softplus, gap=gap, out=out, **others).run("selective_scan_forward")
-    return out.to(u.dtype), state, entering
+    return out.to(out_dtype or u.dtype), state, entering
 
 
 def backward(

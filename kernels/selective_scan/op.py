@@ -23,21 +23,24 @@ def selective_scan_op(
     delta_softplus: bool,
     return_last_state: bool,
     gap: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, last state) of the selective scan, the state empty unless asked for.
+
+    The output has `out_dtype`, or u's type if None: torch.float32 where a norm follows that needs what half precision
+    cannot hold.
 
     B and C are (batch, groups, states, length) or, constant, (dim, states); gap is (batch, dim, length).
     """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
-            out, state, _ = dispatch.call_reference(
-                reference.forward, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap
-            )
+            inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, False, out_dtype)
+            out, state, _ = dispatch.call_reference(reference.forward, *inputs)
             return out, state
     # A graph that torch.jit.trace makes shall not depend on the mode: it goes forward once more on its way back.
     keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
     out, state, _ = torch.ops.visionmix.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, keep_states
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, keep_states, "auto", out_dtype
     )
     return out, state
 
@@ -60,11 +63,13 @@ def _fake(
     gap=None,
     keep_states=False,
     implementation="auto",
+    out_dtype=None,
 ):
     dtype = dispatch.compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
     state = u.new_empty((*u.shape[:2], A.shape[1]) if return_last_state else (0,), dtype=dtype)
     compiled = dispatch.resolve("selective_scan", implementation, u.device) == "cpu" and dtype == torch.float32
-    return _like(u), state, u.new_empty(cpu.entering_shape(u, A) if keep_states and compiled else (0,), dtype=dtype)
+    out = u.new_empty(u.shape, dtype=out_dtype)
+    return out, state, u.new_empty(cpu.entering_shape(u, A) if keep_states and compiled else (0,), dtype=dtype)
 
 
 def _fake_backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap=None, *_options):
@@ -73,7 +78,7 @@ def _fake_backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, de
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.return_last_state, gap, _, implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.return_last_state, gap, _, implementation, _ = inputs
     ctx.implementation = dispatch.resolve("selective_scan", implementation, tensors[0].device)
     entering = output[2]
     ctx.mark_non_differentiable(entering)
@@ -91,7 +96,7 @@ def _backward(ctx, grad_out, grad_state, _):
         grad_out, grad_state, *tensors, ctx.delta_softplus, gap, entering, ctx.implementation
     )
     *grads, grad_gap = (None if x is None else grad for x, grad in zip((*tensors, gap), grads, strict=True))
-    return *grads, None, None, grad_gap, None, None
+    return *grads, None, None, grad_gap, None, None, None
 
 
 def _flops(
@@ -134,7 +139,7 @@ register_op(
     "selective_scan",
     schema=(
         f"({_INPUTS}, bool delta_softplus, bool return_last_state, Tensor? gap=None, bool keep_states=False, "
-        'str implementation="auto") -> (Tensor, Tensor, Tensor)'
+        'str implementation="auto", ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)'
     ),
     backward_schema=(
         f"(Tensor grad_out, Tensor? grad_state, {_INPUTS}, bool delta_softplus, Tensor? gap=None, "

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.exported import is_symbolic, scan_states
 
 # The states of this many (token, channel, state) triples are kept at a time in backward.
 _BACKWARD_STATES = 1 << 21
@@ -169,6 +170,24 @@ def _activate(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) ->
     return F.softplus(delta) if delta_softplus else delta
 
 
+def _exported(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what C reads of the states, and the last state, in a graph that serves every length."""
+    dim = u.shape[1]
+
+    def per_channel(x: Tensor) -> Tensor:
+        """(batch, groups, states, length) or (dim, states), to (batch or 1, length or 1, dim, states)."""
+        x = x.to(u.dtype)
+        if x.dim() == 2:
+            return x[None, None]
+        x = x.permute(0, 3, 1, 2).unsqueeze(3)
+        return x.expand(-1, -1, -1, dim // x.shape[2], -1).flatten(2, 3)
+
+    decaying = delta if gap is None else delta + gap.to(u.dtype)
+    decay = (decaying.transpose(1, 2).unsqueeze(-1) * A.to(u.dtype)).exp()
+    states = scan_states(decay, (delta * u).transpose(1, 2).unsqueeze(-1) * per_channel(B))
+    return (states * per_channel(C)).sum(-1).transpose(1, 2), states[:, -1]
+
+
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -182,25 +201,30 @@ def forward(
     return_last_state: bool,
     gap: Tensor | None = None,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
 
     The way back finds the states itself: none are kept.
     """
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
-    layout, scan, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
-    state, last = scan.entering()
-    outputs = []
-    for position in range(layout.chunk):
-        state = scan.step(position, state)
-        outputs.append(_read(state, scan.C, position))
-    out = layout.join(torch.stack(outputs))
+    if is_symbolic(u.shape[-1]):
+        out, last = _exported(u.to(dtype), _activate(delta.to(dtype), delta_bias, delta_softplus), A, B, C, gap)
+    else:
+        layout, scan, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
+        state, last = scan.entering()
+        outputs = []
+        for position in range(layout.chunk):
+            state = scan.step(position, state)
+            outputs.append(_read(state, scan.C, position))
+        out = layout.join(torch.stack(outputs))
+        last = last.flatten(1, 2)
     if D is not None:
         out = out + D.to(dtype).unsqueeze(-1) * u
     if z is not None:
         out = out * F.silu(z.to(dtype))
-    last = last.flatten(1, 2).contiguous() if return_last_state else out.new_empty(0)
-    return out.to(u.dtype).contiguous(), last, out.new_empty(0)
+    last = last.contiguous() if return_last_state else out.new_empty(0)
+    return out.to(out_dtype or u.dtype).contiguous(), last, out.new_empty(0)
 
 
 def _gradients(

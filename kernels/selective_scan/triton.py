@@ -113,15 +113,17 @@ def forward(
     return_last_state: bool,
     gap: Tensor | None = None,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
 
     The way back finds the states itself: none are kept.
     """
     if _leaves_to_reference(gap):
-        return reference.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap)
+        options = (delta_softplus, return_last_state, gap, False, out_dtype)
+        return reference.forward(u, delta, A, B, C, D, z, delta_bias, *options)
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    out = u.new_empty(u.shape)
+    out = u.new_empty(u.shape, dtype=out_dtype)
     shape = (problem.batch, problem.dim, problem.states) if return_last_state else (0,)
     last = u.new_empty(shape, dtype=torch.float32)
     problem.forward(out, None, last if return_last_state else None)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
+from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan_2d.op import selective_scan_2d_op
 from visionmix.kernels.selective_scan_2d.routes import SEPARATOR
 
@@ -42,6 +43,7 @@ def selective_scan_2d(
     orders: Sequence[str] = _CROSS,
     merge: str = "sum",
     permute: str = "all",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The selective scan of a map in K orders, each with parameters of its own, brought back to the map and merged.
 
@@ -72,17 +74,22 @@ def selective_scan_2d(
         orders: the names of the K orders, as `visionmix.scans.order` takes them; the default is VMamba's cross scan.
         merge: "sum" or "mean" of the directions, or "none" for all of them.
         permute: what is read in the orders: "all" of x, delta, B and C, or "input", x alone.
+        out_dtype: type of the output, x's if None. Under mixed precision torch.float32 keeps outputs that half
+            precision cannot hold, or would round, until the norm behind the scan brings them back to its range.
 
     Returns:
-        (batch, height, width, channels) in x's dtype; for `merge="none"` (batch, height, width, routes, channels), a
+        (batch, height, width, channels) in `out_dtype`; for `merge="none"` (batch, height, width, routes, channels), a
         route for each order and for each of those joined by "+". A cell that an order does not read gets zero from it,
         and "mean" divides by the number of routes all the same. Computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor, or `orders` is no sequence of names.
+        TypeError: an argument is no real floating-point tensor, `orders` is no sequence of names, or `out_dtype` no
+            dtype.
         ValueError: shapes or devices do not fit together, an axis but the batch is empty, or an order, `merge` or
-            `permute` is unknown, or an order has not one step a cell for `permute="input"`.
+            `permute` is unknown, or an order has not one step a cell for `permute="input"`, or `out_dtype` is not of
+            floating-point numbers.
     """
+    check_out_dtype(out_dtype)
     delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)
     tensors = {"x": x, "delta": delta, "delta_weight": weight, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
     check_tensors(tensors, {name: (rank,) for name, rank in _RANKS.items()}, ("x", "delta", "A", "B", "C"))
@@ -106,5 +113,5 @@ def selective_scan_2d(
     else:
         check_shape("delta", delta, maps | {"rank": weight.shape[2]})
         check_shape("delta_weight", weight, parameters | {"rank": weight.shape[2]})
-    names = SEPARATOR.join(orders)
-    return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, delta_softplus, names, merge, permute)
+    options = (delta_softplus, SEPARATOR.join(orders), merge, permute, out_dtype)
+    return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, *options)

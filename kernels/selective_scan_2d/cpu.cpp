@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../selective_scan/scan.h"
+#include "../structures.h"
 
 namespace {
 
@@ -37,7 +38,7 @@ struct Map {
 
 struct Arguments {
   Map x, delta, B, C, grad_out, out, grad_x, grad_delta;
-  const float *weight, *A, *D, *bias;
+  const float *delta_weight, *A, *D, *delta_bias;
   // Gradients of parameters have a leading batch axis. Those of B, C and a low-rank delta's first factor are (batch,
   // cells, orders, features), dense, and added to.
   float *grad_weight, *grad_A, *grad_D, *grad_bias, *grad_B, *grad_C, *grad_rank;
@@ -177,9 +178,9 @@ struct Job {
     t.state = cleared(arena, a.states);
     const int64_t row = order * a.channels + t.channel;
     scan::load_columns(a.A + row * a.states, a.states, t.width, scan::log2_e, t.A);
-    if (a.rank) scan::load_columns(a.weight + row * a.rank, a.rank, t.width, 1.0f, t.weight);
+    if (a.rank) scan::load_columns(a.delta_weight + row * a.rank, a.rank, t.width, 1.0f, t.weight);
     if (a.D) scan::load_columns(a.D + row, 1, t.width, 1.0f, &t.ends.D);
-    if (a.bias) scan::load_columns(a.bias + row, 1, t.width, 1.0f, &t.ends.bias);
+    if (a.delta_bias) scan::load_columns(a.delta_bias + row, 1, t.width, 1.0f, &t.ends.bias);
     if (!back) return t;
     t.grad_A = cleared(arena, a.states);
     for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate}) *x = arena.vectors(chunk);
@@ -303,7 +304,7 @@ struct Job {
       scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
       if (a.rank) scan::store_columns(t.grad_weight, a.rank, t.width, 1.0f, a.grad_weight + row * a.rank);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + row);
-      if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
+      if (a.delta_bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
     }
   }
 
@@ -396,6 +397,9 @@ struct Job {
 }  // namespace
 
 extern "C" {
+
+EXPORT_SIZE(Map)
+EXPORT_SIZE(Arguments)
 
 // Returns 0, or 1 where memory is short.
 int selective_scan_2d_forward(const Arguments* arguments) {

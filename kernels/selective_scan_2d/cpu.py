@@ -47,7 +47,7 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Map, _Arguments)
     for name in ("selective_scan_2d_forward", "selective_scan_2d_backward"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Arguments)]
     return library
@@ -161,14 +161,9 @@ class _Call:
 
     def set_map(self, name: str, x: Tensor) -> None:
         """Set a tensor (batch, height, width, features) or (batch, height, width, orders, features)."""
-        x = x.float()
-        strides = x.stride()
-        dense = strides[-1] == 1 or x.shape[-1] == 1
-        if not dense or (x.shape[1] > 1 and strides[1] != x.shape[2] * strides[2]):
-            x = x.contiguous()
-            strides = x.stride()
-        order = strides[3] if len(strides) == 5 else 0
-        setattr(self.arguments, name, _Map(x.data_ptr(), strides[0], strides[2], order))
+        x, cell = native.with_joint_cells(x)
+        order = x.stride(3) if x.dim() == 5 else 0
+        setattr(self.arguments, name, _Map(x.data_ptr(), x.stride(0), cell, order))
         self.tensors.append(x)
 
     def set_dense(self, name: str, x: Tensor) -> None:
@@ -202,6 +197,7 @@ def forward(
     merge: str,
     permute: str,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the merged outputs, and the states entering the chunks, empty unless asked for.
 
@@ -209,7 +205,7 @@ def forward(
     """
     tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
-        return reference.forward(*tensors, delta_softplus, orders, merge, permute)
+        return reference.forward(*tensors, delta_softplus, orders, merge, permute, False, out_dtype)
     call = _Call(*tensors, delta_softplus, orders, merge, permute)
     shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
     out = torch.empty(shape, dtype=torch.float32)
@@ -219,7 +215,7 @@ def forward(
     if keep_states:
         call.set_dense("entering", entering)
     call.run("selective_scan_2d_forward")
-    return out.to(x.dtype), entering
+    return out.to(out_dtype or x.dtype), entering
 
 
 def backward(

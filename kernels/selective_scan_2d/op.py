@@ -25,21 +25,37 @@ def selective_scan_2d_op(
     orders: str,
     merge: str,
     permute: str = "all",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the selective scan over several orders of a map; `orders` are their names joined by commas.
 
     `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`. `permute` is
-    "all", or "input" where delta, B and C stay in raster order.
+    "all", or "input" where delta, B and C stay in raster order. The output has `out_dtype`, or x's type if None:
+    torch.float32 where a norm follows that needs what half precision cannot hold.
     """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
             inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute)
-            out, _ = dispatch.call_reference(reference.forward, *inputs)
+            out, _ = dispatch.call_reference(reference.forward, *inputs, False, out_dtype)
             return out
     # A graph that torch.jit.trace makes shall not depend on the mode: it goes forward once more on its way back.
     keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
     out, _ = torch.ops.visionmix.selective_scan_2d(
-        x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge, permute, keep_states
+        x,
+        delta,
+        delta_weight,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        delta_softplus,
+        orders,
+        merge,
+        permute,
+        keep_states,
+        "auto",
+        out_dtype,
     )
     return out
 
@@ -63,8 +79,10 @@ def _fake(
     permute="all",
     keep_states=False,
     implementation="auto",
+    out_dtype=None,
 ):
-    out = x.new_empty(*x.shape[:3], count_routes(orders), x.shape[3]) if merge == "none" else _like(x)
+    shape = (*x.shape[:3], count_routes(orders), x.shape[3]) if merge == "none" else x.shape
+    out = x.new_empty(shape, dtype=out_dtype)
     dtype = dispatch.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
     compiled = dispatch.resolve("selective_scan_2d", implementation, x.device) == "cpu" and dtype == torch.float32
     shape = cpu.entering_shape(x, A, count_steps(orders, *x.shape[1:3])) if keep_states and compiled else (0,)
@@ -76,7 +94,7 @@ def _fake_backward(grad_out, x, delta, delta_weight, A, B, C, D, delta_bias, *_o
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, _, implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, _, implementation, _ = inputs
     ctx.implementation = dispatch.resolve("selective_scan_2d", implementation, tensors[0].device)
     entering = output[1]
     ctx.mark_non_differentiable(entering)
@@ -87,11 +105,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     *tensors, entering = ctx.saved_tensors
     if grad_out is None:
-        return (None,) * (len(tensors) + 6)
+        return (None,) * (len(tensors) + 7)
     grads = torch.ops.visionmix.selective_scan_2d_backward(
         grad_out, *tensors, ctx.delta_softplus, ctx.orders, ctx.merge, ctx.permute, entering, ctx.implementation
     )
-    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 6
+    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 7
 
 
 def _flops(
@@ -138,7 +156,10 @@ _INPUTS = (
 
 register_op(
     "selective_scan_2d",
-    schema=f'({_INPUTS}, bool keep_states=False, str implementation="auto") -> (Tensor, Tensor)',
+    schema=(
+        f'({_INPUTS}, bool keep_states=False, str implementation="auto", ScalarType? out_dtype=None) -> '
+        "(Tensor, Tensor)"
+    ),
     backward_schema=(
         f'(Tensor grad_out, {_INPUTS}, Tensor? entering=None, str implementation="auto") -> '
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

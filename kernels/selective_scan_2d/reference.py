@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
+from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.selective_scan import reference as scan
-from visionmix.kernels.selective_scan_2d.routes import Routes, routes, take, take_sum
+from visionmix.kernels.selective_scan_2d.routes import SEPARATOR, Routes, routes, take, take_sum
+from visionmix.scans.orders import symbolic_order
 
 
 def _sequences(maps: Tensor, table: Routes, dtype: torch.dtype) -> Tensor:
@@ -51,6 +53,33 @@ class _Inputs:
         )
 
 
+def _read(maps: Tensor, cells: Tensor) -> Tensor:
+    """(batch, height, width, features) to (batch, features, steps), zeros where no cell is read."""
+    flat = torch.nn.functional.pad(maps.flatten(1, 2), (0, 0, 0, 1))
+    return flat.index_select(1, torch.where(cells < 0, flat.shape[1] - 1, cells)).transpose(1, 2)
+
+
+def _exported(x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, permute) -> list[Tensor]:
+    """Return the routes' maps in a graph that serves every size: one order after the other, in its own steps."""
+    dtype = dispatch.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
+    height, width = x.shape[1:3]
+    found = []
+    for number, name in enumerate(orders.split(SEPARATOR)):
+        index, inverse = (table.to(x.device) for table in symbolic_order(name, height, width))
+        place = index if permute == "all" else torch.arange(height * width, device=x.device)
+        steps, b, c = (_read(maps[..., number, :].to(dtype), place) for maps in (delta, B, C))
+        if delta_weight is not None:
+            steps = delta_weight[number].to(dtype) @ steps
+        options = (None if option is None else option[number] for option in (D, delta_bias))
+        skip, bias = options
+        arguments = (_read(x.to(dtype), index), steps, A[number], b.unsqueeze(1), c.unsqueeze(1), skip, None, bias)
+        out, *_ = scan.forward(*arguments, delta_softplus, False)
+        count = name.count("+") + 1
+        taken = _read(out.transpose(1, 2).unsqueeze(1), inverse).unflatten(2, (count, height, width))
+        found += [route.permute(0, 2, 3, 1) for route in taken.unbind(2)]
+    return found
+
+
 def forward(
     x: Tensor,
     delta: Tensor,
@@ -65,11 +94,18 @@ def forward(
     merge: str,
     permute: str,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the merged outputs, and nothing: the way back finds the states itself.
 
     Shapes as `selective_scan_2d`, the order names joined by commas.
     """
+    if is_symbolic(x.shape[1], x.shape[2]):
+        arguments = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, permute)
+        routes_out = _exported(*arguments)
+        merged = torch.stack(routes_out, 3) if merge == "none" else sum(routes_out)
+        merged = merged / len(routes_out) if merge == "mean" else merged
+        return merged.to(out_dtype or x.dtype), merged.new_empty(0)
     inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)
     out, *_ = scan.forward(*inputs.arguments, delta_softplus, False)
     inverse = inputs.table.inverse
@@ -81,7 +117,7 @@ def forward(
         out = take_sum(sequences, inverse)
         out = out / len(inverse) if merge == "mean" else out
         shape = x.shape
-    return out.reshape(shape).to(x.dtype).contiguous(), out.new_empty(0)
+    return out.reshape(shape).to(out_dtype or x.dtype).contiguous(), out.new_empty(0)
 
 
 def backward(

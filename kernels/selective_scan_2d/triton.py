@@ -160,10 +160,10 @@ class _Problem:
         buffer = make(shape, dtype=torch.float32)
         return buffer, dict(zip(("so_k", "so_b", "so_t", "so_c"), buffer.stride(), strict=True))
 
-    def merged_map(self, buffer: Tensor, factor: float = 1.0) -> Tensor:
-        """Sum a buffer of maps; (batch, height, width, channels) in x's dtype."""
+    def merged_map(self, buffer: Tensor, dtype: torch.dtype | None = None, factor: float = 1.0) -> Tensor:
+        """Sum a buffer of maps; (batch, height, width, channels), in x's dtype if None is given."""
         total = buffer.sum(0) if buffer.shape[0] > 1 else buffer[0]
-        return (total if factor == 1.0 else total * factor).view(self.like.shape).to(self.like.dtype)
+        return (total if factor == 1.0 else total * factor).view(self.like.shape).to(dtype or self.like.dtype)
 
     def by_order(self, grad: Tensor, like: Tensor) -> Tensor:
         """Sum (batch, cells, routes, features) over the routes of each order, to the shape and dtype of `like`."""
@@ -201,6 +201,7 @@ def forward(
     merge: str,
     permute: str,
     keep_states: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the merged outputs, and nothing: the way back finds the states itself.
 
@@ -208,18 +209,18 @@ def forward(
     """
     inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
     if _leaves_to_reference(x, orders, permute):
-        return reference.forward(*inputs, permute)
+        return reference.forward(*inputs, permute, False, out_dtype)
     problem = _Problem(*inputs, backward=False)
     nothing = x.new_empty(0, dtype=torch.float32)
     if merge == "none":
         make = x.new_empty if problem.complete else x.new_zeros
-        out = make(*x.shape[:3], problem.routes, problem.channels)
+        out = make((*x.shape[:3], problem.routes, problem.channels), dtype=out_dtype)
         strides = {"so_b": out.stride(0), "so_k": out.stride(3), "so_t": out.stride(2), "so_c": 1}
         problem.forward(out, None, strides)
         return out, nothing
     out, strides = problem.map_buffer()
     problem.forward(out, None, strides)
-    return problem.merged_map(out, 1 / problem.routes if merge == "mean" else 1.0), nothing
+    return problem.merged_map(out, out_dtype, 1 / problem.routes if merge == "mean" else 1.0), nothing
 
 
 def backward(

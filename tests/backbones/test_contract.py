@@ -1,4 +1,4 @@
-"""What timm asks of a model, over every tiny model of this library."""
+"""The model contract of timm, over every tiny model of this library."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ import torch
 from torch.fx import symbolic_trace
 
 import visionmix
+from visionmix.layers import split_prefix
 
 NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
 pytestmark = pytest.mark.parametrize("name", NAMES)
@@ -103,13 +104,40 @@ def test_intermediates(name, model):
             assert side <= math.ceil(pixels / info["reduction"]) + 1
     last = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)[0]
     if model_prefix(model):
-        at = model.class_token.position(last[0, :, :, 0].numel())
-        final = torch.cat([final[:, :at], final[:, at + 1 :]], dim=1).unflatten(1, last.shape[1:3])
+        cells, prefix = split_prefix(final, model.class_token.positions(last[0, :, :, 0].numel()))
+        pair = model.forward_intermediates(images, 1, norm=True, intermediates_only=True, return_prefix_tokens=True)[0]
+        assert torch.allclose(pair[1], prefix)
+        final = cells.unflatten(1, last.shape[1:3])
     assert torch.allclose(last, final)
     early = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
     assert torch.equal(early[0], maps[0])
-    with pytest.raises(ValueError, match="output_fmt='NLC'"):
-        model.forward_intermediates(images, output_fmt="NLC")
+    tokens = model.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)[0]
+    assert torch.equal(tokens, maps[-1].flatten(2).transpose(1, 2))
+    with pytest.raises(ValueError, match="output_fmt='NCL'"):
+        model.forward_intermediates(images, output_fmt="NCL")
+
+
+def test_intermediate_layers_as_vision_transformers_have_them(name, model):
+    if not hasattr(model, "get_intermediate_layers"):
+        pytest.skip("only plain models have one width for all blocks")
+    maps = model.forward_intermediates(image(), indices=2, norm=True, intermediates_only=True)
+    layers = model.get_intermediate_layers(image(), n=2, norm=True)
+    assert all(torch.equal(a, b.flatten(2).transpose(1, 2)) for a, b in zip(layers, maps, strict=True))
+    first, prefix = model.get_intermediate_layers(image(), n=[0], reshape=True, return_prefix_tokens=True)[0]
+    assert torch.equal(first, model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0])
+    assert prefix.shape == (1, model.num_prefix_tokens, model.num_features)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_new_classifier_has_the_models_type_and_device(name, dtype):
+    model = timm.create_model(name, num_classes=0).to(dtype)
+    model.reset_classifier(7)
+    assert model.get_classifier().weight.dtype == dtype
+    assert model(image().to(dtype)).shape == (1, 7)
+    model = timm.create_model(name, device="meta", dtype=dtype)
+    model.reset_classifier(0)
+    model.reset_classifier(7, "avg")
+    assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", dtype)}
 
 
 def test_features_only(name, model):

@@ -1,4 +1,4 @@
-"""What the agent models' configurations say, at the built size and at others."""
+"""The agent models: agents and windows of every layout, and their files at other sizes."""
 
 import pickle
 
@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from visionmix.mixers import AgentAttention
-from visionmix.models import agent
-from visionmix.models.weights import load_weights
+from visionmix.models import load_checkpoint
 
 
 def mixers(name, **options):
@@ -67,10 +66,10 @@ def test_whole_models_are_pickled():
 def test_files_load_at_another_size(name):
     tensors = golden.state_dict(golden.load(name)[0])
     model = timm.create_model(name, img_size=288, num_classes=5)
-    load_weights(model, tensors, agent.key_map(model), name=name)
+    load_checkpoint(model, tensors)
     owners = [module for module in model.modules() if isinstance(module, AgentAttention)]
     own = timm.create_model(name)
-    load_weights(own, tensors, agent.key_map(own), name=name)
+    load_checkpoint(own, tensors)
     first = next(module for module in own.modules() if isinstance(module, AgentAttention))
     expected = nn.functional.interpolate(first.query_rows, size=owners[0].query_rows.shape[2], mode="linear")
     assert torch.allclose(owners[0].query_rows, expected, atol=1e-6)
@@ -82,4 +81,4 @@ def test_another_hosts_file_is_refused():
     with torch.device("meta"):
         model = timm.create_model("agent_swin_tiny")
     with pytest.raises(ValueError, match="not agent_swin_tiny's"):
-        load_weights(model, tensors, agent.key_map(model), name="agent_swin_tiny")
+        load_checkpoint(model, tensors)

@@ -1,12 +1,11 @@
-"""What the FLatten models' files have otherwise than the models, and what their configurations say."""
+"""The FLatten models: how their files differ from them, and the layouts of their stages."""
 
 import golden
 import pytest
 import timm
 import torch
 
-from visionmix.models import flatten
-from visionmix.models.weights import load_weights
+from visionmix.models import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def tensors():
 
 def load(tensors, name="flatten_pvt_tiny", **options):
     model = timm.create_model(name, **options)
-    load_weights(model, tensors, flatten.key_map(model), name=name)
+    load_checkpoint(model, tensors)
     return model
 
 

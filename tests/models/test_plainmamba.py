@@ -1,4 +1,4 @@
-"""PlainMamba: what its published code does otherwise than its paper, its files and its sizes."""
+"""PlainMamba: where its published code differs from its paper, its files, and its sizes."""
 
 import golden
 import pytest
@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.models import plainmamba
-from visionmix.models.weights import load_weights
+from visionmix.models import load_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -24,15 +23,15 @@ def test_the_averaging_hooks_copies_are_left_out():
     tensors = golden.state_dict(golden.load("plainmamba_l1")[0])
     copies = {"ema_" + key.replace(".", "_"): value for key, value in tensors.items()}
     model = timm.create_model("plainmamba_l1")
-    load_weights(model, tensors | copies, plainmamba.key_map(model), name="plainmamba_l1")
+    load_checkpoint(model, tensors | copies)
     assert torch.equal(model.pos_embed.weight.flatten(1, 2), tensors["backbone.pos_embed"])
 
 
 def test_only_the_smallest_models_first_block_ends_in_a_convolution():
     with torch.device("meta"):
         small, large = (timm.create_model(f"plainmamba_l{size}") for size in (1, 2))
-    assert [block.has_tail for block in small.blocks] == [True] + [False] * 23
-    assert not any(block.has_tail for block in large.blocks)
+    assert [hasattr(block, "tail") for block in small.blocks] == [True] + [False] * 23
+    assert not any(hasattr(block, "tail") for block in large.blocks)
 
 
 def test_the_stem_pads_until_patches_fit():
@@ -83,5 +82,5 @@ def test_options_that_do_not_fit():
 
 
 def test_a_block_with_a_tail_takes_whole_maps():
-    with pytest.raises(ValueError, match="block 0 with mixer='softmax' reads whole maps"):
-        timm.create_model("test_plainmamba", mixer="softmax", num_heads=2, class_token="first", global_pool="token")
+    with pytest.raises(ValueError, match="block 0, a _LocalBlock, reads whole maps"):
+        timm.create_model("test_plainmamba", mixer="softmax", num_heads=2, prefix_tokens="first", global_pool="token")

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 import visionmix
 from visionmix.layers import Grid
-from visionmix.models import vim
-from visionmix.models.weights import load_weights
+from visionmix.models import load_checkpoint
 
 
 def scanned(scan, x):
@@ -68,7 +67,7 @@ def test_a_joined_order_is_refused():
 def test_the_class_token_and_its_position_stand_in_the_middle():
     tensors = golden.state_dict(golden.load("vim_tiny")[0])
     model = timm.create_model("vim_tiny")
-    load_weights(model, tensors, vim.key_map(model), name="vim_tiny")
+    load_checkpoint(model, tensors)
     assert torch.equal(model.class_token.pos_embed[0, 0], tensors["pos_embed"][0, 98])
     cells = torch.cat([tensors["pos_embed"][:, :98], tensors["pos_embed"][:, 99:]], dim=1)
     assert torch.equal(model.pos_embed.weight.flatten(1, 2), cells)
@@ -80,7 +79,7 @@ def test_a_checkpoint_of_one_size_serves_another():
     tensors = golden.state_dict(golden.load("vim_tiny")[0])
     natural, built = timm.create_model("vim_tiny").eval(), timm.create_model("vim_tiny", img_size=(96, 128)).eval()
     for model in (natural, built):
-        load_weights(model, tensors, vim.key_map(model), name="vim_tiny")
+        load_checkpoint(model, tensors)
     image = golden.image(96, 128)
     with torch.no_grad():
         assert torch.allclose(natural(image), built(image), atol=1e-5)

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-from visionmix.models import msvmamba, vmamba
-from visionmix.models.weights import load_weights, reshape_to
+from visionmix.models import load_checkpoint
+from visionmix.models.keys import regrouped
 
 
 def old(key: str) -> str:
@@ -30,9 +30,9 @@ def latest(key: str) -> str:
     return key.replace("downsample.norm", "downsample.1").replace("downsample.reduction", "downsample.2")
 
 
-def load(tensors, name="vmamba_tiny_v0", family=vmamba):
+def load(tensors, name="vmamba_tiny_v0"):
     model = timm.create_model(name)
-    load_weights(model, tensors, family.key_map(model), name=name)
+    load_checkpoint(model, tensors)
     return model.state_dict()
 
 
@@ -59,20 +59,17 @@ def test_linear_layers_saved_as_convolutions():
 
 def test_the_low_resolution_comes_first():
     tensors = golden.state_dict(golden.load("msvmamba_nano")[0])
-    loaded = load(tensors, "msvmamba_nano", msvmamba)
+    loaded = load(tensors, "msvmamba_nano")
     stacked = tensors["layers.2.blocks.3.op.A_logs"]
     assert torch.equal(loaded["stages.2.blocks.3.mixer.low_scan.A_log"][0], stacked[:384])
     assert torch.equal(loaded["stages.2.blocks.3.mixer.full_scan.A_log"][0], stacked[384:])
 
 
 def test_only_the_grouping_of_axes_may_differ():
-    model = torch.nn.Linear(6, 4)
-    reshape = reshape_to(model)
     for shape in ((4, 6, 1, 1), (24,), (2, 2, 6)):
-        assert reshape("weight", torch.zeros(shape)).shape == (4, 6)
+        assert regrouped(torch.zeros(shape), (4, 6)).shape == (4, 6)
     for shape in ((6, 4), (4, 5), (8, 3), (3, 8)):
-        assert reshape("weight", torch.zeros(shape)).shape == shape
-    assert reshape("other", torch.zeros(3)).shape == (3,)
+        assert regrouped(torch.zeros(shape), (4, 6)).shape == shape
 
 
 @pytest.mark.parametrize("name", ["vmamba_tiny_s2l5", "vmamba_tiny_v0", "vmamba_small"])

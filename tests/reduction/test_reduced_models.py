@@ -64,7 +64,7 @@ def test_removing_no_token_is_the_model_itself(host, fused):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_definition(host, method, fused):
     model = vit(**HOSTS[host]).double()
-    if method == "evit" and not model.has_class_token:
+    if method == "evit" and not model.num_prefix_tokens:
         pytest.skip("the class token is what scores")
     for block in model.blocks:
         block.attn.fused_attn = fused
@@ -104,7 +104,7 @@ def test_merged_tokens_count_as_often_as_they_have_cells(pool):
 @pytest.mark.parametrize("method", METHODS)
 def test_is_a_model_of_timm(host, method):
     model = vit(**HOSTS[host])
-    if method == "evit" and not model.has_class_token:
+    if method == "evit" and not model.num_prefix_tokens:
         with pytest.raises(ValueError, match="class token"):
             reduction.apply(model, method, **METHODS[method])
         return
@@ -312,7 +312,7 @@ def test_reduces_a_plain_model():
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("method", METHODS)
 def test_reduces_a_plain_model_with_a_class_token(method, pool):
-    model = plain(class_token="first", global_pool=pool)
+    model = plain(prefix_tokens="first", global_pool=pool)
     torch.testing.assert_close(reduction.apply(model, "evit", keep_rate=1.0)(images()), model(images()))
     fast = reduction.apply(model, method, **METHODS[method], trace_source=True)
     assert torch.equal(fast.forward_head(fast.forward_features(images())), fast(images()))
@@ -329,7 +329,7 @@ def test_reduces_a_plain_model_with_a_class_token(method, pool):
 
 def test_a_class_token_in_the_middle_is_refused():
     with pytest.raises(ValueError, match="prefix tokens first"):
-        reduction.apply(plain(class_token="middle", global_pool="token"), "tome", r=2)
+        reduction.apply(plain(prefix_tokens="middle", global_pool="token"), "tome", r=2)
 
 
 @pytest.mark.long

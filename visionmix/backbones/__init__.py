@@ -1,7 +1,8 @@
 """The skeletons that a mixer plugs into; they alone carry timm's model contract."""
 
+from visionmix.backbones.block import Block, Residual, TokenBlock
 from visionmix.backbones.hierarchical import Hierarchical, Stage
 from visionmix.backbones.plain import Plain
 from visionmix.layers.grid import Grid
 
-__all__ = ["Grid", "Hierarchical", "Plain", "Stage"]
+__all__ = ["Block", "Grid", "Hierarchical", "Plain", "Residual", "Stage", "TokenBlock"]

@@ -1,13 +1,55 @@
-"""The pre-norm residual block of both skeletons."""
+"""The pre-norm residual block of both skeletons, and the piece that blocks are made of."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from visionmix.layers.grid import Grid
+from visionmix.layers.grid import Grid, join_prefix, split_prefix
+
+
+class Residual(nn.Module):
+    """The end of a branch y of x: ``x + gamma * drop_path(y)``.
+
+    A block calls it behind every branch, and puts its norm before the branch or behind it:
+    ``self.scale1(x, self.mixer(self.norm1(x)))``, ``self.scale1(x, self.norm1(self.mixer(x)))``.
+
+    Shapes: x and y (..., dim) to the same.
+
+    Args:
+        dim: Channels.
+        drop_path: Rate of stochastic depth.
+        layer_scale: Initial value of gamma, one a channel; None for no gamma.
+    """
+
+    has_gamma: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.has_gamma = layer_scale is not None
+        if layer_scale is not None:
+            self.initial = layer_scale
+            self.gamma = nn.Parameter(torch.full((dim,), layer_scale, device=device, dtype=dtype))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    @torch.jit.ignore
+    def init_layer_weights(self) -> None:
+        """Set gamma to what it begins as."""
+        if self.has_gamma:
+            nn.init.constant_(self.gamma, self.initial)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.drop_path(y)
+        return torch.addcmul(x, y, self.gamma) if self.has_gamma else x + y
 
 
 class Block(nn.Module):
@@ -18,26 +60,23 @@ class Block(nn.Module):
     Shapes: (batch, height, width, dim) to the same.
 
     Args:
-        mixer: The token mixer, built.
         dim: Channels.
+        mixer: Makes the token mixer; options given to it override those of the model.
         mlp_layer: Makes the feed-forward from `dim`; None for a block without one.
         norm_layer: Makes a norm over channels from `dim`.
         drop_path: Rate of stochastic depth of both branches.
         layer_scale: Initial value of a learned scale a channel on both branches, or None for none.
         pos_layer: Makes the position encoding from `dim`; None for none.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     has_mlp: Final[bool]
     has_pos: Final[bool]
-    has_scale: Final[bool]
 
     def __init__(
         self,
-        mixer: nn.Module,
         dim: int,
         *,
+        mixer: Callable[..., nn.Module],
         mlp_layer: Callable[..., nn.Module] | None,
         norm_layer: Callable[..., nn.Module],
         drop_path: float = 0.0,
@@ -48,72 +87,78 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-
-        def scale() -> nn.Module:
-            return nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale, **dd)
-
-        self.has_scale = layer_scale is not None
         self.has_pos = pos_layer is not None
         if pos_layer is not None:
             self.pos = pos_layer(dim, **dd)
         self.norm1 = norm_layer(dim, **dd)
-        self.mixer = mixer
-        self.scale1 = scale()
+        self.mixer = mixer()
+        self.scale1 = Residual(dim, drop_path, layer_scale, **dd)
         self.has_mlp = mlp_layer is not None
         if mlp_layer is not None:
             self.norm2 = norm_layer(dim, **dd)
             self.mlp = mlp_layer(dim, **dd)
-            self.scale2 = scale()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+            self.scale2 = Residual(dim, drop_path, layer_scale, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_pos:
             x = x + self.pos(x)
-        y = self.drop_path(self.mixer(self.norm1(x)))
-        x = torch.addcmul(x, y, self.scale1.gamma) if self.has_scale else x + y
+        x = self.scale1(x, self.mixer(self.norm1(x)))
         if self.has_mlp:
-            y = self.drop_path(self.mlp(self.norm2(x)))
-            x = torch.addcmul(x, y, self.scale2.gamma) if self.has_scale else x + y
+            x = self.scale2(x, self.mlp(self.norm2(x)))
         return x
 
 
 class TokenBlock(Block):
-    """`Block` on token sequences: (batch, tokens, dim) with their `Grid` to the same.
+    """`Block` on sequences of cells and prefix tokens: (batch, tokens, dim) with their `Grid` to the same.
 
-    A mixer that offers ``forward_tokens(x, grid)`` and is not marked as `needs_map` receives the sequence; any other
-    receives the map, which the sequence must then be, whole and without prefix tokens. There is no `pos_layer`: it
-    would ask for a map.
+    The mixer offers ``forward_tokens(x, grid)``. With `prefix` "pass", a mixer of maps serves too: it mixes the cells
+    alone, and the prefix tokens go past it. A position encoding is made from the cells and added to them.
 
     Args:
-        tail_layer: Makes from `dim` what the whole map goes through at the end, NHWC, without a residual around it;
-            None for nothing. Such a block takes whole sequences without prefix tokens, whatever its mixer.
+        dim: Channels.
+        prefix: "mix" or "pass".
+        **options: Those of `Block`.
+
+    Raises:
+        ValueError: the mixer reads maps and `prefix` is "mix", or the feed-forward reads maps.
     """
 
     has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
-    has_tail: Final[bool]
-    mixes_tokens: Final[bool]
+    has_pos: Final[bool]
+    passes: Final[bool]
 
-    def __init__(
-        self, mixer: nn.Module, dim: int, *, tail_layer: Callable[..., nn.Module] | None = None, **options
-    ) -> None:
-        super().__init__(mixer, dim, **options)
-        self.has_tail = tail_layer is not None
-        self.mixes_tokens = (
-            hasattr(mixer, "forward_tokens") and not getattr(mixer, "needs_map", False) and not self.has_tail
-        )
-        if tail_layer is not None:
-            self.tail = tail_layer(dim, device=options.get("device"), dtype=options.get("dtype"))
+    def __init__(self, dim: int, *, prefix: str = "mix", **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.passes = prefix == "pass"
+        if not self.passes and not mixes_tokens(self.mixer):
+            raise ValueError(
+                f"a mixer of class {type(self.mixer).__qualname__} reads whole maps and cannot serve beside prefix "
+                "tokens; give prefix_tokens=None and global_pool='avg', or prefix='pass', so that they go past it"
+            )
+        if self.has_mlp and getattr(self.mlp, "needs_map", False):
+            raise ValueError(
+                f"mlp_layer makes a {type(self.mlp).__qualname__}, which reads whole maps and cannot serve beside "
+                "prefix tokens; give prefix_tokens=None and global_pool='avg', or another mlp_layer, such as 'mlp'"
+            )
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.drop_path(self.scale1(self._mix(self.norm1(x), grid)))
+        if self.has_pos:
+            cells, prefix = split_prefix(x, grid.prefix_positions)
+            encoded = self.pos(cells.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
+            x = join_prefix(cells + encoded, prefix, grid.prefix_positions)
+        y = self.norm1(x)
+        if self.passes:
+            cells, prefix = split_prefix(y, grid.prefix_positions)
+            mixed = self.mixer(cells.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
+            y = join_prefix(mixed, torch.zeros_like(prefix), grid.prefix_positions)
+        else:
+            y = self.mixer.forward_tokens(y, grid)
+        x = self.scale1(x, y)
         if self.has_mlp:
-            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
-        if self.has_tail:
-            x = self.tail(x.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
+            x = self.scale2(x, self.mlp(self.norm2(x)))
         return x
 
-    def _mix(self, x: Tensor, grid: Grid) -> Tensor:
-        if self.mixes_tokens:
-            return self.mixer.forward_tokens(x, grid)
-        batch, tokens, dim = x.shape
-        return self.mixer(x.reshape(batch, grid.height, grid.width, dim)).reshape(batch, tokens, dim)
+
+def mixes_tokens(mixer: nn.Module) -> bool:
+    """Return whether `mixer` takes sequences of cells and other tokens, by its ``forward_tokens(x, grid)``."""
+    return hasattr(mixer, "forward_tokens") and not getattr(mixer, "needs_map", False)

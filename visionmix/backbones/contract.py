@@ -1,17 +1,23 @@
-"""What timm asks of every model, once, for both skeletons."""
+"""The model contract of timm, once, for every skeleton."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
 from timm.layers import trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import create_mixer, mixer_options
 
 MixerSpec = str | dict[str, Any]
+_FORMATS = ("NCHW", "NHWC", "NLC")
+_HEAD_DIM = 32
 
 
 @torch.fx.wrap
@@ -31,7 +37,7 @@ def _check_images(x: Tensor, in_chans: int, min_size: int) -> None:
     shape = tuple(x.shape)
     if len(shape) != 4:
         remedy = "; add the batch axis with x[None]" if len(shape) == 3 else ""
-        raise ValueError(f"x has shape {shape}; it needs the four axes (batch, in_chans, height, width){remedy}")
+        raise ValueError(f"x has shape {shape}; images have four axes (batch, in_chans, height, width){remedy}")
     if shape[1] != in_chans:
         raise ValueError(
             f"x has shape {shape}, so {shape[1]} channels, and the model takes in_chans={in_chans}; "
@@ -42,12 +48,18 @@ def _check_images(x: Tensor, in_chans: int, min_size: int) -> None:
 
 
 class Backbone(nn.Module):
-    """The classifier, its reset, grouping, weight decay and checkpointing; a skeleton adds the trunk.
+    """A stem, units one behind the other (stages or blocks), a norm and a head: what every skeleton shares.
 
-    A skeleton builds its layers, then calls `_finish`. It gives `feature_info` and the methods `forward_features`,
-    `forward_intermediates`, `prune_intermediate_layers` and `group_matcher`.
+    A skeleton builds its layers, then calls `_finish`. It gives `feature_info`, `forward_features`, `group_matcher`,
+    and the four steps of a pass that keeps intermediate maps: `_enter`, `_advance`, `_cells`, `_leave`.
+
+    Attributes:
+        units: Name of the list of units.
+        norms_every_unit: Whether the last norm fits the output of every unit, or of the last one alone.
     """
 
+    units: ClassVar[str]
+    norms_every_unit: ClassVar[bool]
     output_fmt = "NHWC"
     feature_dim = -1  # the axis of channels in features, by which timm asks for it
 
@@ -93,13 +105,18 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that optimisers should not decay: embeddings of positions and of class tokens, and what
-        a mixer marks so.
+        """Return the parameters that optimisers should not decay.
+
+        These are position embeddings, prefix tokens, and of any module with a class attribute `undecayed` the
+        parameters that it names. An attribute of the parameters themselves would not outlive a copy.
         """
+        named = {
+            f"{prefix}.{leaf}" if prefix else leaf
+            for prefix, module in self.named_modules()
+            for leaf in getattr(module, "undecayed", ())
+        }
         return {
-            name
-            for name, value in self.named_parameters()
-            if getattr(value, "_no_weight_decay", False) or "pos_embed" in name or "class_token" in name
+            name for name, _ in self.named_parameters() if name in named or "pos_embed" in name or "class_token" in name
         }
 
     @torch.jit.ignore
@@ -114,15 +131,14 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one of `num_classes` outputs (0: none), and the pooling if one is given."""
+        """Replace the classifier by a fresh one of `num_classes` outputs (0: none), and the pooling if one is given.
+
+        It is made where the model's first convolution lies, of the same type.
+        """
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-
-    def _prune_head(self) -> None:
-        """Drop what stands behind the features."""
-        self.reset_classifier(0, "")
-        if hasattr(self.head, "drop_projection"):
-            self.head.drop_projection()
+        like = next(value for value in self.parameters() if value.is_floating_point())
+        self.head.fc.to(like.device, like.dtype)
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x`, images (batch, in_chans, height, width); raise ValueError where it is anything else."""
@@ -138,6 +154,104 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @torch.jit.ignore
+    def _enter(self, x: Tensor) -> Any:
+        """Return, for images, the state of a pass before the first unit."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _advance(self, unit: nn.Module, state: Any, index: int) -> Any:
+        """Return the state behind `unit`, number `index`."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _cells(self, state: Any, norm: bool) -> tuple[Tensor, Tensor]:
+        """Return the map (batch, rows, columns, channels) and the prefix tokens, normalised if `norm`."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _leave(self, state: Any) -> Tensor:
+        """Return the result of `forward_features` from the state behind the last unit."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps behind the chosen stages (of a plain model: blocks), alone or behind `forward_features`.
+
+        Args:
+            x: Images (batch, in_chans, height, width).
+            indices: Which stages or blocks: their numbers, how many of the last, or None for all.
+            norm: Whether to apply the last norm: in a plain model to every map, else to the last stage's alone, since
+                the others have widths of their own.
+            stop_early: Whether to skip what stands behind the last chosen one.
+            output_fmt: Axes of the maps: "NCHW", "NHWC", or "NLC" with cells in row-major order.
+            intermediates_only: Whether to return the maps alone.
+            return_prefix_tokens: Whether each map comes in a pair with the prefix tokens (batch, count, channels).
+
+        Raises:
+            ValueError: `output_fmt` is none of the three.
+        """
+        check_output_format(output_fmt)
+        units = getattr(self, self.units)
+        take, last = feature_take_indices(len(units), indices)
+        state = self._enter(x)
+        taken = []
+        for index, unit in enumerate(units[: last + 1] if stop_early else units):
+            state = self._advance(unit, state, index)
+            if index in take:
+                cells, prefix = self._cells(state, norm and (self.norms_every_unit or index == len(units) - 1))
+                cells = laid_out(cells, output_fmt)
+                taken.append((cells, prefix) if return_prefix_tokens else cells)
+        return taken if intermediates_only else (self._leave(state), taken)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers that `indices` are."""
+        units = getattr(self, self.units)
+        take, last = feature_take_indices(len(units), indices)
+        setattr(self, self.units, units[: last + 1])
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+            if hasattr(self.head, "drop_projection"):
+                self.head.drop_projection()
+        return take
+
+    @torch.jit.ignore
+    def _run_unit(self, unit: nn.Module, *arguments: Any) -> Any:
+        return checkpoint(unit, *arguments) if self.grad_checkpointing else unit(*arguments)
+
+
+def laid_out(cells: Tensor, output_fmt: str) -> Tensor:
+    """Return a map (batch, rows, columns, channels) with the axes "NCHW", "NHWC", or "NLC"."""
+    if output_fmt == "NLC":
+        return cells.flatten(1, 2)
+    return cells if output_fmt == "NHWC" else cells.permute(0, 3, 1, 2)
+
+
+def check_output_format(output_fmt: str) -> None:
+    """Raise ValueError unless `output_fmt` is "NCHW", "NHWC" or "NLC"."""
+    if output_fmt not in _FORMATS:
+        raise ValueError(f"output_fmt={output_fmt!r} is unknown; give one of {', '.join(map(repr, _FORMATS))}")
+
+
+def check_image_size(img_size: int | tuple[int, int], height: int, width: int, patch_size: int) -> None:
+    """Raise ValueError where images of `height` by `width` pixels are smaller than a patch."""
+    if min(height, width) < patch_size:
+        raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
+
 
 def build_mixer(
     spec: MixerSpec,
@@ -147,8 +261,9 @@ def build_mixer(
     grid_size: tuple[int, int],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    **overrides: Any,
 ) -> nn.Module:
-    """Return the mixer that `spec`, a name or a dict of name and options, describes.
+    """Return the mixer that `spec`, a name or a dict of name and options, describes, with `overrides` of its options.
 
     A mixer that takes `num_heads`, or `grid_size` (rows and columns of the map at the built image size), is given them.
     """
@@ -156,6 +271,7 @@ def build_mixer(
     if "name" not in options:
         raise ValueError(f"mixer={spec!r} has no 'name'; give a name or dict(name=..., options)")
     name = options.pop("name")
+    options |= overrides
     known = mixer_options(name)
     for option, value in (("num_heads", num_heads), ("grid_size", grid_size)):
         if option in known:
@@ -163,16 +279,35 @@ def build_mixer(
     return create_mixer(name, dim, device=device, dtype=dtype, **options)
 
 
-def mixer_per_block(mixer: MixerSpec | list[MixerSpec], depth: int) -> list[MixerSpec]:
-    """Return one mixer a block: `mixer` itself for all, or a list's entries in turn."""
-    if isinstance(mixer, str | dict):
-        return [mixer] * depth
-    if not isinstance(mixer, list | tuple) or not mixer:
-        raise TypeError(f"mixer={mixer!r} is no mixer; give a name, dict(name=..., options), or a list of those")
-    return [mixer[index % len(mixer)] for index in range(depth)]
+def heads_for(dim: int) -> int:
+    """Return the number of heads whose width is nearest to 32 among multiples of 4, of 2, or of 1 that divide `dim`."""
+    for step in (4, 2, 1):
+        widths = [width for width in range(step, dim + 1, step) if dim % width == 0]
+        if widths:
+            return dim // min(widths, key=lambda width: abs(math.log(width / _HEAD_DIM)))
+    return 1
 
 
-def one_each(value: Any, count: int, name: str, what: str = "stage") -> list:
+def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
+    """Return one entry a block: `value` itself for all, those of a list, or those of ``dict(cycle=[...])`` in turn.
+
+    Raises:
+        ValueError: a list has another length than there are blocks, or a cycle is empty.
+    """
+    if isinstance(value, Mapping) and set(value) == {"cycle"}:
+        cycle = value["cycle"]
+        if not isinstance(cycle, list | tuple) or not cycle:
+            raise ValueError(f"{name}={value!r} has no entries to go through; give dict(cycle=[...]) a list")
+        return [cycle[index % len(cycle)] for index in range(depth)]
+    if isinstance(value, list | tuple) and len(value) != depth:
+        raise ValueError(
+            f"{name} has {len(value)} entries for the {depth} blocks{where}; give one a block, one for all, or "
+            "dict(cycle=[...]) to go through a list again and again"
+        )
+    return list(value) if isinstance(value, list | tuple) else [value] * depth
+
+
+def per_stage(value: Any, count: int, name: str) -> list:
     """Return `count` values of the option called `name`: those of a list or tuple, or `value` itself for all.
 
     Raises:
@@ -181,13 +316,20 @@ def one_each(value: Any, count: int, name: str, what: str = "stage") -> list:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} {what}s; give one a {what}, or one for all")
+        raise ValueError(f"{name} has {len(value)} entries for {count} stages; give one a stage, or one for all")
     return list(value)
 
 
-def with_ratio(mlp_layer: Callable[..., nn.Module] | None, mlp_ratio: float | None) -> Callable[..., nn.Module] | None:
-    """Return `mlp_layer` with that ratio of hidden width, where one is given."""
-    return mlp_layer if mlp_layer is None or mlp_ratio is None else partial(mlp_layer, mlp_ratio=mlp_ratio)
+def check_mixer(mixer: Any) -> None:
+    """Raise TypeError unless `mixer` is a mixer's name, a dict, or a list of those."""
+    if not isinstance(mixer, str | dict | list | tuple) or not mixer:
+        raise TypeError(f"mixer={mixer!r} is no mixer; give a name, dict(name=..., options), or a list of those")
+
+
+def mlp_maker(mlp_layer: LayerSpec, mlp_ratio: float | None) -> Callable[..., nn.Module] | None:
+    """Return what makes the feed-forward `mlp_layer`, with that ratio of hidden width where one is given."""
+    layer = layer_maker("mlp_layer", mlp_layer)
+    return layer if layer is None or mlp_ratio is None else partial(layer, mlp_ratio=mlp_ratio)
 
 
 def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:
@@ -195,9 +337,3 @@ def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:
     for each in module.modules():
         if hasattr(each, "set_grid_size"):
             each.set_grid_size(grid_size)
-
-
-def check_output_format(output_fmt: str, known: Sequence[str] = ("NCHW", "NHWC")) -> None:
-    """Raise ValueError unless `output_fmt` is one of `known`."""
-    if output_fmt not in known:
-        raise ValueError(f"output_fmt={output_fmt!r} is unknown; give {' or '.join(map(repr, known))}")

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones.block import Block
@@ -15,23 +14,30 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     build_mixer,
-    check_output_format,
-    mixer_per_block,
-    one_each,
+    check_image_size,
+    check_mixer,
+    heads_for,
+    mlp_maker,
+    per_block,
+    per_stage,
     set_grid_size,
-    with_ratio,
 )
-from visionmix.layers import ConvDownsample, ConvStem, swiglu
+from visionmix.layers import ConvDownsample, conv_stem, swiglu
+from visionmix.layers.by_name import LayerSpec, layer_maker
 
 _NORM = partial(LayerNorm, eps=1e-5)
-_STEM = partial(ConvStem, act_layer=nn.GELU)
+_STEM = partial(conv_stem, act_layer=nn.GELU)
 _HEAD = partial(ClassifierHead, input_fmt="NHWC")
+_EachStage = LayerSpec | Sequence[LayerSpec]
 
 
 class Stage(nn.Module):
     """A downsampler, a position embedding and blocks, on maps: the unit that a family may replace as a whole.
 
     Shapes: (batch, height, width, in_dim) to (batch, rows, columns, dim).
+
+    Every stage of a pass receives the same list, `carry`, empty before the first: a stage of a family's own may leave
+    tensors in it for later stages.
 
     Args:
         downsample: Reduces the map and sets its width; None in the first stage.
@@ -50,24 +56,26 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample or nn.Identity()
         self.pos_embed = pos_embed or nn.Identity()
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = norm or nn.Identity()
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, carry: list[Tensor] | None = None) -> Tensor:
         x = self.pos_embed(self.downsample(x))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
         return self.norm(x)
 
 
 class Hierarchical(Backbone):
     """Stem, stages, norm, average over the last map, classifier.
 
-    A stage is a downsampler (none in the first), a position embedding, blocks and a norm; an option that says "one for
-    all stages or a list" may differ from stage to stage.
+    A stage is a downsampler (none in the first), a position embedding, blocks and a norm. An option that says "one a
+    stage" takes one for all stages or a list with an entry a stage. A layer is given by name, by ``dict(name=...,
+    options)`` or as a callable; the names are those of `visionmix.layers.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the last stage's map
     (batch, rows, columns, embed_dims[-1]). Any height and width of at least `patch_size`.
@@ -77,36 +85,41 @@ class Hierarchical(Backbone):
     Args:
         img_size: Image size, one number or (height, width), at which size-tied tensors are built; any other is served
             by resampling them when called.
-        patch_size: Pixels a token of the first stage stands for, along each side; every later stage doubles it.
+        patch_size: Pixels a token of the first stage stands for, along each side.
         in_chans: Channels of the images.
         num_classes: Outputs of the classifier; 0 for none.
         global_pool: How the last map becomes one vector: timm's pooling types, "" for none.
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
-        num_heads: Heads, in each stage, of mixers that have heads.
+        num_heads: Heads, in each stage, of mixers that have heads; None for heads about 32 channels wide.
         mixer: Token mixer: a name of `visionmix.list_mixers()` or ``dict(name=..., options)`` for all stages, or a list
-            with one entry a stage, each of those or a list of those, taken in turn by the stage's blocks.
+            with an entry a stage: one of those, a list of those with an entry a block, or ``dict(cycle=[...])``, whose
+            entries the blocks take in turn.
         stem_layer: Makes the stem from (in_chans, embed_dims[0], patch_size).
-        downsample_layer: Makes a downsampler from (dim, out_dim).
+        downsample_layer: Makes a downsampler from (dim, out_dim). One a stage; the first stage has none.
         pos_embed: Makes a position embedding from (dim, grid_size), added behind stem and downsampler; None for none.
-            One for all stages or a list.
-        block_layer: Makes a block, as `visionmix.backbones.block.Block` is made. One for all stages or a list.
-        mlp_layer: Makes a feed-forward from the width; None for blocks without one. One for all stages or a list.
+            One a stage.
+        stage_layer: Makes a stage, as `Stage` is made. One a stage.
+        block_layer: Makes a block, as `visionmix.backbones.Block` is made. One a stage, or a list with one a block.
+        mlp_layer: Makes a feed-forward from the width; None for blocks without one. One a stage.
         mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
-        norm_layer: Makes a norm over channels from the width.
-        stage_norm: Whether every stage ends in a norm.
-        final_norm: Whether a norm follows the last stage.
+        norm_layer: Makes a norm over channels from the width. One a stage.
+        stage_norm_layer: Makes what every stage ends in from the width; "same" for the stage's `norm_layer`, None for
+            nothing. One a stage.
+        final_norm_layer: Makes the norm behind the last stage; "same" for the last stage's `norm_layer`, None for none.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; one that projects before the
             classifier has that width as `hidden_size`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
-        ValueError: a mixer or one of its options is unknown, or the lists differ in length.
+        TypeError: a mixer or a layer is of a wrong type.
+        ValueError: a mixer, a layer or one of its options is unknown, or the lists differ in length.
     """
+
+    units: ClassVar[str] = "stages"
+    norms_every_unit: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -118,18 +131,19 @@ class Hierarchical(Backbone):
         *,
         embed_dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (2, 2, 5, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        num_heads: Sequence[int] | None = None,
         mixer: MixerSpec | list[MixerSpec | list[MixerSpec]] = "gated_linear_attention",
-        stem_layer: Callable[..., nn.Module] = _STEM,
-        downsample_layer: Callable[..., nn.Module] = ConvDownsample,
-        pos_embed: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module] | None] | None = None,
-        block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = Block,
-        mlp_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module] | None] | None = swiglu,
+        stem_layer: LayerSpec = _STEM,
+        downsample_layer: _EachStage = ConvDownsample,
+        pos_embed: _EachStage = None,
+        stage_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = Stage,
+        block_layer: Callable[..., nn.Module] | Sequence[Any] = Block,
+        mlp_layer: _EachStage = swiglu,
         mlp_ratio: float | None = None,
-        norm_layer: Callable[..., nn.Module] = _NORM,
-        stage_norm: bool = False,
-        final_norm: bool = True,
-        head_layer: Callable[..., nn.Module] = _HEAD,
+        norm_layer: _EachStage = _NORM,
+        stage_norm_layer: _EachStage = None,
+        final_norm_layer: LayerSpec = "same",
+        head_layer: LayerSpec = _HEAD,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -139,57 +153,76 @@ class Hierarchical(Backbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         stages = len(depths)
+        num_heads = [heads_for(dim) for dim in embed_dims] if num_heads is None else num_heads
         if not len(embed_dims) == len(num_heads) == stages:
             raise ValueError(
                 f"embed_dims={tuple(embed_dims)}, depths={tuple(depths)} and num_heads={tuple(num_heads)} differ in "
                 "length; give one entry a stage"
             )
-        mixers = one_each(mixer, stages, "mixer")
-        embeddings = one_each(pos_embed, stages, "pos_embed")
-        block_layers = one_each(block_layer, stages, "block_layer")
-        mlp_layers = [with_ratio(each, mlp_ratio) for each in one_each(mlp_layer, stages, "mlp_layer")]
+        check_mixer(mixer)
         height, width = to_2tuple(img_size)
-        if min(height, width) < patch_size:
-            raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
-        self.patch_size = patch_size
-        self.stem = stem_layer(in_chans, embed_dims[0], patch_size, **dd)
-        grid_size = self.stem.grid_size(height, width)
+        check_image_size(img_size, height, width, patch_size)
+
+        def makers(kind: str, value: _EachStage, option: str) -> list:
+            return [
+                each if each == "same" else layer_maker(kind, each, option) for each in per_stage(value, stages, option)
+            ]
+
+        downsamplers = makers("downsample_layer", downsample_layer, "downsample_layer")
+        embeddings = makers("pos_embed", pos_embed, "pos_embed")
+        norms = makers("norm_layer", norm_layer, "norm_layer")
+        stage_norms = makers("norm_layer", stage_norm_layer, "stage_norm_layer")
+        mlps = [mlp_maker(each, mlp_ratio) for each in per_stage(mlp_layer, stages, "mlp_layer")]
+        stage_layers = per_stage(stage_layer, stages, "stage_layer")
+        block_layers = per_stage(block_layer, stages, "block_layer")
+        mixers = per_stage(mixer, stages, "mixer")
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        built = []
+
+        self.patch_size = patch_size
+        self.stem = layer_maker("stem_layer", stem_layer)(in_chans, embed_dims[0], patch_size, **dd)
+        grid_size, reduction = self.stem.grid_size(height, width), self.stem.stride
+        self.stages = nn.ModuleList()
+        self.feature_info = []
         for index, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
-            downsample = downsample_layer(embed_dims[index - 1], dim, **dd) if index else None
+            downsample = downsamplers[index](embed_dims[index - 1], dim, **dd) if index else None
             if downsample is not None:
-                grid_size = downsample.grid_size(*grid_size)
+                grid_size, reduction = downsample.grid_size(*grid_size), reduction * downsample.stride
+            where = f" of stage {index}"
             blocks = [
-                block_layers[index](
-                    build_mixer(spec, dim, num_heads=heads, grid_size=grid_size, **dd),
+                layer(
                     dim,
-                    mlp_layer=mlp_layers[index],
-                    norm_layer=norm_layer,
+                    mixer=partial(build_mixer, spec, dim, num_heads=heads, grid_size=grid_size, **dd),
+                    mlp_layer=mlps[index],
+                    norm_layer=norms[index],
                     drop_path=rate,
                     layer_scale=layer_scale,
                     **dd,
                 )
-                for spec, rate in zip(mixer_per_block(mixers[index], depth), rates[index], strict=True)
+                for layer, spec, rate in zip(
+                    per_block(block_layers[index], depth, "block_layer", where=where),
+                    per_block(mixers[index], depth, "mixer", where=where),
+                    rates[index],
+                    strict=True,
+                )
             ]
             embedding = embeddings[index]
-            built.append(
-                Stage(
+            norm = norms[index] if stage_norms[index] == "same" else stage_norms[index]
+            self.stages.append(
+                stage_layers[index](
                     downsample,
                     blocks,
                     pos_embed=embedding(dim, grid_size, **dd) if embedding else None,
-                    norm=norm_layer(dim, **dd) if stage_norm else None,
+                    norm=norm(dim, **dd) if norm else None,
                 )
             )
-        self.stages = nn.ModuleList(built)
-        self.norm = norm_layer(embed_dims[-1], **dd) if final_norm else nn.Identity()
-        self.feature_info = [
-            {"num_chs": dim, "reduction": patch_size * 2**index, "module": f"stages.{index}"}
-            for index, dim in enumerate(embed_dims)
-        ]
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{index}"})
+        final = (
+            norms[-1] if final_norm_layer == "same" else layer_maker("norm_layer", final_norm_layer, "final_norm_layer")
+        )
+        self.norm = final(embed_dims[-1], **dd) if final else nn.Identity()
         self._finish(
             embed_dims[-1],
-            head_layer=head_layer,
+            head_layer=layer_maker("head_layer", head_layer),
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
@@ -200,7 +233,10 @@ class Hierarchical(Backbone):
 
     @staticmethod
     def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of the last map of images of `size`, in a model built with `options`."""
+        """Return the rows and columns of the last map of images of `size`, in a model built with `options`.
+
+        Every stage but the first is taken to halve the map.
+        """
         reduction = options.get("patch_size", 4) << (len(options["depths"]) - 1)
         return -(-size[0] // reduction), -(-size[1] // reduction)
 
@@ -235,7 +271,7 @@ class Hierarchical(Backbone):
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.pos_embed", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99998,)),
+                (r"^stages\.(\d+)\.", (99998,)),
                 (r"^norm", (99999,)),
             ]
         )
@@ -244,54 +280,25 @@ class Hierarchical(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normalised last map (batch, rows, columns, embed_dims[-1])."""
         x = self.stem(self.check(x))
+        carry = torch.jit.annotate(list[Tensor], [])
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, carry)
         return self.norm(x)
 
     @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of the chosen stages, alone or behind the result of `forward_features`.
-
-        Args:
-            x: Images (batch, in_chans, height, width).
-            indices: Which stages: their numbers, how many of the last, or None for all.
-            norm: Whether to apply the last norm to the last stage's map; other maps have widths of their own.
-            stop_early: Whether to skip the stages behind the last chosen one.
-            output_fmt: Axes of the maps, "NCHW" or "NHWC".
-            intermediates_only: Whether to return the maps alone.
-
-        Raises:
-            ValueError: `output_fmt` is neither.
-        """
-        check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.stages), indices)
-        final = len(self.stages) - 1
-        x = self.stem(self.check(x))
-        maps = []
-        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if index in take:
-                taken = self.norm(x) if norm and index == final else x
-                maps.append(taken if output_fmt == "NHWC" else taken.permute(0, 3, 1, 2))
-        return maps if intermediates_only else (self.norm(x), maps)
+    def _enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.stem(self.check(x)), []
 
     @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what `forward_intermediates(indices=...)` does not need; return the stage numbers that `indices` are."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self._prune_head()
-        return take
+    def _advance(self, unit: nn.Module, state: tuple[Tensor, list[Tensor]], index: int) -> tuple[Tensor, list[Tensor]]:
+        x, carry = state
+        return unit(x, carry), carry
+
+    @torch.jit.ignore
+    def _cells(self, state: tuple[Tensor, list[Tensor]], norm: bool) -> tuple[Tensor, Tensor]:
+        x, _ = state
+        return self.norm(x) if norm else x, x.flatten(1, 2)[:, :0]
+
+    @torch.jit.ignore
+    def _leave(self, state: tuple[Tensor, list[Tensor]]) -> Tensor:
+        return self.norm(state[0])

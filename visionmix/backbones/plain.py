@@ -1,27 +1,29 @@
 """The plain skeleton: one resolution from the stem to the head, as in ViT."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
-from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from visionmix.backbones.block import TokenBlock
+from visionmix.backbones.block import Block, TokenBlock
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     build_mixer,
-    check_output_format,
-    mixer_per_block,
-    one_each,
+    check_image_size,
+    check_mixer,
+    heads_for,
+    mlp_maker,
+    per_block,
     set_grid_size,
-    with_ratio,
 )
-from visionmix.layers import ClassToken, ConvStem, PositionEmbedding, TokenHead, swiglu
+from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
+from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.layers.grid import Grid, split_prefix
 
 _NORM = partial(LayerNorm, eps=1e-6)
@@ -29,11 +31,15 @@ _HEAD = partial(ClassifierHead, input_fmt="NHWC")
 
 
 class Plain(Backbone):
-    """Stem, position embedding, class token if any, `depth` blocks, norm, average or class token, classifier.
+    """Stem, position embedding, prefix tokens if any, `depth` blocks, norm, pooling, classifier.
+
+    Blocks see the map (batch, rows, columns, embed_dim); with prefix tokens (class tokens, registers) they see the
+    sequence of the cells and these. A layer is given by name, by ``dict(name=..., options)`` or as a callable; the
+    names are those of `visionmix.layers.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the map
-    (batch, rows, columns, embed_dim), or with a class token the sequence (batch, 1 + rows * columns, embed_dim). Any
-    height and width of at least `patch_size`.
+    (batch, rows, columns, embed_dim), or with `count` prefix tokens the sequence (batch, count + rows * columns,
+    embed_dim). Any height and width of at least `patch_size`.
 
     Source: the Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), with the mixer left open.
 
@@ -44,35 +50,41 @@ class Plain(Backbone):
         stride: Pixels from one patch to the next where patches overlap, an option of the stem; None where they do not.
         in_chans: Channels of the images.
         num_classes: Outputs of the classifier; 0 for none.
-        global_pool: How tokens become one vector: timm's pooling types; with a class token "token" or "avg"; "" for
-            none.
+        global_pool: How tokens become one vector: timm's pooling types; with prefix tokens those of
+            `visionmix.layers.TokenHead`, "token" among them; "" for none.
         embed_dim: Channels of the tokens.
         depth: Number of blocks.
-        num_heads: Heads of every mixer that has heads.
-        mixer: Token mixer of the blocks: a name of `visionmix.list_mixers()`, ``dict(name=..., options)``, or a list of
-            those, taken in turn.
+        num_heads: Heads of every mixer that has heads; None for heads about 32 channels wide.
+        mixer: Token mixer of the blocks: a name of `visionmix.list_mixers()`, ``dict(name=..., options)``, a list of
+            those with an entry a block, or ``dict(cycle=[...])``, whose entries the blocks take in turn.
         stem_layer: Makes the stem from (in_chans, embed_dim, patch_size).
-        block_layer: Makes a block, as `visionmix.backbones.block.TokenBlock` is made, or a list with one entry a block.
+        block_layer: Makes a block, as `visionmix.backbones.Block` is made, or with prefix tokens as
+            `visionmix.backbones.TokenBlock`; None for these; or a list with an entry a block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
         norm_layer: Makes a norm over channels from the width.
-        final_norm_layer: Makes the norm behind the last block; None for `norm_layer`.
+        final_norm_layer: Makes the norm behind the last block; "same" for `norm_layer`, None for none.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
-        class_token: Where among the tokens a class token goes, "first" or "middle"; None for none.
-        head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; None for that one, or with a class
-            token for `visionmix.layers.TokenHead`.
+        prefix_tokens: Tokens that are no cells: where one class token goes, "first", "middle" or "last", or
+            ``dict(count=..., place=...)``, where a place may be "evenly" too; None for none. See
+            `visionmix.layers.PrefixTokens`.
+        prefix: How mixers treat prefix tokens: "mix" mixes them with the cells, which takes a mixer with
+            `forward_tokens`; "pass" lets them go past any mixer, which then mixes the cells alone.
+        head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; None for that one, or with prefix
+            tokens for `visionmix.layers.TokenHead`. With prefix tokens it is given their `count` and `place`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
-        ValueError: a mixer or one of its options is unknown, sizes do not fit, or there is a class token and a mixer
-            that reads whole maps only.
+        TypeError: a mixer or a layer is of a wrong type.
+        ValueError: a mixer, a layer or one of its options is unknown, sizes or lists do not fit, or there are prefix
+            tokens and a mixer or feed-forward that reads whole maps only.
     """
 
-    has_class_token: Final[bool]
+    units: ClassVar[str] = "blocks"
+    norms_every_unit: ClassVar[bool] = True
+    has_prefix: Final[bool]
 
     def __init__(
         self,
@@ -85,17 +97,18 @@ class Plain(Backbone):
         stride: int | None = None,
         embed_dim: int = 192,
         depth: int = 12,
-        num_heads: int = 3,
+        num_heads: int | None = None,
         mixer: MixerSpec | list[MixerSpec] = "gated_linear_attention",
-        stem_layer: Callable[..., nn.Module] = ConvStem,
-        block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = TokenBlock,
-        mlp_layer: Callable[..., nn.Module] | None = swiglu,
+        stem_layer: LayerSpec = conv_stem,
+        block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] | None = None,
+        mlp_layer: LayerSpec = swiglu,
         mlp_ratio: float | None = None,
-        norm_layer: Callable[..., nn.Module] = _NORM,
-        final_norm_layer: Callable[..., nn.Module] | None = None,
-        pos_embed: Callable[..., nn.Module] | None = PositionEmbedding,
-        class_token: str | None = None,
-        head_layer: Callable[..., nn.Module] | None = None,
+        norm_layer: LayerSpec = _NORM,
+        final_norm_layer: LayerSpec = "same",
+        pos_embed: LayerSpec = PositionEmbedding,
+        prefix_tokens: str | Mapping[str, Any] | None = None,
+        prefix: str = "mix",
+        head_layer: LayerSpec = None,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -104,48 +117,61 @@ class Plain(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_mixer(mixer)
         height, width = to_2tuple(img_size)
-        if min(height, width) < patch_size:
-            raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
+        check_image_size(img_size, height, width, patch_size)
+        if prefix not in ("mix", "pass"):
+            raise ValueError(f"prefix={prefix!r} is unknown; give 'mix' or 'pass'")
+        norm = layer_maker("norm_layer", norm_layer)
+        embedding = layer_maker("pos_embed", pos_embed)
+        mlp = mlp_maker(mlp_layer, mlp_ratio)
+        heads = heads_for(embed_dim) if num_heads is None else num_heads
+
         self.patch_size = patch_size
         overlap = {} if stride is None else {"stride": stride}
-        self.stem = stem_layer(in_chans, embed_dim, patch_size, **overlap, **dd)
+        self.stem = layer_maker("stem_layer", stem_layer)(in_chans, embed_dim, patch_size, **overlap, **dd)
         self.grid_size = grid_size = self.stem.grid_size(height, width)
-        self.pos_embed = pos_embed(embed_dim, grid_size, **dd) if pos_embed else nn.Identity()
-        self.has_class_token = class_token is not None
-        self.num_prefix_tokens = int(self.has_class_token)
+        self.pos_embed = embedding(embed_dim, grid_size, **dd) if embedding else nn.Identity()
+        self.has_prefix = prefix_tokens is not None
+        self.num_prefix_tokens = 0
         self.output_fmt = "NHWC"
-        head = head_layer or _HEAD
-        if class_token is not None:
-            self.class_token = ClassToken(embed_dim, class_token, **dd)
+        default, head = Block, layer_maker("head_layer", head_layer) or _HEAD
+        if prefix_tokens is not None:
+            options = {"place": prefix_tokens} if isinstance(prefix_tokens, str) else dict(prefix_tokens)
+            self.class_token = PrefixTokens(embed_dim, **options, **dd)
+            self.num_prefix_tokens = self.class_token.count
             self.output_fmt = "NLC"
-            head = head_layer or partial(TokenHead, place=class_token)
+            default = partial(TokenBlock, prefix=prefix)
+            where = {"count": self.class_token.count, "place": self.class_token.place}
+            head = partial(layer_maker("head_layer", head_layer) or TokenHead, **where)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        specs = mixer_per_block(mixer, depth)
         self.blocks = nn.ModuleList(
             layer(
-                build_mixer(spec, embed_dim, num_heads=num_heads, grid_size=grid_size, **dd),
                 embed_dim,
-                mlp_layer=with_ratio(mlp_layer, mlp_ratio),
-                norm_layer=norm_layer,
+                mixer=partial(build_mixer, spec, embed_dim, num_heads=heads, grid_size=grid_size, **dd),
+                mlp_layer=mlp,
+                norm_layer=norm,
                 drop_path=rate,
                 layer_scale=layer_scale,
                 **dd,
             )
             for layer, spec, rate in zip(
-                one_each(block_layer, depth, "block_layer", "block"), specs, rates, strict=True
+                per_block(block_layer or default, depth, "block_layer"),
+                per_block(mixer, depth, "mixer"),
+                rates,
+                strict=True,
             )
         )
-        for index, (block, spec) in enumerate(zip(self.blocks, specs, strict=True)):
-            if self.has_class_token and not block.mixes_tokens:
+        for index, block in enumerate(self.blocks):
+            if self.has_prefix and len(inspect.signature(block.forward).parameters) < 2:
                 raise ValueError(
-                    f"block {index} with mixer={spec!r} reads whole maps and cannot serve beside a class token; give "
-                    "class_token=None and global_pool='avg', or a mixer with forward_tokens and no tail_layer"
+                    f"block {index}, a {type(block).__qualname__}, reads whole maps and cannot serve beside prefix "
+                    "tokens; give prefix_tokens=None and global_pool='avg', or another block_layer"
                 )
-        self.norm = (final_norm_layer or norm_layer)(embed_dim, **dd)
+        final = norm if final_norm_layer == "same" else layer_maker("norm_layer", final_norm_layer, "final_norm_layer")
+        self.norm = final(embed_dim, **dd) if final else nn.Identity()
         self.feature_info = [
-            {"num_chs": embed_dim, "reduction": stride or patch_size, "module": f"blocks.{index}"}
-            for index in range(depth)
+            {"num_chs": embed_dim, "reduction": self.stem.stride, "module": f"blocks.{index}"} for index in range(depth)
         ]
         self._finish(
             embed_dim,
@@ -183,80 +209,85 @@ class Plain(Backbone):
         return {"stem": r"^stem|^pos_embed|^class_token", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def embed(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """Return the tokens (batch, tokens, embed_dim) that the first block receives, and where they lie."""
+        """Return the sequence (batch, tokens, embed_dim) of cells and prefix tokens, and where they lie."""
         x = self.pos_embed(self.stem(self.check(x)))
-        batch, height, width, dim = x.shape
-        x = x.reshape(batch, height * width, dim)
-        prefix = torch.jit.annotate(list[int], [])
-        if self.has_class_token:
-            prefix = [self.class_token.position(height * width)]
+        height, width = x.shape[1], x.shape[2]
+        x = x.flatten(1, 2)
+        positions = torch.jit.annotate(list[int], [])
+        if self.has_prefix:
+            positions = self.class_token.positions(height * width)
             x = self.class_token(x)
-        return x, Grid(height, width, prefix, None)
+        return x, Grid(height, width, positions, None)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised tokens of images (batch, in_chans, height, width).
+        """Return the normalised features of images (batch, in_chans, height, width).
 
-        A map (batch, rows, columns, embed_dim); with a class token a sequence (batch, 1 + rows * columns, embed_dim).
+        A map (batch, rows, columns, embed_dim); with prefix tokens a sequence (batch, count + rows * columns,
+        embed_dim).
         """
-        x, grid = self.embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, grid)
-            else:
-                x = block(x, grid)
-        x = self.norm(x)
-        return x if self.has_class_token else x.unflatten(1, (grid.height, grid.width))
+        if self.has_prefix:
+            x, grid = self.embed(x)
+            for block in self.blocks:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, grid)
+                else:
+                    x = block(x, grid)
+        else:
+            x = self.pos_embed(self.stem(self.check(x)))
+            for block in self.blocks:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x)
+                else:
+                    x = block(x)
+        return self.norm(x)
 
     @torch.jit.ignore
-    def forward_intermediates(
+    def get_intermediate_layers(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
+        n: int | list[int] = 1,
+        reshape: bool = False,
         return_prefix_tokens: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps after the chosen blocks, alone or behind the result of `forward_features`.
+        norm: bool = False,
+    ) -> list[Tensor]:
+        """Return the cells behind the last `n` blocks, or those numbered `n`, as timm's VisionTransformer does.
 
         Args:
             x: Images (batch, in_chans, height, width).
-            indices: Which blocks: their numbers, how many of the last, or None for all.
-            norm: Whether to apply the last norm to every map.
-            stop_early: Whether to skip the blocks behind the last chosen one.
-            output_fmt: Axes of the maps, "NCHW" or "NHWC".
-            intermediates_only: Whether to return the maps alone.
-            return_prefix_tokens: Whether each map comes in a pair with the class token (batch, 1, embed_dim).
-
-        Raises:
-            ValueError: `output_fmt` is neither.
+            n: How many of the last blocks, or their numbers.
+            reshape: Whether to return maps (batch, embed_dim, rows, columns) rather than (batch, cells, embed_dim).
+            return_prefix_tokens: Whether each comes in a pair with the prefix tokens (batch, count, embed_dim).
+            norm: Whether to apply the last norm.
         """
-        check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self.embed(x)
-        maps = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-            if index in take:
-                cells, prefix = split_prefix(self.norm(x) if norm else x, grid)
-                cells = cells.unflatten(1, (grid.height, grid.width))
-                taken = cells if output_fmt == "NHWC" else cells.permute(0, 3, 1, 2)
-                maps.append((taken, prefix) if return_prefix_tokens else taken)
-        if intermediates_only:
-            return maps
-        x = self.norm(x)
-        return (x if self.has_class_token else x.unflatten(1, (grid.height, grid.width))), maps
+        return self.forward_intermediates(
+            x,
+            n,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            return_prefix_tokens=return_prefix_tokens,
+        )
 
     @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what `forward_intermediates(indices=...)` does not need; return the block numbers that `indices` are."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self._prune_head()
-        return take
+    def _enter(self, x: Tensor) -> tuple[Tensor, Grid | None]:
+        if self.has_prefix:
+            return self.embed(x)
+        return self.pos_embed(self.stem(self.check(x))), None
+
+    @torch.jit.ignore
+    def _advance(self, unit: nn.Module, state: tuple[Tensor, Grid | None], index: int) -> tuple[Tensor, Grid | None]:
+        x, grid = state
+        return self._run_unit(unit, x) if grid is None else self._run_unit(unit, x, grid), grid
+
+    @torch.jit.ignore
+    def _cells(self, state: tuple[Tensor, Grid | None], norm: bool) -> tuple[Tensor, Tensor]:
+        x, grid = state
+        x = self.norm(x) if norm else x
+        if grid is None:
+            return x, x.flatten(1, 2)[:, :0]
+        cells, prefix = split_prefix(x, grid.prefix_positions)
+        return cells.unflatten(1, (grid.height, grid.width)), prefix
+
+    @torch.jit.ignore
+    def _leave(self, state: tuple[Tensor, Grid | None]) -> Tensor:
+        return self.norm(state[0])

@@ -1,44 +1,49 @@
-"""What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
+"""Layers that several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
 from visionmix.layers.conv import DepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
-from visionmix.layers.grid import Grid, join_prefix, split_prefix
+from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
-from visionmix.layers.norm import BatchNorm
+from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
-from visionmix.layers.position import ClassToken, ConvPosition, PositionEmbedding, resample_position
+from visionmix.layers.position import ConvPosition, PositionEmbedding, resample_position
 from visionmix.layers.precision import at_least_float32
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
-from visionmix.layers.stem import ConvStem, DeepConvStem, DeepPatchStem, PatchStem
+from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
 __all__ = [
     "BatchNorm",
     "ChannelGate",
-    "ClassToken",
     "ConvDownsample",
     "ConvMlp",
     "ConvPosition",
-    "ConvStem",
-    "DeepConvStem",
-    "DeepPatchStem",
     "DepthwiseConv",
     "Grid",
     "LogSigmoid",
     "PatchMerging",
-    "PatchStem",
     "PositionEmbedding",
+    "PrefixTokens",
     "ProjectionHead",
     "RotaryMap",
+    "ScanLayerNorm",
+    "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",
+    "Stem",
+    "StemConv",
     "TokenHead",
     "at_least_float32",
+    "conv_stem",
+    "deep_conv_stem",
+    "deep_patch_stem",
     "join_prefix",
     "mlp",
     "pad",
+    "patch_stem",
+    "prefix_positions",
     "resample_position",
     "split_prefix",
     "swiglu",

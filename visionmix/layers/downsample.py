@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 import torch.fx
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.layout import channels_first
 
-_NORM = partial(nn.LayerNorm, eps=1e-5)
+_NORM = partial(LayerNorm, eps=1e-5)
 
 
 class ConvDownsample(nn.Module):
@@ -28,8 +29,6 @@ class ConvDownsample(nn.Module):
         kernel_size: Rows and columns of the kernel: 2, or an odd number, which is padded by half of it.
         bias: Whether the convolution has a bias.
         norm_layer: Makes the norm from `out_dim`.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class ConvDownsample(nn.Module):
         padding = (kernel_size - 1) // 2
         self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=padding, bias=bias, **dd)
         self.norm = norm_layer(out_dim, **dd)
+        self.stride = 2
         self.whole = kernel_size > 2  # whether any map, however small, has a cell of output
 
     @torch.jit.ignore
@@ -82,7 +82,7 @@ def _pad_if_odd(x: Tensor) -> Tensor:
 
 
 class PatchMerging(nn.Module):
-    """Each 2x2 patch as one vector, a LayerNorm over it and a linear map without bias.
+    """Each 2x2 patch as one vector, a norm over it and a linear map without bias.
 
     The cells of a patch follow in column-major order: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). An odd side is
     padded by zeros at the bottom or on the right.
@@ -94,9 +94,7 @@ class PatchMerging(nn.Module):
     Args:
         dim: Channels in.
         out_dim: Channels out.
-        norm_eps: Epsilon of the norm.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
+        norm_layer: Makes the norm from ``4 * dim``.
     """
 
     def __init__(
@@ -104,13 +102,14 @@ class PatchMerging(nn.Module):
         dim: int,
         out_dim: int,
         *,
-        norm_eps: float = 1e-5,
+        norm_layer: Callable[..., nn.Module] = _NORM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps, **dd)
+        self.stride = 2
+        self.norm = norm_layer(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     @torch.jit.ignore

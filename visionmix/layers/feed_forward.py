@@ -150,6 +150,7 @@ class ConvMlp(nn.Module):
         dtype: Type of the parameters.
     """
 
+    needs_map = True
     act_first: Final[bool]
     residual: Final[bool]
 

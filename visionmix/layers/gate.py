@@ -4,6 +4,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from visionmix.layers.norm import ScanLayerNorm
 from visionmix.layers.precision import at_least_float32
 
 
@@ -52,7 +53,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = max(1, dim // 8)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm = ScanLayerNorm(dim, eps=norm_eps, **dd)
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)

@@ -1,18 +1,21 @@
-"""Where the tokens of a plain backbone lie."""
+"""Where the tokens of a plain backbone lie: cells of a map, and prefix tokens among them."""
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+PLACES = ("first", "middle", "last", "evenly")
 
 
 class Grid(NamedTuple):
-    """What a token sequence (batch, tokens, channels) stands for.
+    """The places of a token sequence (batch, tokens, channels) on the map of an image.
 
     Attributes:
         height: Rows of the map that the image was cut into.
         width: Columns of that map.
-        prefix_positions: Positions in the sequence of tokens that are no cells of the map (class tokens, registers).
+        prefix_positions: Positions, rising, of the tokens that are no cells of the map (class tokens, registers).
         indices: Row-major cell of each remaining token, int64 (batch, tokens), or None where every cell is there, in
             row-major order.
     """
@@ -23,28 +26,101 @@ class Grid(NamedTuple):
     indices: Tensor | None
 
 
-def split_prefix(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the cells' and the prefix tokens of a sequence (batch, tokens, channels), each in its order."""
+def prefix_positions(cells: int, count: int, place: str) -> list[int]:
+    """Return where `count` prefix tokens stand in a sequence with `cells` other tokens.
+
+    "first": 0, 1, ...; "middle": from ``cells // 2`` on; "last": behind all cells; "evenly": one behind every
+    ``cells // (count + 1)`` cells, the cells that are left over behind the last of them.
+    """
+    positions: list[int] = []
+    for index in range(count):
+        if place == "evenly":
+            positions.append(cells // (count + 1) * (index + 1) + index)
+        elif place == "middle":
+            positions.append(cells // 2 + index)
+        elif place == "last":
+            positions.append(cells + index)
+        else:
+            positions.append(index)
+    return positions
+
+
+def split_prefix(x: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the cells and the prefix tokens of a sequence (batch, tokens, channels), each in its order."""
+    if len(positions) == 0:
+        return x, x[:, :0]
     cells = torch.jit.annotate(list[Tensor], [])
     prefix = torch.jit.annotate(list[Tensor], [])
-    start = 0
-    for at in sorted(grid.prefix_positions):
+    start = torch.jit.annotate(int, 0)
+    for at in positions:
         cells.append(x[:, start:at])
         prefix.append(x[:, at : at + 1])
         start = at + 1
     cells.append(x[:, start:])
-    if len(prefix) == 0:
-        return x, x[:, :0]
     return torch.cat(cells, dim=1), torch.cat(prefix, dim=1)
 
 
-def join_prefix(cells: Tensor, prefix: Tensor, grid: Grid) -> Tensor:
-    """Return the sequence (batch, tokens, channels) of which `split_prefix` gives `cells` and `prefix`."""
+def join_prefix(cells: Tensor, prefix: Tensor, positions: list[int]) -> Tensor:
+    """Return the sequence (batch, tokens, channels) that `split_prefix` splits into `cells` and `prefix`."""
+    if len(positions) == 0:
+        return cells
     parts = torch.jit.annotate(list[Tensor], [])
-    start = 0
-    for index, at in enumerate(sorted(grid.prefix_positions)):
+    start = torch.jit.annotate(int, 0)
+    for index, at in enumerate(positions):
         parts.append(cells[:, start : at - index])
         parts.append(prefix[:, index : index + 1])
         start = at - index
     parts.append(cells[:, start:])
-    return torch.cat(parts, dim=1) if len(parts) > 1 else cells
+    return torch.cat(parts, dim=1)
+
+
+class PrefixTokens(nn.Module):
+    """Learned tokens put among the cells of an image: class tokens and registers, with learned positions of their own.
+
+    Shapes: (batch, cells, dim) to (batch, cells + count, dim).
+
+    Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); in the middle, Vim (Zhu et al. 2024, arXiv 2401.09417);
+    several, evenly spread, Mamba-R (Wang et al. 2024, arXiv 2405.14858).
+
+    Args:
+        dim: Channels.
+        count: Number of tokens.
+        place: Where they stand, "first", "middle", "last" or "evenly"; see `prefix_positions`.
+
+    Raises:
+        ValueError: `count` is below 1 or `place` is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        count: int = 1,
+        place: str = "first",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if place not in PLACES:
+            raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")
+        if count < 1:
+            raise ValueError(f"count={count} makes no prefix token; give 1 or more, or prefix_tokens=None for none")
+        self.count = count
+        self.place = place
+        self.weight = nn.Parameter(torch.zeros(1, count, dim, device=device, dtype=dtype))
+        self.pos_embed = nn.Parameter(torch.zeros(1, count, dim, device=device, dtype=dtype))
+        self.init_layer_weights()
+
+    @torch.jit.ignore
+    def init_layer_weights(self) -> None:
+        """Draw tokens and positions from a truncated normal of deviation 0.02."""
+        trunc_normal_(self.weight, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def positions(self, cells: int) -> list[int]:
+        """Return where the tokens stand in a sequence with `cells` other tokens."""
+        return prefix_positions(cells, self.count, self.place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (self.weight + self.pos_embed).expand(x.shape[0], -1, -1)
+        return join_prefix(x, tokens, self.positions(x.shape[1]))

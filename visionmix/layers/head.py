@@ -4,31 +4,30 @@ import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from visionmix.layers.grid import prefix_positions, split_prefix
 from visionmix.layers.norm import BatchNorm
-from visionmix.layers.position import check_place
 
-_POOLS = ("token", "avg", "")
+_POOLS = ("token", "avg", "max", "avgmax", "")
 
 
 class TokenHead(nn.Module):
-    """The classifier of a sequence with a class token, with the interface of timm's `ClassifierHead`.
+    """The classifier of a sequence with prefix tokens, with the interface of timm's `ClassifierHead`.
 
-    ``fc(dropout(pool(x)))``, where pool is the class token ("token"), the mean of the other tokens ("avg"), or nothing
-    ("").
+    ``fc(dropout(pool(x)))``, where pool is the first prefix token ("token"), the mean or the maximum of the cells
+    ("avg", "max"), the mean of these two ("avgmax"), or nothing ("").
 
     Shapes: (batch, tokens, in_features) to (batch, num_classes); to (batch, tokens, num_classes) without pooling.
 
     Args:
         in_features: Channels of the tokens.
         num_classes: Outputs; 0 for no classifier.
-        pool_type: "token", "avg" or "".
+        pool_type: "token", "avg", "max", "avgmax" or "".
         drop_rate: Dropout rate before the classifier.
-        place: Where the class token stands; see `ClassToken`.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
+        count: Number of prefix tokens; see `visionmix.layers.PrefixTokens`, as for `place`.
+        place: Where they stand.
 
     Raises:
-        ValueError: `pool_type` or `place` is unknown.
+        ValueError: `pool_type` is unknown.
     """
 
     def __init__(
@@ -38,18 +37,19 @@ class TokenHead(nn.Module):
         pool_type: str = "token",
         drop_rate: float = 0.0,
         *,
+        count: int = 1,
         place: str = "first",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_place(place)
         _check_pool(pool_type)
         self.num_features = in_features
+        self.count = count
         self.place = place
         self.pool_type = pool_type
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(in_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.fc = _classifier(in_features, num_classes, device=device, dtype=dtype)
 
     @torch.jit.ignore
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
@@ -57,18 +57,13 @@ class TokenHead(nn.Module):
         if pool_type is not None:
             _check_pool(pool_type)
             self.pool_type = pool_type
-        former = getattr(self.fc, "weight", torch.empty(0))
-        self.fc = (
-            nn.Linear(self.num_features, num_classes, device=former.device, dtype=former.dtype)
-            if num_classes
-            else nn.Identity()
-        )
+        self.fc = _classifier(self.num_features, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool_type != "":
-            at = (x.shape[1] - 1) // 2 if self.place == "middle" else 0
+            cells, prefix = split_prefix(x, prefix_positions(x.shape[1] - self.count, self.count, self.place))
             # A slice, since an index would compile a graph for every size.
-            x = x[:, at : at + 1].flatten(1) if self.pool_type == "token" else _mean_without(x, at)
+            x = prefix[:, :1].flatten(1) if self.pool_type == "token" else _pooled(cells, self.pool_type)
         x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
@@ -87,8 +82,6 @@ class ProjectionHead(ClassifierHead):
         pool_type: timm's pooling types; "" for none.
         drop_rate: Dropout rate before the classifier.
         hidden_size: Channels of the projection.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -119,10 +112,16 @@ class ProjectionHead(ClassifierHead):
         return x if pre_logits else self.fc(x)
 
 
-def _mean_without(x: Tensor, at: int) -> Tensor:
-    return torch.cat([x[:, :at], x[:, at + 1 :]], dim=1).mean(dim=1)
+def _pooled(cells: Tensor, pool_type: str) -> Tensor:
+    if pool_type == "avg":
+        return cells.mean(dim=1)
+    return cells.amax(dim=1) if pool_type == "max" else 0.5 * (cells.amax(dim=1) + cells.mean(dim=1))
+
+
+def _classifier(in_features: int, num_classes: int, **dd) -> nn.Module:
+    return nn.Linear(in_features, num_classes, **dd) if num_classes else nn.Identity()
 
 
 def _check_pool(pool_type: str) -> None:
     if pool_type not in _POOLS:
-        raise ValueError(f"global_pool={pool_type!r} does not suit a class token; give one of {_POOLS}")
+        raise ValueError(f"global_pool={pool_type!r} does not suit prefix tokens; give one of {_POOLS}")

@@ -1,4 +1,4 @@
-"""Embeddings of positions, which follow the image's size, and of the class token."""
+"""Embeddings of positions, which follow the image's size."""
 
 import math
 
@@ -43,8 +43,6 @@ class PositionEmbedding(nn.Module):
         dim: Channels.
         grid_size: Rows and columns of the built map.
         mode: How it is resampled, "bicubic" or "bilinear".
-        device: Where the parameter lies.
-        dtype: Type of the parameter.
     """
 
     def __init__(
@@ -99,8 +97,6 @@ class ConvPosition(nn.Module):
 
     Args:
         dim: Channels.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -109,53 +105,3 @@ class ConvPosition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class ClassToken(nn.Module):
-    """A learned token put among the tokens of an image, with a learned position of its own.
-
-    Shapes: (batch, tokens, dim) to (batch, tokens + 1, dim).
-
-    Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); in the middle, Vim (Zhu et al. 2024, arXiv 2401.09417).
-
-    Args:
-        dim: Channels.
-        place: "first", or "middle" for position ``tokens // 2``.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
-
-    Raises:
-        ValueError: `place` is neither.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        place: str = "first",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_place(place)
-        self.place = place
-        self.weight = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
-        trunc_normal_(self.weight, std=0.02)
-        trunc_normal_(self.pos_embed, std=0.02)
-
-    def position(self, tokens: int) -> int:
-        """Return where the token goes among `tokens` others."""
-        return tokens // 2 if self.place == "middle" else 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        at = self.position(tokens)
-        token = (self.weight + self.pos_embed).expand(batch, -1, -1)
-        return torch.cat([x[:, :at], token, x[:, at:]], dim=1)
-
-
-def check_place(place: str) -> None:
-    """Raise ValueError unless `place` is one of a class token."""
-    if place not in ("first", "middle"):
-        raise ValueError(f"place={place!r} is no place of a class token; give 'first' or 'middle'")

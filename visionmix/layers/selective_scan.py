@@ -44,6 +44,8 @@ def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> 
 class _ScanParameters(nn.Module):
     """`count` sets of a selective scan's parameters; see `SelectiveScan2d`."""
 
+    undecayed = ("A_log", "D", "delta_bias")
+
     def __init__(
         self,
         dim: int,
@@ -65,8 +67,6 @@ class _ScanParameters(nn.Module):
         self.delta_bias = nn.Parameter(torch.empty(count, dim, **dd))
         self.A_log = nn.Parameter(torch.empty(count, dim, states, **dd))
         self.D = nn.Parameter(torch.empty(count, dim, **dd))
-        for parameter in (self.delta_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
         self.init_layer_weights()
 
     @torch.jit.ignore
@@ -120,6 +120,8 @@ class SelectiveScan2d(_ScanParameters):
         ValueError: `step_rank` or `states` is below 1, or `permute` is unknown.
     """
 
+    undecayed = (*_ScanParameters.undecayed, "move_B")
+
     bias_scale: Final[float]
     moves: Final[bool]
     shared: Final[bool]
@@ -152,7 +154,6 @@ class SelectiveScan2d(_ScanParameters):
         self.bias_scale = bias_scale
         if moves:
             self.move_B = nn.Parameter(trunc_normal_(torch.empty(_MOVES, states, **dd), std=0.02))
-            self.move_B._no_weight_decay = True
 
     def forward(self, x: Tensor) -> Tensor:
         steps, B, C = self.x_proj(x).unflatten(-1, (-1, sum(self.widths))).split(self.widths, dim=-1)

@@ -1,35 +1,146 @@
-"""Stems: from an NCHW image to an NHWC map of tokens."""
+"""Stems: from an NCHW image to an NHWC map of tokens, a list of convolutions with their norms and activations."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import NamedTuple
 
 import torch
-from timm.layers import ConvNormAct
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from visionmix.layers.layout import channels_first
 from visionmix.layers.padding import pad
 
-_NORM = partial(nn.LayerNorm, eps=1e-5)
+_NORM = partial(LayerNorm, eps=1e-5)
 
 
-def _pad_to_whole(x: Tensor, patch_size: int) -> Tensor:
-    """Return x (batch, channels, height, width), zeros at the bottom and on the right until patches fit."""
-    # Not -side % patch_size: compiled graphs know no remainder of negative numbers.
-    bottom = (patch_size - x.shape[2] % patch_size) % patch_size
-    right = (patch_size - x.shape[3] % patch_size) % patch_size
-    return pad(x, [0, right, 0, bottom])
+class StemConv(NamedTuple):
+    """A convolution of a stem, with the norm and the activation behind it.
+
+    Attributes:
+        channels: Channels out.
+        kernel_size: Rows and columns of the kernel.
+        stride: Pixels from one window to the next.
+        padding: Rows and columns of zeros around the input; None for ``kernel_size // 2``.
+        bias: Whether the convolution has a bias.
+        norm_layer: Makes a norm from the channels; None for none. Batch and group norms see channels first, any other
+            norm sees them last.
+        act_layer: Makes the activation; None for none.
+        whole: Whether the input first gets zeros at the bottom and on the right until windows fit.
+    """
+
+    channels: int
+    kernel_size: int
+    stride: int = 1
+    padding: int | None = None
+    bias: bool = True
+    norm_layer: Callable[..., nn.Module] | None = None
+    act_layer: Callable[[], nn.Module] | None = None
+    whole: bool = False
 
 
-class ConvStem(nn.Module):
-    """Two convolutions that halve, then reduce `patch_size`-fold in all, each followed by a LayerNorm over channels.
+class Stem(nn.Sequential):
+    """Convolutions one behind the other: for each of `convs`, in turn, ``x = act(norm(conv(x)))``.
 
-    Computes ``norm2(conv2(act(norm1(conv1(x)))))``, or ``norm2(conv2(conv1(x)))`` where nothing stands `between`, with
-    ``conv1`` of kernel ``patch_size // 2 + 1`` and stride ``patch_size // 2``, ``conv2`` of kernel 3 and stride 2, both
-    padded by 1. No activation follows the second norm.
+    The children are called conv1, norm1, act1, conv2 and so on.
 
-    Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim).
+    Shapes: (batch, in_chans, height, width) to (batch, rows, columns, channels of the last convolution). Each
+    convolution makes ``(side + 2 * padding - kernel_size) // stride + 1`` of a side, or ``ceil(side / stride)`` where
+    it is `whole`.
+
+    Args:
+        in_chans: Channels of the image.
+        convs: The convolutions.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        convs: Sequence[StemConv],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        last = False  # whether channels come last
+        for number, conv in enumerate(convs, 1):
+            if last:
+                layers[f"first{number}"], last = _ChannelsFirst(), False
+            if conv.whole:
+                layers[f"pad{number}"] = _PadToWhole(conv.stride)
+            padding = conv.kernel_size // 2 if conv.padding is None else conv.padding
+            layers[f"conv{number}"] = nn.Conv2d(
+                in_chans, conv.channels, conv.kernel_size, conv.stride, padding, bias=conv.bias, **dd
+            )
+            in_chans = conv.channels
+            if conv.norm_layer is not None:
+                norm = conv.norm_layer(in_chans, **dd)
+                if not isinstance(norm, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+                    layers[f"last{number}"], last = _ChannelsLast(), True
+                layers[f"norm{number}"] = norm
+            if conv.act_layer is not None:
+                layers[f"act{number}"] = conv.act_layer()
+        if not last:
+            layers["last"] = _ChannelsLast()
+        super().__init__(layers)
+        self._convs = [(each.kernel_size, each.stride, each.padding, each.whole) for each in convs]
+        self.stride = 1
+        for each in convs:
+            self.stride *= each.stride
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
+        rows, columns = height, width
+        for kernel, stride, padding, whole in self._convs:
+            around = 2 * (kernel // 2 if padding is None else padding)
+            rows, columns = (
+                -(-side // stride) if whole else (side + around - kernel) // stride + 1 for side in (rows, columns)
+            )
+        return rows, columns
+
+
+class _ChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class _ChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(x)
+
+
+class _PadToWhole(nn.Module):
+    """Zeros at the bottom and on the right of (batch, channels, height, width) until `stride` divides both sides."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not -side % stride: compiled graphs know no remainder of negative numbers.
+        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
+        right = (self.stride - x.shape[3] % self.stride) % self.stride
+        return pad(x, [0, right, 0, bottom])
+
+
+def conv_stem(
+    in_chans: int = 3,
+    embed_dim: int = 192,
+    patch_size: int = 16,
+    *,
+    between: bool = True,
+    act_layer: Callable[[], nn.Module] = nn.SiLU,
+    norm_layer: Callable[..., nn.Module] = _NORM,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Stem:
+    """Return two convolutions that reduce `patch_size`-fold, ``norm2(conv2(act(norm1(conv1(x)))))``.
+
+    ``conv1`` has kernel ``patch_size // 2 + 1`` and stride ``patch_size // 2``, ``conv2`` kernel 3 and stride 2; both
+    are padded by 1.
 
     Source: ViG (Liao et al. 2024, arXiv 2405.18425) and VMamba's second version (Liu et al. 2024, arXiv 2401.10166);
     with nothing between the convolutions, NAT (Hassani et al. 2022, arXiv 2204.07143).
@@ -39,60 +150,37 @@ class ConvStem(nn.Module):
         embed_dim: Channels of the tokens; the first convolution makes half as many.
         patch_size: Pixels a token stands for, along each side: an even number, at least 4.
         between: Whether a norm and an activation stand between the two convolutions.
-        act_layer: That activation.
-        norm_eps: Epsilon of both norms.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
+        act_layer: Makes that activation.
+        norm_layer: Makes the norms.
 
     Raises:
         ValueError: `patch_size` is odd or below 4, or `embed_dim` is odd.
     """
-
-    def __init__(
-        self,
-        in_chans: int = 3,
-        embed_dim: int = 192,
-        patch_size: int = 16,
-        *,
-        between: bool = True,
-        act_layer: Callable[[], nn.Module] = nn.SiLU,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if patch_size < 4 or patch_size % 2:
-            raise ValueError(f"patch_size={patch_size} does not suit two convolutions; give an even number, 4 or more")
-        if embed_dim % 2:
-            raise ValueError(f"embed_dim={embed_dim} is odd; the first convolution makes half as many channels")
-        dd = {"device": device, "dtype": dtype}
-        half, stride = embed_dim // 2, patch_size // 2
-        self.conv1 = nn.Conv2d(in_chans, half, kernel_size=stride + 1, stride=stride, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(half, eps=norm_eps, **dd) if between else nn.Identity()
-        self.act = act_layer() if between else nn.Identity()
-        self.conv2 = nn.Conv2d(half, embed_dim, kernel_size=3, stride=2, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps, **dd)
-
-    @torch.jit.ignore
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        stride = self.conv1.stride[0]
-        rows, columns = ((((side + 1 - stride) // stride + 1) - 1) // 2 + 1 for side in (height, width))
-        return rows, columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(channels_first(x)).permute(0, 2, 3, 1))
+    if patch_size < 4 or patch_size % 2:
+        raise ValueError(f"patch_size={patch_size} does not suit two convolutions; give an even number, 4 or more")
+    half, stride = _half(embed_dim), patch_size // 2
+    first = StemConv(half, stride + 1, stride, padding=1)
+    if between:
+        first = first._replace(norm_layer=norm_layer, act_layer=act_layer)
+    return Stem(in_chans, [first, StemConv(embed_dim, 3, 2, norm_layer=norm_layer)], device=device, dtype=dtype)
 
 
-class PatchStem(nn.Module):
-    """One convolution over patches and a norm over channels: ``norm1(conv1(x))``.
+def patch_stem(
+    in_chans: int = 3,
+    embed_dim: int = 96,
+    patch_size: int = 4,
+    *,
+    kernel_size: int | None = None,
+    stride: int | None = None,
+    padding: int = 0,
+    whole: bool = False,
+    norm_layer: Callable[..., nn.Module] | None = _NORM,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Stem:
+    """Return one convolution over patches and a norm over channels, ``norm1(conv1(x))``.
 
     By default the kernel is a patch, patches do not overlap, and pixels beyond the last whole one are not read.
-
-    Shapes: (batch, in_chans, height, width) to (batch, rows, columns, embed_dim), where a side becomes
-    ``(side + 2 * padding - kernel_size) // stride + 1``: by default ``side // patch_size``, with `whole`
-    ``ceil(side / patch_size)``.
 
     Source: the patch embedding of ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), with a norm as in Swin (Liu et al.
     2021, arXiv 2103.14030); with patches that overlap, PVTv2 (Wang et al. 2021, arXiv 2106.13797).
@@ -106,123 +194,65 @@ class PatchStem(nn.Module):
         padding: Rows and columns of zeros around the image.
         whole: Whether the image first gets zeros at the bottom and on the right until patches fit, as in Swin's code
             for detection. Only for patches that do not overlap.
-        norm_layer: Makes the norm from `embed_dim`; None for no norm, as in ViT.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
+        norm_layer: Makes the norm; None for no norm, as in ViT.
 
     Raises:
         ValueError: patches overlap or have zeros around them, and `whole` is asked for.
     """
-
-    whole: Final[bool]
-
-    def __init__(
-        self,
-        in_chans: int = 3,
-        embed_dim: int = 96,
-        patch_size: int = 4,
-        *,
-        kernel_size: int | None = None,
-        stride: int | None = None,
-        padding: int = 0,
-        whole: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = _NORM,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        kernel_size, stride = kernel_size or patch_size, stride or patch_size
-        if whole and (kernel_size != stride or padding):
-            raise ValueError(
-                f"whole=True needs patches side by side; leave out kernel_size={kernel_size}, stride={stride} and "
-                f"padding={padding}"
-            )
-        self.whole = whole
-        self.conv1 = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding, **dd)
-        self.norm1 = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
-
-    @torch.jit.ignore
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        (stride, _), (kernel, _), (padding, _) = self.conv1.stride, self.conv1.kernel_size, self.conv1.padding
-        if self.whole:
-            return -(-height // stride), -(-width // stride)
-        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
-        return rows, columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.whole:
-            x = _pad_to_whole(x, self.conv1.stride[0])
-        return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
+    kernel_size, stride = kernel_size or patch_size, stride or patch_size
+    if whole and (kernel_size != stride or padding):
+        raise ValueError(
+            f"whole=True needs patches side by side; leave out kernel_size={kernel_size}, stride={stride} and "
+            f"padding={padding}"
+        )
+    conv = StemConv(embed_dim, kernel_size, stride, padding, norm_layer=norm_layer, whole=whole)
+    return Stem(in_chans, [conv], device=device, dtype=dtype)
 
 
-class DeepConvStem(nn.Module):
-    """Four 3x3 convolutions with batch norms, the first and the last of stride 2, GELU behind each but the last.
+def deep_conv_stem(
+    in_chans: int = 3,
+    embed_dim: int = 64,
+    patch_size: int = 4,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Stem:
+    """Return four 3x3 convolutions with batch norms, GELU behind each but the last; the first and last have stride 2.
 
     The first three have half of the channels. All have biases.
-
-    Shapes: (batch, in_chans, height, width) to (batch, ceil(height / 4), ceil(width / 4), embed_dim).
 
     Source: MALA (Fan et al. 2025, arXiv 2507.00698) and RALA (Fan et al. 2024, arXiv 2411.07635).
 
     Args:
         in_chans: Channels of the image.
-        embed_dim: Channels of the tokens.
+        embed_dim: Channels of the tokens: an even number.
         patch_size: Pixels a token stands for, along each side: 4.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `patch_size` is not 4, or `embed_dim` is odd.
     """
-
-    def __init__(
-        self,
-        in_chans: int = 3,
-        embed_dim: int = 64,
-        patch_size: int = 4,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if patch_size != 4:
-            raise ValueError(f"patch_size={patch_size} does not suit two convolutions of stride 2; give 4")
-        if embed_dim % 2:
-            raise ValueError(f"embed_dim={embed_dim} is odd; the first convolutions make half as many channels")
-        dd = {"device": device, "dtype": dtype}
-        half = embed_dim // 2
-        self.act = nn.GELU()
-        self.conv1 = nn.Conv2d(in_chans, half, 3, stride=2, padding=1, **dd)
-        self.norm1 = nn.BatchNorm2d(half, **dd)
-        self.conv2 = nn.Conv2d(half, half, 3, padding=1, **dd)
-        self.norm2 = nn.BatchNorm2d(half, **dd)
-        self.conv3 = nn.Conv2d(half, half, 3, padding=1, **dd)
-        self.norm3 = nn.BatchNorm2d(half, **dd)
-        self.conv4 = nn.Conv2d(half, embed_dim, 3, stride=2, padding=1, **dd)
-        self.norm4 = nn.BatchNorm2d(embed_dim, **dd)
-
-    @torch.jit.ignore
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        return -(-height // 4), -(-width // 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x)))
-        x = self.act(self.norm2(self.conv2(x)))
-        x = self.act(self.norm3(self.conv3(x)))
-        return self.norm4(self.conv4(x)).permute(0, 2, 3, 1)
+    if patch_size != 4:
+        raise ValueError(f"patch_size={patch_size} does not suit two convolutions of stride 2; give 4")
+    conv = StemConv(_half(embed_dim), 3, norm_layer=nn.BatchNorm2d, act_layer=nn.GELU)
+    last = conv._replace(channels=embed_dim, stride=2, act_layer=None)
+    return Stem(in_chans, [conv._replace(stride=2), conv, conv, last], device=device, dtype=dtype)
 
 
-class DeepPatchStem(nn.Module):
-    """Convolutions with batch norms at half the resolution, then one over patches that do not overlap.
+def deep_patch_stem(
+    in_chans: int = 3,
+    embed_dim: int = 192,
+    patch_size: int = 16,
+    *,
+    depth: int = 1,
+    width: int = 64,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Stem:
+    """Return convolutions with batch norms at half the resolution, then one over patches that do not overlap.
 
-    ``proj(convs(relu(norm1(conv1(x)))))``: ``conv1`` 7x7 of stride 2, `depth` times a 3x3 convolution, batch norm and
-    ReLU, all of `width` channels and without bias, and ``proj`` of kernel and stride ``patch_size // 2``, before which
-    zeros are put at the bottom and on the right until patches fit.
-
-    Shapes: (batch, in_chans, height, width) to (batch, ceil(height / patch_size), ceil(width / patch_size), embed_dim).
+    The first is 7x7 of stride 2, `depth` of 3x3 follow; all have `width` channels, a batch norm, ReLU and no bias. The
+    last has kernel and stride ``patch_size // 2``; its input gets zeros at the bottom and on the right until patches
+    fit.
 
     Source: Shunted Transformer (Ren et al. 2021, arXiv 2111.15193), as PlainMamba (Yang et al. 2024, arXiv 2403.17695)
     takes it over.
@@ -231,43 +261,21 @@ class DeepPatchStem(nn.Module):
         in_chans: Channels of the image.
         embed_dim: Channels of the tokens.
         patch_size: Pixels a token stands for, along each side: an even number.
-        depth: How many 3x3 convolutions.
+        depth: Number of 3x3 convolutions.
         width: Channels before the last convolution.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `patch_size` is odd.
     """
+    if patch_size < 2 or patch_size % 2:
+        raise ValueError(f"patch_size={patch_size} is odd; the first convolution halves, so give an even number")
+    conv = StemConv(width, 3, bias=False, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)
+    patches = StemConv(embed_dim, patch_size // 2, patch_size // 2, 0, whole=True)
+    convs = [conv._replace(kernel_size=7, stride=2), *[conv] * depth, patches]
+    return Stem(in_chans, convs, device=device, dtype=dtype)
 
-    def __init__(
-        self,
-        in_chans: int = 3,
-        embed_dim: int = 192,
-        patch_size: int = 16,
-        *,
-        depth: int = 1,
-        width: int = 64,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if patch_size < 2 or patch_size % 2:
-            raise ValueError(f"patch_size={patch_size} is odd; the first convolution halves, so give an even number")
-        dd = {"device": device, "dtype": dtype}
-        self.stride = patch_size // 2
-        self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
-        self.norm1 = nn.BatchNorm2d(width, **dd)
-        self.act1 = nn.ReLU()
-        self.convs = nn.Sequential(*(ConvNormAct(width, width, 3, **dd) for _ in range(depth)))
-        self.proj = nn.Conv2d(width, embed_dim, kernel_size=self.stride, stride=self.stride, **dd)
 
-    @torch.jit.ignore
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of the map of an image of `height` by `width` pixels."""
-        rows, columns = (-(-((side + 1) // 2) // self.stride) for side in (height, width))
-        return rows, columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.convs(self.act1(self.norm1(self.conv1(x))))
-        return self.proj(_pad_to_whole(x, self.stride)).permute(0, 2, 3, 1)
+def _half(embed_dim: int) -> int:
+    if embed_dim % 2:
+        raise ValueError(f"embed_dim={embed_dim} is odd; the first convolutions make half as many channels")
+    return embed_dim // 2

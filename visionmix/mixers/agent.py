@@ -5,13 +5,13 @@ from typing import Final
 
 import torch
 import torch.fx
-from timm.layers import trunc_normal_
+from timm.layers import trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import biased_attention, check_heads
+from visionmix.mixers.softmax import check_heads, softmax_attention
 
 _TABLE_SIDE = 7
 
@@ -72,6 +72,7 @@ class AgentAttention(nn.Module):
         self.num_heads = num_heads
         self.side = side
         self.class_bias = class_bias
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -95,11 +96,11 @@ class AgentAttention(nn.Module):
         if grid.indices is not None:
             raise ValueError("agent attention pools a whole map and cannot serve where cells are dropped or merged")
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        cells, prefix = split_prefix(q, grid)
+        cells, prefix = split_prefix(q, grid.prefix_positions)
         agents = self._heads(_pool(cells, grid.height, grid.width, self.side))
         key_bias = _cell_bias(self.key_table, self.key_rows, self.key_columns, grid.height, grid.width)
         query_bias = _cell_bias(self.query_table, self.query_rows, self.query_columns, grid.height, grid.width)
-        cells, _ = split_prefix(v, grid)
+        cells, _ = split_prefix(v, grid.prefix_positions)
         local = self.conv(cells.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         if len(grid.prefix_positions) > 0:
             key_prefix = key_bias.new_zeros(self.num_heads, len(grid.prefix_positions), self.side * self.side)
@@ -107,12 +108,12 @@ class AgentAttention(nn.Module):
             if self.class_bias:
                 key_prefix = key_prefix + self.key_class.transpose(1, 2)
                 query_prefix = query_prefix + self.query_class.transpose(1, 2)
-            key_bias = join_prefix(key_bias, key_prefix, grid)
-            query_bias = join_prefix(query_bias, query_prefix, grid)
-            local = join_prefix(local, torch.zeros_like(prefix), grid)
+            key_bias = join_prefix(key_bias, key_prefix, grid.prefix_positions)
+            query_bias = join_prefix(query_bias, query_prefix, grid.prefix_positions)
+            local = join_prefix(local, torch.zeros_like(prefix), grid.prefix_positions)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        gathered = biased_attention(agents, k, v, key_bias.transpose(1, 2))
-        out = biased_attention(q, agents, gathered, query_bias)
+        gathered = softmax_attention(agents, k, v, key_bias.transpose(1, 2), self.fused_attn)
+        out = softmax_attention(q, agents, gathered, query_bias, self.fused_attn)
         return self.proj(out.transpose(1, 2).flatten(2) + local)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class BidirectionalMamba(nn.Module):
             index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
             forward, backward = self._scan(take(x, index), None)
             y = take(forward + backward, inverse)
-        return self.proj(y * (0.5 * self.act(z)))
+        return self.proj((y * (0.5 * self.act(z))).to(z.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -102,7 +102,7 @@ class BidirectionalMamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._scan(x, positions)
         gate = self.act(z)
-        return forward * gate, backward * gate
+        return (forward * gate).to(gate.dtype), (backward * gate).to(gate.dtype)
 
     @torch.jit.ignore
     def merged(self, forward: Tensor, backward: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -70,7 +70,7 @@ class CrossScan(nn.Module):
             states=states,
             **dd,
         )
-        self.norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class CrossScan(nn.Module):
         z = x
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        y = self.norm(self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)))
+        y = self.norm(self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))).to(x.dtype)
         if self.gate:
             y = y * self.act(z)
         return self.proj(y)

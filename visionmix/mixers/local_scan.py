@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import ChannelGate, SelectiveScan2d
+from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d
 from visionmix.mixers.cross_scan import scan_width
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -69,7 +69,7 @@ class LocalScan(nn.Module):
         self.act = nn.SiLU()
         self.scan = SelectiveScan2d(inner, names, step_rank=rank, states=states, merge="none", **dd)
         self.channel_gate = ChannelGate(inner, norm_eps=norm_eps, **dd)
-        self.norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,4 +79,4 @@ class LocalScan(nn.Module):
         # The gate looks at one direction at a time: directions stand in the batch.
         each = routes.permute(0, 3, 1, 2, 4).reshape(batch * count, height, width, dim)
         y = self.channel_gate(each).reshape(batch, count, height, width, dim).sum(dim=1)
-        return self.proj(self.norm(y) * self.act(z))
+        return self.proj(self.norm(y).to(z.dtype) * self.act(z))

@@ -4,9 +4,10 @@ import math
 
 import torch
 import torch.fx
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 from visionmix.scans import direction_names
@@ -86,15 +87,15 @@ class MultiHeadScan(nn.Module):
             )
             for head in range(num_heads)
         )
-        self.head_norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.head_norm = ScanLayerNorm(dim, eps=norm_eps, **dd)
         self.y_proj = nn.Linear(dim, dim, bias=False, **dd)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm = LayerNorm(dim, eps=norm_eps, **dd)
 
     def scan(self, x: Tensor) -> Tensor:
         """Return what the heads make of (batch, height, width, dim), in the same shape."""
         parts = self.x_proj(x).unflatten(-1, (len(self.heads), -1))
         fused = [_fuse(head(parts[:, :, :, index]), self.threshold) for index, head in enumerate(self.heads)]
-        return self.y_proj(self.head_norm(torch.cat(fused, dim=-1)))
+        return self.y_proj(self.head_norm(torch.cat(fused, dim=-1)).to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)

@@ -8,7 +8,7 @@ from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import SelectiveScan2d
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d
 from visionmix.mixers.cross_scan import scan_width
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -78,7 +78,7 @@ class MultiScaleScan(nn.Module):
         self.act = nn.SiLU()
         self.full_scan = SelectiveScan2d(inner, (full,), step_rank=rank, states=states, **dd)
         self.low_scan = SelectiveScan2d(inner, (low,), step_rank=rank, states=states, merge="none", **dd)
-        self.norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
         self.has_se = se_reduction is not None
         if se_reduction is not None:
             self.se = SqueezeExcite(inner, rd_channels=max(1, inner // se_reduction), bias=False, **dd)
@@ -88,8 +88,9 @@ class MultiScaleScan(nn.Module):
         _, height, width, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = x.contiguous().permute(0, 3, 1, 2)  # copied once here, else by each convolution
-        y = self.norm(self.full_scan(self.act(self.full_conv(x)).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        low = self.norm(self.low_scan(self.act(self.low_conv(x)).permute(0, 2, 3, 1))).sum(dim=3).permute(0, 3, 1, 2)
+        y = self.norm(self.full_scan(self.act(self.full_conv(x)).permute(0, 2, 3, 1))).to(x.dtype).permute(0, 3, 1, 2)
+        low = self.norm(self.low_scan(self.act(self.low_conv(x)).permute(0, 2, 3, 1))).to(x.dtype)
+        low = low.sum(dim=3).permute(0, 3, 1, 2)
         y = y + F.interpolate(low, size=[height, width], mode="bilinear")
         if self.has_se:
             y = self.se(y)

@@ -82,4 +82,4 @@ class PlainScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        return self.proj(y * self.act(z))
+        return self.proj((y * self.act(z)).to(z.dtype))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionmix.names import Registry
+from visionmix.registry import Registry
 
 _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtype"))
 
@@ -24,6 +24,11 @@ def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
 def list_mixers() -> list[str]:
     """Return the names that `create_mixer` knows, sorted."""
     return _MIXERS.names()
+
+
+def mixer_class(class_name: str) -> type[nn.Module] | None:
+    """Return the registered mixer whose class is called `class_name`, or None."""
+    return _MIXERS.class_called(class_name)
 
 
 def mixer_options(name: str) -> dict[str, inspect.Parameter]:

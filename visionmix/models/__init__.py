@@ -1,37 +1,25 @@
 """One file a published family; importing this package registers every model with timm."""
 
-from visionmix.models import (
-    agent,
-    atrous_vmamba,
-    efficient_vmamba,
-    flatten,
-    mavit,
-    msvmamba,
-    nat,
-    plainmamba,
-    skeletons,
-    vig,
-    vim,
-    vmamba,
-)
-from visionmix.models.family import Published, Variant, list_family_models, published, register_family
+from visionmix.models.family import Published, Variant, list_family_models, published
+from visionmix.models.keys import Join, KeyMap
+from visionmix.models.layout import Layout
+from visionmix.models.loading import load_checkpoint
+from visionmix.models.registration import register_family
+from visionmix.models.weights import Weights
+from visionmix.registry import import_modules
 
 __all__ = [
+    "Join",
+    "KeyMap",
+    "Layout",
     "Published",
     "Variant",
-    "agent",
-    "atrous_vmamba",
-    "efficient_vmamba",
-    "flatten",
+    "Weights",
     "list_family_models",
-    "mavit",
-    "msvmamba",
-    "nat",
-    "plainmamba",
+    "load_checkpoint",
     "published",
     "register_family",
-    "skeletons",
-    "vig",
-    "vim",
-    "vmamba",
 ]
+
+# Families import the names above from here.
+import_modules(__name__, __path__)

@@ -1,31 +1,11 @@
-"""From a table of variants to timm's registry."""
+"""Families as tables: what a variant is, and what is known of the model of a name."""
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from torch import nn
-
-from visionmix.models.weights import KeyMap, load_pretrained
-from visionmix.names import nearest
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a paper says of a variant.
-
-    Attributes:
-        params: Parameters, as its authors round them, in millions.
-        gmacs: Multiply-adds at the built size, in thousands of millions ("FLOPs" in most papers), or None.
-        top1: ImageNet-1k top-1 accuracy in percent, or None.
-    """
-
-    params: float | None = None
-    gmacs: float | None = None
-    top1: float | None = None
+from visionmix.models.layout import Layout
+from visionmix.models.weights import Weights
+from visionmix.registry import nearest
 
 
 @dataclass(frozen=True)
@@ -33,60 +13,61 @@ class Variant:
     """A row of a family's table.
 
     Attributes:
-        skeleton: The class that is built.
-        options: Its arguments; what a user gives to `timm.create_model` goes before.
-        weights: Where its published weights lie, as timm's cfg fields (hf_hub_id and hf_hub_filename, or url); empty
-            where there are none.
-        published: What its paper says of it.
-        page: Where a person finds the weights, for those without a direct link.
+        layout: What is built, and how its published files are read.
+        weights: Its published weights by tag, the default first: ``{"in1k": Weights(...), "in1k_384": Weights(...)}``;
+            empty where there are none.
+        params: Parameters in millions, as its authors round them, or None.
+        gmacs: Multiply-adds at the built size, in thousands of millions ("FLOPs" in most papers), or None.
     """
 
-    skeleton: type[nn.Module]
-    options: Mapping[str, Any]
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    published: Published = Published()
-    page: str = ""
+    layout: Layout
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    params: float | None = None
+    gmacs: float | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What its authors say of a model with certain weights.
+
+    Attributes:
+        params: Parameters, as its authors round them, in millions.
+        gmacs: Multiply-adds at the input size of the weights, in thousands of millions, or None.
+        top1: ImageNet-1k top-1 accuracy in percent, or None.
+        license: Licence of the weights, as the hub spells it; "unknown" where their authors state none.
+        paper: Where they are described.
+    """
+
+    params: float | None = None
+    gmacs: float | None = None
+    top1: float | None = None
+    license: str = "unknown"
+    paper: str = ""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the variants of a family share: see `register_family`."""
+    """What the variants of a family share: see `visionmix.models.register_family`.
 
+    Attributes:
+        module: Name of the family's module, whose docstring says what it is.
+        paper: Where the family is described.
+        license: Licence of weights that do not name another.
+        variants: The family's table, by model name.
+    """
+
+    module: str
     paper: str
     license: str
     variants: Mapping[str, Variant]
 
 
-_FAMILIES: dict[str, Family] = {}
+_FAMILIES: dict[str, Family] = {}  # by the name of each of their models
 
 
-def register_family(
-    module: str,
-    variants: Mapping[str, Variant],
-    *,
-    key_map: Callable[[nn.Module], KeyMap],
-    paper: str,
-    license: str,
-) -> None:
-    """Register `variants` with timm as models of the module named `module`, with an entry point and a cfg each.
-
-    Example:
-        ``register_family(__name__, VARIANTS, key_map=key_map, paper="arXiv 2405.18425", license="mit")``
-
-    Args:
-        module: The family's ``__name__``; the entry points become its attributes.
-        variants: The family's table, by model name.
-        key_map: Makes, for a built model, the map from the published files' keys to the model's.
-        paper: Where the family is described.
-        license: Licence of the published weights, as the hub spells it.
-    """
-    target = sys.modules[module]
-    target.default_cfgs = generate_default_cfgs({name: _cfg(variant, license) for name, variant in variants.items()})
-    for name, variant in variants.items():
-        entry = _entry_point(module, name, variant, key_map, paper)
-        setattr(target, name, entry)
-        register_model(entry)
-    _FAMILIES.update(dict.fromkeys(variants, Family(paper, license, variants)))
+def add_family(family: Family) -> None:
+    """Make the models of `family` known by their names."""
+    _FAMILIES.update(dict.fromkeys(family.variants, family))
 
 
 def list_family_models() -> list[str]:
@@ -94,72 +75,62 @@ def list_family_models() -> list[str]:
     return list(_FAMILIES)
 
 
+def is_family_model(name: str) -> bool:
+    """Return whether `name`, with or without a tag, is a model of this library."""
+    return name.partition(".")[0] in _FAMILIES
+
+
 def family_of(name: str) -> Family:
-    """Return the family of the model called `name`.
+    """Return the family of the model called `name`, with or without a tag.
 
     Raises:
         ValueError: no model of this library has this name.
     """
-    if name not in _FAMILIES:
-        hint = nearest(name, _FAMILIES)
+    model = name.partition(".")[0]
+    if model not in _FAMILIES:
+        hint = nearest(model, _FAMILIES)
         raise ValueError(f"name={name!r} is no model of visionmix{hint}; its models are {sorted(_FAMILIES)}")
-    return _FAMILIES[name]
+    return _FAMILIES[model]
+
+
+def variant_of(name: str) -> Variant:
+    """Return the variant called `name`, with or without a tag.
+
+    Raises:
+        ValueError: no model of this library has this name.
+    """
+    return family_of(name).variants[name.partition(".")[0]]
+
+
+def weights_of(name: str) -> Weights:
+    """Return the weights of the model called `name`: those of its tag, else the default ones.
+
+    Raises:
+        ValueError: no model of this library has this name, or it has no weights of this tag.
+    """
+    weights = variant_of(name).weights
+    tag = name.partition(".")[2]
+    if tag and tag not in weights:
+        raise ValueError(
+            f"name={name!r} has an unknown tag{nearest(tag, weights)}; the model's tags are {list(weights)}"
+        )
+    return weights[tag] if tag else next(iter(weights.values()), Weights())
 
 
 def published(name: str) -> Published:
-    """Return what its paper says of the model called `name`.
+    """Return what its authors say of the model called `name`, with the weights of its tag or the default ones.
+
+    Example:
+        ``published("agent_swin_base.in1k_384").top1``
 
     Raises:
-        ValueError: no model of this library has this name.
+        ValueError: no model of this library has this name, or it has no weights of this tag.
     """
-    return family_of(name).variants[name].published
-
-
-def _cfg(variant: Variant, license: str) -> dict[str, Any]:
-    height = variant.options.get("img_size", 224)
-    size = (height, height) if isinstance(height, int) else tuple(height)
-    return {
-        "num_classes": 1000,
-        "input_size": (3, *size),
-        "pool_size": variant.skeleton.last_grid(variant.options, size),
-        "crop_pct": 0.875 if size == (224, 224) else 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": license,
-        **variant.weights,
-    }
-
-
-def _entry_point(
-    module: str, name: str, variant: Variant, key_map: Callable[[nn.Module], KeyMap], paper: str
-) -> Callable[..., nn.Module]:
-    def entry(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | None = None,
-        **options: Any,
-    ) -> nn.Module:
-        cfg = resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay)
-
-        def build(**merged: Any) -> nn.Module:
-            model = variant.skeleton(**merged)
-            if pretrained:
-                # Loaded here and not by timm, whose loader turns strictness off as soon as num_classes differs, refuses
-                # files with configuration objects inside, and never sees a wrapped checkpoint's page.
-                load_pretrained(model, cfg, key_map(model), name=name, page=variant.page, cache_dir=cache_dir)
-            return model
-
-        # timm's default wrapper, a list of modules, never calls forward_features and would return NHWC maps.
-        feature_cfg = {"feature_cls": "getter", "out_indices": variant.skeleton.feature_indices(variant.options)}
-        return build_model_with_cfg(
-            build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **{**variant.options, **options}
-        )
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__module__ = module
-    entry.__doc__ = f"Return `{name}` ({paper})."
-    return entry
+    family, variant, weights = family_of(name), variant_of(name), weights_of(name)
+    return Published(
+        variant.params,
+        variant.gmacs if weights.input_size is None else weights.gmacs,
+        weights.top1,
+        weights.license or family.license,
+        weights.paper or family.paper,
+    )

@@ -8,130 +8,134 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from timm.layers import LayerNorm
 
 from visionmix.backbones import Hierarchical, Plain
-from visionmix.layers import ConvDownsample, ConvStem, PatchMerging, PatchStem, mlp
-from visionmix.models.family import Published, Variant, register_family
-from visionmix.models.weights import KeyMap
+from visionmix.layers import ConvDownsample, PatchMerging, conv_stem, mlp, patch_stem
+from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
+from visionmix.models.hosts import doubled
+from visionmix.models.keys import NEXT_STAGE
 
-_NONE = Published()
-_NORM = partial(nn.LayerNorm, eps=1e-5)
-_LINKS = "https://shi-labs.com/projects"
-_DINAT = f"{_LINKS}/dinat/checkpoints/imagenet1k"
-_WHOLE_PATCHES = partial(PatchStem, whole=True)
-_DILATIONS = (8, 4, 2, 1)  # of every other block, by stage: each fills its map at 224 pixels
+_KEYS = KeyMap(
+    rename=[
+        NEXT_STAGE,
+        (r"^patch_embed\.proj\.(?=[a-z])", "stem.conv1."),
+        (r"^head\.", "head.fc."),
+        (r"\.attn\.rpb$", ".mixer.position_bias"),
+        (r"\.attn\.", ".mixer."),
+        (r"\.gamma(\d)$", r".scale\1.gamma"),
+    ]
+)
+_PYRAMID = _KEYS + KeyMap(rename=[(r"^(levels|layers)\.", "stages.")])
+_CONV_STEM = KeyMap(
+    rename=[
+        (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+        (r"^patch_embed\.proj\.1\.", "stem.conv2."),
+        (r"^patch_embed\.norm\.", "stem.norm2."),
+        (r"\.downsample\.reduction\.", ".downsample.conv."),
+    ]
+)
+_PATCH_STEM = KeyMap(rename=[(r"^patch_embed\.norm\.", "stem.norm1.")])
+
+_WHOLE_PATCHES = partial(patch_stem, whole=True)
+# Dilations of every other block, by stage: each fills its map, at 224 and at 384 pixels.
+_AT_224, _AT_384 = (8, 4, 2, 1), (13, 6, 3, 1)
 
 
-def _mixers(dilations: Sequence[int] | None) -> Any:
+def _mixers(dilations: Sequence[int] | None, **options: Any) -> Any:
     """Return the mixers: all alike, or in each stage an undilated one and a dilated one in turn."""
-    return [["na", {"name": "na", "dilation": each}] for each in dilations] if dilations else "na"
+    plain = {"name": "na", **options}
+    return [{"cycle": [plain, {**plain, "dilation": each}]} for each in dilations] if dilations else plain
 
 
-def _weights(address: str) -> dict[str, str]:
-    return {"url": address} if address else {}
-
-
-def _variant(
-    dim: int,
-    heads: int,
-    depth: int,
-    mlp_ratio: float,
-    address: str = "",
-    published: Published = _NONE,
-    *,
-    dilations: Sequence[int] | None = None,
-    **options: Any,
-) -> Variant:
+def _layout(
+    dim: int, heads: int, depth: int, mlp_ratio: float, dilations: Sequence[int] | None = None, **options: Any
+) -> Layout:
     layers = {
-        "stem_layer": partial(ConvStem, between=False),
+        "stem_layer": partial(conv_stem, between=False),
         "downsample_layer": partial(ConvDownsample, bias=False),
         "mlp_layer": partial(mlp, mlp_ratio=mlp_ratio),
         "mixer": _mixers(dilations),
     }
-    sizes = {
-        "embed_dims": tuple(dim << stage for stage in range(4)),
-        "num_heads": tuple(heads << stage for stage in range(4)),
-        "depths": (3, 4, depth, 5),
-    }
-    return Variant(Hierarchical, layers | sizes | options, _weights(address), published)
+    sizes = {"embed_dims": doubled(dim), "num_heads": doubled(heads), "depths": (3, 4, depth, 5)}
+    return Layout(Hierarchical, layers | sizes | options, _PYRAMID + _CONV_STEM)
 
 
-def _dilated(*arguments: Any, **options: Any) -> Variant:
-    return _variant(*arguments, dilations=_DILATIONS, **options)
+def _dilated(dim: int, heads: int, depth: int, mlp_ratio: float, **options: Any) -> Layout:
+    return _layout(dim, heads, depth, mlp_ratio, _AT_224, **options)
 
 
-def _swin_layout(dim: int, heads: int, depth: int, file: str = "", published: Published = _NONE) -> Variant:
-    options = {"stem_layer": _WHOLE_PATCHES, "downsample_layer": PatchMerging, "depths": (2, 2, depth, 2)}
-    return _dilated(dim, heads, depth, 4.0, f"{_DINAT}/{file}", published, **options)
+def _swin_layout(dim: int, heads: int, depth: int) -> Layout:
+    layers = {"stem_layer": _WHOLE_PATCHES, "downsample_layer": PatchMerging, "mlp_layer": mlp}
+    sizes = {"embed_dims": doubled(dim), "num_heads": doubled(heads), "depths": (2, 2, depth, 2)}
+    return Layout(Hierarchical, layers | sizes | {"mixer": _mixers(_AT_224)}, _PYRAMID + _PATCH_STEM)
 
 
-def _isotropic(
-    dim: int, heads: int, dilation: int, file: str = "", published: Published = _NONE, **options: Any
-) -> Variant:
+def _isotropic(dim: int, heads: int, dilation: int, **options: Any) -> Layout:
     layers = {
         "stem_layer": _WHOLE_PATCHES,
         "mlp_layer": mlp,
         "pos_embed": None,
-        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+        "norm_layer": partial(LayerNorm, eps=1e-5),
+        "mixer": {"cycle": ["na", {"name": "na", "dilation": dilation}]},
     }
-    mixer = ["na", {"name": "na", "dilation": dilation}]
-    address = f"{_LINKS}/dinat/checkpoints/isotropic/{file}" if file else ""
-    sizes = {"embed_dim": dim, "num_heads": heads, "mixer": mixer}
-    return Variant(Plain, layers | sizes | options, _weights(address), published)
+    keys = _KEYS + _PATCH_STEM + KeyMap(rename=[(r"^layers\.", "blocks.")])
+    return Layout(Plain, layers | {"embed_dim": dim, "num_heads": heads} | options, keys)
 
 
-VARIANTS = {
-    "nat_mini": _variant(64, 2, 6, 3, f"{_LINKS}/nat/checkpoints/CLS/nat_mini.pth", Published(20, 2.7, 81.8)),
-    "nat_tiny": _variant(64, 2, 18, 3, f"{_LINKS}/nat/checkpoints/CLS/nat_tiny.pth", Published(28, 4.3, 83.2)),
-    "nat_small": _variant(
-        96, 3, 18, 2, f"{_LINKS}/nat/checkpoints/CLS/nat_small.pth", Published(51, 7.8, 83.7), layer_scale=1e-5
-    ),
-    "nat_base": _variant(
-        128, 4, 18, 2, f"{_LINKS}/nat/checkpoints/CLS/nat_base.pth", Published(90, 13.7, 84.3), layer_scale=1e-5
-    ),
-    "dinat_mini": _dilated(64, 2, 6, 3, f"{_DINAT}/dinat_mini_in1k_224.pth", Published(20, 2.7, 81.8)),
-    "dinat_tiny": _dilated(64, 2, 18, 3, f"{_DINAT}/dinat_tiny_in1k_224.pth", Published(28, 4.3, 82.7)),
-    "dinat_small": _dilated(96, 3, 18, 2, f"{_DINAT}/dinat_small_in1k_224.pth", Published(51, 7.8, 83.8)),
-    "dinat_base": _dilated(
-        128, 4, 18, 2, f"{_DINAT}/dinat_base_in1k_224.pth", Published(90, 13.7, 84.4), layer_scale=1e-5
-    ),
-    "dinat_large": _dilated(192, 6, 18, 2, f"{_DINAT}/dinat_large_in22k_in1k_224.pth", Published(200, 30.6, 86.6)),
-    "dinats_tiny": _swin_layout(96, 3, 6, "dinat_s_tiny_in1k_224.pth", Published(28, 4.5, 81.8)),
-    "dinats_small": _swin_layout(96, 3, 18, "dinat_s_small_in1k_224.pth", Published(50, 8.7, 83.5)),
-    "dinats_base": _swin_layout(128, 4, 18, "dinat_s_base_in1k_224.pth", Published(88, 15.4, 83.8)),
-    "dinats_large": _swin_layout(192, 6, 18, "dinat_s_large_in1k_224.pth", Published(197, 34.5, 86.5)),
-    "nat_isotropic_small": _isotropic(384, 12, 1, "nat_isotropic_small_in1k_224.pth", Published(22, 4.3, 80.0)),
-    "nat_isotropic_base": _isotropic(768, 24, 1, "nat_isotropic_base_in1k_224.pth", Published(86, 16.9, 81.6)),
-    "dinat_isotropic_small": _isotropic(384, 12, 2, "dinat_isotropic_small_in1k_224.pth", Published(22, 4.3, 80.8)),
-    "dinat_isotropic_base": _isotropic(768, 24, 2, "dinat_isotropic_base_in1k_224.pth", Published(86, 16.9, 82.1)),
-    "test_dinat": _dilated(16, 1, 2, 2, img_size=96, depths=(2, 1, 2, 1), layer_scale=1e-5),
-    "test_dinat_isotropic": _isotropic(32, 2, 2, img_size=96, depth=3),
+_NAT, _DINAT = "https://shi-labs.com/projects/nat/checkpoints", "https://shi-labs.com/projects/dinat/checkpoints"
+
+
+def _nat_weights(file: str, top1: float) -> dict[str, Weights]:
+    return {"in1k": Weights(f"{_NAT}/CLS/{file}.pth", top1=top1)}
+
+
+def _weights(file: str, top1: float | None = None, folder: str = "imagenet1k", **facts: Any) -> Weights:
+    return Weights(f"{_DINAT}/{folder}/{file}.pth", top1=top1, paper="arXiv 2209.15001", **facts)
+
+
+def _in1k(name: str, top1: float, folder: str = "imagenet1k") -> dict[str, Weights]:
+    return {"in1k": _weights(f"{name}_in1k_224", top1, folder)}
+
+
+def _at_384(file: str, top1: float, gmacs: float, mixer: Any) -> Weights:
+    return _weights(file, top1, input_size=384, gmacs=gmacs, options={"mixer": mixer})
+
+
+_LARGE = {
+    "in22k_in1k": _weights("dinat_large_in22k_in1k_224", 86.6),
+    "in22k_in1k_384": _at_384("dinat_large_in22k_in1k_384", 87.4, 89.7, _mixers(_AT_384)),
+    "in22k_in1k_384_11x11": _at_384("dinat_large_in22k_in1k_384_11x11", 87.5, 92.4, _mixers(_AT_224, kernel_size=11)),
+    "in22k": _weights("dinat_large_in22k_224", folder="imagenet22k", num_classes=21841),
+}
+_SWIN_LARGE = {
+    "in22k_in1k": _weights("dinat_s_large_in1k_224", 86.5),
+    "in22k_in1k_384": _at_384("dinat_s_large_in1k_384", 87.4, 101.5, _mixers(_AT_384)),
+    "in22k": _weights("dinat_s_large_in22k_224", folder="imagenet22k", num_classes=21841),
 }
 
-_NAMES = [
-    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
-    (r"^patch_embed\.proj\.1\.", "stem.conv2."),
-    (r"^head\.", "head.fc."),
-    (r"\.attn\.rpb$", ".mixer.position_bias"),
-    (r"\.attn\.", ".mixer."),
-    (r"\.gamma(\d)$", r".scale\1.gamma"),
-]
-# The published code ends a stage with its downsampler; here the next stage begins with it.
-_DOWNSAMPLE = (r"^(levels|layers)\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[2]) + 1}.downsample.")
+VARIANTS = {
+    "nat_mini": Variant(_layout(64, 2, 6, 3), _nat_weights("nat_mini", 81.8), 20, 2.7),
+    "nat_tiny": Variant(_layout(64, 2, 18, 3), _nat_weights("nat_tiny", 83.2), 28, 4.3),
+    "nat_small": Variant(_layout(96, 3, 18, 2, layer_scale=1e-5), _nat_weights("nat_small", 83.7), 51, 7.8),
+    "nat_base": Variant(_layout(128, 4, 18, 2, layer_scale=1e-5), _nat_weights("nat_base", 84.3), 90, 13.7),
+    "dinat_mini": Variant(_dilated(64, 2, 6, 3), _in1k("dinat_mini", 81.8), 20, 2.7),
+    "dinat_tiny": Variant(_dilated(64, 2, 18, 3), _in1k("dinat_tiny", 82.7), 28, 4.3),
+    "dinat_small": Variant(_dilated(96, 3, 18, 2), _in1k("dinat_small", 83.8), 51, 7.8),
+    "dinat_base": Variant(_dilated(128, 4, 18, 2, layer_scale=1e-5), _in1k("dinat_base", 84.4), 90, 13.7),
+    "dinat_large": Variant(_dilated(192, 6, 18, 2), _LARGE, 200, 30.6),
+    "dinats_tiny": Variant(_swin_layout(96, 3, 6), _in1k("dinat_s_tiny", 81.8), 28, 4.5),
+    "dinats_small": Variant(_swin_layout(96, 3, 18), _in1k("dinat_s_small", 83.5), 50, 8.7),
+    "dinats_base": Variant(_swin_layout(128, 4, 18), _in1k("dinat_s_base", 83.8), 88, 15.4),
+    "dinats_large": Variant(_swin_layout(192, 6, 18), _SWIN_LARGE, 197, 34.5),
+    "nat_isotropic_small": Variant(_isotropic(384, 12, 1), _in1k("nat_isotropic_small", 80.0, "isotropic"), 22, 4.3),
+    "nat_isotropic_base": Variant(_isotropic(768, 24, 1), _in1k("nat_isotropic_base", 81.6, "isotropic"), 86, 16.9),
+    "dinat_isotropic_small": Variant(
+        _isotropic(384, 12, 2), _in1k("dinat_isotropic_small", 80.8, "isotropic"), 22, 4.3
+    ),
+    "dinat_isotropic_base": Variant(_isotropic(768, 24, 2), _in1k("dinat_isotropic_base", 82.1, "isotropic"), 86, 16.9),
+    "test_dinat": Variant(_dilated(16, 1, 2, 2, img_size=96, depths=(2, 1, 2, 1), layer_scale=1e-5)),
+    "test_dinat_isotropic": Variant(_isotropic(32, 2, 2, img_size=96, depth=3)),
+}
 
-
-def key_map(model: nn.Module) -> KeyMap:
-    """Return the map from the published files' keys to those of `model`."""
-    if isinstance(model, Plain):
-        stem = [(r"^patch_embed\.proj\.(?=[a-z])", "stem.conv1."), (r"^patch_embed\.norm\.", "stem.norm1.")]
-        return KeyMap(rename=[*stem, *_NAMES, (r"^layers\.", "blocks.")])
-    stages = [_DOWNSAMPLE, (r"^(levels|layers)\.", "stages.")]
-    if isinstance(model.stem, PatchStem):
-        stem = [(r"^patch_embed\.proj\.(?=[a-z])", "stem.conv1."), (r"^patch_embed\.norm\.", "stem.norm1.")]
-        return KeyMap(rename=[*stem, *_NAMES, *stages])
-    conv = [(r"^patch_embed\.norm\.", "stem.norm2."), (r"\.downsample\.reduction\.", ".downsample.conv.")]
-    return KeyMap(rename=[*_NAMES, *stages, *conv])
-
-
-register_family(__name__, VARIANTS, key_map=key_map, paper="arXiv 2204.07143, 2209.15001", license="mit")
+register_family(__name__, VARIANTS, paper="arXiv 2204.07143", license="mit")

@@ -1,4 +1,4 @@
-"""The two skeletons under names of their own, for any mixer: ``timm.create_model("pyramid_tiny", mixer="mala")``.
+"""The skeletons under names of their own, for any mixer: ``timm.create_model("pyramid_tiny", mixer="mala")``.
 
 They are no published models. The pyramids have the widths and depths of Swin (Liu et al. 2021, arXiv 2103.14030), with
 overlapping convolutions for stem and downsamplers; the plain ones those of DeiT (Touvron et al. 2020, arXiv
@@ -7,26 +7,20 @@ overlapping convolutions for stem and downsamplers; the plain ones those of DeiT
 
 from typing import Any
 
-from torch import nn
-
 from visionmix.backbones import Hierarchical, Plain
-from visionmix.layers import PatchStem, mlp
-from visionmix.models.family import Variant, register_family
-from visionmix.models.weights import KeyMap
+from visionmix.layers import mlp, patch_stem
+from visionmix.models import Layout, Variant, register_family
+from visionmix.models.hosts import doubled
 
 
 def _pyramid(dim: int, heads: int, depth: int, **options: Any) -> Variant:
-    sizes = {
-        "embed_dims": tuple(dim << stage for stage in range(4)),
-        "num_heads": tuple(heads << stage for stage in range(4)),
-        "depths": (2, 2, depth, 2),
-    }
-    return Variant(Hierarchical, {"mixer": "softmax", "mlp_layer": mlp} | sizes | options)
+    sizes = {"embed_dims": doubled(dim), "num_heads": doubled(heads), "depths": (2, 2, depth, 2)}
+    return Variant(Layout(Hierarchical, {"mixer": "softmax", "mlp_layer": mlp} | sizes | options))
 
 
 def _plain(dim: int, heads: int, **options: Any) -> Variant:
-    layers = {"mixer": "softmax", "mlp_layer": mlp, "stem_layer": PatchStem}
-    return Variant(Plain, layers | {"embed_dim": dim, "num_heads": heads} | options)
+    layers = {"mixer": "softmax", "mlp_layer": mlp, "stem_layer": patch_stem}
+    return Variant(Layout(Plain, layers | {"embed_dim": dim, "num_heads": heads} | options))
 
 
 VARIANTS = {
@@ -39,10 +33,4 @@ VARIANTS = {
     "test_plain": _plain(32, 2, img_size=96, depth=3),
 }
 
-
-def key_map(model: nn.Module) -> KeyMap:
-    """Return the map of files under the model's own names: there are no others."""
-    return KeyMap()
-
-
-register_family(__name__, VARIANTS, key_map=key_map, paper="no paper: skeletons of this library", license="apache-2.0")
+register_family(__name__, VARIANTS, paper="no paper: skeletons of this library", license="apache-2.0")

@@ -1,9 +1,8 @@
-"""Reading published checkpoints and loading them whole or not at all."""
+"""Where published weights lie, and how they are fetched and read."""
 
+import hashlib
 import logging
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,87 +10,59 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file
-from timm.models import PretrainedCfg, adapt_input_conv
-from torch import Tensor, nn
+from timm.models import PretrainedCfg
+from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "model", "state_dict", "module")
 _INERT_MODULES = ("argparse", "builtins", "collections", "numpy", "omegaconf", "pathlib", "types", "typing", "yacs")
-_SHOWN_KEYS = 6
+# Files that a folder or a hub's repository is searched for, in timm's order.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_FOLDER_FILES = (*_HUB_FILES, "pytorch_model.pth", "model.pth")
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".bin")
 
 
 @dataclass(frozen=True)
-class KeyMap:
-    """How the keys of a family's published files become the model's.
-
-    Every key of the file is either renamed (or kept) to a key of the model, or dropped by a rule that says why.
+class Weights:
+    """A published file of weights, and what a model is that has them.
 
     Attributes:
-        rename: (pattern, replacement) pairs for `re.sub`, applied in turn to every key.
-        drop: Reason by pattern; a key of the file that a pattern matches is left out.
-        transform: Makes of a model's key and the file's tensor the tensor to load, where more than a name differs; or
-            several tensors by key, where the file has in one what are several here.
-        join: Names of the file's modules by the name of the model's one that they make, their tensors one behind the
-            other along the first axis: ``{"qkv": ("q", "kv")}``.
+        url: Direct address.
+        hf_hub_id: Repository on the Hugging Face hub.
+        file: Name of the file in that repository; empty for the hub's default names.
+        sha256: Checksum, where one is published.
+        page: Where a person finds the file, if it has no direct address.
+        input_size: Side of the images in pixels, or (height, width), if it is not the size that the variant is built
+            at.
+        crop_pct: Part of the resized test image that is cut out; None for 0.875 at 224 pixels and 1 at other sizes.
+        num_classes: Outputs of the classifier.
+        top1: Published ImageNet-1k top-1 accuracy in percent, or None.
+        gmacs: Published multiply-adds at `input_size`, in thousands of millions, where the variant's are of another
+            size.
+        license: Licence, as the hub spells it; None for the family's.
+        paper: Where these weights are described; None for the family's.
+        options: Options that a model with these weights has in the place of the variant's.
     """
 
-    rename: Sequence[tuple[str, str | Callable[[re.Match], str]]] = ()
-    drop: Mapping[str, str] = field(default_factory=dict)
-    transform: Callable[[str, Tensor], Tensor | Mapping[str, Tensor]] | None = None
-    join: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    url: str = ""
+    hf_hub_id: str = ""
+    file: str = ""
+    sha256: str = ""
+    page: str = ""
+    input_size: int | tuple[int, int] | None = None
+    crop_pct: float | None = None
+    num_classes: int = 1000
+    top1: float | None = None
+    gmacs: float | None = None
+    license: str | None = None
+    paper: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `tensors`, as the file has them, under the model's names."""
-        mapped = {}
-        for source, tensor in tensors.items():
-            if any(re.search(pattern, source) for pattern in self.drop):
-                continue
-            key = source
-            for pattern, replacement in self.rename:
-                key = re.sub(pattern, replacement, key)
-            made = self.transform(key, tensor) if self.transform else tensor
-            for each, value in made.items() if isinstance(made, Mapping) else ((key, made),):
-                if each in mapped:
-                    raise ValueError(
-                        f"two keys of the file become {each!r}, one of them {source!r}; this is another model's"
-                    )
-                mapped[each] = value
-        for whole, parts in self.join.items():
-            for key in [key for key in mapped if f".{parts[0]}." in key]:
-                keys = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
-                if all(each in mapped for each in keys):
-                    mapped[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat([mapped.pop(each) for each in keys])
-        return mapped
-
-
-def reshape_to(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
-    """Return a transform for `KeyMap` that gives a tensor the shape of `model`'s, where only the grouping differs.
-
-    Neighbouring axes may be joined, one axis split, axes of length 1 added or dropped: a linear layer saved as a 1x1
-    convolution, or directions stacked along the channels. Any other tensor stays as it is.
-    """
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-
-    def transform(key: str, tensor: Tensor) -> Tensor:
-        shape = shapes.get(key, tensor.shape)
-        ends, own_ends = ({math.prod(each[: axis + 1]) for axis in range(len(each))} for each in (tensor.shape, shape))
-        regrouped = tensor.numel() == math.prod(shape) and (ends <= own_ends or own_ends <= ends)
-        return tensor.reshape(shape) if regrouped else tensor
-
-    return transform
-
-
-def split_class_position(key: str, tensor: Tensor, place: str = "first") -> Tensor | dict[str, Tensor]:
-    """Return the cells' and the class token's positions that a file has in one, (1, 1 + cells, channels), by key.
-
-    Part of a `KeyMap.transform`; tensors of other keys than the skeleton's ``pos_embed.weight`` stay as they are.
-    """
-    if key != "pos_embed.weight" or tensor.ndim != 3:
-        return tensor
-    at = (tensor.shape[1] - 1) // 2 if place == "middle" else 0
-    cells = torch.cat([tensor[:, :at], tensor[:, at + 1 :]], dim=1)
-    return {key: cells, "class_token.pos_embed": tensor[:, at : at + 1]}
+    @property
+    def address(self) -> str:
+        """Where the file lies: an address to fetch it from, else a page, else ""."""
+        return self.url or (f"https://huggingface.co/{self.hf_hub_id}" if self.hf_hub_id else self.page)
 
 
 class _Inert(dict):
@@ -109,13 +80,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Reads safetensors, or PyTorch files without running code of theirs: configuration objects inside (of yacs,
     argparse, omegaconf, numpy) become inert stand-ins. Where a file holds an average of the weights beside them, the
-    average is taken.
+    average is taken. In a folder, the file is read that timm would read.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or none in the folder.
         ValueError: the file is damaged, holds objects of other classes, or no tensors.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = _file_in(path)
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r} is no file; give a checkpoint (.pth, .ckpt, .safetensors)")
     if path.suffix == ".safetensors":
@@ -142,6 +115,20 @@ def _stand_ins(path: Path) -> list:
     return [(_Inert, name) for name in names if name.split(".")[0] in _INERT_MODULES]
 
 
+def _file_in(folder: Path) -> Path:
+    """Return the checkpoint in `folder` that timm would read."""
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    for ending in _ENDINGS:
+        files = sorted(folder.glob(f"*{ending}"))
+        if files[1:]:
+            _logger.warning("%s has %d files that end in %s; %s is read", folder, len(files), ending, files[0].name)
+        if files:
+            return files[0]
+    raise FileNotFoundError(f"path={str(folder)!r} has no checkpoint; give a folder with {_FOLDER_FILES[0]}, or a file")
+
+
 def unwrap(content: Any, name: str) -> dict[str, Tensor]:
     """Return the tensors of a loaded checkpoint by key; see `read_checkpoint`.
 
@@ -149,7 +136,7 @@ def unwrap(content: Any, name: str) -> dict[str, Tensor]:
         ValueError: there are no tensors in it.
     """
     for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping) and content[wrapper]:
+        if isinstance(content, Mapping) and _holds_tensors(content.get(wrapper)):
             content = content[wrapper]
     tensors = {}
     if isinstance(content, Mapping):
@@ -161,35 +148,56 @@ def unwrap(content: Any, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def load_pretrained(
-    model: nn.Module,
-    cfg: PretrainedCfg,
-    key_map: KeyMap,
-    *,
-    name: str,
-    page: str = "",
-    cache_dir: str | Path | None = None,
-) -> None:
-    """Load the weights that `cfg` names into `model`, from a state dict, a file, a hub or an address.
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(
+        isinstance(value, Tensor) or (key in _WRAPPERS and _holds_tensors(value)) for key, value in content.items()
+    )
+
+
+def fetch(cfg: PretrainedCfg, name: str, weights: Weights, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """Return the tensors that `cfg` names, whose source is chosen as timm chooses it.
+
+    A cfg of timm's sources "hf-hub" and "local-dir" is read from there. Any other is read from the first that it names:
+    a state dict, a file or folder, a repository on the hub, an address.
+
+    Args:
+        cfg: Where the weights lie.
+        name: The model's name, for messages.
+        weights: The published weights that are named to a user where `cfg` names none; a file fetched from their
+            address must have their checksum.
+        cache_dir: Where fetched files are kept; None for the hub's and torch's own folders.
 
     Raises:
-        ValueError: `cfg` names no weights (the message says where they lie and how to give a file), or what it names is
-            not `model`'s.
+        ValueError: `cfg` names no weights, or they cannot be fetched or read.
         FileNotFoundError: there is no such file.
     """
-    if cfg.state_dict:
-        tensors = unwrap(cfg.state_dict, "pretrained_cfg.state_dict")
-    elif cfg.file:
-        tensors = read_checkpoint(cfg.file)
-    elif cfg.hf_hub_id or cfg.url:
-        tensors = read_checkpoint(_download(cfg, name, cache_dir))
-    else:
-        where = f"; its authors keep weights at {page}" if page else "; its authors published none"
-        raise ValueError(f"pretrained=True: {name} has no weights that can be fetched{where}. {_how_to_give(name)}")
-    load_weights(model, tensors, key_map, published_classes=cfg.num_classes, name=name)
+    if cfg.source == "local-dir":
+        return read_checkpoint(cfg.file)
+    if cfg.source != "hf-hub":
+        if cfg.state_dict:
+            return unwrap(cfg.state_dict, "pretrained_cfg.state_dict")
+        if cfg.file:
+            return read_checkpoint(cfg.file)
+    if not (cfg.hf_hub_id or cfg.url):
+        where = f"its authors keep weights at {weights.page}" if weights.page else "its authors published none"
+        raise ValueError(
+            f"pretrained=True: {name} has no weights that can be fetched; {where}. {_how_to_give_a_file(name)}"
+        )
+    try:
+        path = _from_hub(cfg, cache_dir) if cfg.hf_hub_id else _from_address(cfg.url, name, cache_dir)
+    except Exception as error:
+        file = " or ".join(_hub_names(cfg.hf_hub_filename))
+        source = f"{cfg.hf_hub_id}/{file}" if cfg.hf_hub_id else cfg.url
+        raise ValueError(
+            f"pretrained=True: {source} cannot be fetched ({error}). {_how_to_give_a_file(name)}"
+        ) from error
+    published = (cfg.hf_hub_id, cfg.hf_hub_filename) if cfg.hf_hub_id else cfg.url
+    if weights.sha256 and published in ((weights.hf_hub_id, weights.file), weights.url):
+        _check_sum(path, weights.sha256)
+    return read_checkpoint(path)
 
 
-def _how_to_give(name: str) -> str:
+def _how_to_give_a_file(name: str) -> str:
     return (
         f"With a file at hand: timm.create_model({name!r}, pretrained=True, "
         "pretrained_cfg_overlay=dict(file='/path/to/file'))"
@@ -202,95 +210,49 @@ def weights_file(url: str, name: str) -> str:
     return file if Path(file).suffix else f"{name}.pth"
 
 
-def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import hf_hub_download
+def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.utils import EntryNotFoundError
+
+    repository, _, revision = cfg.hf_hub_id.partition("@")
+    *others, last = _hub_names(cfg.hf_hub_filename)
+
+    def download(name: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir))
+
+    for name in others:
+        try:
+            return download(name)
+        except (EntryNotFoundError, FileNotFoundError):
+            _logger.info("%s has no %s", repository, name)
+    return download(last)
+
+
+def _hub_names(file: str | None) -> list[str]:
+    """Return the names under which to look for `file` on the hub: a .bin file is looked for as safetensors first."""
+    if not file or file == _HUB_FILES[1]:
+        return list(_HUB_FILES)
+    return [f"{file[:-4]}.safetensors", file] if file.endswith(".bin") else [file]
+
+
+def _from_address(url: str | tuple[str, str], name: str, cache_dir: str | Path | None) -> Path:
     from torch.hub import download_url_to_file, get_dir
 
-    try:
-        if cfg.hf_hub_id:
-            repository, _, revision = cfg.hf_hub_id.partition("@")
-            return Path(
-                hf_hub_download(repository, cfg.hf_hub_filename, revision=revision or None, cache_dir=cache_dir)
-            )
-        folder = Path(cache_dir) if cache_dir else Path(get_dir()) / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / weights_file(cfg.url, name)
-        if not path.exists():
-            download_url_to_file(cfg.url, str(path))  # writes aside, then renames
-        return path
-    except Exception as error:
-        source = f"{cfg.hf_hub_id}/{cfg.hf_hub_filename}" if cfg.hf_hub_id else cfg.url
-        raise ValueError(f"pretrained=True: {source} cannot be fetched ({error}). {_how_to_give(name)}") from error
+    url, file = (url, weights_file(url, name)) if isinstance(url, str) else url
+    folder = Path(cache_dir) if cache_dir else Path(get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file
+    if not path.exists():
+        download_url_to_file(url, str(path))  # writes aside, then renames
+    return path
 
 
-def load_weights(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    key_map: KeyMap,
-    *,
-    published_classes: int = 1000,
-    name: str = "model",
-) -> None:
-    """Load `tensors`, under a published file's names or the model's own, into `model`: all of them or none.
-
-    Only these may differ: the classifier, where `model` has another number of classes than `published_classes`; the
-    first convolution, whose input channels are summed or repeated to fit; size-tied tensors, which the modules that own
-    them resample by their method ``fit_tensor(name, tensor)``.
-
-    Raises:
-        ValueError: keys or shapes differ otherwise; the message lists them.
-    """
-    own = model.state_dict()
-    mapped = dict(tensors) if own.keys() >= tensors.keys() else key_map(tensors)
-    classifier = {f"head.fc.{leaf}" for leaf in ("weight", "bias")}
-    if model.num_classes != published_classes:
-        differing = [key for key in classifier & mapped.keys() if key not in own or mapped[key].shape != own[key].shape]
-        if differing:
-            _logger.info("%s: the classifier keeps its fresh weights for num_classes=%d", name, model.num_classes)
-            for key in classifier:
-                mapped.pop(key, None)
-                if key in own:
-                    mapped[key] = own[key]
-    for key in [key for key in mapped.keys() & own.keys() if mapped[key].shape != own[key].shape]:
-        owner, _, leaf = key.rpartition(".")
-        fit = getattr(model.get_submodule(owner), "fit_tensor", None)
-        if fit is not None:
-            given, mapped[key] = mapped[key], fit(leaf, mapped[key])
-            if given.numel() != mapped[key].numel():
-                sizes = tuple(given.shape), tuple(mapped[key].shape)
-                _logger.info("%s: %s is resampled from %s to %s", name, key, *sizes)
-    first = "stem.conv1.weight"
-    if first in mapped and first in own and _differ_in_chans(mapped[first], own[first]):
-        _logger.info("%s: %s is adapted to in_chans=%d", name, first, own[first].shape[1])
-        mapped[first] = adapt_input_conv(own[first].shape[1], mapped[first])
-
-    differences = {
-        "missing": [key for key in own if key not in mapped],
-        "unknown": [key for key in mapped if key not in own],
-        "of another shape": [
-            f"{key} is {tuple(mapped[key].shape)}, the model's {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in mapped and mapped[key].shape != value.shape
-        ],
-    }
-    if any(differences.values()):
-        shown = "; ".join(f"{kind}: {_shorten(keys)}" for kind, keys in differences.items() if keys)
+def _check_sum(path: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != sha256.lower():
         raise ValueError(
-            f"these weights are not {name}'s ({shown}). Nothing was loaded; build the model that the file is of, with "
-            "its num_classes, in_chans and img_size free to differ"
+            f"{path} has the SHA-256 sum {digest.hexdigest()}, not the published {sha256}; delete it and fetch it again"
         )
-    model.load_state_dict(mapped, strict=True)
-
-
-def _shorten(keys: list[str]) -> str:
-    more = f", and {len(keys) - _SHOWN_KEYS} more" if keys[_SHOWN_KEYS:] else ""
-    return ", ".join(keys[:_SHOWN_KEYS]) + more
-
-
-def _differ_in_chans(tensor: Tensor, own: Tensor) -> bool:
-    return (
-        tensor.ndim == own.ndim == 4
-        and tensor.shape[1] == 3 != own.shape[1]
-        and tensor.shape[0] == own.shape[0]
-        and tensor.shape[2:] == own.shape[2:]
-    )

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from visionmix.names import Registry
 from visionmix.reduction.tokens import Tokens
+from visionmix.registry import Registry
 
 
 class Method(ABC):
@@ -17,7 +17,7 @@ class Method(ABC):
     and refuses what does not fit.
 
     Attributes:
-        name: What it is registered as.
+        name: The name that it is registered under.
         trace_source: Whether `Tokens.source` is followed in every pass.
     """
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from visionmix.backbones.block import TokenBlock
+from visionmix.backbones.block import Block, TokenBlock
+from visionmix.reduction.attention import check_reads_tokens
 from visionmix.reduction.evit import schedule
 from visionmix.reduction.methods import Method, register_method
-from visionmix.reduction.parts import check_tail
 from visionmix.reduction.tokens import Tokens, take
 
 
@@ -88,9 +88,9 @@ class SSMPrune(Method):
             forward, backward = block.mixer.directions(x)
         mixed = block.mixer.merged(forward, backward)
         back = None if order is None else order.argsort(dim=1)
-        x = tokens.x + block.drop_path(block.scale1(mixed if back is None else take(mixed, back)))
+        x = block.scale1(tokens.x, mixed if back is None else take(mixed, back))
         if block.has_mlp:
-            x = x + block.drop_path(block.scale2(block.mlp(block.norm2(x))))
+            x = block.scale2(x, block.mlp(block.norm2(x)))
         tokens = tokens._replace(x=x)
         count = x.shape[1] - len(tokens.prefix_positions)
         keep = self._kept(self.keep_rate[index], count)
@@ -134,13 +134,14 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int) -> Tokens:
 
 
 def _check_block(block: nn.Module) -> None:
-    if type(block).forward is not TokenBlock.forward or not hasattr(block.mixer, "directions"):
+    own = type(block).forward in (Block.forward, TokenBlock.forward)
+    if not own or not hasattr(block.mixer, "directions"):
         what = type(getattr(block, "mixer", block)).__qualname__
         raise TypeError(
             f"method 'ssm_prune' looks into selective scans, and a {what} shows none (it has no method directions); "
             "take a model with the mixer 'bidirectional_mamba'"
         )
-    check_tail(block)
+    check_reads_tokens(block)
     if not block.mixer.in_raster:
         raise ValueError(
             f"order={block.mixer.order!r}: method 'ssm_prune' prunes sequences of rows; give the mixer order='raster'"

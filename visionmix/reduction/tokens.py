@@ -54,6 +54,10 @@ class Tokens(NamedTuple):
             return held
         return torch.where(self.source.unsqueeze(2) < 0, self.rest, held)
 
+    def map(self) -> Tensor:
+        """Return `cells` as a map, (batch, rows, columns, channels); errors are those of `cells`."""
+        return self.cells().unflatten(1, self.grid)
+
     def moved(self, position: Tensor) -> Tensor | None:
         """Return `source` after each token went to `position`, int64 (batch, tokens) with -1 for tokens that went."""
         if self.source is None:

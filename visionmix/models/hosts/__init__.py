@@ -1,13 +1,21 @@
 """Hosts: published layouts that several families share and fill with token mixers of their own.
 
-A host is a function from sizes and mixers to the options of a skeleton, and `NAMES`, the renames from the keys of that
-layout's published files to the skeleton's (`DROP`: the keys that the files have beside them). A family adds its mixers
-and their tensors' names. Every host's names begin differently, so a family with several hosts joins their lists.
+A host is a function from sizes and mixers to a `visionmix.models.Layout`: the options of a skeleton, and how the keys
+of that layout's published files become the skeleton's. A family adds its mixers, and the names of their tensors by
+`Layout.with_keys`.
 """
 
 from collections.abc import Callable, Sequence
 
 from visionmix.backbones.contract import MixerSpec
+
+HEAD = (r"^head\.(weight|bias)$", r"head.fc.\1")
+"""Rename of the classifier, which most published code calls head."""
+
+
+def doubled(first: int, stages: int = 4) -> tuple[int, ...]:
+    """Return `first` for the first of `stages`, twice as much for every later one."""
+    return tuple(first << stage for stage in range(stages))
 
 
 def mixers_by_letter(

@@ -5,23 +5,27 @@ Source: CSWin (Dong et al. 2021, arXiv 2107.00652).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
+from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import PatchStem, mlp
-from visionmix.models.hosts import mixers_by_letter
+from visionmix.layers import mlp, patch_stem
+from visionmix.models.hosts import HEAD, doubled, mixers_by_letter
+from visionmix.models.keys import KeyMap, shifted
+from visionmix.models.layout import Layout
 
-NAMES = [
-    (r"^stage1_conv_embed\.0\.", "stem.conv1."),
-    (r"^stage1_conv_embed\.2\.", "stem.norm1."),
-    (r"^merge(\d)\.", r"stages.\1.downsample."),
-    (r"^stage(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
-    (r"(\.blocks\.\d+)\.(qkv|proj|attns)\.", r"\1.mixer.\2."),
-    (r"\.attns\.0\.get_v\.", ".conv."),
-    (r"\.attns\.1\.get_v\.", ".horizontal_conv."),
-    (r"\.attns\.0\.", "."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
+_KEYS = KeyMap(
+    rename=[
+        (r"^stage1_conv_embed\.0\.", "stem.conv1."),
+        (r"^stage1_conv_embed\.2\.", "stem.norm1."),
+        (r"^merge(\d)\.", r"stages.\1.downsample."),
+        (r"^stage(\d)\.", shifted("stages.{}.blocks.", -1)),
+        (r"(\.blocks\.\d+)\.(qkv|proj|attns)\.", r"\1.mixer.\2."),
+        (r"\.attns\.0\.get_v\.", ".conv."),
+        (r"\.attns\.1\.get_v\.", ".horizontal_conv."),
+        (r"\.attns\.0\.", "."),
+        HEAD,
+    ]
+)
 
 
 def _half_the_map(grid_size: tuple[int, int]) -> int:
@@ -34,8 +38,8 @@ _STRIPES = (1, 2, _half_the_map, None)
 
 def cswin(
     embed_dim: int, depths: Sequence[int], num_heads: int, layout: str, mixer: Callable[[int], MixerSpec]
-) -> dict[str, Any]:
-    """Return the options of a `Hierarchical` skeleton in the layout of CSWin.
+) -> Layout:
+    """Return the layout of CSWin.
 
     Args:
         embed_dim: Channels of the first stage; every later one doubles them.
@@ -48,11 +52,12 @@ def cswin(
     def stripes(stage: int, block: int) -> MixerSpec:
         return {"name": "cross_window", "split_size": _STRIPES[stage]}
 
-    return {
-        "embed_dims": tuple(embed_dim << stage for stage in range(len(depths))),
+    options = {
+        "embed_dims": doubled(embed_dim, len(depths)),
         "depths": depths,
-        "num_heads": tuple(num_heads << stage for stage in range(len(depths))),
+        "num_heads": doubled(num_heads, len(depths)),
         "mixer": mixers_by_letter(layout, depths, mixer, stripes),
-        "stem_layer": partial(PatchStem, kernel_size=7, padding=2),
+        "stem_layer": partial(patch_stem, kernel_size=7, padding=2),
         "mlp_layer": mlp,
     }
+    return Layout(Hierarchical, options, _KEYS)

@@ -9,24 +9,30 @@ from typing import Any
 
 from timm.layers import LayerNorm
 
+from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import ConvDownsample, ConvMlp, PatchStem, PositionEmbedding, mlp
+from visionmix.layers import ConvDownsample, ConvMlp, PositionEmbedding, mlp, patch_stem
+from visionmix.models.hosts import HEAD
+from visionmix.models.keys import Join, KeyMap, shifted
+from visionmix.models.layout import Layout
 
 _Mixers = MixerSpec | list[MixerSpec | list[MixerSpec]]
 
-NAMES = [
-    (r"^patch_embed1\.proj\.", "stem.conv1."),
-    (r"^patch_embed1\.norm\.", "stem.norm1."),
-    (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.conv."),
-    (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.norm."),
-    (r"^pos_embed(\d)$", lambda match: f"stages.{int(match[1]) - 1}.pos_embed.weight"),
-    (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
-    (r"^norm(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.norm."),
-    (r"\.attn\.", ".mixer."),
-    (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-JOIN = {"qkv": ("q", "kv")}
+_KEYS = KeyMap(
+    rename=[
+        (r"^patch_embed1\.proj\.", "stem.conv1."),
+        (r"^patch_embed1\.norm\.", "stem.norm1."),
+        (r"^patch_embed(\d)\.proj\.", shifted("stages.{}.downsample.conv.", -1)),
+        (r"^patch_embed(\d)\.norm\.", shifted("stages.{}.downsample.norm.", -1)),
+        (r"^pos_embed(\d)$", shifted("stages.{}.pos_embed.weight", -1)),
+        (r"^block(\d)\.", shifted("stages.{}.blocks.", -1)),
+        (r"^norm(\d)\.", shifted("stages.{}.norm.", -1)),
+        (r"\.attn\.", ".mixer."),
+        (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
+        HEAD,
+    ],
+    join=[Join(("q", "kv"), "qkv")],
+)
 
 
 def pvt(
@@ -35,8 +41,8 @@ def pvt(
     mixer: _Mixers,
     num_heads: Sequence[int] = (1, 2, 5, 8),
     mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-) -> dict[str, Any]:
-    """Return the options of a `Hierarchical` skeleton in the layout of PVT, without its class token.
+) -> Layout:
+    """Return the layout of PVT, without its class token.
 
     Every stage has patches that do not overlap and a position embedding; the mean of the last map goes to the
     classifier without a norm.
@@ -48,14 +54,15 @@ def pvt(
         num_heads: Heads of each stage.
         mlp_ratios: Hidden width of each stage's feed-forwards over its channels.
     """
-    return {
-        "stem_layer": PatchStem,
+    options = {
+        "stem_layer": patch_stem,
         "downsample_layer": partial(ConvDownsample, kernel_size=2),
         "pos_embed": partial(PositionEmbedding, mode="bilinear"),
         "mlp_layer": [partial(mlp, mlp_ratio=ratio) for ratio in mlp_ratios],
-        "final_norm": False,
+        "final_norm_layer": None,
         **_sizes(embed_dims, depths, mixer, num_heads),
     }
+    return Layout(Hierarchical, options, _KEYS)
 
 
 def pvt_v2(
@@ -64,27 +71,25 @@ def pvt_v2(
     mixer: _Mixers,
     num_heads: Sequence[int] = (1, 2, 5, 8),
     mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-) -> dict[str, Any]:
-    """Return the options of a `Hierarchical` skeleton in the layout of PVTv2; the arguments are those of `pvt`.
+) -> Layout:
+    """Return the layout of PVTv2; the arguments are those of `pvt`.
 
     Patches overlap, feed-forwards have a depthwise convolution in the place of position embeddings, and every stage
     ends in a norm.
     """
-    return {
-        "stem_layer": partial(PatchStem, kernel_size=7, padding=3),
+    options = {
+        "stem_layer": partial(patch_stem, kernel_size=7, padding=3),
         "downsample_layer": ConvDownsample,
         "mlp_layer": [partial(ConvMlp, mlp_ratio=ratio, residual=False) for ratio in mlp_ratios],
-        "stage_norm": True,
-        "final_norm": False,
+        "stage_norm_layer": "same",
+        "final_norm_layer": None,
         **_sizes(embed_dims, depths, mixer, num_heads),
     }
+    return Layout(Hierarchical, options, _KEYS)
 
 
 def _sizes(
-    embed_dims: Sequence[int],
-    depths: Sequence[int],
-    mixer: _Mixers,
-    num_heads: Sequence[int],
+    embed_dims: Sequence[int], depths: Sequence[int], mixer: _Mixers, num_heads: Sequence[int]
 ) -> dict[str, Any]:
     return {
         "embed_dims": tuple(embed_dims),

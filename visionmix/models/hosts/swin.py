@@ -8,26 +8,29 @@ Source: Swin (Liu et al. 2021, arXiv 2103.14030).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
+from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import PatchMerging, PatchStem, mlp
-from visionmix.models.hosts import mixers_by_letter
+from visionmix.layers import PatchMerging, mlp, patch_stem
+from visionmix.models.hosts import HEAD, doubled, mixers_by_letter
+from visionmix.models.keys import NEXT_STAGE, KeyMap
+from visionmix.models.layout import Layout
 
-NAMES = [
-    (r"^patch_embed\.proj\.", "stem.conv1."),
-    (r"^patch_embed\.norm\.", "stem.norm1."),
-    # The published code ends a stage with its downsampler; here the next stage begins with it.
-    (r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
-    (r"^layers\.", "stages."),
-    (r"\.relative_position_bias_table$", ".bias_table"),
-    (r"\.attn\.", ".mixer."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-DROP = {
-    r"\.relative_position_index$": "which entry of the table stands where, known from the window's size",
-    r"\.attn_mask$": "which cells a shift made neighbours, known from the window's and the map's size",
-}
+_KEYS = KeyMap(
+    rename=[
+        (r"^patch_embed\.proj\.", "stem.conv1."),
+        (r"^patch_embed\.norm\.", "stem.norm1."),
+        NEXT_STAGE,
+        (r"^layers\.", "stages."),
+        (r"\.relative_position_bias_table$", ".bias_table"),
+        (r"\.attn\.", ".mixer."),
+        HEAD,
+    ],
+    drop={
+        r"\.relative_position_index$": "which entry of the table stands where, known from the window's size",
+        r"\.attn_mask$": "which cells a shift made neighbours, known from the window's and the map's size",
+    },
+)
 
 
 def swin(
@@ -37,8 +40,8 @@ def swin(
     layout: str,
     mixer: Callable[[int], MixerSpec],
     window_size: Callable[[int], int],
-) -> dict[str, Any]:
-    """Return the options of a `Hierarchical` skeleton in the layout of Swin.
+) -> Layout:
+    """Return the layout of Swin.
 
     Args:
         embed_dim: Channels of the first stage; every later one doubles them.
@@ -54,15 +57,16 @@ def swin(
         size = partial(_window_size, stage=stage, of_first=window_size)
         return {"name": "window", "window_size": size, "shift": block % 2 == 1}
 
-    return {
-        "embed_dims": tuple(embed_dim << stage for stage in range(len(depths))),
+    options = {
+        "embed_dims": doubled(embed_dim, len(depths)),
         "depths": depths,
-        "num_heads": tuple(num_heads << stage for stage in range(len(depths))),
+        "num_heads": doubled(num_heads, len(depths)),
         "mixer": mixers_by_letter(layout, depths, mixer, window),
-        "stem_layer": PatchStem,
+        "stem_layer": patch_stem,
         "downsample_layer": PatchMerging,
         "mlp_layer": mlp,
     }
+    return Layout(Hierarchical, options, _KEYS)
 
 
 def _window_size(grid_size: tuple[int, int], stage: int, of_first: Callable[[int], int]) -> int:

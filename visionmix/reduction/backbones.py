@@ -10,9 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from visionmix.backbones import Plain
-from visionmix.backbones.contract import check_output_format
+from visionmix.backbones.contract import check_output_format, laid_out
+from visionmix.layers import join_prefix
 from visionmix.reduction.methods import Method
-from visionmix.reduction.share import Reduced, share
+from visionmix.reduction.sharing import Reduced, share
 from visionmix.reduction.tokens import Tokens
 
 
@@ -57,23 +58,15 @@ class ReducedBackbone(Reduced):
         tokens = self._embed_tokens(images, trace)
         taken = []
         for index, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
-            if self.grad_checkpointing:
-                tokens = checkpoint(self.reduction.step, block, tokens, index)
-            else:
-                tokens = self.reduction.step(block, tokens, index)
+            tokens = self._step(block, tokens, index)
             if index in take:
                 taken.append(tokens)
         return tokens, taken
 
-    def _intermediates(
-        self, images: Tensor, indices: int | list[int] | None, norm: bool, stop_early: bool, output_fmt: str
-    ) -> tuple[Tokens, list[Tokens], list[Tensor]]:
-        """Return the tokens behind the last block that ran and the chosen blocks, and the latter's dense maps."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        tokens, taken = self._run(images, trace=True, take=take, last=last if stop_early else None)
-        if norm:
-            taken = [self._normalised(each) for each in taken]
-        return tokens, taken, [_laid_out(each, output_fmt) for each in taken]
+    def _step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
+        if self.grad_checkpointing:
+            return checkpoint(self.reduction.step, block, tokens, index)
+        return self.reduction.step(block, tokens, index)
 
     def _pools_cells(self) -> bool:
         """Return whether the head pools over the cells' tokens."""
@@ -183,8 +176,12 @@ class ReducedVisionTransformer(ReducedBackbone):
             ValueError: an attention mask is given, or `output_fmt` is none of the three.
         """
         _check_unmasked(attn_mask, is_causal)
-        check_output_format(output_fmt, ("NCHW", "NHWC", "NLC"))
-        tokens, taken, features = self._intermediates(x, indices, norm, stop_early, output_fmt)
+        check_output_format(output_fmt)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
+        if norm:
+            taken = [self._normalised(each) for each in taken]
+        features: list = [laid_out(each.map(), output_fmt) for each in taken]
         prefix = [each.prefix() for each in taken] if return_prefix_tokens and self.num_prefix_tokens else None
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": features}
@@ -213,7 +210,7 @@ class ReducedPlain(ReducedBackbone):
     @staticmethod
     def prefix_of(model: nn.Module) -> tuple[int, ...]:
         rows, columns = model.grid_size
-        return (model.class_token.position(rows * columns),) if model.has_class_token else ()
+        return tuple(model.class_token.positions(rows * columns)) if model.has_prefix else ()
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         x, grid = self.embed(images)
@@ -223,71 +220,61 @@ class ReducedPlain(ReducedBackbone):
         return Tokens(x, (grid.height, grid.width), tuple(grid.prefix_positions), source=source)
 
     def _pools_cells(self) -> bool:
-        return not self.has_class_token or self.head.pool_type != "token"
+        return not self.has_prefix or self.head.pool_type != "token"
 
     def _features(self, tokens: Tokens) -> Tensor:
         tokens = self._normalised(tokens)
-        if not self.has_class_token:
-            return _laid_out(tokens, "NHWC")
+        if not self.has_prefix:
+            return tokens.map()
         if tokens.size is None or not self._pools_cells():
             return tokens.x
-        cells, position = tokens.cells(), self.class_token.position(tokens.grid[0] * tokens.grid[1])
-        return torch.cat([cells[:, :position], tokens.prefix(), cells[:, position:]], dim=1)
+        positions = self.class_token.positions(tokens.grid[0] * tokens.grid[1])
+        return join_prefix(tokens.cells(), tokens.prefix(), positions)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normalised map (batch, rows, columns, embed_dim) of images (batch, in_chans, height, width).
 
-        With a class token the tokens that are left, (batch, tokens, embed_dim).
+        With prefix tokens the tokens that are left, (batch, tokens, embed_dim).
         """
         tokens, _ = self._run(x, trace=self._pools_cells() or self.reduction.trace_source)
         return self._features(tokens)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        return_prefix_tokens: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps behind the chosen blocks, one value a cell; arguments and errors are the skeleton's."""
-        check_output_format(output_fmt)
-        tokens, taken, maps = self._intermediates(x, indices, norm, stop_early, output_fmt)
-        if return_prefix_tokens:
-            maps = [(each, tokens.prefix()) for each, tokens in zip(maps, taken, strict=True)]
-        return maps if intermediates_only else (self._features(tokens), maps)
+    # The steps of the skeleton's forward_intermediates.
+
+    def _enter(self, x: Tensor) -> Tokens:
+        return self._embed_tokens(x, trace=True)
+
+    def _advance(self, unit: nn.Module, state: Tokens, index: int) -> Tokens:
+        return self._step(unit, state, index)
+
+    def _cells(self, state: Tokens, norm: bool) -> tuple[Tensor, Tensor]:
+        state = self._normalised(state) if norm else state
+        return state.map(), state.prefix()
+
+    def _leave(self, state: Tokens) -> Tensor:
+        return self._features(state)
 
 
-HOSTS: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
+_BACKBONES: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
 
 
-def host_of(model: nn.Module) -> type[ReducedBackbone]:
+def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
     """Return the forward paths for `model`.
 
     Raises:
         TypeError: there are none for its class, or the class has forward paths of its own.
     """
     cls = type(model)
-    for host in HOSTS:
-        if isinstance(model, host.skeleton):
-            own = [path for path in host.paths if getattr(cls, path) is not getattr(host.skeleton, path)]
+    for each in _BACKBONES:
+        if isinstance(model, each.skeleton):
+            own = [path for path in each.paths if getattr(cls, path) is not getattr(each.skeleton, path)]
             if own:
                 raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
-            return host
-    names = " and ".join(host.skeleton.__qualname__ for host in HOSTS)
+            return each
+    names = " and ".join(each.skeleton.__qualname__ for each in _BACKBONES)
     raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of class {names} can")
 
 
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask and is_causal speak of tokens that a reduced model has not; leave them out")
-
-
-def _laid_out(tokens: Tokens, output_fmt: str) -> Tensor:
-    cells = tokens.cells()
-    if output_fmt == "NLC":
-        return cells
-    maps = cells.reshape(cells.shape[0], *tokens.grid, cells.shape[2])
-    return maps if output_fmt == "NHWC" else maps.permute(0, 3, 1, 2).contiguous()

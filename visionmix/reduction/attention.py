@@ -1,4 +1,4 @@
-"""What the methods need of a block: its two branches, with the attention's keys and weights in between."""
+"""A block as its two branches, with the attention's keys and weights in between."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,12 +9,13 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from visionmix.backbones.block import Block as MapBlock
 from visionmix.backbones.block import TokenBlock
 from visionmix.mixers.softmax import SoftmaxAttention
 
 
 class Attended(NamedTuple):
-    """What an attention gives.
+    """The result of an attention.
 
     Attributes:
         x: Its output, (batch, tokens, channels).
@@ -56,7 +57,7 @@ def _softmax_mixer(mixer: SoftmaxAttention, x: Tensor, key_bias: Tensor | None, 
     qkv = mixer.qkv(x)
     heads = qkv[..., : 3 * mixer.dim].unflatten(-1, (3, mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = heads.unbind(0)
-    mixed, weights = _attend(q, k, v, key_bias, queries)
+    mixed, weights = _attend(q, k, v, key_bias, queries, mixer.fused_attn)
     if mixer.gate:
         mixed = mixed * qkv[..., 3 * mixer.dim :]
     return Attended(mixer.proj(mixed), k, weights)
@@ -68,7 +69,7 @@ def _attend(
     v: Tensor,
     key_bias: Tensor | None,
     queries: int,
-    fused: bool = True,
+    fused: bool,
     dropout: nn.Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``softmax(q k^T / sqrt(head channels) + key_bias) v``, (batch, tokens, channels), and its weights.
@@ -108,12 +109,12 @@ def attention_block(block: nn.Module) -> AttentionBlock:
         TypeError: `block` is none of these.
     """
     forward = type(block).forward
-    if forward is TokenBlock.forward:
-        return _token_block(block)
+    if forward in (MapBlock.forward, TokenBlock.forward):
+        return _softmax_block(block)
     if forward not in (Block.forward, ResPostBlock.forward):
         raise TypeError(
             f"blocks of class {type(block).__qualname__} cannot be reduced; those of class Block, ResPostBlock (timm) "
-            f"and TokenBlock (visionmix) can"
+            f"and the plain skeleton's own (visionmix) can"
         )
     if type(block.attn).forward is not Attention.forward:
         raise TypeError(
@@ -123,17 +124,17 @@ def attention_block(block: nn.Module) -> AttentionBlock:
     attended = partial(_timm_attention, block.attn)
     if forward is ResPostBlock.forward:
         return AttentionBlock(
-            _residual(_same, attended, lambda y: block.drop_path1(block.norm1(y))),
+            _residual(_same, attended, lambda x, y: x + block.drop_path1(block.norm1(y))),
             lambda x: x + block.drop_path2(block.norm2(block.mlp(x))),
         )
     return AttentionBlock(
-        _residual(block.norm1, attended, lambda y: block.drop_path1(block.ls1(y))),
+        _residual(block.norm1, attended, lambda x, y: x + block.drop_path1(block.ls1(y))),
         lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
     )
 
 
-def _token_block(block: TokenBlock) -> AttentionBlock:
-    check_tail(block)
+def _softmax_block(block: MapBlock) -> AttentionBlock:
+    check_reads_tokens(block)
     if type(block.mixer) is not SoftmaxAttention or block.mixer.needs_map:
         need = "reads a map" if type(block.mixer) is SoftmaxAttention else "is no softmax attention"
         raise TypeError(
@@ -141,23 +142,25 @@ def _token_block(block: TokenBlock) -> AttentionBlock:
             f"SoftmaxAttention without rotary and lepe can be reduced"
         )
     return AttentionBlock(
-        _residual(block.norm1, partial(_softmax_mixer, block.mixer), lambda y: block.drop_path(block.scale1(y))),
-        lambda x: x + block.drop_path(block.scale2(block.mlp(block.norm2(x)))) if block.has_mlp else x,
+        _residual(block.norm1, partial(_softmax_mixer, block.mixer), block.scale1),
+        lambda x: block.scale2(x, block.mlp(block.norm2(x))) if block.has_mlp else x,
     )
 
 
-def check_tail(block: TokenBlock) -> None:
-    """Raise TypeError where `block` ends in a layer that reads the whole map."""
-    if block.has_tail:
-        raise TypeError(
-            f"a block that ends in a {type(block.tail).__qualname__} reads whole maps and cannot be reduced"
-        )
+def check_reads_tokens(block: MapBlock) -> None:
+    """Raise TypeError where a part of `block` beside the mixer reads the whole map."""
+    parts = [getattr(block, name) for name in ("pos", "mlp") if hasattr(block, name)]
+    for part in parts:
+        if part is not getattr(block, "mlp", None) or getattr(part, "needs_map", False):
+            raise TypeError(f"a block with a {type(part).__qualname__} reads whole maps and cannot be reduced")
 
 
 def _residual(opening: Callable, attended: Callable, closing: Callable) -> Callable[..., Attended]:
+    """Return attention with a residual: ``closing(x, y)`` adds the branch's result y to x."""
+
     def attention(x: Tensor, key_bias: Tensor | None = None, queries: int = 0) -> Attended:
         found = attended(opening(x), key_bias, queries)
-        return found._replace(x=x + closing(found.x))
+        return found._replace(x=closing(x, found.x))
 
     return attention
 

@@ -1,18 +1,38 @@
-"""Names and options that a user types: what is unknown is refused, and the nearest known one named."""
+"""Classes by name, modules found by themselves, and the nearest known name to one that a user mistyped.
+
+Every room may import this file; it imports none of them.
+"""
 
 import difflib
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 
 
+def close_matches(word: str, words: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return up to `count` of `words` that are most like `word`, best first, upper and lower case alike.
+
+    A word is like another from a ratio of `cutoff` on, between 0 (any word) and 1 (the same word), as `difflib` has it.
+    """
+    by_lower = {each.lower(): each for each in words}
+    return [by_lower[each] for each in difflib.get_close_matches(word.lower(), by_lower, count, cutoff)]
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" with the one of `words` that is most like `word`, or "" where none is."""
-    by_lower = {each.lower(): each for each in words}
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f" (did you mean {by_lower[matches[0]]!r}?)" if matches else ""
+    matches = close_matches(word, words)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def import_modules(package: str, path: Iterable[str]) -> None:
+    """Import every module of `package`, which lies at `path`, so that each registers its classes or models."""
+    for module in pkgutil.iter_modules(path):
+        if not module.ispkg:
+            importlib.import_module(f"{package}.{module.name}")
 
 
 class Registry(Generic[_T]):
@@ -47,6 +67,10 @@ class Registry(Generic[_T]):
     def names(self) -> list[str]:
         """Return the registered names, sorted."""
         return sorted(self._classes)
+
+    def class_called(self, class_name: str) -> type[_T] | None:
+        """Return the registered class whose own name is `class_name`, or None."""
+        return next((each for each in self._classes.values() if each.__name__ == class_name), None)
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """Return the options of the class called `name`, by name.

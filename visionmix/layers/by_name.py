@@ -1,0 +1,85 @@
+"""Layers by name, so that a recipe in YAML says all: ``mlp_layer: swiglu`` or ``{name: swiglu, multiple_of: 32}``."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from timm.layers import ClassifierHead, get_act_layer, get_norm_layer
+from torch import nn
+
+from visionmix.layers.downsample import ConvDownsample, PatchMerging
+from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
+from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.norm import BatchNorm
+from visionmix.layers.position import ConvPosition, PositionEmbedding
+from visionmix.layers.stem import conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
+from visionmix.registry import nearest
+
+Layer = Callable[..., nn.Module]
+LayerSpec = str | Mapping[str, Any] | Layer | None
+
+# Norms over the last axis, as timm calls them; its batch norm wants channels first, so that the one here stands in.
+_NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32", "simplenorm", "simplenormfp32")
+_ACTIVATIONS = (
+    "elu", "gelu", "gelu_tanh", "hard_sigmoid", "hard_swish", "identity", "leaky_relu", "mish", "relu", "relu6",
+    "sigmoid", "silu", "tanh",
+)  # fmt: skip
+_LAYERS: dict[str, dict[str, Layer]] = {
+    "stem_layer": {
+        "conv": conv_stem,
+        "patch": patch_stem,
+        "deep_conv": deep_conv_stem,
+        "deep_patch": deep_patch_stem,
+    },
+    "downsample_layer": {"conv": ConvDownsample, "patch_merging": PatchMerging},
+    "mlp_layer": {"mlp": mlp, "swiglu": swiglu, "conv_mlp": ConvMlp},
+    "norm_layer": {"batchnorm": BatchNorm, **{name: get_norm_layer(name) for name in _NORMS}},
+    "act_layer": {name: get_act_layer(name) for name in _ACTIVATIONS},
+    "pos_embed": {"learned": PositionEmbedding},
+    "pos_layer": {"conv": ConvPosition},
+    "head_layer": {"pool": partial(ClassifierHead, input_fmt="NHWC"), "token": TokenHead, "projection": ProjectionHead},
+}
+
+
+def layer_names(kind: str) -> list[str]:
+    """Return the names of layers of a kind: "stem_layer", "mlp_layer", "norm_layer" and the other options' names."""
+    return sorted(_LAYERS[kind])
+
+
+def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer | None:
+    """Return what makes the layer that `spec` describes: a name, a dict of name and options, a callable, or None.
+
+    Args:
+        kind: One of "stem_layer", "downsample_layer", "mlp_layer", "norm_layer", "act_layer", "pos_embed", "pos_layer"
+            and "head_layer".
+        spec: The layer; a callable and None are returned as they are.
+        option: Name of the option, for messages; None for `kind`.
+
+    Raises:
+        TypeError: `spec` is none of these.
+        ValueError: the name or one of the options is unknown (the message has the nearest one).
+    """
+    if spec is None or (callable(spec) and not isinstance(spec, str | Mapping)):
+        return spec
+    option, known = option or kind, _LAYERS[kind]
+    if not isinstance(spec, str | Mapping):
+        raise TypeError(f"{option}={spec!r} is no layer; give a name, dict(name=..., options) or a callable")
+    options = {} if isinstance(spec, str) else dict(spec)
+    name = spec if isinstance(spec, str) else options.pop("name", None)
+    if name is None:
+        raise ValueError(f"{option}={spec!r} has no 'name'; give a name or dict(name=..., options)")
+    key = str(name).replace("_", "") if kind == "norm_layer" else name
+    if key not in known:
+        raise ValueError(f"{option}={name!r} is unknown{nearest(str(name), known)}; give one of {sorted(known)}")
+    layer = known[key]
+    for each, value in options.items():
+        parameters = inspect.signature(layer).parameters
+        if each not in parameters:
+            raise ValueError(
+                f"{option}={name!r} has no option {each}={value!r}{nearest(each, parameters)}; its options are "
+                f"{sorted(set(parameters) - {'device', 'dtype'})}"
+            )
+        if each in _LAYERS:
+            options[each] = layer_maker(each, value, f"{option}.{each}")
+    return partial(layer, **options) if options else layer

@@ -1,0 +1,121 @@
+"""From a family's table to timm's registry."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from visionmix.models.family import Family, Variant, add_family
+from visionmix.models.loading import load_tensors
+from visionmix.models.weights import Weights, fetch
+
+
+def register_family(module: str, variants: Mapping[str, Variant], *, paper: str, license: str = "unknown") -> None:
+    """Register `variants` with timm as models of the module named `module`: an entry point each, a cfg each tag.
+
+    Example:
+        ``register_family(__name__, VARIANTS, paper="arXiv 2405.18425", license="mit")``
+
+    Args:
+        module: The family's ``__name__``; the entry points become its attributes.
+        variants: The family's table, by model name.
+        paper: Where the family is described.
+        license: Licence of the published weights, as the hub spells it, if they name no other.
+    """
+    target = sys.modules[module]
+    family = Family(module, paper, license, variants)
+    cfgs = {}
+    for name, variant in variants.items():
+        cfgs[name] = _cfg(variant, Weights(), family)
+        if variant.weights:
+            del cfgs[name]
+            cfgs |= {f"{name}.{tag}": _cfg(variant, weights, family) for tag, weights in variant.weights.items()}
+    target.default_cfgs = generate_default_cfgs(cfgs)
+    for name, variant in variants.items():
+        entry = _entry_point(module, name, variant, paper)
+        setattr(target, name, entry)
+        register_model(entry)
+    add_family(family)
+
+
+def _options(variant: Variant, weights: Weights) -> dict[str, Any]:
+    """Return what a model with `weights` is built with."""
+    size = {} if weights.input_size is None else {"img_size": weights.input_size}
+    return {**variant.layout.options, **size, **weights.options}
+
+
+def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
+    layout, options = variant.layout, _options(variant, weights)
+    side = options.get("img_size", 224)
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    crop_pct = weights.crop_pct or (0.875 if size == (224, 224) else 1.0)
+    return {
+        "num_classes": weights.num_classes,
+        "input_size": (3, *size),
+        "pool_size": layout.skeleton.last_grid(options, size),
+        "crop_pct": crop_pct,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": layout.first_conv,
+        "classifier": layout.classifier,
+        "license": weights.license or family.license,
+        "paper_ids": (weights.paper or family.paper).replace("arXiv ", "arXiv:"),
+        "url": weights.url or None,
+        "hf_hub_id": weights.hf_hub_id or None,
+        "hf_hub_filename": weights.file or None,
+        "origin_url": weights.page or None,
+    }
+
+
+def _resolved_cfg(name: str, pretrained_cfg: Any, pretrained_cfg_overlay: Mapping[str, Any] | None) -> PretrainedCfg:
+    """Return timm's cfg; a repository or address in the overlay does not keep the file or repository registered."""
+    overlay = dict(pretrained_cfg_overlay or {})
+    if overlay.get("hf_hub_id"):
+        overlay.setdefault("hf_hub_filename", None)
+    elif overlay.get("url"):
+        overlay |= {"hf_hub_id": None, "hf_hub_filename": None}
+    return resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+
+
+def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callable[..., nn.Module]:
+    layout = variant.layout
+    default = next(iter(variant.weights.values()), Weights())
+
+    def entry(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        cfg = _resolved_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        weights = variant.weights.get(cfg.tag, default)
+
+        def build(**merged: Any) -> nn.Module:
+            model = layout.skeleton(**merged)
+            if pretrained:
+                # Loaded here and not by timm, whose loader turns strictness off as soon as num_classes differs, refuses
+                # files with configuration objects inside, and never sees a wrapped checkpoint's page.
+                tensors = fetch(cfg, name, weights, cache_dir)
+                load_tensors(model, tensors, layout.keys, cfg, name=name)
+            return model
+
+        options = {**_options(variant, weights), **options}
+        # timm's default wrapper, a list of modules, never calls forward_features and would return NHWC maps.
+        feature_cfg = {"feature_cls": "getter", "out_indices": layout.skeleton.feature_indices(options)}
+        return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **options)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = module
+    entry.__doc__ = f"Return `{name}` ({paper})."
+    return entry
