@@ -186,7 +186,8 @@ def load_trained(
         file: checkpoint (.pt, .pth, .safetensors), or None.
         name: timm model name; a checkpoint made here knows its own.
         pretrained: take the published weights.
-        classes: outputs that are wanted; None takes those that the weights have.
+        classes: outputs of the weights, for a file whose classifier has another name than the model's; None where the
+            file says it, or the number is the model's own.
         image_size: pixels; None takes the checkpoint's, or the model's own.
         device: where the model goes.
 
@@ -213,11 +214,11 @@ def load_trained(
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
         tensors = checkpoint.weights(content)
-        model = load_published(name, tensors, str(file), _outputs(name, tensors))
+        model = load_published(name, tensors, str(file), _outputs(name, tensors) or classes)
     if classes is not None and model.num_classes != classes:
         raise ValueError(
             f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
-            "leave --num-classes out"
+            "leave --num-classes out, or fine-tune them by visionmix train with model.pretrained=true"
         )
     model = model.to(device).eval()
     settings = content.get("input") or {}
