@@ -55,7 +55,7 @@ def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
     """Return `model` reduced as `spec` says: a method, then behind a colon its options, ``tome:r=(13, -1.0)``.
 
     Args:
-        model: What `visionmix.reduction.apply` takes.
+        model: A model that `visionmix.reduction.apply` takes.
         spec: The method and its options as Python literals, commas between them.
         **options: More options.
 
@@ -158,7 +158,7 @@ class Trained:
         model: in eval mode, on its device.
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
-        input: what images it takes.
+        input: the images that it takes.
         data: the folder it was trained on, if known.
     """
 
