@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
 from visionmix.layers.order import scan_order
-from visionmix.layers.precision import at_least_float32
+from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.scans import move_codes
 
 _STEP_RANGE = (1e-3, 0.1)
@@ -96,7 +96,8 @@ class SelectiveScan2d(_ScanParameters):
     ``A_log`` begins as ``log(1..states)``, D as 1, and ``b`` so that the steps begin log-uniform between 0.001 and 0.1;
     optimisers do not decay these three.
 
-    Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``.
+    Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``. The
+    result is float32 where the map is of half precision, for the norm or gate behind it.
 
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752); over several orders, VMamba (Liu et al. 2024, arXiv 2401.10166);
     `shared`, `permute` and `moves`, PlainMamba (Yang et al. 2024, arXiv 2403.17695).
@@ -171,7 +172,7 @@ class SelectiveScan2d(_ScanParameters):
             codes = _moves(self.orders, x.shape[1], x.shape[2], self.permute, x)
             B = B + F.embedding(codes, self.move_B).to(B.dtype)
         return selective_scan_2d_op(
-            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute
+            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute, scan_dtype(x)
         )
 
     def _each(self, x: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class SelectiveScan1d(_ScanParameters):
     ``x = silu(conv(x))``, a depthwise convolution over the token and the ``kernel_size - 1`` before it, then the
     recurrence of `SelectiveScan2d` in the sequence's order.
 
-    Shapes: (batch, length, dim) to the same.
+    Shapes: (batch, length, dim) to the same, in float32 where they come in half precision.
 
     The second argument of a call, `positions`, is for tokens that were left of a longer sequence: their places in it,
     int64 (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of
@@ -242,5 +243,6 @@ class SelectiveScan1d(_ScanParameters):
             True,
             False,
             gap,
+            scan_dtype(x),
         )
         return y.transpose(1, 2)

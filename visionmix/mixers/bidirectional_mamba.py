@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import Grid, SelectiveScan1d
+from visionmix.layers import Grid, SelectiveScan1d, gated, projected
 from visionmix.layers.order import take, token_order
 from visionmix.mixers.cross_scan import scan_width
 from visionmix.mixers.registry import register_mixer
@@ -84,7 +84,8 @@ class BidirectionalMamba(nn.Module):
             index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
             forward, backward = self._scan(take(x, index), None)
             y = take(forward + backward, inverse)
-        return self.proj((y * (0.5 * self.act(z))).to(z.dtype))
+        y, scale = gated(y, 0.5 * self.act(z))
+        return projected(self.proj(y), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape

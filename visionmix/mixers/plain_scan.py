@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d
+from visionmix.layers import SelectiveScan2d, gated, projected, zero_token
 from visionmix.mixers.cross_scan import scan_width
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -82,4 +82,5 @@ class PlainScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        return self.proj((y * self.act(z)).to(z.dtype))
+        y, scale = gated(y, self.act(z))
+        return projected(self.proj(y), scale, self.proj(zero_token(y)))
