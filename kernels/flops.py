@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from visionmix.kernels.private_api import is_traced_tensor
+from visionmix.kernels.schema import NAMESPACE
+
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
     """Return a handle an op for fvcore's `FlopCountAnalysis`, which counts a multiply-add as one.
@@ -15,8 +18,6 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
     `torch.utils.flop_counter` gives for their shapes.
     """
     from torch.utils.flop_counter import flop_registry
-
-    from visionmix.kernels.registration import NAMESPACE
 
     handles = {}
     for op, formula in flop_registry.items():
@@ -35,7 +36,7 @@ def _handle(formula: Callable[..., int]) -> Callable[[list[Any], list[Any]], flo
 
 def _constant(value: Any) -> Any:
     """Return a traced value's shape if it is a tensor, else the constant it stands for."""
-    if value.type().isSubtypeOf(torch._C.TensorType.get()):
+    if is_traced_tensor(value):
         return torch.Size(value.type().sizes())
     if value.node().kind() == "prim::ListConstruct":
         return [_constant(each) for each in value.node().inputs()]
