@@ -1,13 +1,69 @@
-"""Neighborhood attention on sequences, maps and volumes."""
+"""Neighborhood attention on sequences, maps and volumes.
+
+`na1d`, `na2d` and `na3d` check what they are given. Mixers call `neighborhood_attention_op`, which checks nothing: it
+scripts, traces and exports.
+"""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_shape, check_tensors
-from visionmix.kernels.neighborhood_attention.op import neighborhood_attention_op
+from visionmix.kernels.neighborhood_attention import op as _registered  # noqa: F401
+from visionmix.kernels.neighborhood_attention import padding
+from visionmix.kernels.neighborhood_attention.schema import Arguments
 
 __all__ = ["na1d", "na2d", "na3d", "neighborhood_attention_op"]
+
+
+def neighborhood_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[int],
+    scale: float,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+    key_padding: Tensor | None = None,
+    value_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map.
+
+    `is_causal` holds 0 or 1: PyTorch cannot trace a list of bools.
+
+    A map smaller than ``kernel_size * dilation``, unless the window is circular, is treated as if it went on to that
+    size at the end of each axis, with keys `key_padding` (key heads, dim) and values `value_padding`
+    (key heads, value dim), or zeros: its queries see these tokens, which have no output of their own.
+    """
+    if not torch.jit.is_scripting():
+        if dispatch.bypassed():
+            window = (kernel_size, stride, dilation, is_causal, scale)
+            options = (additional_keys, additional_values, relative_position_bias, circular, key_padding, value_padding)
+            return dispatch.call_reference(padding.reference_forward, Arguments(query, key, value, *window, *options))
+    return torch.ops.visionmix.neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        relative_position_bias,
+        circular,
+        key_padding,
+        value_padding,
+    )
+
 
 _AXES = {1: ("tokens",), 2: ("rows", "columns"), 3: ("levels", "rows", "columns")}
 

@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.neighborhood_attention.schema import Arguments, mixed_tensors
+
 
 class _Axis:
     """The window of each query along one axis.
@@ -72,59 +75,46 @@ def _gather(x: Tensor, windows: list[_Axis], padding: Tensor | None) -> Tensor:
     return x.flatten(axes + 2, 2 * axes + 1)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-    key_padding: Tensor | None,
-    value_padding: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, log-sum-exp of the scores) computed in `dtype`; the rest as `neighborhood_attention_op`."""
-    axes = len(kernel_size)
-    arguments = zip(query.shape[1:-2], kernel_size, stride, dilation, is_causal, strict=True)
-    windows = [_Axis(*argument, circular, query.device) for argument in arguments]
-    visible = torch.ones((), dtype=torch.bool, device=query.device)
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
+    dtype = compute_dtype(*mixed_tensors(a))
+    axes = len(a.kernel_size)
+    arguments = zip(a.query.shape[1:-2], a.kernel_size, a.stride, a.dilation, a.is_causal, strict=True)
+    windows = [_Axis(*argument, a.circular, a.query.device) for argument in arguments]
+    visible = torch.ones((), dtype=torch.bool, device=a.query.device)
     for table in _pairwise([window.visible for window in windows]):
         visible = visible & table
     steps = _pairwise([window.steps for window in windows])
-    if circular:
-        radii = [(k + 1) // 2 for k in kernel_size]
+    if a.circular:
+        radii = [(k + 1) // 2 for k in a.kernel_size]
         whole = math.prod(radii)
         visible = visible & (sum((s * (whole // r)) ** 2 for s, r in zip(steps, radii, strict=True)) < whole**2)
-    groups = key.shape[-2]
+    groups = a.key.shape[-2]
     # (batch, *grid, groups, heads of a group or window, dim)
-    queries = query.to(dtype).unflatten(-2, (groups, -1)) * scale
-    keys, values = _gather(key.to(dtype), windows, key_padding), _gather(value.to(dtype), windows, value_padding)
+    queries = a.query.to(dtype).unflatten(-2, (groups, -1)) * a.scale
+    keys = _gather(a.key.to(dtype), windows, a.key_padding)
+    values = _gather(a.value.to(dtype), windows, a.value_padding)
     scores = queries @ keys.transpose(-1, -2)
-    if relative_position_bias is not None:
-        index = torch.zeros((), dtype=torch.int64, device=query.device)
-        for step, k in zip(steps, kernel_size, strict=True):
+    if a.relative_position_bias is not None:
+        index = torch.zeros((), dtype=torch.int64, device=a.query.device)
+        for step, k in zip(steps, a.kernel_size, strict=True):
             index = index * (2 * k - 1) + (step + k - 1).clamp(0, 2 * k - 2)
         index = index.flatten(axes)  # (*grid, window)
-        bias = relative_position_bias.to(dtype).flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
+        table = a.relative_position_bias.to(dtype).flatten(1)
+        bias = table.index_select(1, index.flatten()).unflatten(1, index.shape)
         scores = scores + bias.unflatten(0, (groups, -1)).movedim((0, 1), (axes, axes + 1))
     hidden = ~visible.flatten(axes).unsqueeze(-2).unsqueeze(-2)
     scores = scores.masked_fill(hidden, -math.inf)
     more = None
-    if additional_keys is not None and additional_values is not None:
+    if a.additional_keys is not None and a.additional_values is not None:
         lead = (slice(None), *[None] * axes)
-        more = additional_values.to(dtype).transpose(1, 2)[lead]
-        extra = queries @ additional_keys.to(dtype).transpose(1, 2)[lead].transpose(-1, -2)
+        more = a.additional_values.to(dtype).transpose(1, 2)[lead]
+        extra = queries @ a.additional_keys.to(dtype).transpose(1, 2)[lead].transpose(-1, -2)
         scores = torch.cat((scores, extra), -1)
     total = scores.logsumexp(-1, keepdim=True)
     weights = (scores - total).exp()
-    window = math.prod(kernel_size)
+    window = math.prod(a.kernel_size)
     out = weights[..., :window] @ values
     if more is not None:
         out = out + weights[..., window:] @ more
-    return out.flatten(-3, -2).to(value.dtype), total.squeeze(-1).flatten(-2)
+    return out.flatten(-3, -2).to(a.value.dtype), total.squeeze(-1).flatten(-2)

@@ -44,7 +44,7 @@ struct Arguments {
   // that tasks walk through; those of parameters, constant B and C among them, have a leading batch axis.
   // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted on the way forward where there is
   // a place for them; the way back needs them.
-  float *state, *entering, *grad_A, *grad_B, *grad_C, *grad_D, *grad_bias;
+  float *state, *entering, *grad_A, *grad_B, *grad_C, *grad_D, *grad_delta_bias;
   int64_t batch, dim, length, states, groups, chunk, softplus, threads;  // chunk: on the way back
 };
 }
@@ -320,7 +320,7 @@ struct Job {
       if (a.B.constant) scan::store_columns(t.grad_B, states, t.width, 1.0f, a.grad_B + channel * states);
       if (a.C.constant) scan::store_columns(t.grad_C, states, t.width, 1.0f, a.grad_C + channel * states);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
-      if (a.delta_bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
+      if (a.delta_bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_delta_bias + channel);
     }
   }
 

@@ -6,7 +6,9 @@ from functools import cached_property, lru_cache, reduce
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from visionmix import scans
+from visionmix.kernels.private_api import outside_of_tracing
 
 SEPARATOR = ","
 
@@ -18,8 +20,6 @@ def count_routes(orders: str) -> int:
 
 def count_steps(orders: str, height: int, width: int) -> int:
     """Return the steps of the longest order on a grid, whose sizes may be symbolic."""
-    from visionmix import scans
-
     return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in orders.split(SEPARATOR)))
 
 
@@ -84,9 +84,7 @@ def routes(orders: str, height: int, width: int, permute: str) -> Routes:
     Raises:
         ValueError: an order's name is unknown.
     """
-    from visionmix import scans
-
-    with _disable_current_modes(), torch.inference_mode(False):
+    with outside_of_tracing(), torch.inference_mode(False):
         found = [scans.order(name, height, width) for name in orders.split(SEPARATOR)]
         indices, inverses = [order.index.numpy() for order in found], [order.inverse.numpy() for order in found]
     steps = max(len(index) for index in indices)

@@ -7,10 +7,10 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
+from visionmix.kernels.private_api import outside_of_tracing
 from visionmix.scans import order
 from visionmix.scans.orders import symbolic_order
 
@@ -18,7 +18,7 @@ from visionmix.scans.orders import symbolic_order
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _constant_order(name: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    with _disable_current_modes(), torch.inference_mode(False):
+    with outside_of_tracing(), torch.inference_mode(False):
         index, inverse = order(name, height, width)
         return index.numpy(), inverse.numpy()
 
