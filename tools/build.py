@@ -2,7 +2,6 @@
 
 import ast
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
-from visionmix import reduction
+from visionmix import models, reduction
 from visionmix.registry import close_matches
 from visionmix.tools import checkpoint
 
@@ -164,11 +163,10 @@ def load_trained(
     else:
         model = create_model(name, **kwargs)
         state = checkpoint.weights(content)
-        if not made and set(state) != set(model.state_dict()) and getattr(model, "load_pretrained", None):
-            # Published files name their tensors in their own way; the family's key map knows them, and is strict.
-            model = create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(Path(file))}, **kwargs)
-        else:
+        if made:
             checkpoint.load_weights(model, state, str(file))
+        else:
+            _load_foreign(model, state, file)
     model = model.to(device).eval()
     settings = content.get("input") or {}
     settings = settings | ({"image_size": image_size} if image_size else {})
@@ -178,6 +176,19 @@ def load_trained(
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
     return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+
+
+def _load_foreign(model: nn.Module, state: dict[str, torch.Tensor], file: str) -> None:
+    """Load a published file, or one of another program, with its classifier."""
+    try:
+        fresh = models.load_checkpoint(model, state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if fresh:
+        raise ValueError(
+            f"{file} has no {', '.join(fresh)} for {model.num_classes} classes, so that the answers would be chance; "
+            "give a file with the classifier, and its own number of classes"
+        )
 
 
 def choose_device(name: str | None) -> torch.device:

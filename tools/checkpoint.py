@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from visionmix.models.weights import read_checkpoint, unwrap
+
 FORMAT = 1
 
 
@@ -118,6 +120,10 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different type for every way a file can be damaged
+        try:  # published files hold configuration objects
+            return {"model": read_checkpoint(path)}
+        except ValueError:
+            pass
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {reason}") from error
     if not isinstance(content, dict):
@@ -126,10 +132,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if content["format"] != FORMAT:
             raise ValueError(f"{path} has format={content['format']}; this version reads format={FORMAT}")
         return content
-    for name in ("model", "state_dict"):
-        if isinstance(content.get(name), dict):
-            content = content[name]
-    return {"model": content}
+    return {"model": unwrap(content, str(path))}
 
 
 def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
