@@ -1,6 +1,6 @@
 """What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
-from visionmix.layers.conv import DepthwiseConv
+from visionmix.layers.conv import DepthwiseConvNormAct
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
@@ -24,7 +24,7 @@ __all__ = [
     "ConvStem",
     "DeepConvStem",
     "DeepPatchStem",
-    "DepthwiseConv",
+    "DepthwiseConvNormAct",
     "Grid",
     "LogSigmoid",
     "PatchMerging",

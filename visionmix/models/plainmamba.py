@@ -11,7 +11,7 @@ from torch import nn
 
 from visionmix.backbones import Plain
 from visionmix.backbones.block import TokenBlock
-from visionmix.layers import DeepPatchStem, DepthwiseConv
+from visionmix.layers import DeepPatchStem, DepthwiseConvNormAct
 from visionmix.models.family import Published, Variant, register_family
 from visionmix.models.weights import KeyMap, reshape_to
 
@@ -35,7 +35,7 @@ def _variant(dim: int, depth: int, convs: int, file: str = "", published: Publis
 
 def _local_first(depth: int) -> list:
     """The smallest model's first block ends in a convolution that the whole stream passes, without a residual."""
-    return [partial(TokenBlock, tail_layer=DepthwiseConv)] + [TokenBlock] * (depth - 1)
+    return [partial(TokenBlock, tail_layer=DepthwiseConvNormAct)] + [TokenBlock] * (depth - 1)
 
 
 # The paper's 7.3, 25.7 and 50.5 M parameters are those without the classifier, cut and not rounded: 7.36, 25.76, 50.51.

@@ -31,7 +31,7 @@ def _variant(
 
 def _first_version(dim: int, depth: int, file: str = "", published: Published = _NONE, **options: Any) -> Variant:
     layers = {"stem_layer": PatchStem, "downsample_layer": PatchMerging, "mlp_layer": None}
-    mixer = {"name": "cross_scan", "expand": 2.0, "states": 16, "gate": True, "conv_bias": True}
+    mixer = {"name": "cross_scan", "expand": 2.0, "d_state": 16, "gate": True, "conv_bias": True}
     return Variant(
         Hierarchical,
         {"mixer": mixer} | layers | _sizes(dim, depth) | options,
