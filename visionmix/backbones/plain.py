@@ -199,7 +199,10 @@ class Plain(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
+
+        Windows and stripes that follow the map are set for it too, so that logits of such models change.
+        """
         self.grid_size = self.stem.grid_size(*to_2tuple(img_size))
         set_grid_size(self, self.grid_size)
 

@@ -1,6 +1,6 @@
 """Layers that several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
-from visionmix.layers.conv import DepthwiseConv
+from visionmix.layers.conv import DepthwiseConvNormAct
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
@@ -20,7 +20,7 @@ __all__ = [
     "ConvDownsample",
     "ConvMlp",
     "ConvPosition",
-    "DepthwiseConv",
+    "DepthwiseConvNormAct",
     "Grid",
     "LogSigmoid",
     "PatchMerging",
