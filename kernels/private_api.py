@@ -7,7 +7,10 @@ import torch
 from torch._C import parse_schema
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["is_traced_tensor", "outside_of_tracing", "parse_schema"]
+__all__ = ["inside_functorch", "is_traced_tensor", "outside_of_tracing", "parse_schema"]
+
+# Whether vmap, grad or another transform of torch.func is running.
+inside_functorch = torch._C._are_functorch_transforms_active
 
 # A context in which tensors are computed although a graph is being traced.
 outside_of_tracing = _disable_current_modes

@@ -18,6 +18,7 @@ import torch
 from visionmix.registry import close_matches
 from visionmix.scans import curves, windows
 from visionmix.scans.hilbert import hilbert
+from visionmix.scans.order_names import split_order
 
 MODIFIERS = ("transposed", "hflip", "vflip", "reversed")
 
@@ -83,7 +84,7 @@ def _nearest(part: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def parse(name: str) -> tuple[Part, ...]:
     """Return the parts of an order's name; ValueError, naming the nearest right name, if there is no such order."""
-    return tuple(_parse_part(part, name) for part in name.split("+"))
+    return tuple(_parse_part(part, name) for part in split_order(name))
 
 
 def _parse_part(part: str, name: str) -> Part:

@@ -11,6 +11,7 @@ from visionmix.kernels.gated_linear_attention import schema as attention
 from visionmix.kernels.neighborhood_attention import schema as neighborhood
 from visionmix.kernels.selective_scan import schema as scan
 from visionmix.kernels.selective_scan_2d import schema as scan_2d
+from visionmix.scans.order_names import count_orders, count_routes
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def selective_scan_2d(
 
     def run(dtype: torch.dtype) -> None:
         op = _triton("selective_scan_2d")
-        count = orders.count(",") + 1
+        count = count_orders(orders)
         x, grad_out = (_empty(batch, height, width, channels, dtype=dtype) for _ in range(2))
         if merge == "none":
-            grad_out = _empty(batch, height, width, count + orders.count("+"), channels, dtype=dtype)
+            grad_out = _empty(batch, height, width, count_routes(orders), channels, dtype=dtype)
         delta = _empty(batch, height, width, count, rank or channels, dtype=dtype)
         weight = _empty(count, channels, rank, dtype=dtype) if rank else None
         B, C = (_empty(batch, height, width, count, states, dtype=dtype) for _ in range(2))

@@ -112,21 +112,12 @@ def _check_window(grid: list[int], kernel_size: list[int], stride: list[int], di
 
 
 def _neighborhood_attention(
-    axes: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-    scale: float | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-    return_lse: bool,
+    axes: int, inputs: tuple, window: tuple, options: tuple, circular: bool, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Check the arguments of `na1d`, `na2d` or `na3d`, and call the op."""
+    query, key, value = inputs
+    kernel_size, stride, dilation, is_causal = window
+    scale, additional_keys, additional_values, relative_position_bias = options
     tensors = {"query": query, "key": key, "value": value}
     extra = {"additional_keys": additional_keys, "additional_values": additional_values}
     bias = {"relative_position_bias": relative_position_bias}
@@ -155,20 +146,9 @@ def _neighborhood_attention(
     _check_window(grid, kernels, strides, dilations, circular)
     spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(_AXES[axes], kernels, strict=True)}
     check_shape("relative_position_bias", relative_position_bias, {"heads": heads} | spans)
-    out, lse = neighborhood_attention_op(
-        query,
-        key,
-        value,
-        kernels,
-        strides,
-        dilations,
-        [int(x) for x in causal],
-        dim**-0.5 if scale is None else scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-    )
+    scale = dim**-0.5 if scale is None else scale
+    checked = (kernels, strides, dilations, [int(x) for x in causal], scale)
+    out, lse = neighborhood_attention_op(*inputs, *checked, *options[1:], circular)
     return (out, lse) if return_lse else out
 
 
@@ -214,22 +194,9 @@ def na1d(
         TypeError: as `na2d`.
         ValueError: as `na2d`.
     """
-    return _neighborhood_attention(
-        1,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-        return_lse,
-    )
+    window = (kernel_size, stride, dilation, is_causal)
+    options = (scale, additional_keys, additional_values, relative_position_bias)
+    return _neighborhood_attention(1, (query, key, value), window, options, circular, return_lse)
 
 
 def na2d(
@@ -299,22 +266,9 @@ def na2d(
         TypeError: a tensor argument is no real floating-point tensor, or a window argument no integer or bool.
         ValueError: shapes or devices do not fit together, or the window does not fit the map.
     """
-    return _neighborhood_attention(
-        2,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-        return_lse,
-    )
+    window = (kernel_size, stride, dilation, is_causal)
+    options = (scale, additional_keys, additional_values, relative_position_bias)
+    return _neighborhood_attention(2, (query, key, value), window, options, circular, return_lse)
 
 
 def na3d(
@@ -359,19 +313,6 @@ def na3d(
         TypeError: as `na2d`.
         ValueError: as `na2d`.
     """
-    return _neighborhood_attention(
-        3,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-        return_lse,
-    )
+    window = (kernel_size, stride, dilation, is_causal)
+    options = (scale, additional_keys, additional_values, relative_position_bias)
+    return _neighborhood_attention(3, (query, key, value), window, options, circular, return_lse)

@@ -1,8 +1,8 @@
 // The selective scan and its gradients in float32, on tensors (batch, dim, length) of any strides.
 //
 // A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
-// (transposed where time is dense), so that everything is read and written once. The way forward notes the state at each
-// chunk's start for the way back, which goes through the chunks from the last, all tiles of a task side by side.
+// (transposed where time is dense), so that everything is read and written once. The forward pass notes the state at
+// each chunk's start for the backward pass, which goes through the chunks from the last, all tiles of a task side by side.
 #include <omp.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ using scan::lanes;
 using scan::vec;
 using std::int64_t;
 
-constexpr int forward_chunk = 64;  // a multiple of those on the way back
+constexpr int forward_chunk = 64;  // a multiple of the backward pass's
 
 }  // namespace
 
@@ -42,10 +42,10 @@ struct Arguments {
   const float *A, *D, *delta_bias, *grad_state;
   // The gradients of B and C are (parts, batch, groups, states, time), to be summed over the parts of a group's channels
   // that tasks walk through; those of parameters, constant B and C among them, have a leading batch axis.
-  // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted on the way forward where there is
-  // a place for them; the way back needs them.
+  // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted by the forward pass where there is
+  // a place for them; the backward pass needs them.
   float *state, *entering, *grad_A, *grad_B, *grad_C, *grad_D, *grad_delta_bias;
-  int64_t batch, dim, length, states, groups, chunk, softplus, threads;  // chunk: on the way back
+  int64_t batch, dim, length, states, groups, chunk, softplus, threads;  // chunk: of the backward pass
 };
 }
 
@@ -119,7 +119,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
-  vec *u, *slope, *delta, *whole, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
+  vec *u, *slope, *delta, *whole, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk of the backward pass
   scan::Ends ends;
 };
 

@@ -14,8 +14,8 @@ from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan_2d import op as _registered  # noqa: F401
 from visionmix.kernels.selective_scan_2d import reference
-from visionmix.kernels.selective_scan_2d.routes import SEPARATOR
 from visionmix.kernels.selective_scan_2d.schema import Arguments
+from visionmix.scans.order_names import join_orders
 
 __all__ = ["selective_scan_2d", "selective_scan_2d_op"]
 
@@ -168,5 +168,5 @@ def selective_scan_2d(
     else:
         check_shape("delta", delta, maps | {"rank": weight.shape[2]})
         check_shape("delta_weight", weight, parameters | {"rank": weight.shape[2]})
-    options = (delta_softplus, SEPARATOR.join(orders), merge, permute, out_dtype)
+    options = (delta_softplus, join_orders(orders), merge, permute, out_dtype)
     return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, *options)

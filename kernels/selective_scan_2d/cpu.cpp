@@ -42,8 +42,8 @@ struct Arguments {
   // Gradients of parameters have a leading batch axis. Those of B, C and a low-rank delta's first factor are (batch,
   // cells, orders, features), dense, and added to.
   float *grad_weight, *grad_A, *grad_D, *grad_bias, *grad_B, *grad_C, *grad_rank;
-  // (batch, orders, chunks of the longest order, states, channels): the states at the starts of chunks, which the way
-  // forward notes where there is a place for them and the way back needs.
+  // (batch, orders, chunks of the longest order, states, channels): the states at the starts of chunks, which the forward
+  // pass notes where there is a place for them and the backward pass needs.
   float* entering;
   // (orders, steps): the cell of x read at each step, that of delta, B and C, and the row of the output written; -1 for
   // none. An order has counts[order] steps.
@@ -52,7 +52,7 @@ struct Arguments {
   // (3, orders): whether an order is the first at every cell of x, of its own maps and every row of the output, and at
   // each of them once, so that these need not be zeros before.
   const int32_t* first;
-  int64_t batch, cells, channels, states, rank, orders, steps, rows, chunk, softplus, threads;  // chunk: on the way back
+  int64_t batch, cells, channels, states, rank, orders, steps, rows, chunk, softplus, threads;  // chunk: of the backward pass
   float scale;  // of the output
 };
 }
@@ -100,7 +100,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *state, *weight, *entering, *grad_A, *grad_weight;
-  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
+  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk of the backward pass
   scan::Ends ends;
 };
 
@@ -109,7 +109,7 @@ struct Chunk {
   int64_t order;
   int count;
   int64_t start;
-  int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
+  int64_t next;  // from a step to that of the chunk that follows, in the direction of the pass
   const int32_t *read, *place, *target;
   float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
   vec *u, *delta, *x, *y, *spread;  // of one tile, and the gradients of a few ranks not yet summed over lanes

@@ -5,8 +5,9 @@ import torch
 from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.registration import register_op
 from visionmix.kernels.selective_scan_2d import cpu, reference
-from visionmix.kernels.selective_scan_2d.routes import count_routes, count_steps
+from visionmix.kernels.selective_scan_2d.routes import count_steps
 from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
+from visionmix.scans.order_names import count_routes
 
 
 def _fake(a: Arguments):

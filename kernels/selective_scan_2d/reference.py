@@ -7,8 +7,9 @@ from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.selective_scan import reference as scan
 from visionmix.kernels.selective_scan import schema as scan_schema
-from visionmix.kernels.selective_scan_2d.routes import SEPARATOR, Routes, count_routes, routes, take, take_sum
+from visionmix.kernels.selective_scan_2d.routes import Routes, routes, take, take_sum
 from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
+from visionmix.scans.order_names import count_routes, split_orders
 from visionmix.scans.orders import symbolic_order
 
 
@@ -68,7 +69,7 @@ def _exported(a: Arguments) -> list[Tensor]:
     dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
     height, width = a.x.shape[1:3]
     found = []
-    for number, name in enumerate(a.orders.split(SEPARATOR)):
+    for number, name in enumerate(split_orders(a.orders)):
         index, inverse = (table.to(a.x.device) for table in symbolic_order(name, height, width))
         place = index if a.permute == "all" else torch.arange(height * width, device=a.x.device)
         steps, B, C = (_read(maps[..., number, :].to(dtype), place) for maps in (a.delta, a.B, a.C))

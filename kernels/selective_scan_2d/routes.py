@@ -9,18 +9,12 @@ from torch import Tensor
 
 from visionmix import scans
 from visionmix.kernels.private_api import outside_of_tracing
-
-SEPARATOR = ","
-
-
-def count_routes(orders: str) -> int:
-    """Return the number of outputs of `merge="none"`: one an order, one more for each order joined to it by "+"."""
-    return orders.count(SEPARATOR) + orders.count("+") + 1
+from visionmix.scans.order_names import split_orders
 
 
 def count_steps(orders: str, height: int, width: int) -> int:
     """Return the steps of the longest order on a grid, whose sizes may be symbolic."""
-    return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in orders.split(SEPARATOR)))
+    return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in split_orders(orders)))
 
 
 @dataclass
@@ -85,7 +79,7 @@ def routes(orders: str, height: int, width: int, permute: str) -> Routes:
         ValueError: an order's name is unknown.
     """
     with outside_of_tracing(), torch.inference_mode(False):
-        found = [scans.order(name, height, width) for name in orders.split(SEPARATOR)]
+        found = [scans.order(name, height, width) for name in split_orders(orders)]
         indices, inverses = [order.index.numpy() for order in found], [order.inverse.numpy() for order in found]
     steps = max(len(index) for index in indices)
     index = np.stack([np.pad(index, (0, steps - len(index)), constant_values=-1) for index in indices])

@@ -21,6 +21,7 @@ from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
 from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
 from visionmix.kernels.selective_scan_2d.triton_kernels import backward_kernel, forward_kernel
+from visionmix.scans.order_names import count_routes, split_orders
 
 _logger = logging.getLogger("visionmix.kernels")
 
@@ -48,7 +49,7 @@ def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]]
     slots = slots.reshape(table.index.shape)
     if not np.array_equal(np.where(slots < 0, -1, slots % cells), table.index):
         return None
-    per_order = [name.count("+") + 1 for name in orders.split(",")]
+    per_order = [count_routes(name) for name in split_orders(orders)]
     if max(per_order) == 1:
         slots = table.index
     return slots.astype(np.int32), per_order

@@ -15,6 +15,7 @@ from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
 from visionmix.layers.order import scan_order
 from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.scans import move_codes
+from visionmix.scans.order_names import join_orders, split_orders
 
 _STEP_RANGE = (1e-3, 0.1)
 _MOVES = 5
@@ -30,7 +31,7 @@ def _decay_rates(logarithms: Tensor) -> Tensor:
 def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> Tensor:
     """Return, for every cell, the code of the move into the step that reads B there, int64 (height, width, K)."""
     maps = []
-    for name in orders.split(","):
+    for name in split_orders(orders):
         index, inverse = scan_order(name, height, width, like)
         codes = move_codes(index, width)
         if permute == "input":  # B is read in raster order
@@ -146,7 +147,7 @@ class SelectiveScan2d(_ScanParameters):
             raise ValueError(f"permute={permute!r} is unknown; give 'all' or 'input'")
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, 1 if shared else len(orders), dt_rank=dt_rank, d_state=d_state, **dd)
-        self.orders = ",".join(orders)
+        self.orders = join_orders(orders)
         self.count = len(orders)
         self.merge = merge
         self.shared = shared

@@ -1,4 +1,4 @@
-// Bands shared among the threads, their tiles, and the runs of scores that a tile meets.
+// How a call is cut up: bands of the map shared among the threads, their tiles, and the runs of scores that a tile meets.
 #pragma once
 
 #include <omp.h>
