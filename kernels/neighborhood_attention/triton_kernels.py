@@ -305,7 +305,7 @@ def query_gradients_kernel(
     TILE: tl.constexpr, AXES: tl.constexpr, TABLE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, CAUSAL: tl.constexpr, DISC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dq_i = scale sum_j ds_ij k_j`, and `delta_i = out_i . grad_out_i - grad_lse_i`, which the other gradients need too.
+    """`dq_i = scale sum_j ds_ij k_j`, and `delta_i = out_i . grad_out_i - grad_lse_i`, which other gradients need too.
 
     The gradient of a score is `ds_ij = p_ij (grad_out_i . v_j - delta_i)`.
     Grid: (batch x heads x tiles of the maps of all residue classes).
