@@ -1,8 +1,7 @@
 """The one statement of an op's arguments: its schema, from which the tuples that implementations take are made."""
 
 from collections import namedtuple
-
-from torch import Tensor
+from operator import itemgetter
 
 from visionmix.kernels.private_api import parse_schema
 
@@ -30,6 +29,7 @@ class Schema:
         Gradients: What the backward op takes beside them, a named tuple.
         outputs: The names of the outputs.
         tensors: The places of the tensors among the arguments.
+        input_tensors: A function of the arguments, which returns their tensors, None for an option not given.
     """
 
     def __init__(self, name: str, text: str, backward_text: str):
@@ -42,6 +42,7 @@ class Schema:
         self.Gradients = namedtuple("Gradients", [field for field in taken if field not in names])
         self.outputs = [returned.name or "out" for returned in forward.returns]
         self.tensors = [place for place, x in enumerate(forward.arguments) if "Tensor" in str(x.type)]
+        self.input_tensors = itemgetter(*self.tensors)
         self.required = {argument.name for argument in backward.arguments if str(argument.type) == "Tensor"}
         self._places = [taken.index(field) if field in taken else None for field in names]
         self._others = [taken.index(field) for field in self.Gradients._fields]
@@ -56,7 +57,3 @@ class Schema:
         """Undo `split`."""
         known = gradients._asdict() | {n: x for n, x in arguments._asdict().items() if n in self._Backward._fields}
         return tuple(known[field] for field in self._Backward._fields)
-
-    def input_tensors(self, arguments: tuple) -> list[Tensor | None]:
-        """Return the tensors among the op's arguments, None for an option not given."""
-        return [arguments[place] for place in self.tensors]
