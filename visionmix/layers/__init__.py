@@ -6,10 +6,12 @@ from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.padding import pad
-from visionmix.layers.position import ConvPosition, PositionEmbedding, resample_position
+from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.precision import at_least_float32
+from visionmix.layers.resample import resample_map
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
@@ -23,6 +25,7 @@ __all__ = [
     "DepthwiseConv",
     "Grid",
     "LogSigmoid",
+    "MultiScalePatches",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
@@ -42,7 +45,7 @@ __all__ = [
     "pad",
     "patch_stem",
     "prefix_positions",
-    "resample_position",
+    "resample_map",
     "split_prefix",
     "swiglu",
 ]
