@@ -82,7 +82,11 @@ class Registry(Generic[_T]):
             hint = nearest(str(name), self._classes)
             raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
         parameters = inspect.signature(self._classes[name].__init__).parameters
-        return {key: value for key, value in parameters.items() if key not in self.besides}
+        return {
+            key: value
+            for key, value in parameters.items()
+            if key not in self.besides and value.kind is not inspect.Parameter.VAR_KEYWORD
+        }
 
     def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
         """Return the class called `name`, which knows all of `options` and needs no others.

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visionmix import create_mixer
-from visionmix.layers import resample_position
+from visionmix.layers import resample_map
 
 
 def focused(**options):
@@ -22,7 +22,7 @@ def defined(mixer, x):
     batch, height, width, dim = x.shape
     heads = mixer.num_heads
     q, k, v = F.linear(x, mixer.qkv.weight, mixer.qkv.bias).chunk(3, dim=-1)
-    k = k + resample_position(mixer.pos_embed.weight, height, width, "bilinear")
+    k = k + resample_map(mixer.pos_embed.weight, height, width, "bilinear")
 
     def phi(y):
         u = (y.relu() + 1e-6) / F.softplus(mixer.scale)

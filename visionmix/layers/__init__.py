@@ -1,4 +1,8 @@
-"""Layers that several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
+"""Layers that several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads.
+
+Maps are NHWC: (batch, height, width, channels). The keywords ``**dd`` of constructors, here and in `visionmix.mixers`,
+are `device` and `dtype` of the parameters, as everywhere in PyTorch.
+"""
 
 from visionmix.layers.conv import DepthwiseConvNormAct
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
@@ -6,10 +10,12 @@ from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
-from visionmix.layers.position import ConvPosition, PositionEmbedding, resample_position
+from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.precision import at_least_float32, scan_dtype
+from visionmix.layers.resample import resample_map
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
@@ -23,6 +29,7 @@ __all__ = [
     "DepthwiseConvNormAct",
     "Grid",
     "LogSigmoid",
+    "MultiScalePatches",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
@@ -46,7 +53,7 @@ __all__ = [
     "patch_stem",
     "prefix_positions",
     "projected",
-    "resample_position",
+    "resample_map",
     "scan_dtype",
     "split_prefix",
     "swiglu",

@@ -74,11 +74,11 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
         raise ValueError(f"{option}={name!r} is unknown{nearest(str(name), known)}; give one of {sorted(known)}")
     layer = known[key]
     for each, value in options.items():
-        parameters = inspect.signature(layer).parameters
+        parameters = inspect.signature(layer).parameters.keys() - {"device", "dtype", "dd"}
         if each not in parameters:
             raise ValueError(
                 f"{option}={name!r} has no option {each}={value!r}{nearest(each, parameters)}; its options are "
-                f"{sorted(set(parameters) - {'device', 'dtype'})}"
+                f"{sorted(parameters)}"
             )
         if each in _LAYERS:
             options[each] = layer_maker(each, value, f"{option}.{each}")

@@ -1,8 +1,8 @@
 """Convolutions between neighbours on NHWC maps."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -15,8 +15,6 @@ class DepthwiseConvNormAct(nn.Module):
         dim: Channels.
         kernel_size: Rows and columns of the kernel, an odd number.
         act_layer: Makes the activation.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -25,11 +23,9 @@ class DepthwiseConvNormAct(nn.Module):
         kernel_size: int = 3,
         *,
         act_layer: Callable[[], nn.Module] = nn.GELU,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = act_layer()

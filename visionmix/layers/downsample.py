@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.fx
@@ -39,11 +40,9 @@ class ConvDownsample(nn.Module):
         kernel_size: int = 3,
         bias: bool = True,
         norm_layer: Callable[..., nn.Module] = _NORM,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         padding = (kernel_size - 1) // 2
         self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=padding, bias=bias, **dd)
         self.norm = norm_layer(out_dim, **dd)
@@ -103,11 +102,9 @@ class PatchMerging(nn.Module):
         out_dim: int,
         *,
         norm_layer: Callable[..., nn.Module] = _NORM,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.stride = 2
         self.norm = norm_layer(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)

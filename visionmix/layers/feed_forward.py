@@ -1,7 +1,7 @@
 """Feed-forwards made from the width alone, for blocks on (..., dim) or on maps (batch, height, width, dim)."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from timm.layers import GluMlp, Mlp
@@ -43,8 +43,7 @@ def mlp(
     mlp_ratio: float = 4.0,
     act_layer: Callable[[], nn.Module] = nn.GELU,
     drop: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **dd: Any,
 ) -> Mlp:
     """Return the feed-forward ``fc2(act(fc1(x)))`` of ViT, with biases and ``int(dim * mlp_ratio)`` hidden channels.
 
@@ -57,10 +56,8 @@ def mlp(
         mlp_ratio: Hidden width over `dim`.
         act_layer: The activation.
         drop: Dropout rate after the activation and after the last projection.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
-    return _Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, device=device, dtype=dtype)
+    return _Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
 
 class _Mlp(Mlp):
@@ -81,8 +78,7 @@ def swiglu(
     mlp_ratio: float = 4.0,
     multiple_of: int = 256,
     drop: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **dd: Any,
 ) -> GluMlp:
     """Return a gated feed-forward ``fc2(silu(a) * b)`` with ``a, b = fc1(x).chunk(2, dim=-1)`` and no biases.
 
@@ -98,13 +94,9 @@ def swiglu(
         mlp_ratio: Hidden width over `dim` of the ungated feed-forward with as many parameters.
         multiple_of: What the hidden width is rounded up to.
         drop: Dropout rate after the gate and after the last projection.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
     hidden = -(-int(dim * mlp_ratio * 2 / 3) // multiple_of) * multiple_of
-    return _SwiGlu(
-        dim, 2 * hidden, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False, device=device, dtype=dtype
-    )
+    return _SwiGlu(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False, **dd)
 
 
 class _SwiGlu(GluMlp):
@@ -146,8 +138,6 @@ class ConvMlp(nn.Module):
         act_layer: The activation.
         act_first: Whether it comes before the convolution rather than behind it.
         drop: Dropout rate after each projection.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     needs_map = True
@@ -163,11 +153,9 @@ class ConvMlp(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         act_first: bool = False,
         drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
         self.residual = residual
         self.fc1 = nn.Linear(dim, hidden, **dd)

@@ -1,5 +1,7 @@
 """Gates: of recurrences, of channels, of what a projection takes."""
 
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -88,8 +90,6 @@ class ChannelGate(nn.Module):
     Args:
         dim: Channels; the hidden layer has an eighth of them.
         norm_eps: Epsilon of the norm.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -97,11 +97,9 @@ class ChannelGate(nn.Module):
         dim: int,
         *,
         norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         hidden = max(1, dim // 8)
         self.norm = ScanLayerNorm(dim, eps=norm_eps, **dd)
         self.fc1 = nn.Linear(dim, hidden, **dd)

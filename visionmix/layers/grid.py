@@ -1,6 +1,6 @@
 """Where the tokens of a plain backbone lie: cells of a map, and prefix tokens among them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
@@ -96,9 +96,7 @@ class PrefixTokens(nn.Module):
         dim: int,
         count: int = 1,
         place: str = "first",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         if place not in PLACES:
@@ -107,8 +105,8 @@ class PrefixTokens(nn.Module):
             raise ValueError(f"count={count} makes no prefix token; give 1 or more, or prefix_tokens=None for none")
         self.count = count
         self.place = place
-        self.weight = nn.Parameter(torch.zeros(1, count, dim, device=device, dtype=dtype))
-        self.pos_embed = nn.Parameter(torch.zeros(1, count, dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(1, count, dim, **dd))
+        self.pos_embed = nn.Parameter(torch.zeros(1, count, dim, **dd))
         self.init_layer_weights()
 
     @torch.jit.ignore

@@ -1,5 +1,7 @@
 """Heads from tokens to logits."""
 
+from typing import Any
+
 import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
@@ -39,8 +41,7 @@ class TokenHead(nn.Module):
         *,
         count: int = 1,
         place: str = "first",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         _check_pool(pool_type)
@@ -49,7 +50,7 @@ class TokenHead(nn.Module):
         self.place = place
         self.pool_type = pool_type
         self.drop = nn.Dropout(drop_rate)
-        self.fc = _classifier(in_features, num_classes, device=device, dtype=dtype)
+        self.fc = _classifier(in_features, num_classes, **dd)
 
     @torch.jit.ignore
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
@@ -96,10 +97,8 @@ class ProjectionHead(ClassifierHead):
         drop_rate: float = 0.0,
         *,
         hidden_size: int = 1024,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
         super().__init__(hidden_size, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
         self.hidden_size = hidden_size
         self.proj = nn.Linear(in_features, hidden_size, **dd)

@@ -1,5 +1,7 @@
 """Norms over the channels of NHWC maps."""
 
+from typing import Any
+
 import torch
 import torch.fx
 from timm.layers import LayerNorm, RmsNorm
@@ -49,20 +51,16 @@ class BatchNorm(nn.Module):
     Args:
         dim: Channels.
         eps: Added to the variance.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
         self,
         dim: int,
         eps: float = 1e-5,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(dim, eps=eps, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm2d(dim, eps=eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

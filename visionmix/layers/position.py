@@ -1,43 +1,21 @@
 """Embeddings of positions, which follow the image's size."""
 
 import math
+from typing import Any
 
 import torch
-import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from visionmix.layers.precision import at_least_float32
-
-
-@torch.fx.wrap
-def resample_position(weight: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """Return `weight` (1, rows, columns, channels) resampled to (1, height, width, channels).
-
-    In float32 at least, without antialiasing, corners not aligned; bit for bit the identity at the size of `weight`.
-
-    Source: what ViT's fine-tuning at other sizes does (Dosovitskiy et al. 2020, arXiv 2010.11929).
-
-    Args:
-        weight: The embedding.
-        height: Rows wanted.
-        width: Columns wanted.
-        mode: "bicubic" or "bilinear".
-    """
-    # A compiled graph resamples always (the weights at scale 1 are 0 and 1 exactly): a branch on the size would
-    # compile once more for the built size.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if height == weight.shape[1] and width == weight.shape[2]:
-            return weight
-    resampled = F.interpolate(at_least_float32(weight.permute(0, 3, 1, 2)), size=[height, width], mode=mode)
-    return resampled.to(weight.dtype).permute(0, 2, 3, 1)
+from visionmix.layers.resample import resample_map
 
 
 class PositionEmbedding(nn.Module):
     """A learned embedding added to every cell of a map, resampled where the map's size is not the built one.
 
     Shapes: (batch, height, width, dim) to the same.
+
+    Source: what ViT's fine-tuning at other sizes does (Dosovitskiy et al. 2020, arXiv 2010.11929).
 
     Args:
         dim: Channels.
@@ -51,23 +29,22 @@ class PositionEmbedding(nn.Module):
         grid_size: tuple[int, int],
         *,
         mode: str = "bicubic",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.mode = mode
-        self.weight = nn.Parameter(torch.zeros(1, *grid_size, dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(1, *grid_size, dim, **dd))
         trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        return x + resample_position(self.weight, height, width, self.mode)
+        return x + resample_map(self.weight, height, width, self.mode)
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resample the parameter itself, so that `grid_size` becomes the built size."""
         with torch.no_grad():
-            self.weight = nn.Parameter(resample_position(self.weight, *grid_size, self.mode).contiguous())
+            self.weight = nn.Parameter(resample_map(self.weight, *grid_size, self.mode).contiguous())
 
     @torch.jit.ignore
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:
@@ -84,7 +61,7 @@ class PositionEmbedding(nn.Module):
             if side * side == cells:
                 tensor = tensor.unflatten(1, (side, side))
         if tensor.ndim == 4 and tensor.shape[-1] == dim:
-            return resample_position(tensor, rows, columns, self.mode)
+            return resample_map(tensor, rows, columns, self.mode)
         return tensor
 
 
@@ -99,9 +76,9 @@ class ConvPosition(nn.Module):
         dim: Channels.
     """
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -54,14 +54,12 @@ class _ScanParameters(nn.Module):
         *,
         dt_rank: int,
         d_state: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         for name, value in (("dt_rank", dt_rank), ("d_state", d_state)):
             if value < 1:
                 raise ValueError(f"{name}={value} is too small; give 1 or more")
-        dd = {"device": device, "dtype": dtype}
         self.widths = [dt_rank, d_state, d_state]
         self.x_proj = nn.Linear(dim, count * sum(self.widths), bias=False, **dd)
         self.delta_weight = nn.Parameter(torch.empty(count, dim, dt_rank, **dd))
@@ -115,8 +113,6 @@ class SelectiveScan2d(_ScanParameters):
         moves: Whether a learned vector is added to B at each step, for the move that led there: start, right, left, up
             or down, as `visionmix.scans.move_codes` numbers them.
         bias_scale: What ``b`` is multiplied by.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `dt_rank` or `d_state` is below 1, or `permute` is unknown.
@@ -140,12 +136,10 @@ class SelectiveScan2d(_ScanParameters):
         permute: str = "all",
         moves: bool = False,
         bias_scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         if permute not in ("all", "input"):
             raise ValueError(f"permute={permute!r} is unknown; give 'all' or 'input'")
-        dd = {"device": device, "dtype": dtype}
         super().__init__(dim, 1 if shared else len(orders), dt_rank=dt_rank, d_state=d_state, **dd)
         self.orders = join_orders(orders)
         self.count = len(orders)
@@ -200,8 +194,6 @@ class SelectiveScan1d(_ScanParameters):
         dt_rank: Rank of the projection to the steps.
         d_state: States a channel.
         d_conv: Tokens that the convolution sees.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `dt_rank`, `d_state` or `d_conv` is below 1.
@@ -214,10 +206,8 @@ class SelectiveScan1d(_ScanParameters):
         dt_rank: int,
         d_state: int = 16,
         d_conv: int = 4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
         super().__init__(dim, 1, dt_rank=dt_rank, d_state=d_state, **dd)
         if d_conv < 1:
             raise ValueError(f"d_conv={d_conv} is too small; give 1 or more")

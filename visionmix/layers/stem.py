@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm
@@ -58,11 +58,8 @@ class Stem(nn.Sequential):
         self,
         in_chans: int,
         convs: Sequence[StemConv],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         last = False  # whether channels come last
         for number, conv in enumerate(convs, 1):
@@ -134,8 +131,7 @@ def conv_stem(
     between: bool = True,
     act_layer: Callable[[], nn.Module] = nn.SiLU,
     norm_layer: Callable[..., nn.Module] = _NORM,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **dd: Any,
 ) -> Stem:
     """Return two convolutions that reduce `patch_size`-fold, ``norm2(conv2(act(norm1(conv1(x)))))``.
 
@@ -162,7 +158,7 @@ def conv_stem(
     first = StemConv(half, stride + 1, stride, padding=1)
     if between:
         first = first._replace(norm_layer=norm_layer, act_layer=act_layer)
-    return Stem(in_chans, [first, StemConv(embed_dim, 3, 2, norm_layer=norm_layer)], device=device, dtype=dtype)
+    return Stem(in_chans, [first, StemConv(embed_dim, 3, 2, norm_layer=norm_layer)], **dd)
 
 
 def patch_stem(
@@ -175,8 +171,7 @@ def patch_stem(
     padding: int = 0,
     whole: bool = False,
     norm_layer: Callable[..., nn.Module] | None = _NORM,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **dd: Any,
 ) -> Stem:
     """Return one convolution over patches and a norm over channels, ``norm1(conv1(x))``.
 
@@ -206,16 +201,14 @@ def patch_stem(
             f"padding={padding}"
         )
     conv = StemConv(embed_dim, kernel_size, stride, padding, norm_layer=norm_layer, whole=whole)
-    return Stem(in_chans, [conv], device=device, dtype=dtype)
+    return Stem(in_chans, [conv], **dd)
 
 
 def deep_conv_stem(
     in_chans: int = 3,
     embed_dim: int = 64,
     patch_size: int = 4,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **dd: Any,
 ) -> Stem:
     """Return four 3x3 convolutions with batch norms, GELU behind each but the last; the first and last have stride 2.
 
@@ -235,7 +228,7 @@ def deep_conv_stem(
         raise ValueError(f"patch_size={patch_size} does not suit two convolutions of stride 2; give 4")
     conv = StemConv(_half(embed_dim), 3, norm_layer=nn.BatchNorm2d, act_layer=nn.GELU)
     last = conv._replace(channels=embed_dim, stride=2, act_layer=None)
-    return Stem(in_chans, [conv._replace(stride=2), conv, conv, last], device=device, dtype=dtype)
+    return Stem(in_chans, [conv._replace(stride=2), conv, conv, last], **dd)
 
 
 def deep_patch_stem(
@@ -245,8 +238,7 @@ def deep_patch_stem(
     *,
     depth: int = 1,
     width: int = 64,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **dd: Any,
 ) -> Stem:
     """Return convolutions with batch norms at half the resolution, then one over patches that do not overlap.
 
@@ -272,7 +264,7 @@ def deep_patch_stem(
     conv = StemConv(width, 3, bias=False, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)
     patches = StemConv(embed_dim, patch_size // 2, patch_size // 2, 0, whole=True)
     convs = [conv._replace(kernel_size=7, stride=2), *[conv] * depth, patches]
-    return Stem(in_chans, convs, device=device, dtype=dtype)
+    return Stem(in_chans, convs, **dd)
 
 
 def _half(embed_dim: int) -> int:

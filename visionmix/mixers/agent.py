@@ -1,7 +1,7 @@
 """Agent attention: a few pooled tokens that gather from all tokens, and that all tokens read."""
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -43,8 +43,6 @@ class AgentAttention(nn.Module):
         qkv_bias: Whether the projection to q, k and v has a bias.
         class_bias: Whether there are learned biases for tokens that are no cells; else those are 0.
         grid_size: Rows and columns of the map that the biases are built for.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `num_agents` is no square number.
@@ -60,15 +58,13 @@ class AgentAttention(nn.Module):
         qkv_bias: bool = True,
         class_bias: bool = False,
         grid_size: tuple[int, int] = (14, 14),
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         side = math.isqrt(max(num_agents, 0))
         if num_agents < 1 or side * side != num_agents:
             raise ValueError(f"num_agents={num_agents} is no square number; give 1, 4, 9, 16 and so on")
-        dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.side = side
         self.class_bias = class_bias

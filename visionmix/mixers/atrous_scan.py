@@ -1,6 +1,6 @@
 """Selective scans through atrous windows."""
 
-import torch
+from typing import Any
 
 from visionmix.mixers.cross_scan import CrossScan
 from visionmix.mixers.registry import register_mixer
@@ -27,8 +27,6 @@ class AtrousScan(CrossScan):
         d_state: States a channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: Another scan order or set of directions in place of the atrous windows; None for these.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -40,8 +38,7 @@ class AtrousScan(CrossScan):
         d_state: int = 1,
         dt_rank: int | None = None,
         order: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         order = f"atrous_window_{window}_{rate}" if order is None else order
-        super().__init__(dim, expand, d_state, dt_rank, order=order, device=device, dtype=dtype)
+        super().__init__(dim, expand, d_state, dt_rank, order=order, **dd)

@@ -1,7 +1,7 @@
 """Mamba in both directions along a sequence: Vim's mixer."""
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,6 @@ class BidirectionalMamba(nn.Module):
         d_conv: Tokens that the causal convolutions see.
         order: The scan order of the cells; the other direction is its reverse. A padded step of an order is a token of
             zeros.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such
@@ -53,11 +51,9 @@ class BidirectionalMamba(nn.Module):
         dt_rank: int | None = None,
         d_conv: int = 4,
         order: str = "raster",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         options = {
             "dt_rank": math.ceil(dim / 16) if dt_rank is None else dt_rank,

@@ -1,6 +1,7 @@
 """A depthwise convolution: the control beside the mixers that look further."""
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from visionmix.mixers.registry import register_mixer
@@ -17,8 +18,6 @@ class DepthwiseConv(nn.Module):
     Args:
         dim: Channels.
         kernel_size: Rows and columns of the kernel; an odd number.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `kernel_size` is even.
@@ -28,13 +27,11 @@ class DepthwiseConv(nn.Module):
         self,
         dim: int,
         kernel_size: int = 7,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; give an odd number, so that a window has a middle")
-        dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
         self.act = nn.GELU()
         self.proj = nn.Linear(dim, dim, **dd)

@@ -1,9 +1,8 @@
 """Selective scans of a map in four directions: VMamba's mixer."""
 
 import math
-from typing import Final
+from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from visionmix.layers import ScanLayerNorm, SelectiveScan2d
@@ -34,8 +33,6 @@ class CrossScan(nn.Module):
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
         norm_eps: Epsilon of the norm behind the scans.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such `order`.
@@ -53,11 +50,9 @@ class CrossScan(nn.Module):
         conv_bias: bool = False,
         order: str = "raster",
         norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)

@@ -1,7 +1,7 @@
 """Attention inside the stripes of a map, vertical and horizontal ones: CSWin's mixer."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -38,8 +38,6 @@ class CrossWindowAttention(nn.Module):
             over the whole map by all channels, as in CSWin's last stage.
         grid_size: Rows and columns of the map that a function of it is asked for.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: heads do not divide the channels they share, or `split_size` is below 1.
@@ -54,8 +52,7 @@ class CrossWindowAttention(nn.Module):
         split_size: int | Callable[[tuple[int, int]], int] | None = 7,
         grid_size: tuple[int, int] = (14, 14),
         qkv_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.fused_attn = use_fused_attn()
@@ -69,7 +66,6 @@ class CrossWindowAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} does not divide {shared}; give another number")
         if self.has_stripes and self.split_size < 1:
             raise ValueError(f"split_size={self.split_size} is too small; give 1 or more, or None for the whole map")
-        dd = {"device": device, "dtype": dtype}
         width = dim // halves
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, **dd)

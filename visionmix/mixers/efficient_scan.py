@@ -1,6 +1,7 @@
 """Scans that share the cells among them, beside a convolution: EfficientVMamba's mixers."""
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from timm.layers import make_divisible
@@ -31,8 +32,6 @@ class EfficientScan(nn.Module):
         d_state: States a channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: A scan order or a set of directions, as `CrossScan` takes it.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: as `CrossScan`.
@@ -45,11 +44,9 @@ class EfficientScan(nn.Module):
         d_state: int = 16,
         dt_rank: int | None = None,
         order: str = "efficientvmamba",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.scan = CrossScan(dim, expand, d_state, dt_rank, gate=True, conv_bias=True, order=order, **dd)
         self.conv = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
@@ -80,8 +77,6 @@ class InvertedResidualMixer(nn.Module):
         dim: Channels.
         expand: Channels of the depthwise convolution over `dim`.
         se_ratio: Hidden channels of the squeeze-and-excitation over those.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -89,11 +84,9 @@ class InvertedResidualMixer(nn.Module):
         dim: int,
         expand: float = 4.0,
         se_ratio: float = 0.125,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         inner = make_divisible(dim * expand)
         self.block = nn.Sequential(
             OrderedDict(
@@ -116,9 +109,8 @@ class InvertedResidualMixer(nn.Module):
 class _SqueezeExcite(nn.Module):
     """Every channel of maps (batch, channels, height, width) times a gate made from the mean over all cells."""
 
-    def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, hidden: int, **dd: Any) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.conv_reduce = nn.Conv2d(channels, hidden, 1, **dd)
         self.act = nn.ReLU(inplace=True)
         self.conv_expand = nn.Conv2d(hidden, channels, 1, **dd)

@@ -1,6 +1,6 @@
 """Focused linear attention: FLatten's mixer."""
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -41,8 +41,6 @@ class FocusedLinearAttention(nn.Module):
         kernel_size: Rows and columns of the depthwise convolution: an odd number.
         lepe: Whether a depthwise 3x3 convolution of v over all channels is added too, as in the CSWin models.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `kernel_size` is even.
@@ -59,14 +57,12 @@ class FocusedLinearAttention(nn.Module):
         kernel_size: int = 5,
         lepe: bool = False,
         qkv_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; give an odd number, so that a window has a middle")
-        dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.focus = float(focus)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -125,9 +121,9 @@ class _SharedDepthwise(nn.Module):
     Shapes: (batch, heads * head_dim, height, width) to the same.
     """
 
-    def __init__(self, head_dim: int, heads: int, kernel_size: int, device=None, dtype=None) -> None:
+    def __init__(self, head_dim: int, heads: int, kernel_size: int, **dd: Any) -> None:
         super().__init__()
-        one = nn.Conv2d(head_dim, head_dim, kernel_size, groups=head_dim, device=device, dtype=dtype)
+        one = nn.Conv2d(head_dim, head_dim, kernel_size, groups=head_dim, **dd)
         self.weight, self.bias = one.weight, one.bias
         self.heads = heads
 

@@ -1,6 +1,6 @@
 """Bidirectional gated linear attention with a local branch: ViG's mixer."""
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from timm.layers import RmsNorm
@@ -44,8 +44,6 @@ class GatedLinearAttention(nn.Module):
         order: The scan order in which the tokens are read; see `visionmix.scans`. A padded step of an order is a token
             of zeros.
         norm_eps: Epsilon of both RMS norms.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim` or the key width, or there is no such `order`.
@@ -66,8 +64,7 @@ class GatedLinearAttention(nn.Module):
         eval_scale: float = 1.0,
         order: str = "raster",
         norm_eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         key_dim = int(dim * key_ratio)
@@ -79,7 +76,6 @@ class GatedLinearAttention(nn.Module):
         if "+" in self.order:
             raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
         self.in_raster = self.order == "raster"
-        dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.head_key_dim = key_dim // num_heads

@@ -1,5 +1,7 @@
 """Linear attention over all tokens: the plain one, magnitude-aware and rank-augmented."""
 
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor
@@ -66,8 +68,6 @@ class LinearAttention(Attention):
         rotary: Whether q and k are turned.
         lepe: Kernel size of a depthwise convolution of v that is added, or None.
         gate: Whether a fourth projection multiplies the result.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -79,10 +79,9 @@ class LinearAttention(Attention):
         rotary: bool = False,
         lepe: int | None = None,
         gate: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, **dd)
         if feature_map not in _FEATURE_MAPS:
             raise ValueError(f"feature_map={feature_map!r} is unknown; give one of {_FEATURE_MAPS}")
         self.feature_map = feature_map
@@ -115,10 +114,9 @@ class _Rotary(Attention):
         rotary: bool = True,
         lepe: int | None = 5,
         gate: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, **dd)
 
 
 @register_mixer("mala")

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d
@@ -36,8 +36,6 @@ class LocalScan(nn.Module):
             block, found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
         order: A scan order or a set of directions in place of `directions`, as other mixers take it; None for these.
         norm_eps: Epsilon of the norm behind the scans.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such order.
@@ -52,11 +50,9 @@ class LocalScan(nn.Module):
         directions: Sequence[str] = _DIRECTIONS,
         order: str | None = None,
         norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         if isinstance(directions, str) or not directions:
             raise ValueError(f"directions={directions!r} are no names of scan orders; give a sequence of them")

@@ -1,6 +1,7 @@
 """Selective scans in heads, each of which reads a part of the channels along routes of its own: MHS-VM's mixer."""
 
 import math
+from typing import Any
 
 import torch
 import torch.fx
@@ -47,8 +48,6 @@ class MultiHeadScan(nn.Module):
         order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head; a fifth head reads
             snakes again), or a scan order, whose four directions all heads then read.
         norm_eps: Epsilon of the norms.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, `d_state` is below 1, or there is no such `order`.
@@ -62,14 +61,12 @@ class MultiHeadScan(nn.Module):
         threshold: float = 0.0,
         order: str = "mhs_vm",
         norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         names = direction_names(order)
         names = names * math.ceil(_ROUTES * num_heads / len(names))
-        dd = {"device": device, "dtype": dtype}
         width = dim // num_heads
         self.threshold = threshold
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)

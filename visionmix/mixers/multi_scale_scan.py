@@ -1,9 +1,8 @@
 """Selective scans at two resolutions: MSVMamba's mixer."""
 
 import math
-from typing import Final
+from typing import Any, Final
 
-import torch
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,8 +40,6 @@ class MultiScaleScan(nn.Module):
         order: A scan order, whose directions are the order, the reverse, its transpose and the reverse of that, or one
             of the `visionmix.scans.direction_sets()` with four directions.
         norm_eps: Epsilon of the norm.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it has
@@ -60,11 +57,9 @@ class MultiScaleScan(nn.Module):
         se_reduction: int | None = 8,
         order: str = "raster",
         norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         names = direction_names(order)
         if len(names) != 4:

@@ -1,5 +1,7 @@
 """Neighborhood attention, dilated and circular: every token attends to a window around itself."""
 
+from typing import Any
+
 import torch
 import torch.fx
 from timm.layers import trunc_normal_
@@ -24,15 +26,13 @@ class _Neighborhood(nn.Module):
         circular: bool,
         position_bias: bool,
         qkv_bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name}={value} is too small; give 1 or more")
-        dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.kernel_size = [kernel_size, kernel_size]
@@ -111,8 +111,6 @@ class NeighborhoodAttention(_Neighborhood):
         dilation: Rows and columns from one token of the window to the next.
         position_bias: Whether a learned bias for each relative position and head is added before the softmax.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `kernel_size` or `dilation` is below 1.
@@ -126,10 +124,9 @@ class NeighborhoodAttention(_Neighborhood):
         dilation: int = 1,
         position_bias: bool = True,
         qkv_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        super().__init__(dim, num_heads, kernel_size, dilation, False, position_bias, qkv_bias, device, dtype)
+        super().__init__(dim, num_heads, kernel_size, dilation, False, position_bias, qkv_bias, **dd)
 
 
 @register_mixer("dina")
@@ -146,8 +143,6 @@ class DilatedNeighborhoodAttention(_Neighborhood):
         grid_size: Rows and columns of the map that `dilation` is to fit.
         position_bias: Whether a learned bias for each relative position and head is added before the softmax.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -159,12 +154,11 @@ class DilatedNeighborhoodAttention(_Neighborhood):
         grid_size: tuple[int, int] = (14, 14),
         position_bias: bool = True,
         qkv_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         if dilation is None:
             dilation = max(1, min(grid_size) // max(1, kernel_size))
-        super().__init__(dim, num_heads, kernel_size, dilation, False, position_bias, qkv_bias, device, dtype)
+        super().__init__(dim, num_heads, kernel_size, dilation, False, position_bias, qkv_bias, **dd)
 
 
 @register_mixer("circular_na")
@@ -183,8 +177,6 @@ class CircularNeighborhoodAttention(_Neighborhood):
         kernel_size: Diameter of the window in tokens; an odd number.
         position_bias: Whether a learned bias for each relative position and head is added before the softmax.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `kernel_size` is even or below 1.
@@ -197,9 +189,8 @@ class CircularNeighborhoodAttention(_Neighborhood):
         kernel_size: int = 7,
         position_bias: bool = False,
         qkv_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; a round window needs an odd diameter")
-        super().__init__(dim, num_heads, kernel_size, 1, True, position_bias, qkv_bias, device, dtype)
+        super().__init__(dim, num_heads, kernel_size, 1, True, position_bias, qkv_bias, **dd)

@@ -1,8 +1,8 @@
 """Selective scans along continuous paths, with one set of parameters: PlainMamba's mixer."""
 
 import math
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from visionmix.layers import SelectiveScan2d, gated, projected, zero_token
@@ -37,8 +37,6 @@ class PlainScan(nn.Module):
             from cell t in raster order.
         bias_scale: What the steps' bias is multiplied by. The published code adds it twice, once in the projection and
             once in the scan, so its weights are run with 2.0.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, `d_conv` is even, `permute` is
@@ -55,13 +53,11 @@ class PlainScan(nn.Module):
         order: str = "plainmamba",
         permute: str = "all",
         bias_scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv={d_conv} is even; give an odd number, so that a window has a middle")
-        dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
         self.conv = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, **dd)

@@ -1,6 +1,6 @@
 """Softmax attention over all tokens: ViT's mixer, the one that the others stand beside."""
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from timm.layers import use_fused_attn
@@ -30,8 +30,6 @@ class Attention(nn.Module):
         rotary: Whether q and k are turned by rotary position encodings of rows and columns.
         lepe: Kernel size, an odd number, of a depthwise convolution of v that is added; None for none.
         gate: Whether a fourth projection multiplies the result, as it is, without an activation.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, `lepe` is even, or `rotary` meets heads whose width is no
@@ -50,8 +48,7 @@ class Attention(nn.Module):
         rotary: bool,
         lepe: int | None,
         gate: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -60,7 +57,6 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads={num_heads} makes heads of {head_dim} channels; rotary needs a multiple of 4")
         if lepe is not None and lepe % 2 == 0:
             raise ValueError(f"lepe={lepe} is even; give an odd kernel size, so that a window has a middle")
-        dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.scale = head_dim**-0.5
@@ -116,10 +112,9 @@ class SoftmaxAttention(Attention):
         rotary: bool = False,
         lepe: int | None = None,
         gate: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, **dd)
         self.fused_attn = use_fused_attn()
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Softmax attention inside windows, shifted or not: Swin's mixer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -35,8 +36,6 @@ class WindowAttention(nn.Module):
         shift: Whether windows are shifted by half their size.
         qkv_bias: Whether the projection to q, k and v has a bias.
         grid_size: Rows and columns of the built map; None for one that is larger than a window.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
@@ -52,14 +51,12 @@ class WindowAttention(nn.Module):
         shift: bool = False,
         qkv_bias: bool = True,
         grid_size: tuple[int, int] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         if callable(window_size) and grid_size is None:
             raise ValueError(f"window_size={window_size!r} is a function of grid_size, which is None; give both")
-        dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
         self.window_size = window_size

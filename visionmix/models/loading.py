@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
@@ -149,7 +150,7 @@ def _fitted(model: nn.Module, key: str, tensor: Tensor, own: Tensor, reshape: bo
 
 def _adapt_channels(key: str, mapped: dict[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:
     """Give the first convolution `key` in `mapped` the model's input channels, where nothing else differs."""
-    if key not in mapped or key not in own or mapped[key].ndim != 4 or own[key].ndim != 4:
+    if key not in mapped or key not in own or mapped[key].ndim < 3 or mapped[key].ndim != own[key].ndim:
         return
     tensor, (filters, channels, *kernel) = mapped[key], own[key].shape
     given = tensor.shape[1]
@@ -159,7 +160,7 @@ def _adapt_channels(key: str, mapped: dict[str, Tensor], own: Mapping[str, Tenso
     if channels == 1:
         mapped[key] = tensor.sum(dim=1, keepdim=True)
     else:  # as timm does: repeated in turn, and scaled so that the sum over channels stays
-        mapped[key] = tensor.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)
+        mapped[key] = torch.cat([tensor] * -(-channels // given), dim=1)[:, :channels] * (given / channels)
 
 
 def _names(names: str | tuple[str, ...] | list[str] | None) -> list[str]:

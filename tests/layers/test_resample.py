@@ -1,0 +1,47 @@
+"""Maps at other sizes, in eager mode and in graphs."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from visionmix.layers import resample_map
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_maps_are_resampled_and_left_alone_at_their_own_size(mode):
+    x = torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    assert resample_map(x, 5, 7, mode) is x
+    expected = F.interpolate(x.permute(0, 3, 1, 2), (8, 6), mode=mode).permute(0, 2, 3, 1)
+    assert torch.equal(resample_map(x, 8, 6, mode), expected)
+    low = x.bfloat16()
+    high = F.interpolate(low.float().permute(0, 3, 1, 2), (8, 6), mode=mode).permute(0, 2, 3, 1)
+    assert torch.equal(resample_map(low, 8, 6, mode), high.bfloat16())
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(False, [False, True]), (True, [True])])
+def test_a_graph_of_one_size_holds_no_needless_resampling(dynamic, graphs):
+    """Compiled for fixed sizes there is none at the built one; compiled for all sizes one graph serves them."""
+    resamples = []
+
+    def backend(module, examples):
+        resamples.append(any(node.target is F.interpolate for node in module.graph.nodes))
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: resample_map(x, 6, 8) + 1, fullgraph=True, dynamic=dynamic, backend=backend)
+    for size in ((6, 8), (4, 8), (6, 8)):
+        x = torch.randn(1, *size, 3)
+        assert torch.equal(compiled(x), resample_map(x, 6, 8) + 1)
+    assert resamples == graphs
+
+
+def test_scripted_and_traced_it_follows_the_size():
+    class Resample(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return resample_map(x, 6, 8)
+
+    scripted, traced = torch.jit.script(Resample()), torch.fx.symbolic_trace(Resample())
+    for size in ((6, 8), (4, 8), (7, 3)):
+        x = torch.randn(2, *size, 3)
+        assert torch.equal(scripted(x), resample_map(x, 6, 8))
+        assert torch.equal(traced(x), resample_map(x, 6, 8))
