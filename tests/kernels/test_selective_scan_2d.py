@@ -79,7 +79,9 @@ def check(arguments, twins=None, **options):
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_selective_scan_2d_equals_definition(batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed):
+def test_selective_scan_2d_equals_definition(
+    batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed
+):
     orders = ORDERS[orders]
     arguments = make(batch, height, width, channels, states, orders, rank, seed)
     with choose(choice):
