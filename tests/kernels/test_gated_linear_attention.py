@@ -27,7 +27,7 @@ _META, _ARRAYS = golden.load("op_gla")
 @EACH_CHOICE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", _META["cases"], ids=lambda case: f"case{case['case']}")
-def test_golden(case, dtype, choice):
+def test_golden_of_gated_linear_attention(case, dtype, choice):
     def read(name):  # heads first on file
         return torch.from_numpy(_ARRAYS[f"case{case['case']}_{name}"]).transpose(1, 2)
 
@@ -109,7 +109,7 @@ def test_strong_decay_everywhere_leaves_the_token_itself(decay):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes(dtype):
+def test_dtypes_of_gated_linear_attention(dtype):
     inputs = make(2, 49, 2, 8, 8, 2, strength=1 / 16, dtype=dtype)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     expected = definition.bidirectional_gated_linear_attention(*doubles, 8**-0.5, "mean")
@@ -142,7 +142,7 @@ def test_autocast_leaves_the_op_in_float32(choice):
         assert all(map(torch.equal, gradients(actual, inputs), gradients(expected, inputs)))
 
 
-def test_strides():
+def test_strides_of_gated_linear_attention():
     """Permuted, sliced and expanded inputs give what their copies give, in the layout of a fresh tensor."""
     base = torch.randn(2, 3, 8, 50, dtype=torch.float64)
     q = base[..., :4, :].permute(0, 3, 1, 2)
@@ -157,14 +157,14 @@ def test_strides():
     assert all(map(torch.equal, gradients(actual, inputs), gradients(expected, copies)))
 
 
-def test_bitwise_repeatable():
+def test_bitwise_repeatable_of_gated_linear_attention():
     inputs = make(2, 100, 2, 8, 8, 2, dtype=torch.float32)
     runs = [bidirectional_gated_linear_attention(*inputs) for _ in range(2)]
     assert torch.equal(*runs)
     assert all(map(torch.equal, *(gradients(run, inputs) for run in runs)))
 
 
-def test_empty_batch():
+def test_empty_batch_of_gated_linear_attention():
     inputs = make(0, 20, 2, 4, 6)
     out, state = gated_linear_attention(*inputs, output_final_state=True)
     assert out.shape == (0, 20, 2, 6)
@@ -192,7 +192,7 @@ def replaced(index, value):
         (3, lambda x: x.to("meta"), ValueError, r"g is on meta, but q on cpu; move them to one device"),
     ],
 )
-def test_bad_inputs(index, value, error, message):
+def test_bad_inputs_of_gated_linear_attention(index, value, error, message):
     with pytest.raises(error, match=message):
         gated_linear_attention(*replaced(index, value))
 

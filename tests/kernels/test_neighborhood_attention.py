@@ -230,7 +230,7 @@ _META, _ARRAYS = golden.load("op_na2d")
 
 @EACH_CHOICE
 @pytest.mark.parametrize("case", _META["cases"], ids=lambda case: f"case{case['case']}")
-def test_golden(case, choice):
+def test_golden_of_neighborhood_attention(case, choice):
     def read(name):  # heads first on file
         x = torch.from_numpy(_ARRAYS[f"case{case['case']}_{name}"])
         return x.float() if x.dim() == 3 else x.movedim(1, 3).float()
@@ -304,7 +304,7 @@ def test_output_takes_the_dtype_of_value(choice):
 
 
 @EACH_CHOICE
-def test_strides(choice):
+def test_strides_of_neighborhood_attention(choice):
     """A fused projection's slices, permuted and expanded inputs give what their copies give, laid out afresh."""
     q, k, _ = torch.randn(2, 9, 20, 3, 2, 12).unbind(3)
     v = torch.randn(2, 1, 8, 9, 20).expand(-1, 2, -1, -1, -1).permute(0, 3, 4, 1, 2)
@@ -419,7 +419,7 @@ def test_a_map_smaller_than_the_window_is_padded(grid, filled, dilation, choice)
 
 
 @EACH_CHOICE
-def test_empty_batch(choice):
+def test_empty_batch_of_neighborhood_attention(choice):
     tensors = make((5, 6), (3, 3), batch=0, extra=2, bias=True)
     with choose(choice):
         (out, lse), grads = run(cast(tensors, torch.float32), {"kernel_size": 3})

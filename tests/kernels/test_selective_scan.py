@@ -50,7 +50,7 @@ _META, _ARRAYS = golden.load("op_selective_scan")
 @EACH_CHOICE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", _META["cases"], ids=lambda case: f"case{case['case']}")
-def test_golden(case, dtype, choice):
+def test_golden_of_selective_scan(case, dtype, choice):
     def read(name):
         return torch.from_numpy(_ARRAYS[f"case{case['case']}_{name}"])
 
@@ -80,7 +80,7 @@ def test_golden(case, dtype, choice):
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_against_definition(batch, pairs, length, states, B, C, options, softplus, last, choice, seed):
+def test_selective_scan_equals_definition(batch, pairs, length, states, B, C, options, softplus, last, choice, seed):
     C = B if C == "same" else C
     arguments = make(batch, 2 * pairs, length, states, B=B, C=C, options=options, seed=seed)
     expected = definition.selective_scan(**arguments, delta_softplus=softplus)
@@ -209,7 +209,7 @@ def test_strong_decay(rate):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes(dtype):
+def test_dtypes_of_selective_scan(dtype):
     arguments = make(2, 4, 49, 4, B="2", C="2", dtype=dtype)
     twins = doubles(arguments)
     expected, expected_state = definition.selective_scan(**twins, delta_softplus=True)
@@ -234,7 +234,7 @@ def test_mixed_dtypes_compute_in_float32():
     assert torch.equal(actual, expected.bfloat16())
 
 
-def test_strides():
+def test_strides_of_selective_scan():
     tokens = torch.randn(2, 30, 4, dtype=torch.float64)
     arguments = {name: x.detach() for name, x in make(2, 4, 30, 3).items()}
     arguments["u"] = tokens.transpose(1, 2)
@@ -252,7 +252,7 @@ def test_strides():
     )
 
 
-def test_bitwise_repeatable():
+def test_bitwise_repeatable_of_selective_scan():
     arguments = make(2, 8, 100, 4, B="2", C="2", dtype=torch.float32)
     inputs = list(arguments.values())
     runs = [selective_scan(**arguments) for _ in range(2)]
@@ -260,7 +260,7 @@ def test_bitwise_repeatable():
     assert all(map(torch.equal, *(gradients(run, inputs) for run in runs)))
 
 
-def test_empty_batch():
+def test_empty_batch_of_selective_scan():
     arguments = make(0, 4, 10, 3)
     out, state = selective_scan(**arguments, return_last_state=True)
     assert out.shape == (0, 4, 10)
@@ -290,6 +290,6 @@ def test_empty_batch():
         ({"delta_bias": torch.ones(4, device="meta")}, ValueError, r"delta_bias is on meta, but u on cpu"),
     ],
 )
-def test_bad_inputs(changes, error, message):
+def test_bad_inputs_of_selective_scan(changes, error, message):
     with pytest.raises(error, match=message):
         selective_scan(**(make(dtype=torch.float32) | changes))

@@ -79,7 +79,9 @@ def check(arguments, twins=None, **options):
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_against_definition(batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed):
+def test_selective_scan_2d_equals_definition(
+    batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed
+):
     orders = ORDERS[orders]
     arguments = make(batch, height, width, channels, states, orders, rank, seed)
     with choose(choice):
@@ -150,13 +152,13 @@ def test_padded_steps_decay_the_state():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes(dtype):
+def test_dtypes_of_selective_scan_2d(dtype):
     arguments = make(2, 6, 5, 4, 2, rank=2, dtype=dtype)
     twins = {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
     check(arguments, twins, orders=CROSS, merge="mean", delta_softplus=True)
 
 
-def test_strides():
+def test_strides_of_selective_scan_2d():
     arguments = {name: x.detach() for name, x in make().items()}
     arguments["x"] = torch.randn(2, 3, 3, 4, dtype=torch.float64).permute(0, 2, 3, 1)
     arguments["delta"] = torch.randn(2, 3, 4, 1, 3, dtype=torch.float64).expand(-1, -1, -1, 4, -1)
@@ -172,7 +174,7 @@ def test_strides():
     )
 
 
-def test_bitwise_repeatable():
+def test_bitwise_repeatable_of_selective_scan_2d():
     arguments = make(2, 7, 9, 8, 2, dtype=torch.float32)
     runs = [selective_scan_2d(**arguments, delta_softplus=True) for _ in range(2)]
     assert torch.equal(*runs)
@@ -180,7 +182,7 @@ def test_bitwise_repeatable():
 
 
 @pytest.mark.parametrize("merge", ["sum", "none"])
-def test_empty_batch(merge):
+def test_empty_batch_of_selective_scan_2d(merge):
     arguments = make(0)
     out = selective_scan_2d(**arguments, merge=merge)
     assert out.shape == ((0, 3, 4, 4, 3) if merge == "none" else (0, 3, 4, 3))
@@ -228,6 +230,6 @@ def test_tables_made_in_inference_mode_serve_training():
         ({"orders": ("raster", "rastr", "snake", "snake")}, ValueError, r"'rastr'.*raster"),
     ],
 )
-def test_bad_inputs(changes, error, message):
+def test_bad_inputs_of_selective_scan_2d(changes, error, message):
     with pytest.raises(error, match=message):
         selective_scan_2d(**(make(dtype=torch.float32) | changes))
