@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 
@@ -57,6 +58,22 @@ def check_sizes(name: str, x: Tensor) -> None:
     """
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; every axis after the batch must be at least 1")
+
+
+def check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    """Refuse an output type that is none.
+
+    Raises:
+        TypeError: `out_dtype` is no torch.dtype.
+        ValueError: it is of integers, bools or complex numbers.
+    """
+    if out_dtype is None:
+        return
+    if not isinstance(out_dtype, torch.dtype):
+        kind = type(out_dtype).__name__
+        raise TypeError(f"out_dtype={out_dtype!r} is a {kind}; pass a torch.dtype, as torch.float32, or None")
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype={out_dtype} is no real floating-point type; pass torch.float32 or None")
 
 
 def check_merge(merge: str, choices: tuple[str, ...]) -> None:

@@ -74,7 +74,7 @@ def test_a_name_is_taken_once():
 
 def test_models_take_mixers():
     spec = {"name": "gated_linear_attention", "gate_rank": 8}
-    plain = timm.create_model("test_vig", mixer=["gated_linear_attention", spec])
+    plain = timm.create_model("test_vig", mixer={"cycle": ["gated_linear_attention", spec]})
     assert [block.mixer.gate_down.out_features for block in plain.blocks] == [16, 8, 16]
     stages = timm.create_model("test_vig_h", mixer=[spec, spec, ["gated_linear_attention", spec], spec])
     assert [block.mixer.gate_down.out_features for block in stages.stages[2].blocks] == [16, 8]
@@ -86,3 +86,14 @@ def test_models_take_mixers():
         timm.create_model("test_vig", mixer=3)
     with pytest.raises(ValueError, match="has no 'name'"):
         timm.create_model("test_vig", mixer={"gate_rank": 8})
+
+
+def test_scan_options_have_mambas_names():
+    for name in (n for n in visionmix.list_mixers() if n.endswith(("_scan", "_mamba"))):
+        options = mixer_options(name)
+        assert "d_state" in options
+        assert not {"states", "step_rank"} & options.keys()
+        with pytest.raises(ValueError, match=r"states=8 \(did you mean 'd_state'"):
+            visionmix.create_mixer(name, 24, states=8)
+    with pytest.raises(ValueError, match=r"step_rank=2 \(did you mean 'dt_rank'"):
+        visionmix.create_mixer("cross_scan", 24, step_rank=2)

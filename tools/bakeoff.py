@@ -100,7 +100,7 @@ def cost(made: recipe.Recipe, num_classes: int, kwargs: dict) -> dict[str, objec
     timing.wait_until_quiet()
     spec = {"name": made.model.name, "num_classes": num_classes, "kwargs": kwargs, "image_size": made.data.image_size}
     call = _call(**spec, device=device)
-    time = timing.measure(call, device)
+    time = timing.measure(call)
     child = [__file__, "--child", json.dumps(spec)]
     memory = timing.peak_memory(child) if device == "cpu" else timing.peak_gpu_memory(call)
     return {"forward_ms": f"{time.p50 * 1e3:.4g}", "peak_mb": f"{memory / 1e6:.4g}", **timing.conditions(device)}

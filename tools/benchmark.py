@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
-from visionmix.tools import build, display, info, timing
+from visionmix.tools import display, info, models, timing
 
 _CSV = Path("benchmarks/models.csv")
 _WARM = 5
@@ -38,7 +38,7 @@ def _build(name: str, img_size: int) -> torch.nn.Module:
         model = timm.create_model(name, img_size=img_size)
     except TypeError:  # timm's convolutional models take no img_size
         model = timm.create_model(name)
-    return build.reduce_model(model, reduction) if reduction else model
+    return models.reduce_model(model, reduction) if reduction else model
 
 
 def _call(name: str, img_size: int, batch: int, train: bool, device: str, amp: str) -> Callable[[], None]:
@@ -80,7 +80,7 @@ def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: 
     """Return the row of one model."""
     timing.wait_until_quiet()
     call = _call(name, img_size, batch, train, device, amp)
-    time = timing.measure(call, device)
+    time = timing.measure(call)
     cost = info.measure(_build(name, img_size), (3, img_size, img_size))
     gmacs = sum(cost.macs.values()) / 1e9
     arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
@@ -109,9 +109,7 @@ def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "model", nargs="+", help="names that timm knows; the first is what the others are compared with"
-    )
+    parser.add_argument("model", nargs="+", help="names that timm knows; the others are compared with the first")
     parser.add_argument("--reduce", action="append", default=[], metavar="METHOD:OPTIONS", help="may be repeated")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)

@@ -252,7 +252,7 @@ def run(name: str, case: Case, setting: Setting, *, memory: bool, skip: set[str]
                 continue
             timing.wait_until_quiet()
             call = _call(function, inputs, backward)
-            time = timing.measure(call, setting.device)
+            time = timing.measure(call)
             our_time = our_time or time.p50
             peak = float("nan")
             if memory and setting.device == "cuda":

@@ -1,6 +1,6 @@
-"""Checkpoints: written so that the old one survives whatever happens, read without running any code of theirs.
+"""Checkpoints: written so that the old one survives any failure, read without running code that they hold.
 
-A checkpoint is what torch.save makes of a dictionary of tensors and plain values:
+A checkpoint is a dictionary of tensors and plain values, written by torch.save:
 
     format      1
     recipe      the run's recipe, as nested dictionaries
@@ -27,16 +27,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from visionmix.models.weights import read_checkpoint, unwrap
+
 FORMAT = 1
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path in the same folder, flush it to disk, then rename it to `path`.
 
-    Whatever fails, `path` is either as it was or complete, and the temporary file is gone.
+    On any failure `path` is either unchanged or complete, and the temporary file is gone.
 
     Raises:
-        OSError: when the disk is full or refuses, naming the file and what remains.
+        OSError: when the disk is full or refuses, naming the file and whether the earlier one is whole.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -103,33 +105,25 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged, or holds other things than tensors and plain values.
+        ValueError: when it is damaged, of another format, or holds no tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("visionmix", "{}"))
-            return {**metadata, "model": safetensors.torch.load_file(path)}
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        tensors = read_checkpoint(path)
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("visionmix", "{}"))
+        return {**metadata, "model": tensors}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a different type for every way a file can be damaged
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a checkpoint: it holds {type(content).__name__}")
-    if "format" in content:
-        if content["format"] != FORMAT:
-            raise ValueError(f"{path} has format={content['format']}; this version reads format={FORMAT}")
-        return content
-    for name in ("model", "state_dict"):
-        if isinstance(content.get(name), dict):
-            content = content[name]
-    return {"model": content}
+    except Exception:  # read_checkpoint reads published files with other objects inside, and explains damage
+        return {"model": read_checkpoint(path)}
+    if not (isinstance(content, dict) and isinstance(content.get("format"), int)):
+        return {"model": unwrap(content, str(path))}
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path} has format={content['format']}; this version reads format={FORMAT}")
+    return content
 
 
 def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -138,7 +132,7 @@ def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a state dict whose keys and shapes are exactly the model's.
+    """Load a state dict that `train` saved, whose keys and shapes are exactly the model's.
 
     Raises:
         ValueError: when a key is missing or left over or a shape differs, with all of them, before anything is loaded.

@@ -1,47 +1,44 @@
-"""Image folders for training, testing and prediction: checked before any work, tolerant of broken files, repeatable.
+"""Image folders for training and testing: checked before any work, tolerant of broken files, repeatable.
 
-The order of the images and the augmentation of each are functions of (seed, epoch, image) alone, so they do not depend
-on the number of workers, and a resumed run sees what the uninterrupted one would have seen.
+A split is a folder of class folders. An image's class is the first folder below the split; the image may lie at any
+depth inside that folder.
+
+The order of the images and the augmentation of each are functions of (seed, epoch, image) alone. They do not depend on
+the number of workers, and a resumed run sees the images that the uninterrupted run would have seen.
 """
 
 import itertools
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
-from timm.data.readers import get_img_extensions
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from visionmix.tools.images import UnreadableImage, find_files, is_hidden, is_image, log_left_out, read_rgb
 from visionmix.tools.recipe import Recipe
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 # Draws after which a training batch gives up finding a readable image.
 MAX_DRAWS = 20
-# What PIL raises at a truncated, damaged or oversized image.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class UnreadableData(ValueError):
-    """So many files cannot be read that there is nothing left to work with."""
-
-
-def is_image(path: Path) -> bool:
-    """Return whether the file's name ends as an image's does (.png, .jpg, .jpeg)."""
-    return path.suffix.lower() in get_img_extensions()
+    """So few files can be read that there is nothing to work with."""
 
 
 def split_folder(root: Path, split: str) -> Path:
     """Return the folder of a split: ROOT/train, or ROOT/val (validation, test).
 
     Raises:
-        FileNotFoundError: when ROOT or the split's folder is missing.
+        FileNotFoundError: ROOT or the split's folder is missing.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {root} does not exist; give --data a folder with train/ and val/ in it")
@@ -53,19 +50,25 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def find_classes(folder: Path) -> list[str]:
-    """Return the class folders' names in sorted order; names beginning with a dot are not classes.
+    """Return the names of a split's class folders in sorted order; hidden folders are not classes.
 
     Raises:
-        ValueError: when there is no class folder, or one without images.
+        ValueError: an image lies outside the class folders, there is no class folder, or one holds no image.
     """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+    loose = [path.name for path in inside if path.is_file() and is_image(path)]
+    if loose:
+        raise ValueError(
+            f"{folder} holds {len(loose)} image(s) outside class folders: {', '.join(loose[:3])}; "
+            f"move each into the folder of its class, as {folder.name}/CLASS/{loose[0]}"
+        )
+    classes = [path.name for path in inside if path.is_dir()]
     if not classes:
         raise ValueError(f"{folder} has no class folders; it must hold one folder of images for each class")
-    empty = [name for name in classes if not any(is_image(path) for path in (folder / name).iterdir())]
+    empty = [name for name in classes if not any(map(is_image, find_files(folder / name)))]
     if empty:
-        kinds = ", ".join(sorted(get_img_extensions()))
         raise ValueError(
-            f"{len(empty)} class folder(s) in {folder} hold no images ({kinds}): {', '.join(empty[:5])}; "
+            f"{len(empty)} class folder(s) in {folder} hold no images that Pillow decodes: {', '.join(empty[:5])}; "
             "fill or remove them"
         )
     return classes
@@ -75,8 +78,8 @@ def check_folders(root: Path) -> list[str]:
     """Return the classes of an image folder whose train and val agree.
 
     Raises:
-        FileNotFoundError: when the folder or one of its splits is missing.
-        ValueError: when a class folder is empty, or train and val hold different classes.
+        FileNotFoundError: the folder or one of its splits is missing.
+        ValueError: `find_classes` refuses a split, train and val hold different classes, or there is only one class.
     """
     train, val = split_folder(root, "train"), split_folder(root, "val")
     classes, test_classes = find_classes(train), find_classes(val)
@@ -88,6 +91,12 @@ def check_folders(root: Path) -> list[str]:
         raise ValueError(
             f"{train} and {val} hold different classes; "
             + "; ".join(f"only in {name}/: {', '.join(names)}" for name, names in only.items() if names)
+            + "; give both the same class folders"
+        )
+    if len(classes) == 1:
+        raise ValueError(
+            f"{train} has only one class folder, {classes[0]!r}, and a classifier needs two; "
+            f"the class folders must lie directly in {train.name}/"
         )
     return classes
 
@@ -101,7 +110,7 @@ def seed_everything(*words: int) -> None:
 
 
 class _Repeatable:
-    """Context: the three generators seeded by `words` inside, as they were afterwards."""
+    """Context in which a hash of `words` seeds the three generators; on exit they are as they were before."""
 
     def __init__(self, *words: int) -> None:
         self.words = words
@@ -127,7 +136,7 @@ class Sample:
     Attributes:
         image: float32 (channels, height, width), normalised.
         target: class index.
-        unreadable: paths of the files that were passed over on the way.
+        unreadable: a line for each file that was passed over on the way, with its path and the reason.
     """
 
     image: torch.Tensor | None
@@ -142,7 +151,7 @@ class Batch:
     Attributes:
         images: float32 (batch, channels, height, width), normalised.
         targets: int64 (batch,).
-        unreadable: paths of files that could not be read.
+        unreadable: a line for each file that could not be read, with its path and the reason.
         missing: samples for which nothing was found.
     """
 
@@ -152,7 +161,7 @@ class Batch:
     missing: int
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader, for a quicker copy to the GPU."""
+        """Pin the tensors for a quicker copy to the GPU; DataLoader calls this."""
         self.images, self.targets = self.images.pin_memory(), self.targets.pin_memory()
         return self
 
@@ -169,34 +178,52 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class FolderSet(Dataset):
-    """The images of one split, by (epoch, image index).
+    """The images of one split, by (epoch, image index). Files that are no images are left out and logged.
 
     Args:
         folder: of class folders.
-        classes: in the order of the model's outputs.
+        classes: names of all class folders.
         transform: from a PIL image to a float32 tensor.
         seed: with epoch and index it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
+        outputs: the model's output for each of `classes`; their own order where None.
+
+    Raises:
+        ValueError: `find_classes` refuses the folder, or a class folder is not one of `classes`.
     """
 
-    def __init__(self, folder: Path, classes: list[str], transform, *, seed: int, replace: bool) -> None:
-        self.reader = create_dataset(
-            "", str(folder), search_split=False, class_map={name: i for i, name in enumerate(classes)}
-        ).reader
-        self.folder, self.transform, self.seed, self.replace = folder, transform, seed, replace
+    def __init__(
+        self,
+        folder: Path,
+        classes: Sequence[str],
+        transform,
+        *,
+        seed: int,
+        replace: bool,
+        outputs: Sequence[int] | None = None,
+    ) -> None:
+        self.transform, self.seed, self.replace = transform, seed, replace
+        targets = dict(zip(classes, range(len(classes)) if outputs is None else outputs, strict=True))
+        if unknown := [name for name in find_classes(folder) if name not in targets]:
+            raise ValueError(f"{folder} has class folders that the model does not know: {', '.join(unknown[:5])}")
+        self.samples: list[tuple[str, int]] = []
+        left_out = [path for path in sorted(folder.iterdir()) if path.is_file() and not is_hidden(path.name)]
+        for label, target in targets.items():
+            for path in find_files(folder / label):
+                if is_image(path):
+                    self.samples.append((str(path), target))
+                else:
+                    left_out.append(path)
+        self.samples.sort(key=lambda sample: natural_key(sample[0]))
+        log_left_out(folder, left_out)
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.samples)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return the decoded RGB image and its class; raises one of UNREADABLE where that is not possible."""
-        file, target = self.reader[index]
-        with file, Image.open(file) as image:
-            return image.convert("RGB"), target
-
-    def path(self, index: int) -> str:
-        """Return the path of an image."""
-        return str(self.folder / self.reader.filename(index))
+        """Return the decoded RGB image and its class; raises UnreadableImage where that is not possible."""
+        path, target = self.samples[index]
+        return read_rgb(path), target
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -205,8 +232,8 @@ class FolderSet(Dataset):
         for _ in range(MAX_DRAWS if self.replace else 1):
             try:
                 image, target = self.load(index)
-            except UNREADABLE:
-                unreadable.append(self.path(index))
+            except UnreadableImage as error:
+                unreadable.append(str(error))
                 index = int(others.integers(len(self)))
                 continue
             with _Repeatable(self.seed, epoch, index):
@@ -215,10 +242,10 @@ class FolderSet(Dataset):
 
 
 class EpochSampler(Sampler):
-    """This process's share of (epoch, index) keys; `set_epoch` before each pass.
+    """This process's share of (epoch, index) keys; call `set_epoch` before each pass.
 
-    Training: a permutation drawn from (seed, epoch), cut to whole steps of all processes. Testing: in order, and dealt
-    out to the last one, so that every image is counted exactly once.
+    For training, the keys are a permutation drawn from (seed, epoch), cut to whole steps of all processes. For testing,
+    they are in order and all dealt out, so that every image is counted exactly once.
     """
 
     def __init__(self, size: int, *, batch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
@@ -277,7 +304,7 @@ def _augmentations(transform) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
-    """Do timm's op. At the highest level it keeps 0 bits, which Pillow 13 refuses; here it is black, as before."""
+    """Call timm's op, except at its highest level: 0 bits, which Pillow 13 refuses, make the image black as before."""
     return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
@@ -293,7 +320,7 @@ def make_loader(
     """Return a loader of `Batch`es; its sampler is an `EpochSampler`.
 
     Raises:
-        ValueError: when a training set is smaller than one step of all processes.
+        ValueError: a training set is smaller than one step of all processes.
     """
     if shuffle and len(dataset) < batch * world:
         raise ValueError(

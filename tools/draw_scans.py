@@ -17,9 +17,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from PIL import Image
 
 from visionmix import scans
+from visionmix.tools.images import read_rgb
 
 GALLERY = (
     *("raster", "snake", "hilbert", "morton"),
@@ -83,9 +83,8 @@ def draw_orders(names: list[str], height: int, width: int, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100, bbox_inches="tight", pad_inches=0.1)
     if out.suffix.lower() == ".png":
-        with Image.open(out) as picture:
-            indexed = picture.convert("RGB").quantize(256)  # a third of the bytes, with no difference to be seen
-        indexed.save(out, optimize=True)
+        # A third of the bytes, with no difference to be seen.
+        read_rgb(out).quantize(256).save(out, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         print("direction sets: ", ", ".join(scans.direction_sets()))
         return
     if options.gallery == bool(options.names):
-        parser.error("give the names of orders, or --gallery (--list shows what there is)")
+        parser.error("give the names of orders, or --gallery (--list shows them)")
     height, width = (11, 15) if options.gallery else (options.height, options.width)
     try:
         names = list(GALLERY)

@@ -19,7 +19,8 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor, nn
 
-from visionmix.tools import build, data, demo_data, pictures
+from visionmix.tools import data, demo_data, models, pictures
+from visionmix.tools.images import read_rgb
 
 DROPPED = 0.15  # brightness left to cells that no token holds
 
@@ -61,7 +62,7 @@ def draw_regions(axes: Axes, image: np.ndarray, source: np.ndarray) -> None:
 @torch.inference_mode()
 def sources(model: nn.Module, images: Tensor, spec: str) -> tuple[np.ndarray, int]:
     """Return the token of each cell, int (batch, rows, columns), and how many are left, when `spec` reduces `model`."""
-    tokens = build.reduce_model(model, spec, trace_source=True).forward_tokens(images)
+    tokens = models.reduce_model(model, spec, trace_source=True).forward_tokens(images)
     return tokens.source.reshape(-1, *tokens.grid).numpy(), tokens.x.shape[1]
 
 
@@ -69,7 +70,7 @@ def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list
     """Write a picture with a row for each of `images`: the image itself, then a panel a reduction.
 
     Args:
-        images: What the model takes, (batch, 3, height, width).
+        images: Normalised images (batch, 3, height, width).
         shown: The same without normalisation, float (batch, height, width, 3) in [0, 1].
         model: A model that can be reduced.
         specs: Reductions, as ``tome:r=8``.
@@ -94,8 +95,7 @@ def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list
 def _open(name: str) -> Image.Image:
     if name in demo_data.PHOTOGRAPHS and not Path(name).exists():
         return demo_data.open_photograph(demo_data.photograph_folder() / demo_data.PHOTOGRAPHS[name])
-    with Image.open(name) as file:
-        return file.convert("RGB")
+    return read_rgb(name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.pretrained or args.checkpoint:
             device = torch.device("cpu")
             given = {"name": args.model, "pretrained": args.pretrained}
-            model = build.load_trained(args.checkpoint, **given, device=device).model
+            model = models.load_trained(args.checkpoint, **given, device=device).model
         else:
             torch.manual_seed(0)
-            model = build.create_model(args.model).eval()
+            model = models.create_model(args.model).eval()
         for spec in specs:
-            build.reduce_model(model, spec)
-        settings = build.model_input(model)
+            models.reduce_model(model, spec)
+        settings = models.model_input(model)
         transform = data.eval_transform(settings.image_size, settings.interpolation, 1.0, settings.normalise)
         images = torch.stack([transform(_open(name)) for name in args.images])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))

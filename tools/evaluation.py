@@ -1,4 +1,4 @@
-"""Testing a model on an image folder: loss, top-1, top-5 and the confusion matrix, summed over processes."""
+"""Testing a model on an image folder: loss, top-1, top-5 and the confusion matrix, over all processes."""
 
 import time
 from collections.abc import Callable
@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric, MeanMetric, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from visionmix.tools.data import UnreadableData
 
@@ -17,15 +20,17 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Evaluation:
-    """What a model reached on a test set.
+    """The result of a model on a test set.
 
     Attributes:
         loss: mean cross entropy.
         top1: percentage of images whose class is the first guess.
         top5: percentage of images whose class is among the first five guesses (or all, where there are fewer classes).
         count: images tested; unreadable ones are not among them.
-        confusion: int64 (classes, classes), images by [true class, first guess].
-        unreadable: paths of files that could not be read.
+        classes: outputs of the model.
+        targets: int64 (count,), the true class of each image.
+        guesses: int64 (count,), the first guess for each image.
+        unreadable: a line for each file that could not be read, with its path and the reason.
         images_per_second: of this test, loading included.
     """
 
@@ -33,9 +38,16 @@ class Evaluation:
     top1: float
     top5: float
     count: int
-    confusion: torch.Tensor
+    classes: int
+    targets: torch.Tensor
+    guesses: torch.Tensor
     unreadable: list[str]
     images_per_second: float
+
+    @property
+    def confusion(self) -> torch.Tensor:
+        """Images by [true class, first guess], int64 (classes, classes)."""
+        return multiclass_confusion_matrix(self.guesses, self.targets, self.classes)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -43,13 +55,13 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AMP_DTYPES.get(amp, torch.bfloat16), enabled=amp in AMP_DTYPES)
 
 
-def gather_paths(paths: list[str]) -> list[str]:
-    """Return the sorted distinct paths of all processes."""
+def gather_lines(lines: list[str]) -> list[str]:
+    """Return the sorted distinct lines of all processes."""
     if dist.is_initialized():
         everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, paths)
-        paths = [path for own in everyone for path in own]
-    return sorted(set(paths))
+        dist.all_gather_object(everyone, lines)
+        lines = [line for own in everyone for line in own]
+    return sorted(set(lines))
 
 
 @torch.inference_mode()
@@ -62,7 +74,7 @@ def evaluate(
     amp: str = "none",
     after_batch: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Test `model` on every readable image of `loader`, this process's share of it where there are several.
+    """Test `model` on every readable image of `loader`; several processes test a share each and return the same result.
 
     Args:
         model: from images (batch, channels, height, width) to logits (batch, classes).
@@ -73,44 +85,46 @@ def evaluate(
         after_batch: called with the number of images after each batch.
 
     Raises:
-        UnreadableData: when not one image could be read.
+        UnreadableData: not one image could be read.
     """
     model.eval()
     start = time.perf_counter()
-    sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    # compute() of torchmetrics reduces over all processes.
+    # "disable" leaves NaN as it is: a loss that is not a number must show, and looking for one would wait for the GPU.
+    count = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+    loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+    top1 = MulticlassAccuracy(classes, average="micro", validate_args=False)
+    top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes), validate_args=False)
+    targets, guesses = (CatMetric(nan_strategy="disable").set_dtype(torch.int64) for _ in range(2))
+    for metric in (count, loss, top1, top5, targets, guesses):
+        metric.to(device)
     unreadable: list[str] = []
     for batch in loader:
         unreadable += batch.unreadable
+        count.update(len(batch.targets))
         if len(batch.targets):
-            targets = batch.targets.to(device)
+            target = batch.targets.to(device)
             with autocast(device, amp):
                 logits = model(batch.images.to(device, non_blocking=True))
             logits = logits.float()
-            guesses = logits.topk(min(5, classes), dim=1).indices
-            hits = guesses == targets[:, None]
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()]).cpu().double()
-            sums[3] += len(targets)
-            pairs = (targets * classes + guesses[:, 0]).cpu()
-            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+            loss.update(F.cross_entropy(logits, target, reduction="none"))
+            top1.update(logits, target)
+            top5.update(logits, target)
+            targets.update(target)
+            guesses.update(logits.argmax(1))
         after_batch(len(batch.targets))
-    if dist.is_initialized():
-        # NCCL sums only tensors on a GPU.
-        sums, confusion = sums.to(device), confusion.to(device)
-        dist.all_reduce(sums)
-        dist.all_reduce(confusion)
-        sums, confusion = sums.cpu(), confusion.cpu()
-    unreadable = gather_paths(unreadable)
-    loss, top1, top5, count = sums.tolist()
-    if not count:
+    unreadable = gather_lines(unreadable)
+    images = int(count.compute())
+    if not images:
         raise UnreadableData(f"not one test image could be read, e.g. {', '.join(unreadable[:3])}")
     return Evaluation(
-        loss=loss / count,
-        top1=100 * top1 / count,
-        top5=100 * top5 / count,
-        count=int(count),
-        confusion=confusion,
+        loss=loss.compute().item(),
+        top1=100 * top1.compute().item(),
+        top5=100 * top5.compute().item(),
+        count=images,
+        classes=classes,
+        targets=targets.compute().cpu(),
+        guesses=guesses.compute().cpu(),
         unreadable=unreadable,
-        images_per_second=count / (time.perf_counter() - start),
+        images_per_second=images / (time.perf_counter() - start),
     )

@@ -1,9 +1,9 @@
-"""The `visionmix` command: what a clone has in tools/, after pip install."""
+"""The `visionmix` command: after pip install it runs the scripts that a clone has in tools/."""
 
 import importlib
 import sys
 
-from visionmix.registry import close_matches
+from visionmix.registry import nearest
 
 # Imported only when asked for: each brings much of its own.
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "bakeoff": ("bakeoff", "train one skeleton with every mixer, and compare them"),
     "draw-tokens": ("draw_tokens", "draw images with the regions that a reduced model merges"),
     "benchmark": ("benchmark", "time and memory of whole models, side by side"),
+    "draw-speed": ("draw_speed", "draw accuracy against CPU time, our models beside timm's"),
     "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),
     "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),
     "kernel-traffic": ("kernel_traffic", "bytes moved and operations of the Triton kernels"),
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = argv[0].replace("_", "-")
     if command not in COMMANDS:
-        close = close_matches(command, COMMANDS, cutoff=0.0)[0]
-        print(f"visionmix: no command {argv[0]!r}; did you mean {close}?\n\n{usage()}", file=sys.stderr)
+        print(f"visionmix: no command {argv[0]!r}{nearest(command, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"visionmix.tools.{COMMANDS[command][0]}")
     return module.main(argv[1:]) or 0

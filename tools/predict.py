@@ -1,4 +1,4 @@
-"""Say what is in pictures: the k most likely classes of each image, with their probabilities.
+"""Classify images: the k most likely classes of each, with their probabilities.
 
 python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.pt
 visionmix predict cat.jpg --model vig_s --pretrained --topk 3 --csv guesses.csv
@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from rich.table import Table
 
-from visionmix.tools import build, checkpoint, data, display
+from visionmix.tools import checkpoint, data, display, models
+from visionmix.tools.arguments import check_least
+from visionmix.tools.images import UnreadableImage, find_files, is_image, log_left_out, read_rgb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--model", help="timm model name; a checkpoint of train.py knows its own")
     parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
-    parse.add_argument("--num-classes", type=int, help="outputs, where a foreign checkpoint has another number")
+    parse.add_argument(
+        "--num-classes", type=int, help="outputs that the weights must have; any other number is refused"
+    )
     parse.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
     parse.add_argument("--batch-size", type=int, default=32, help="images a step (default: %(default)s)")
     parse.add_argument("--img-size", type=int, help="side of the input in pixels")
@@ -36,18 +39,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """Return the files given, and all images inside the folders given, in sorted order.
+    """Return the files given, and all images at any depth in the folders given, in sorted order.
+
+    Hidden files are passed over; other files of a folder are left out and logged.
 
     Raises:
-        FileNotFoundError: when a path does not exist or a folder holds no images.
+        FileNotFoundError: a path does not exist or a folder holds no images.
     """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and data.is_image(file))
-            if not inside:
-                raise FileNotFoundError(f"{path} holds no images (.png, .jpg, .jpeg)")
-            found += inside
+            inside = sorted(find_files(path))
+            readable = [file for file in inside if is_image(file)]
+            if not readable:
+                raise FileNotFoundError(f"{path} holds no images that Pillow decodes, only {len(inside)} other file(s)")
+            log_left_out(path, [file for file in inside if not is_image(file)])
+            found += readable
         elif path.is_file():
             found.append(path)
         else:
@@ -57,41 +64,41 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    trained: build.Trained, files: list[Path], topk: int, batch: int, device: torch.device
-) -> tuple[list[tuple[Path, list[tuple[str, float]]]], list[Path]]:
-    """Return ((file, [(class, probability), ...] from the likeliest down) of each image, files that cannot be read)."""
+    trained: models.Trained, files: list[Path], topk: int, batch: int, device: torch.device
+) -> tuple[list[tuple[Path, list[tuple[str, float]]]], list[str]]:
+    """Return the guesses for each image, and a line for each file that cannot be read, with its path and the reason.
+
+    The guesses for an image are (file, [(class, probability), ...]) from the likeliest class down.
+    """
     settings = trained.input
     transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
     names = trained.classes or [str(i) for i in range(trained.model.num_classes)]
-    rows, broken = [], []
+    rows, unreadable = [], []
     for start in range(0, len(files), batch):
         readable, images = [], []
         for file in files[start : start + batch]:
             try:
-                with Image.open(file) as image:
-                    images.append(transform(image.convert("RGB")))
+                images.append(transform(read_rgb(file)))
                 readable.append(file)
-            except data.UNREADABLE:
-                broken.append(file)
+            except UnreadableImage as error:
+                unreadable.append(str(error))
         if not images:
             continue
         logits = trained.model(torch.stack(images).to(device)).float()
         probabilities, guesses = logits.softmax(1).topk(min(topk, len(names)), dim=1)
         for file, values, indices in zip(readable, probabilities.tolist(), guesses.tolist(), strict=True):
             rows.append((file, [(names[i], value) for i, value in zip(indices, values, strict=True)]))
-    return rows, broken
+    return rows, unreadable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `predict` command with these arguments."""
     args = parser().parse_args(argv)
     try:
-        for name in ("topk", "batch_size", "img_size", "num_classes"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+        check_least(1, topk=args.topk, batch_size=args.batch_size, img_size=args.img_size, num_classes=args.num_classes)
         files = find_images(args.images)
-        device = build.choose_device(args.device)
-        trained = build.load_trained(
+        device = models.choose_device(args.device)
+        trained = models.load_trained(
             args.checkpoint,
             name=args.model,
             pretrained=args.pretrained,
@@ -102,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"predict: {error}", file=sys.stderr)
         return 2
-    rows, broken = predict(trained, files, args.topk, args.batch_size, device)
+    rows, unreadable = predict(trained, files, args.topk, args.batch_size, device)
     table = Table("image", "class", "probability", box=None, header_style="bold")
     for file, guesses in rows:
         for place, (name, probability) in enumerate(guesses):
@@ -110,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row("" if place else str(file), name, f"{100 * probability:.1f} %", style=style)
     console = display.table_console()
     console.print(table)
-    for file in broken:
-        print(f"predict: {file} cannot be read as an image, left out", file=sys.stderr)
+    for line in unreadable:
+        print(f"predict: left out, cannot be read: {line}", file=sys.stderr)
     if args.csv:
         text = io.StringIO()
         out = csv.writer(text)

@@ -1,25 +1,30 @@
-"""Recipes: YAML files read into typed dataclasses, every key and type checked.
+"""Recipes: YAML files read into typed dataclasses by OmegaConf, with every key, type and range checked.
 
     base: defaults.yaml        # optional: a recipe beside this one, whose values this one overrides
     model: {name: vig_s, kwargs: {drop_path_rate: 0.2}}
     optimizer: {lr: 5.0e-4, weight_decay: 0.1}
     schedule: {epochs: 300}
 
-A recipe is named by its path, or by its name inside the package: `imagenet/vig_s.yaml`.
+A recipe is named by its path, or by its name inside the package: `imagenet/vig_s.yaml`. A value may refer to another,
+as in `model: {kwargs: {img_size: "${data.image_size}"}}`; see OmegaConf's interpolations.
 """
 
+import ast
+import copy
 import dataclasses
-import re
-import types
+import json
+import math
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import KeyValidationError, OmegaConfBaseException, UnsupportedValueType
 
-from visionmix.registry import close_matches
+from visionmix.registry import nearest
 
 
 @dataclass
@@ -27,7 +32,7 @@ class ModelRecipe:
     """The model: `timm.create_model(name, num_classes=..., **kwargs)`."""
 
     name: str = "vig_s"
-    kwargs: dict = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
 
 
@@ -50,7 +55,7 @@ class DataRecipe:
     image_size: int = 224
     batch_size: int = 128
     workers: int = 8
-    interpolation: str = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     crop_pct: float = 0.875
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -83,19 +88,19 @@ class AugmentRecipe:
     color_jitter: float = 0.4
     auto_augment: str | None = None
     erase_prob: float = 0.0
-    erase_mode: str = "pixel"
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
-    mix_mode: str = "batch"
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
 
 
 @dataclass
 class OptimizerRecipe:
-    """The optimiser, by its timm name, and what goes with its step.
+    """The optimiser, by its timm name, and the settings of its step.
 
-    Biases, one-dimensional parameters and those of the model's `no_weight_decay()` are not decayed.
+    Biases, one-dimensional parameters and those that the model's `no_weight_decay()` names are not decayed.
 
     Attributes:
         name: as `timm.optim.list_optimizers()` lists it.
@@ -110,7 +115,7 @@ class OptimizerRecipe:
     lr: float = 5e-4
     lr_batch: int | None = 512
     weight_decay: float = 0.05
-    kwargs: dict = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = None
 
 
@@ -118,7 +123,7 @@ class OptimizerRecipe:
 class ScheduleRecipe:
     """The learning rate over time: linear warm-up from warmup_lr to lr, then `name` down to min_lr, step by step."""
 
-    name: str = "cosine"
+    name: Literal["cosine", "tanh", "step", "poly"] = "cosine"
     epochs: int = 300
     warmup_epochs: int = 20
     warmup_lr: float = 5e-7
@@ -127,12 +132,12 @@ class ScheduleRecipe:
 
 @dataclass
 class TrainRecipe:
-    """What remains of a run.
+    """The other settings of a run.
 
     Attributes:
         seed: data order, augmentation and weights are functions of it.
         label_smoothing: of the cross entropy.
-        ema_decay: of the moving average of the weights, which is then what is tested and saved; None for none.
+        ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
         ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
         amp: "none", "float16" (with a loss scaler) or "bfloat16".
     """
@@ -141,12 +146,12 @@ class TrainRecipe:
     label_smoothing: float = 0.1
     ema_decay: float | None = None
     ema_warmup: bool = False
-    amp: str = "none"
+    amp: Literal["none", "float16", "bfloat16"] = "none"
 
 
 @dataclass
 class Recipe:
-    """All that a training run depends on, besides the images themselves."""
+    """Everything that a training run depends on, except the images."""
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -156,144 +161,65 @@ class Recipe:
     train: TrainRecipe = field(default_factory=TrainRecipe)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML's 1.1 reads it as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _known_keys() -> list[str]:
-    return [
-        f"{section.name}.{option.name}"
-        for section in dataclasses.fields(Recipe)
-        for option in dataclasses.fields(section.default_factory)
-    ]
-
-
-def _unknown(key: str, value: object, source: str) -> ValueError:
-    known = _known_keys() if "." in key else [section.name for section in dataclasses.fields(Recipe)] + ["base"]
-    leaf = key.rsplit(".", 1)[-1]
-    elsewhere = [name for name in _known_keys() if name.rsplit(".", 1)[-1] == leaf]
-    nearest = elsewhere or close_matches(key, known, cutoff=0.0)
-    section = f"{key.split('.')[0]}."
-    others = ", ".join(name.removeprefix(section) for name in known if "." not in key or name.startswith(section))
-    return ValueError(
-        f"{source}: {key}={value!r} is no key of a recipe; did you mean {nearest[0]}? "
-        f"({section.rstrip('.') if '.' in key else 'a recipe'} has {others})"
-    )
-
-
-def _convert(value: Any, kind: Any, key: str, source: str) -> Any:
-    """Return `value` as `kind`, or raise TypeError; a whole number is a float too, and the other way round."""
-    arguments = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        if value is None and types.NoneType in arguments:
-            return None
-        return _convert(value, next(a for a in arguments if a is not types.NoneType), key, source)
-    if typing.get_origin(kind) is list:
-        if isinstance(value, list | tuple):
-            return [_convert(item, arguments[0], f"{key}[{i}]", source) for i, item in enumerate(value)]
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    wanted = kind.__name__ if isinstance(kind, type) and not arguments else str(kind)
-    raise TypeError(f"{source}: {key}={value!r} is {type(value).__name__}; it must be {wanted}")
-
-
-def _build(tree: dict, source: str) -> Recipe:
-    """Return the recipe of a nested dictionary, keys and types checked, ranges not."""
-    sections = {section.name: section.default_factory for section in dataclasses.fields(Recipe)}
-    made = {}
-    for name, options in tree.items():
-        if name not in sections:
-            raise _unknown(str(name), options, source)
-        if not isinstance(options, dict):
-            raise TypeError(
-                f"{source}: {name}={options!r} is {type(options).__name__}; it must be a section of options"
-            )
-        hints = typing.get_type_hints(sections[name])
-        for key, value in options.items():
-            if key not in hints:
-                raise _unknown(f"{name}.{key}", value, source)
-        made[name] = sections[name](
-            **{key: _convert(value, hints[key], f"{name}.{key}", source) for key, value in options.items()}
-        )
-    return Recipe(**made)
+_SCHEMA = OmegaConf.structured(Recipe)
+_SECTIONS = {section.name: typing.get_type_hints(section.type) for section in dataclasses.fields(Recipe)}
+_KEYS = [f"{section}.{option}" for section, options in _SECTIONS.items() for option in options]
+_RANGES = {
+    "data.image_size": (1, math.inf),
+    "data.batch_size": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "augment.erase_prob": (0, 1),
+    "augment.mixup": (0, math.inf),
+    "augment.cutmix": (0, math.inf),
+    "optimizer.lr": (0, math.inf),
+    "schedule.epochs": (1, math.inf),
+    "schedule.warmup_epochs": (0, math.inf),
+    "train.label_smoothing": (0, 1),
+}
 
 
 def from_dict(tree: dict, source: str) -> Recipe:
     """Return the recipe that a nested dictionary holds.
 
     Args:
-        tree: sections, each a dictionary of options; what it lacks takes the dataclass's default.
+        tree: sections, each a dictionary of options; an option that it lacks keeps its default.
         source: where it comes from, named in messages.
 
     Raises:
-        ValueError: at an unknown key or a value out of range, with the nearest right key.
+        ValueError: at an unknown key, with the nearest right one, or at a value out of range.
         TypeError: at a value of the wrong type.
     """
-    recipe = _build(tree, source)
-    _check(recipe, source)
+    config = OmegaConf.merge(_SCHEMA, _merge({}, tree, source))
+    try:
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a reference that leads nowhere, or to a value of another type
+        raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    _check_ranges(recipe, source)
     return recipe
 
 
-def _check(recipe: Recipe, source: str) -> None:
-    """Raise ValueError at a value out of range."""
-    least = {
-        "data.image_size": 1,
-        "data.batch_size": 1,
-        "data.workers": 0,
-        "schedule.epochs": 1,
-        "schedule.warmup_epochs": 0,
-        "optimizer.lr": 0,
-    }
-    choices = {
-        "train.amp": ("none", "float16", "bfloat16"),
-        "augment.mix_mode": ("batch", "pair", "elem"),
-        "augment.erase_mode": ("const", "rand", "pixel"),
-        "data.interpolation": ("bicubic", "bilinear", "random"),
-        "schedule.name": ("cosine", "tanh", "step", "poly"),
-    }
+def read(name: str, overrides: dict | None = None, settings: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Return the recipe called `name`, overridden by the command line.
 
-    def value(key: str) -> Any:
-        section, option = key.split(".")
-        return getattr(getattr(recipe, section), option)
+    Args:
+        name: path, or name inside the package.
+        overrides: values set by flags, as a nested dictionary.
+        settings: the `section.option=value` texts given to --set.
 
-    for key, bound in least.items():
-        if value(key) < bound:
-            raise ValueError(f"{source}: {key}={value(key)} is out of range; it must be at least {bound}")
-    for key, allowed in choices.items():
-        if value(key) not in allowed:
-            raise ValueError(f"{source}: {key}={value(key)!r} is not one of {', '.join(allowed)}")
-    for key in ("augment.mixup", "augment.cutmix", "train.label_smoothing", "augment.erase_prob"):
-        if not 0 <= value(key) <= (1 if key in ("train.label_smoothing", "augment.erase_prob") else float("inf")):
-            raise ValueError(f"{source}: {key}={value(key)} is out of range")
-    if recipe.train.ema_decay is not None and not 0 <= recipe.train.ema_decay < 1:
-        raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
-    if not 0 < recipe.data.crop_pct <= 1:
-        raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
-    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs and recipe.schedule.warmup_epochs:
-        raise ValueError(
-            f"{source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
-            f"schedule.epochs={recipe.schedule.epochs}; lower it"
-        )
-    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
-        raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+    Raises:
+        FileNotFoundError: when there is no such recipe.
+        ValueError: at an unknown key or a value out of range.
+        TypeError: at a value of the wrong type.
+    """
+    return override(_read_file(find(name)), name, overrides, settings)
 
 
-def _merge(under: dict, over: dict) -> dict:
-    """Return `under` overridden by `over`, option by option; a dictionary inside a section is merged too."""
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def override(tree: dict, source: str, overrides: dict | None, settings: list[str] | tuple[str, ...]) -> Recipe:
+    """Return the recipe of `tree` with flags and --set texts laid over it; raises as `read` does."""
+    tree = _merge(tree, overrides or {}, "the command line")
+    for text in settings:
+        tree = _merge(tree, parse_override(text), f"--set {text}")
+    return from_dict(tree, f"{source} with the command line" if overrides or settings else source)
 
 
 def find(name: str, ending: str = "yaml") -> Path:
@@ -307,29 +233,10 @@ def find(name: str, ending: str = "yaml") -> Path:
         if path.is_file():
             return path
     have = sorted(str(path.relative_to(packaged)) for path in packaged.glob(f"*/*.{ending}"))
-    close = close_matches(name, have, 3, 0.3) or have
-    raise FileNotFoundError(f"there is no recipe {name!r}, neither as a file nor in the package: {', '.join(close)}")
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    path = path.resolve()
-    if path in seen:
-        raise ValueError(f"{path}: base names a recipe that is based on this one")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is not a recipe: it holds {type(tree).__name__}, not sections of options")
-    base = tree.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise TypeError(f"{path}: base={base!r} is {type(base).__name__}; it must be the name of a recipe beside it")
-    _build(tree, str(path))  # here, so that a message names the file that holds the mistake
-    if base is None:
-        return tree
-    if not (path.parent / base).is_file():
-        raise FileNotFoundError(f"{path}: base={base!r} is not a file in {path.parent}")
-    return _merge(_read_tree(path.parent / base, (*seen, path)), tree)
+    raise FileNotFoundError(
+        f"there is no recipe {name!r}, neither as a file nor in the package{nearest(name, have)}; "
+        f"the package has {', '.join(have)}"
+    )
 
 
 def parse_override(text: str) -> dict:
@@ -338,42 +245,14 @@ def parse_override(text: str) -> dict:
     Raises:
         ValueError: when the text has another form.
     """
-    key, equals, value = text.partition("=")
-    names = key.strip().split(".")
-    if not equals or len(names) < 2 or not all(names):
+    key, equals, _ = text.partition("=")
+    names = key.split(".")
+    if not equals or len(names) < 2 or not all(name.strip() for name in names):
         raise ValueError(f"--set {text!r} has another form than section.option=value, e.g. optimizer.lr=1e-3")
     try:
-        tree: Any = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"--set {text!r}: the value is not YAML: {error}") from error
-    for name in reversed(names):
-        tree = {name: tree}
-    return tree
-
-
-def read(name: str, overrides: dict | None = None, settings: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Return the recipe called `name`, overridden by what was given on the command line.
-
-    Args:
-        name: path, or name inside the package.
-        overrides: a nested dictionary of what flags set.
-        settings: `section.option=value` texts of --set.
-
-    Raises:
-        FileNotFoundError: when there is no such recipe.
-        ValueError: at an unknown key or a value out of range.
-        TypeError: at a value of the wrong type.
-    """
-    return override(_read_tree(find(name)), name, overrides, settings)
-
-
-def override(tree: dict, source: str, overrides: dict | None, settings: list[str] | tuple[str, ...]) -> Recipe:
-    """Return the recipe of `tree` with flags and --set texts laid over it; raises as `read` does."""
-    for text in settings:
-        one = parse_override(text)
-        _build(one, f"--set {text}")
-        overrides = _merge(overrides or {}, one)
-    return from_dict(_merge(tree, overrides or {}), f"{source} with the command line" if overrides else source)
 
 
 def to_dict(recipe: Recipe) -> dict:
@@ -389,3 +268,120 @@ def differences(old: dict, new: dict) -> list[str]:
         for key in new[section]
         if old.get(section, {}).get(key) != new[section].get(key)
     ]
+
+
+def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """Return the recipe's options laid over those of its base."""
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"{path}: base names a recipe that is based on this one; remove one of the two")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path} is not YAML of sections: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is not a recipe: it holds {type(tree).__name__}, not sections of options")
+    base = tree.pop("base", None)
+    if base is None:
+        return _merge({}, tree, str(path))
+    if not isinstance(base, str):
+        raise TypeError(f"{path}: base={base!r} is {type(base).__name__}; it must be the name of a recipe beside it")
+    if not (path.parent / base).is_file():
+        raise FileNotFoundError(f"{path}: base={base!r} is not a file in {path.parent}")
+    return _merge(_read_file(path.parent / base, (*seen, path)), tree, str(path))
+
+
+def _merge(under: dict, over: dict, source: str) -> dict:
+    """Return `under` overridden by `over`, option by option; dictionaries inside an option are merged too.
+
+    Raises:
+        ValueError: at an unknown key of `over`, or a value that is not one of an option's choices.
+        TypeError: at a value of the wrong type.
+    """
+    taken = copy.deepcopy(_SCHEMA)
+    for section, options in over.items():
+        if section not in _SECTIONS:
+            raise _unknown(str(section), options, "a recipe", [*_SECTIONS, "base"], source)
+        if not isinstance(options, dict):
+            raise TypeError(
+                f"{source}: {section}={options!r} is {type(options).__name__}; it must be a section of options"
+            )
+        for option, value in options.items():
+            key = f"{section}.{option}"
+            if key not in _KEYS:
+                raise _unknown(key, value, section, list(_SECTIONS[section]), source)
+            try:
+                OmegaConf.update(taken, key, value, merge=False)
+            except (OmegaConfBaseException, TypeError) as error:
+                raise _refused(error, key, value, source) from None
+            _check_taken(value, OmegaConf.to_container(taken[section])[option], key, source)
+    return OmegaConf.to_container(OmegaConf.merge(under, over))
+
+
+def _unknown(key: str, value: object, owner: str, known: list[str], source: str) -> ValueError:
+    leaf = key.rsplit(".", 1)[-1]
+    elsewhere = [name for name in _KEYS if name.endswith(f".{leaf}")]
+    hint = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else nearest(key, _KEYS if "." in key else known)
+    return ValueError(f"{source}: {key}={value!r} is no key of a recipe{hint}; {owner} has {', '.join(known)}")
+
+
+def _refused(error: Exception, key: str, value: object, source: str) -> Exception:
+    """Return the error that says what the option `key` takes in place of `value`."""
+    if isinstance(error, UnsupportedValueType | KeyValidationError):  # inside a dictionary of any values
+        return TypeError(f"{source}: {error.full_key}={error.value!r} is refused: {str(error).splitlines()[0]}")
+    section, option = key.split(".")
+    kind = _SECTIONS[section][option]
+    if typing.get_origin(kind) is Literal:
+        return ValueError(f"{source}: {key}={value!r} is not one of {', '.join(typing.get_args(kind))}")
+    wanted = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    owner = "it"
+    if isinstance(value, list | tuple) and "list" in wanted:  # one of its items is refused
+        owner, key, value = option, error.full_key, error.value
+    return TypeError(f"{source}: {key}={value!r} is {type(value).__name__}; {owner} must be {wanted}")
+
+
+def _check_taken(given: Any, taken: Any, key: str, source: str) -> None:
+    """Raise at a value that OmegaConf or YAML takes for another one than was meant.
+
+    OmegaConf makes 3 of "3", "False" of False and True of 1; YAML reads None, (1, 2) and -.5 as texts.
+    """
+    if isinstance(given, dict):
+        for name, value in given.items():
+            _check_taken(value, taken[name], f"{key}.{name}", source)
+    elif isinstance(given, list | tuple):
+        for number, value in enumerate(given):
+            _check_taken(value, taken[number], f"{key}[{number}]", source)
+    elif type(given) is not type(taken) and (type(given), type(taken)) != (int, float):
+        wanted = type(taken).__name__
+        raise TypeError(f"{source}: {key}={given!r} is {type(given).__name__}; it must be {wanted}")
+    elif given == "???":
+        raise ValueError(f"{source}: {key}='???' means no value to OmegaConf; give a value, or leave the key out")
+    elif isinstance(given, str):
+        try:
+            meant = ast.literal_eval(given)
+        except (ValueError, SyntaxError):
+            return
+        if not isinstance(meant, str) and isinstance(OmegaConf.from_dotlist([f"value={given}"]).value, str):
+            written = "null" if meant is None else json.dumps(meant)
+            raise ValueError(f"{source}: {key}={given!r} is a text in YAML; write {written}, without quotes")
+
+
+def _check_ranges(recipe: Recipe, source: str) -> None:
+    """Raise ValueError at a value out of range."""
+    for key, (least, greatest) in _RANGES.items():
+        section, option = key.split(".")
+        value = getattr(getattr(recipe, section), option)
+        if not least <= value <= greatest:
+            bounds = f"at least {least}" if greatest == math.inf else f"between {least} and {greatest}"
+            raise ValueError(f"{source}: {key}={value} is out of range; it must be {bounds}")
+    if recipe.train.ema_decay is not None and not 0 <= recipe.train.ema_decay < 1:
+        raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
+    if not 0 < recipe.data.crop_pct <= 1:
+        raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
+    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs and recipe.schedule.warmup_epochs:
+        raise ValueError(
+            f"{source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
+            f"schedule.epochs={recipe.schedule.epochs}; lower it"
+        )
+    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
+        raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")

@@ -1,4 +1,4 @@
-"""Timing that can be believed: on a quiet machine, repeated until it agrees; memory in a process of its own."""
+"""Time, measured on a quiet machine until two rounds agree, and peak memory, measured in a process of its own."""
 
 import csv
 import datetime
@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 _BUSY = 0.10  # of one core
 _AGREE = 0.10
-_SAMPLES = 20
-_SECONDS = 0.5
+_SECONDS, _LONGEST = 1.0, 5.0  # of a round
 _ROUNDS = 8
-_SLOW = 5.0
 
 
 class NoisyMachine(RuntimeError):
@@ -56,39 +55,30 @@ def wait_until_quiet(patience: float = 60.0) -> None:
             )
 
 
-def measure(call: Callable[[], object], device: str = "cpu") -> Time:
-    """Return the time of `call` on `device`, repeated in rounds until two rounds' medians agree within a tenth.
+def measure(call: Callable[[], object]) -> Time:
+    """Return the time of `call`, measured in rounds until the medians of two in a row agree within a tenth.
 
-    A round is at least half a second and 20 samples long, or 5 seconds, or one sample.
+    A round is one of `torch.utils.benchmark.Timer`: it warms up, synchronizes a GPU where there is one, puts calls of
+    microseconds together, and lasts from 1 to 5 seconds, until the middle half of its samples lie within a tenth.
 
     Raises:
-        NoisyMachine: no two consecutive rounds agreed.
+        NoisyMachine: no two rounds in a row agreed.
     """
+    from torch.utils.benchmark import Timer  # logs a line where there is a CUDA toolkit and no GPU
 
-    def sample() -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        return time.perf_counter() - start
-
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     medians: list[float] = []
-    warm = sample()
     for _ in range(_ROUNDS):
-        # A slow call needs no warming: its first run is the first round.
-        samples = [warm if warm > _SLOW and not medians else sample()]
-        while sum(samples) < (_SLOW if len(samples) < _SAMPLES else _SECONDS):
-            samples.append(sample())
+        samples = timer.adaptive_autorange(_AGREE, min_run_time=_SECONDS, max_run_time=_LONGEST).times
         medians.append(statistics.median(samples))
         if len(medians) > 1 and abs(medians[-1] - medians[-2]) <= _AGREE * min(medians[-2:]):
-            samples.sort()
-            low, high = (samples[min(len(samples) - 1, int(len(samples) * share))] for share in (0.2, 0.8))
-            return Time(low, medians[-1], high)
+            p20, p80 = np.quantile(samples, (0.2, 0.8)).tolist()
+            return Time(p20, medians[-1], p80)
     raise NoisyMachine(f"{_ROUNDS} rounds disagree: medians {[f'{value * 1e3:.3g} ms' for value in medians]}")
 
 
 def peak_memory(arguments: Iterable[str]) -> float:
-    """Return what `python arguments` prints last: the bytes by which its resident set grew; see `print_growth`."""
+    """Return by how many bytes the resident set of `python arguments` grew, which `print_growth` prints there."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -131,12 +121,6 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def synchronize(device: str) -> None:
-    """Wait until the GPU has done what was asked of it; nothing on a CPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 @cache
 def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Return (bytes a second of a large copy, reads and writes counted; FLOPs a second of a large product in `dtype`).
@@ -145,15 +129,15 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32) -> t
     """
     x = torch.randn(1 << (29 if device == "cuda" else 26), device=device)
     y = torch.empty_like(x)
-    copied = 2 * x.nbytes / measure(lambda: y.copy_(x), device).p20
+    copied = 2 * x.nbytes / measure(lambda: y.copy_(x)).p20
     side = 8192 if device == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
-    multiplied = 2 * side**3 / measure(lambda: a @ a, device).p20
+    multiplied = 2 * side**3 / measure(lambda: a @ a).p20
     return copied, multiplied
 
 
 def conditions(device: str = "cpu") -> dict[str, str]:
-    """Return what a figure depends on: date, device, threads and versions."""
+    """Return the conditions of a measurement: date, device, threads and versions."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "date": datetime.date.today().isoformat(),

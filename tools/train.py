@@ -19,15 +19,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from visionmix.tools import build, checkpoint, data, pictures, recipe
+from visionmix.tools import checkpoint, data, models, pictures, recipe
 from visionmix.tools.display import Display, duration
-from visionmix.tools.training import Interrupted, Stop, Training, predict_some
+from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
-COLUMNS = (
-    "epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "images_per_second", "seconds", "unreadable",
-)  # fmt: skip
-
-# Flags for what is changed most often; everything else goes by --set.
+# Flags for the most common changes; everything else goes through --set.
 FLAGS = {
     "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
     "model": ("model.name", str, "timm model name"),
@@ -105,7 +101,7 @@ def write_summary(path: Path, history: list[dict]) -> None:
 
     def write(aside: Path) -> None:
         with aside.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS)
+            table = csv.DictWriter(file, dict.fromkeys(column for row in history for column in row))
             table.writeheader()
             table.writerows(history)
 
@@ -113,68 +109,69 @@ def write_summary(path: Path, history: list[dict]) -> None:
 
 
 def resume_command(path: Path, *more: str) -> str:
-    """Return what to type to go on from a checkpoint."""
+    """Return the command that resumes from a checkpoint."""
     start = ["python", sys.argv[0]] if sys.argv[0].endswith("train.py") else ["visionmix", "train"]
     return shlex.join([*start, "--resume", str(path), *more])
 
 
-def run_epochs(training: Training, train_loader, test_loader, output: Path, display: Display, stop: Stop) -> None:
-    """Train and test until the recipe's last epoch, saving after each; raises as `Training.train_epoch` does."""
-    main = training.rank == 0
-    while training.epoch < training.recipe.schedule.epochs:
+def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, display: Display, stop: Stop) -> None:
+    """Train and test until the recipe's last epoch, saving after each; raises as `Trainer.train_epoch` does."""
+    main = trainer.rank == 0
+    while trainer.epoch < trainer.recipe.schedule.epochs:
         start = time.perf_counter()
-        lr = max(group["lr"] for group in training.optimizer.param_groups)
-        loss, unreadable = training.train_epoch(train_loader, display, stop)
+        lr = max(group["lr"] for group in trainer.optimizer.param_groups)
+        loss, unreadable = trainer.train_epoch(train_loader, display, stop)
         trained = time.perf_counter() - start
-        result = training.test(test_loader, display, stop)
+        result = trainer.test(test_loader, display, stop)
         unreadable += result.unreadable
         row = {
-            "epoch": training.epoch + 1,
+            "epoch": trainer.epoch + 1,
             "train_loss": loss,
             "test_loss": result.loss,
             "test_top1": result.top1,
             "test_top5": result.top5,
             "lr": lr,
-            "images_per_second": training.steps * training.recipe.data.batch_size * training.world / trained,
+            "images_per_second": trainer.steps * trainer.recipe.data.batch_size * trainer.world / trained,
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),
+            **{f"loss_{name}": value.item() for name, value in trainer.own_losses.items()},
         }
-        best = training.finish_epoch(row)
+        best = trainer.finish_epoch(row)
         display.end_epoch(row, best)
         if unreadable:
             display.note(f"{len(unreadable)} image(s) cannot be read and were left out in this epoch:", "yellow")
             for path in unreadable:
                 display.note(f"  {path}", "yellow")
         if main:
-            content = training.state()
+            content = trainer.state()
             checkpoint.save(output / "last.pt", content)
             if best:
                 checkpoint.save(output / "best.pt", content)
                 about = {key: content[key] for key in ("recipe", "classes", "input", "epoch")}
-                checkpoint.save_weights(output / "best.safetensors", training.tested.state_dict(), about)
-            write_summary(output / "summary.csv", training.history)
+                checkpoint.save_weights(output / "best.safetensors", trainer.tested.state_dict(), about)
+            write_summary(output / "summary.csv", trainer.history)
 
 
-def finish(training: Training, test_loader, output: Path, display: Display, stop: Stop) -> None:
-    """Test the last weights once more, draw the pictures and say what was reached and where it lies."""
-    training.epoch -= 1  # so that the display counts this test to the last epoch
-    result = training.test(test_loader, display, stop)
-    training.epoch += 1
-    if training.rank:
+def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: Stop) -> None:
+    """Test the last weights once more, draw the pictures, and print the results and where the files are."""
+    trainer.epoch -= 1  # so that the display counts this test to the last epoch
+    result = trainer.test(test_loader, display, stop)
+    trainer.epoch += 1
+    if trainer.rank:
         return
-    name = training.recipe.model.name
+    name = trainer.recipe.model.name
     display.note("drawing pictures ...")
-    pictures.draw_curves(training.history, output / "curves.png", f"{name} on {Path(training.recipe.data.path).name}")
-    pictures.draw_confusion(result.confusion.numpy(), training.classes, output / "confusion.png")
-    pictures.draw_predictions(*predict_some(training, test_loader.dataset), output / "predictions.png")
-    best = max(training.history, key=lambda row: row["test_top1"])
-    seconds = sum(row["seconds"] for row in training.history)
+    pictures.draw_curves(trainer.history, output / "curves.png", f"{name} on {Path(trainer.recipe.data.path).name}")
+    pictures.draw_confusion(result.confusion.numpy(), trainer.classes, output / "confusion.png")
+    pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), output / "predictions.png")
+    best = max(trainer.history, key=lambda row: row["test_top1"])
+    seconds = sum(row["seconds"] for row in trainer.history)
     display.note(
-        f"\n{name}, {training.epoch} epochs in {duration(seconds)}: test top-1 {result.top1:.2f} %, "
+        f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test top-1 {result.top1:.2f} %, "
         f"top-5 {result.top5:.2f} % of {result.count} images (best epoch {best['epoch']}: {best['test_top1']:.2f} %)",
         "bold green",
     )
-    for file, what in (
+    for file, meaning in (
         ("last.pt", "checkpoint of the last epoch"),
         ("best.pt", "checkpoint of the best epoch"),
         ("best.safetensors", "its weights alone"),
@@ -183,7 +180,7 @@ def finish(training: Training, test_loader, output: Path, display: Display, stop
         ("confusion.png", "confusion matrix"),
         ("predictions.png", "test images with predictions"),
     ):
-        display.note(f"  {output / file!s:<40} {what}")
+        display.note(f"  {output / file!s:<40} {meaning}")
 
 
 def start_processes(device: str | None) -> tuple[torch.device, int, int]:
@@ -192,7 +189,7 @@ def start_processes(device: str | None) -> tuple[torch.device, int, int]:
                           (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     if world > 1 and device is None and torch.cuda.is_available():
         device = f"cuda:{local}"
-    chosen = build.choose_device(device)
+    chosen = models.choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
@@ -227,39 +224,39 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
         both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
         train_loader = data.make_loader(sets["train"], shuffle=True, seed=seed, **both)
         test_loader = data.make_loader(sets["val"], shuffle=False, **both)
-        training = Training(made, classes, len(train_loader), device, rank, world)
+        trainer = Trainer(made, classes, len(train_loader), device, rank, world)
         if content:
-            training.load_state(content, str(last))
+            trainer.load_state(content, str(last))
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    normalise = training.input.normalise
+    normalise = trainer.input.normalise
     sets["train"].transform = data.train_transform(made, normalise)
     sets["val"].transform = data.eval_transform(
         made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
     )
     saved = output / "last.pt"
-    with Display(made.schedule.epochs, training.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
-        parameters = sum(p.numel() for p in training.model.parameters())
+    with Display(made.schedule.epochs, trainer.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
+        parameters = sum(p.numel() for p in trainer.model.parameters())
         display.note(
             f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {len(sets['train'])} "
             f"train and {len(sets['val'])} test images of {made.data.image_size} px, {world} process(es) on {device}",
             "bold",
         )
         if content:
-            display.note(f"going on from {last}, {training.epoch} of {made.schedule.epochs} epochs done")
+            display.note(f"going on from {last}, {trainer.epoch} of {made.schedule.epochs} epochs done")
             for line in recipe.differences(content["recipe"], recipe.to_dict(made)):
                 display.note(f"  changed: {line}", "yellow")
         try:
-            run_epochs(training, train_loader, test_loader, output, display, stop)
-            finish(training, test_loader, output, display, stop)
+            run_epochs(trainer, train_loader, test_loader, output, display, stop)
+            finish(trainer, test_loader, output, display, stop)
         except (Interrupted, RuntimeError) as error:
             # A stop that reaches workers or other processes first shows itself here as their death.
             if not (isinstance(error, Interrupted) or stop.requested):
                 raise
             if saved.exists():
-                display.note(f"stopped; {training.epoch} finished epoch(s) are saved. To go on:", "yellow")
+                display.note(f"stopped; {trainer.epoch} finished epoch(s) are saved. To go on:", "yellow")
                 display.note(f"  {resume_command(saved)}")
             else:
                 display.note("stopped before the first epoch was finished; nothing is saved", "yellow")

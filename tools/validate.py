@@ -3,6 +3,7 @@
 python tools/validate.py --checkpoint output/vig_photos/best.pt                 # knows its model, images and data
 visionmix validate --model vig_s --pretrained --data /data/imagenet
 visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --json result.json
+visionmix validate --model vig_s --pretrained --data /data/hundred_classes --class-map classes.txt
 """
 
 import argparse
@@ -12,7 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from visionmix.tools import build, checkpoint, data
+from visionmix.tools import checkpoint, data, models
+from visionmix.tools.arguments import check_least
+from visionmix.tools.class_map import find_outputs, read_class_map
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
 
@@ -26,6 +29,13 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
     parse.add_argument("--data", help="folder with val/CLASS/*, or with the class folders themselves")
+    parse.add_argument(
+        "--class-map",
+        type=Path,
+        metavar="FILE",
+        help='which output each class folder stands for: lines "FOLDER OUTPUT" or JSON, an output being an index, '
+        "a label of the model or an ImageNet synset (default: the folders' names say it)",
+    )
     parse.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     parse.add_argument("--workers", type=int, default=2, help="data-loading processes (default: %(default)s)")
     parse.add_argument("--img-size", type=int, help="side of the input in pixels")
@@ -44,32 +54,20 @@ def test_folder(root: Path) -> Path:
     return data.split_folder(root, "val")
 
 
-def check_classes(trained: build.Trained, classes: list[str], folder: Path) -> None:
-    """Raise ValueError when the folder's classes cannot be the model's."""
-    count = trained.model.num_classes
-    if len(classes) != count:
-        raise ValueError(f"{folder} has {len(classes)} classes, the model {trained.name} has {count}; they must agree")
-    # ImageNet's folders are named by WordNet ids, the published weights know descriptions.
-    if trained.data is not None and trained.classes is not None and trained.classes != classes:
-        other = sorted(set(classes) ^ set(trained.classes))[:5]
-        raise ValueError(f"{folder} has other classes than the model was trained on: {', '.join(other)}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the `validate` command with these arguments."""
     args = parser().parse_args(argv)
     try:
-        for name in ("batch_size", "img_size"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+        check_least(1, batch_size=args.batch_size, img_size=args.img_size)
+        check_least(0, workers=args.workers)
         folder = test_folder(Path(args.data)) if args.data else None
         classes = data.find_classes(folder) if folder else None
-        device = build.choose_device(args.device)
-        trained = build.load_trained(
+        class_map = read_class_map(args.class_map) if args.class_map else None
+        device = models.choose_device(args.device)
+        trained = models.load_trained(
             args.checkpoint,
             name=args.model,
             pretrained=args.pretrained,
-            classes=len(classes) if classes else None,
             image_size=args.img_size,
             device=device,
         )
@@ -78,24 +76,31 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("--data is missing: give a folder of class folders")
             folder = test_folder(Path(trained.data))
             classes = data.find_classes(folder)
-        check_classes(trained, classes, folder)
+        outputs = find_outputs(classes, trained, folder, class_map)
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2
     settings = trained.input
     transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
-    dataset = data.FolderSet(folder, classes, transform, seed=0, replace=False)
+    dataset = data.FolderSet(folder, classes, transform, seed=0, replace=False, outputs=outputs)
     loader = data.make_loader(dataset, batch=args.batch_size, workers=args.workers, shuffle=False)
     try:
         with Display(1, len(loader)) as display:
             display.begin(1, "test", len(loader))
             result = evaluate(
-                trained.model, loader, classes=len(classes), device=device, amp=args.amp, after_batch=display.step
+                trained.model,
+                loader,
+                classes=trained.model.num_classes,
+                device=device,
+                amp=args.amp,
+                after_batch=display.step,
             )
         row = {
             "model": trained.name,
             "checkpoint": args.checkpoint or "pretrained",
             "data": str(folder),
+            "classes": len(set(outputs)),
+            "outputs": trained.model.num_classes,
             "images": result.count,
             "unreadable": len(result.unreadable),
             "image_size": settings.image_size,
@@ -106,10 +111,11 @@ def main(argv: list[str] | None = None) -> int:
         }
         print(
             f"{trained.name} on {folder}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.count} "
-            f"images, {result.images_per_second:.0f} images/s"
+            f"images in {row['classes']} of the model's {row['outputs']} classes, "
+            f"{result.images_per_second:.0f} images/s"
         )
-        for path in result.unreadable:
-            print(f"  cannot be read, left out: {path}")
+        for line in result.unreadable:
+            print(f"  cannot be read, left out: {line}")
         if args.json:
             checkpoint.write_aside(args.json, lambda aside: aside.write_text(json.dumps(row, indent=1) + "\n"))
         if args.csv:

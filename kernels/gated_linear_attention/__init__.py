@@ -1,9 +1,17 @@
-"""Gated linear attention, in one and in both directions."""
+"""Gated linear attention, in one and in both directions.
 
+The functions named after the ops check what they are given. Mixers call `gated_linear_attention_op` and
+`bidirectional_op`, which check nothing: they script, trace and export.
+"""
+
+import torch
 from torch import Tensor
 
-from visionmix.kernels.checks import check_merge, check_shape, check_sizes, check_tensors
-from visionmix.kernels.gated_linear_attention.op import bidirectional_op, gated_linear_attention_op
+from visionmix.kernels import dispatch
+from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
+from visionmix.kernels.gated_linear_attention import op as _registered  # noqa: F401
+from visionmix.kernels.gated_linear_attention import reference
+from visionmix.kernels.gated_linear_attention.schema import Arguments, BidirectionalArguments
 
 __all__ = [
     "bidirectional_gated_linear_attention",
@@ -11,6 +19,41 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_op",
 ]
+
+
+def gated_linear_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (output, final state) of gated linear attention, the state empty unless asked for."""
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            arguments = Arguments(q, k, v, g, scale, initial_state, output_final_state)
+            return dispatch.call_reference(reference.forward, arguments)
+    return torch.ops.visionmix.gated_linear_attention(q, k, v, g, scale, initial_state, output_final_state)
+
+
+def bidirectional_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return gated linear attention in both directions, merged by "mean" or "sum".
+
+    The output has `out_dtype`, or v's type if None: torch.float32 where a norm follows that needs what half precision
+    cannot hold.
+    """
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            arguments = BidirectionalArguments(q, k, v, g_forward, g_backward, scale, merge, out_dtype=out_dtype)
+            return dispatch.call_reference(reference.bidirectional_forward, arguments)
+    return torch.ops.visionmix.bidirectional_gated_linear_attention(
+        q, k, v, g_forward, g_backward, scale, merge, "auto", out_dtype
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], initial_state: Tensor | None) -> None:
@@ -73,6 +116,7 @@ def bidirectional_gated_linear_attention(
     g_backward: Tensor,
     scale: float | None = None,
     merge: str = "mean",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gated linear attention from both ends of the sequence, with shared q, k and v and a gate for each direction.
 
@@ -89,14 +133,19 @@ def bidirectional_gated_linear_attention(
             that comes from token t + 1.
         scale: factor of the queries; dk^-0.5 if None.
         merge: "mean" or "sum" of the directions.
+        out_dtype: type of the output, v's if None. Under mixed precision torch.float32 keeps outputs that half
+            precision cannot hold, or would round, until the norm behind the attention brings them back to its range.
 
     Returns:
-        The output (batch, length, heads, dv) in v's dtype; computed in float32, or float64 if any input is.
+        The output (batch, length, heads, dv) in `out_dtype`; computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor.
-        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `merge` is unknown.
+        TypeError: an argument is no real floating-point tensor, or `out_dtype` no dtype.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, `merge` is unknown, or
+            `out_dtype` is not of floating-point numbers.
     """
+    check_out_dtype(out_dtype)
     check_merge(merge, ("mean", "sum"))
     _check(q, k, v, {"g_forward": g_forward, "g_backward": g_backward}, None)
-    return bidirectional_op(q, k, v, g_forward, g_backward, q.shape[-1] ** -0.5 if scale is None else scale, merge)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return bidirectional_op(q, k, v, g_forward, g_backward, scale, merge, out_dtype)

@@ -1,14 +1,58 @@
-"""The selective scan of Mamba."""
+"""The selective scan of Mamba.
 
+`selective_scan` checks what it is given. Mixers call `selective_scan_op`, which checks nothing: it scripts, traces and
+exports.
+"""
+
+import torch
 from torch import Tensor
 
-from visionmix.kernels.checks import check_shape, check_sizes, check_tensors
-from visionmix.kernels.selective_scan.op import selective_scan_op
+from visionmix.kernels import dispatch
+from visionmix.kernels.checks import check_out_dtype, check_shape, check_sizes, check_tensors
+from visionmix.kernels.selective_scan import op as _registered  # noqa: F401
+from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan.schema import Arguments
 
 __all__ = ["selective_scan", "selective_scan_op"]
 
 _RANKS = {"u": (3,), "delta": (3,), "A": (2,), "B": (2, 3, 4), "C": (2, 3, 4), "D": (1,), "z": (3,)}
 _RANKS |= {"delta_bias": (1,), "gap": (3,)}
+
+
+def selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+    gap: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (output, last state) of the selective scan, the state empty unless asked for.
+
+    The output has `out_dtype`, or u's type if None: torch.float32 where a norm follows that needs what half precision
+    cannot hold.
+
+    B and C are (batch, groups, states, length) or, constant, (dim, states); gap is (batch, dim, length).
+    """
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            arguments = Arguments(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, out_dtype=out_dtype
+            )
+            out, state, _ = dispatch.call_reference(reference.forward, arguments)
+            return out, state
+    # A graph that torch.jit.trace makes shall not depend on the mode: its backward pass finds the states anew.
+    keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    out, state, _ = torch.ops.visionmix.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, keep_states, "auto", out_dtype
+    )
+    return out, state
 
 
 def _check_projection(name: str, x: Tensor, batch: int, dim: int, states: int, length: int) -> None:
@@ -35,6 +79,7 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     gap: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan: a diagonal linear state space whose step size, input and output depend on the token.
 
@@ -61,15 +106,19 @@ def selective_scan(
         return_last_state: whether to return the state after the last token.
         gap: steps that no token is there for, since the token before (batch, dim, length), of the size that delta has
             behind the softplus. On a GPU the PyTorch reference runs for it.
+        out_dtype: type of the output, u's if None. Under mixed precision torch.float32 keeps outputs that half
+            precision cannot hold, or would round, until the norm behind the scan brings them back to its range.
 
     Returns:
-        The output (batch, dim, length) in u's dtype, or (output, state) with the state (batch, dim, states). The state
-        is float32, or float64 if any input is; so is the computation.
+        The output (batch, dim, length) in `out_dtype`, or (output, state) with the state (batch, dim, states). The
+        state is float32, or float64 if any input is; so is the computation.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor (complex A is not supported).
-        ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
+        TypeError: an argument is no real floating-point tensor (complex A is not supported), or `out_dtype` no dtype.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `out_dtype` is not of
+            floating-point numbers.
     """
+    check_out_dtype(out_dtype)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     tensors["gap"] = gap
     check_tensors(tensors, _RANKS, ("u", "delta", "A", "B", "C"))
@@ -87,5 +136,6 @@ def selective_scan(
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     if B.dim() == C.dim() == 4 and B.shape[1] != C.shape[1]:
         raise ValueError(f"B has {B.shape[1]} groups and C has {C.shape[1]}; give them the same number")
-    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap)
+    options = (delta_softplus, return_last_state, gap, out_dtype)
+    out, state = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, *options)
     return (out, state) if return_last_state else out

@@ -55,7 +55,7 @@ def test_heads_are_about_32_channels_wide(dim):
 def test_any_mixer_in_any_skeleton(mixer):
     """Every model whose own table gives no heads, in every size that has widths of its own."""
     for name in ("vmamba_base", "msvmamba_micro", "msvmamba_nano", "efficient_vmamba_small", "plainmamba_l3"):
-        sizes = visionmix.models.family.family_of(name).variants[name].options
+        sizes = visionmix.models.family.variant_of(name).layout.options
         widths = sizes.get("embed_dims") or [sizes["embed_dim"]]
         skeleton = partial(Hierarchical, embed_dims=widths, depths=[1] * len(widths))
         if "embed_dim" in sizes:

@@ -24,3 +24,27 @@ def test_fvcore_counts_half_of_pytorchs_flops(name):
         f"visionmix.{op}": 2 * count for op, count in analysis.by_operator().items() if f"visionmix.{op}" in ours
     }
     assert counted == ours
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_fvcore_counts_softmax_attention(biased):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, bias):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias if biased else None)
+
+    q, k, v, bias = (torch.randn(2, 3, *shape) for shape in ((5, 8), (7, 8), (7, 4), (5, 7)))
+    analysis = fvcore.FlopCountAnalysis(Attention(), (q, k, v, bias)).set_op_handle(
+        **visionmix.kernels.fvcore_handles()
+    )
+    assert analysis.total() == 2 * 3 * 5 * 7 * (8 + 4)
+
+
+@pytest.mark.parametrize("name", ["test_agent_deit_tiny", "test_agent_swin", "test_agent_cswin", "test_mavit"])
+def test_fvcore_counts_as_much_without_fused_attention(name):
+    images, totals = torch.randn(1, 3, 64, 96), []
+    for fused in (False, True):
+        timm.layers.set_fused_attn(fused)
+        analysis = fvcore.FlopCountAnalysis(timm.create_model(name).eval(), images)
+        analysis.set_op_handle(**visionmix.kernels.fvcore_handles())
+        totals.append(analysis.unsupported_ops_warnings(False).total())
+    assert totals[0] == totals[1]

@@ -4,11 +4,13 @@ Run by test_triton.py in a process of its own: TRITON_INTERPRET must be set befo
 """
 
 import importlib
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerator import TRITON_DEVICE, needs_gpu
+from random_calls import OPS, dense, stray
 from tolerance import TOLERANCE, assert_close, gradients
 
 from visionmix import kernels
@@ -232,6 +234,36 @@ def test_selective_scan_2d_in_bfloat16():
     check(selective_scan_2d, maps(3, 4, 4, 1, 4, 2), torch.bfloat16, delta_softplus=True)
 
 
+FLOAT32_OUTPUTS = {
+    "scan": (kernels.selective_scan, scan(2, 5, 1), {}),
+    "maps": (selective_scan_2d, maps(2, 2, 2, 1, 4), {"merge": "mean", "delta_softplus": True}),
+    "routes": (selective_scan_2d, maps(2, 2, 2, 1, 4), {"merge": "none", "delta_softplus": True}),
+    "bidirectional": (
+        kernels.bidirectional_gated_linear_attention,
+        attention(5, 4, 4, gates=("g_forward", "g_backward"), heads=1),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLOAT32_OUTPUTS)
+def test_output_in_float32(case):
+    op, tensors, options = FLOAT32_OUTPUTS[case]
+    halves = {name: x.to(TRITON_DEVICE, torch.float16) for name, x in tensors.items()}
+    doubles = {name: x.double().requires_grad_() for name, x in halves.items()}
+    halves = {name: x.requires_grad_() for name, x in halves.items()}
+    expected = op(**doubles, **options)
+    with kernels.use("triton"):
+        out = op(**halves, **options, out_dtype=torch.float32)
+        grads = gradients(out, list(halves.values()))
+    assert out.dtype == torch.float32
+    rounded = TRITON_DEVICE == "cuda" and case == "bidirectional"  # TF32 products
+    assert_close(out, expected, factor=TOLERANCE[torch.float16] / TOLERANCE[torch.float32] if rounded else 1)
+    for name, ours, theirs in zip(halves, grads, gradients(expected, list(doubles.values())), strict=True):
+        assert ours.dtype == torch.float16
+        assert_close(ours, theirs, name)
+
+
 def viewed(op, **expanded):
     """`op` on tensors of transposed storage, those named expanded along an axis; gradients are of what is viewed."""
 
@@ -274,6 +306,19 @@ def viewed(op, **expanded):
 )
 def test_strided_and_expanded_tensors(op, tensors, options):
     check(op, tensors, **options)
+
+
+@pytest.mark.skipif(TRITON_DEVICE == "cuda", reason="random calls are made on the CPU")
+@pytest.mark.long
+@pytest.mark.parametrize("op", OPS)
+def test_random_strides_of_axes_of_length_1(op):
+    for seed in range(6):
+        rng = random.Random(f"{op} {seed}")
+        call = OPS[op](rng)
+        with kernels.use("triton"):
+            expected, actual = call.outputs_and_gradients(dense), call.outputs_and_gradients(stray(rng))
+        for name, ours in actual.items():
+            assert_close(ours, expected[name], f"{op}, seed {seed}: {name}", factor=3)
 
 
 def test_float64_runs_the_reference():

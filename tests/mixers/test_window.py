@@ -82,7 +82,7 @@ def test_a_window_that_follows_the_map():
     mixer.set_grid_size((12, 12))
     assert (mixer.side, mixer.shift_size) == (6, 3)
     assert mixer.bias_table.shape == (121, 3)
-    assert mixer.bias_table._no_weight_decay
+    assert mixer.bias_table.requires_grad
     assert mixer(torch.randn(1, 12, 12, 12)).shape == (1, 12, 12, 12)
 
 

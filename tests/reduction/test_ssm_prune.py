@@ -17,7 +17,7 @@ OPTIONS = {"img_size": 96, "depth": 4, "drop_path_rate": 0.1}
 def vim(**options) -> torch.nn.Module:
     """Return a small Vim in eval mode, of weights large enough that its states matter."""
     torch.manual_seed(0)
-    model = Plain(**VARIANTS["test_vim_tiny"].options | OPTIONS | options).double()
+    model = Plain(**VARIANTS["test_vim_tiny"].layout.options | OPTIONS | options).double()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith(("x_proj.weight", "in_proj.weight", "mixer.proj.weight")):

@@ -1,5 +1,6 @@
 """Checkpoints: the old one survives, damage and foreign weights are told."""
 
+import argparse
 import errno
 import io
 import os
@@ -73,14 +74,14 @@ def test_damaged_files_are_named(tmp_path, name):
         checkpoint.read(path)
     for content in (b"", b"nonsense" * 20):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is not"):
+        with pytest.raises(ValueError, match=f"{name}.* (is damaged|no whole safetensors file)"):
             checkpoint.read(path)
     if name.endswith("safetensors"):
         checkpoint.save_weights(path, {"w": torch.ones(1000)}, {})
     else:
         checkpoint.save(path, {"model": {"w": torch.ones(1000)}})
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=f"{name} is not"):
+    with pytest.raises(ValueError, match=f"{name}.* (is damaged|no whole safetensors file)"):
         checkpoint.read(path)
 
 
@@ -93,7 +94,7 @@ def test_no_code_of_a_file_runs(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
     for name in ("evil.pt", "plain.pt"):
-        with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values"):
+        with pytest.raises(ValueError, match=r"holds no tensors|cannot be read without running code"):
             checkpoint.read(tmp_path / name)
     assert capsys.readouterr().out == ""
 
@@ -104,7 +105,17 @@ def test_a_later_format_is_refused(tmp_path):
         checkpoint.read(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"format": "pt", "state_dict": {f"module.{key}": value for key, value in s.items()}},
+        lambda s: {"model": {key: value + 5 for key, value in s.items()}, "model_ema": s},
+        lambda s: {"model": s, "config": argparse.Namespace(lr=0.1)},
+    ],
+)
 def test_wrapped_foreign_files(tmp_path, wrap):
     torch.save(wrap({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}), tmp_path / "a.pth")
     model = nn.Linear(3, 2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionmix.tools import build, draw_tokens
+from visionmix.tools import draw_tokens, models
 
 SOURCE = np.array([[3, 3, 5], [4, -1, 5]])
 
@@ -58,4 +58,4 @@ def test_mistakes_are_answered(arguments, text, capsys, tmp_path):
 @pytest.mark.parametrize("spec", ["tome:13", "tome:r=open", "tome:r=1)+(", "tome:**{'r': 1}"])
 def test_reductions_that_cannot_be_read_are_refused(spec):
     with pytest.raises(ValueError, match="cannot be read"):
-        build.reduce_model(torch.nn.Identity(), spec)
+        models.reduce_model(torch.nn.Identity(), spec)

@@ -19,7 +19,7 @@ def test_help_lists_the_commands(capsys):
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main.main(["trian"]) == 2
-    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert "no command 'trian' (did you mean 'train'?)" in capsys.readouterr().err
 
 
 def test_commands_are_dispatched(tmp_path, capsys):

@@ -1,8 +1,10 @@
-"""Recipes: what is read, and what is said about mistakes."""
+"""Recipes: which values arrive, and how mistakes are answered."""
 
+import json
 from pathlib import Path
 
 import pytest
+import timm
 
 from visionmix.tools import recipe
 
@@ -49,10 +51,10 @@ def test_every_packaged_recipe_is_found_by_path_and_by_name(path):
     ("text", "error", "words"),
     [
         ("optimizer: {learing_rate: 0.1}", ValueError, ("optimizer.learing_rate=0.1", "optimizer.")),
-        ("optimizer: {weigth_decay: 0.1}", ValueError, ("did you mean optimizer.weight_decay",)),
-        ("train: {lr: 0.1}", ValueError, ("train.lr=0.1", "did you mean optimizer.lr?")),
-        ("optimiser: {lr: 0.1}", ValueError, ("optimiser", "did you mean optimizer")),
-        ("epochs: 3", ValueError, ("epochs=3", "did you mean schedule.epochs")),
+        ("optimizer: {weigth_decay: 0.1}", ValueError, ("did you mean 'optimizer.weight_decay'",)),
+        ("train: {lr: 0.1}", ValueError, ("train.lr=0.1", "did you mean 'optimizer.lr'?")),
+        ("optimiser: {lr: 0.1}", ValueError, ("optimiser", "did you mean 'optimizer'")),
+        ("epochs: 3", ValueError, ("epochs=3", "did you mean 'schedule.epochs'")),
         ("schedule: {epochs: many}", TypeError, ("schedule.epochs='many' is str; it must be int",)),
         ("schedule: {epochs: 2.5}", TypeError, ("schedule.epochs=2.5", "int")),
         ("schedule: {epochs: true}", TypeError, ("schedule.epochs=True is bool",)),
@@ -66,6 +68,21 @@ def test_every_packaged_recipe_is_found_by_path_and_by_name(path):
         ("data: {batch_size: 7}\naugment: {mixup: 1}", ValueError, ("batch_size=7", "even")),
         ("[1, 2]", ValueError, ("holds list",)),
         ("model: {name: [", ValueError, ("is not YAML",)),
+        ("data: {image_size: '48'}", TypeError, ("data.image_size='48' is str; it must be int",)),
+        ("model: {name: 3}", TypeError, ("model.name=3 is int; it must be str",)),
+        ("train: {ema_warmup: 1}", TypeError, ("train.ema_warmup=1 is int; it must be bool",)),
+        ("train: {amp: off}", ValueError, ("train.amp=False is not one of none, float16",)),
+        ("augment: {scale: ['0.1', 1]}", TypeError, ("augment.scale[0]='0.1' is str; it must be float",)),
+        ("data: {mean: {a: 1}}", TypeError, ("data.mean={'a': 1} is dict; it must be list[float] | None",)),
+        ("data: {path: [a]}", TypeError, ("data.path=['a'] is list; it must be str | None",)),
+        ("model: {kwargs: [1]}", TypeError, ("model.kwargs=[1] is list; it must be dict",)),
+        ("model: {kwargs: {1: 2}}", TypeError, ("model.kwargs.1=2",)),
+        ("optimizer: {lr: .nan}", ValueError, ("optimizer.lr=nan", "at least 0")),
+        ("optimizer: {lr: 1.0, lr: 2.0}", ValueError, ("duplicate key lr",)),
+        ("data:\n  path: ???", ValueError, ("data.path='???'", "leave the key out")),
+        ("data: {path: '${data.root}'}", ValueError, ("data.path", "'data.root' not found")),
+        ("data: {image_size: '${data.path}', path: x}", ValueError, ("data.image_size", "could not be converted")),
+        ("3", ValueError, ("is not YAML of sections", "int")),
         ("base: nothing.yaml", FileNotFoundError, ("base='nothing.yaml'",)),
         ("base: r.yaml", ValueError, ("based on this one",)),
     ],
@@ -78,6 +95,66 @@ def test_mistakes_are_named_with_file_key_and_value(tmp_path, text, error, words
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("[24, 48]", [24, 48]),
+        ("[[na, dina], softmax]", [["na", "dina"], "softmax"]),
+        ("{name: na, kernel_size: 5, bias: null}", {"name": "na", "kernel_size": 5, "bias": None}),
+        ("null", None),
+        ("1e-3", 1e-3),
+        ("3", 3),
+        ("'3'", "3"),
+        ("true", True),
+        ("gelu", "gelu"),
+        ("${data.image_size}", 224),
+    ],
+)
+def test_kwargs_arrive_as_plain_values(tmp_path, value, meant):
+    path = write(tmp_path, f"model:\n  kwargs:\n    option: {value}\n")
+    for made in (recipe.read(path), recipe.read("demo/bakeoff.yaml", {}, [f"model.kwargs.option={value}"])):
+        if not value.startswith("$"):
+            assert made.model.kwargs["option"] == meant
+        pending = [recipe.to_dict(made)]
+        while pending:
+            item = pending.pop()
+            assert type(item) in (dict, list, str, int, float, bool, type(None))
+            pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
+    assert recipe.read(path).model.kwargs == {"option": meant}
+
+
+def test_a_tuple_of_a_program_or_of_an_old_checkpoint_stays_one():
+    made = recipe.from_dict({"model": {"kwargs": {"depths": (1, 2)}}, "augment": {"scale": (0.5, 1)}}, "checkpoint")
+    assert made.model.kwargs == {"depths": (1, 2)}
+    assert made.augment.scale == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"), [("None", "null"), ("(1, 2)", "[1, 2]"), ("-.5", "-0.5"), ("(None, 'na')", '[null, "na"]')]
+)
+@pytest.mark.parametrize("key", ["data.path", "model.kwargs.option"])
+def test_python_literals_that_yaml_reads_as_text_are_refused(tmp_path, key, value, remedy):
+    section, _, option = key.partition(".")
+    path = write(tmp_path, f"{section}:\n  " + option.replace(".", ":\n    ") + f": {value}\n")
+    for arguments in ((path,), ("demo/bakeoff.yaml", {}, [f"{key}={value}"])):
+        with pytest.raises(ValueError, match="is a text in YAML") as caught:
+            recipe.read(*arguments)
+        assert f"{key}={value!r}" in str(caught.value)
+        assert f"write {remedy}, without quotes" in str(caught.value)
+
+
+def test_a_recipe_rebuilds_its_model():
+    """A checkpoint's recipe alone gives the model of the run, mixers by name and by dictionary."""
+    settings = ["model.kwargs.mixer=[{name: na, kernel_size: 3}, softmax, gated_linear_attention]"]
+    made = recipe.read("demo/bakeoff.yaml", {}, settings)
+    again = recipe.from_dict(json.loads(json.dumps(recipe.to_dict(made))), "checkpoint")
+    states = [timm.create_model(one.model.name, **one.model.kwargs).state_dict() for one in (made, again)]
+    assert {key: value.shape for key, value in states[0].items()} == {
+        key: value.shape for key, value in states[1].items()
+    }
+    assert any("position_bias" in key or ".qkv." in key for key in states[0])
+
+
 def test_a_base_is_overridden_option_by_option(tmp_path):
     write(tmp_path, "schedule: {epochs: 9, warmup_epochs: 2}\nmodel: {kwargs: {a: 1, b: 2}}", "base.yaml")
     made = recipe.read(write(tmp_path, "base: base.yaml\nschedule: {epochs: 5}\nmodel: {kwargs: {b: 3}}"))
@@ -86,7 +163,7 @@ def test_a_base_is_overridden_option_by_option(tmp_path):
 
 def test_a_mistake_in_the_base_names_the_base(tmp_path):
     write(tmp_path, "schedule: {epoch: 9}", "base.yaml")
-    with pytest.raises(ValueError, match=r"base\.yaml: schedule\.epoch=9 .* did you mean schedule\.epochs"):
+    with pytest.raises(ValueError, match=r"base\.yaml: schedule\.epoch=9 .*did you mean 'schedule\.epochs'"):
         recipe.read(write(tmp_path, "base: base.yaml"))
 
 

@@ -1,6 +1,7 @@
-"""Measuring waits until other processes leave the machine alone."""
+"""Measuring waits until other processes leave the machine alone, and repeats until its rounds agree."""
 
 import itertools
+import time
 
 import pytest
 
@@ -29,3 +30,34 @@ def test_a_machine_that_stays_busy_is_refused(monkeypatch):
     monkeypatch.setattr(timing.time, "monotonic", lambda: next(clock))
     with pytest.raises(timing.NoisyMachine, match=r"for 30 s, 1\.00 cores"):
         timing.wait_until_quiet(patience=30.0)
+
+
+def test_a_call_is_timed_in_quantiles(monkeypatch):
+    monkeypatch.setattr(timing, "_SECONDS", 0.05)
+    found = timing.measure(lambda: time.sleep(0.004))
+    assert 0.004 <= found.p20 <= found.p50 <= found.p80
+
+
+def pretend_rounds(monkeypatch, rounds):
+    """Let the timer's rounds have these samples."""
+    left = iter(rounds)
+
+    class Round:
+        def __init__(self, times):
+            self.times = times
+
+    monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", lambda *_, **__: Round(next(left)))
+    return left
+
+
+def test_the_first_two_rounds_in_a_row_that_agree_count(monkeypatch):
+    left = pretend_rounds(monkeypatch, [[1.0], [2.0], [1.05], [1.0, 1.1, 1.05, 1.2, 1.3], [9.0]])
+    found = timing.measure(int)
+    assert (found.p20, found.p50, found.p80) == pytest.approx((1.04, 1.1, 1.22))
+    assert next(left) == [9.0]
+
+
+def test_rounds_that_never_agree_are_refused(monkeypatch):
+    pretend_rounds(monkeypatch, itertools.cycle([[1.0], [2.0]]))
+    with pytest.raises(timing.NoisyMachine, match=r"8 rounds disagree: medians \['1e\+03 ms', '2e\+03 ms'"):
+        timing.measure(int)

@@ -1,9 +1,11 @@
-"""Training runs from end to end: results, stopping and going on, failures on the way."""
+"""Trainer runs from end to end: results, stopping and going on, failures on the way."""
 
+import copy
 import csv
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from visionmix.tools import checkpoint, train, validate
-from visionmix.tools.training import Training
+from visionmix.tools import checkpoint, models, recipe, train, validate
+from visionmix.tools.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "unreadable")
@@ -26,14 +28,14 @@ def run(recipe_file, tree, output, *more):
 
 def at_step(monkeypatch, step, act):
     """Call `act` in the middle of the training step numbered `step`, counted over the whole run."""
-    update = Training._update
+    update = Trainer._update
 
     def acting(self, batch):
         if self.step + 1 == step:
             act(self)
         return update(self, batch)
 
-    monkeypatch.setattr(Training, "_update", acting)
+    monkeypatch.setattr(Trainer, "_update", acting)
 
 
 def same(first: Path, second: Path) -> None:
@@ -56,7 +58,7 @@ def finished(recipe_file, tree, tmp_path):
     return tmp_path / "whole"
 
 
-def test_a_run_leaves_what_it_promises(recipe_file, tree, tmp_path, capsys):
+def test_a_run_leaves_all_its_files(recipe_file, tree, tmp_path, capsys):
     finished = tmp_path / "out"
     assert run(recipe_file, tree, finished) == 0
     with (finished / "summary.csv").open() as file:
@@ -86,7 +88,7 @@ def test_resume_after_ctrl_c_ends_in_the_same_numbers(
     recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
 ):
     halted = tmp_path / "halted"
-    # A shell starts what runs in the background with SIGINT ignored.
+    # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
@@ -152,7 +154,7 @@ def test_a_full_disk_stops_the_run_with_the_old_checkpoint_whole(recipe_file, tr
 
     def full_in_epoch_2(content, file):
         if content["epoch"] == 2:
-            file.write(b"half of it")
+            file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(content, file)
 
@@ -185,13 +187,13 @@ def test_an_all_broken_training_set_is_an_error(recipe_file, tree, tmp_path, cut
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--model", "vig_zz"), ("model='vig_zz' is not known; did you mean",)),
+        (("--model", "vig_zz"), ("model='vig_zz' is not known (did you mean 'vig_",)),
         (("--set", "model.kwargs.depht=3"), ("does not take these arguments", "depht")),
         (("--img-size", "48"), ("does not take RGB images of image_size=48", "model.kwargs.img_size=48")),
         (("--set", "optimizer.name=adamww"), ("optimizer.name='adamww'",)),
         (("--set", "optimizer.kwargs.beta=3"), ("does not take kwargs", "beta")),
         (("--batch-size", "64"), ("has 18 images", "lower data.batch_size")),
-        (("--set", "optimizer.learning=3"), ("did you mean optimizer.",)),
+        (("--set", "optimizer.learning=3"), ("did you mean 'optimizer.",)),
         (("--device", "cuda:77"), ("--device 'cuda:77' cannot be used",)),
         (("--data", "/nowhere"), ("data folder /nowhere does not exist",)),
         (("--resume", "/nowhere/last.pt"), ("checkpoint /nowhere/last.pt does not exist",)),
@@ -238,6 +240,109 @@ def test_a_model_of_the_library(recipe_file, tree, tmp_path):
     recipe_file.write_text(text)
     more = ("--model", "test_vig", "--epochs", "1", "--set", "schedule.warmup_epochs=0")
     assert run(recipe_file, tree, tmp_path / "out", *more) == 0
+
+
+class Scheduled(torch.nn.Module):
+    """A classifier whose forward pass depends on the progress that it was told, with a loss of its own."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, num_classes)
+        self.num_classes, self.done, self.told, self.seen = num_classes, 0.0, [], []
+
+    def set_progress(self, done):
+        self.done = done
+        self.told.append(done)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3))) * (1 + self.done)
+
+    def forward_train(self, x):
+        self.seen.append(self.done)
+        return self(x), {"size": self.fc.weight.square().sum(), "five": x.new_tensor(5.0)}
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+    """The models that runs make, which are `Scheduled` ones."""
+    made = []
+
+    def create_model(name, num_classes, **_):
+        made.append(Scheduled(num_classes))
+        return made[-1]
+
+    monkeypatch.setattr(models, "create_model", create_model)
+    return made
+
+
+def test_a_schedule_of_the_models_own_is_told_the_share_of_steps_done(
+    recipe_file, tree, tmp_path, scheduled, monkeypatch
+):
+    assert run(recipe_file, tree, tmp_path / "whole") == 0
+    steps = [step / 12 for step in range(13)]
+    assert scheduled[0].told == steps
+    assert scheduled[0].seen == steps[:-1]
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
+        assert run(recipe_file, tree, tmp_path / "halted") == 130
+    assert run(recipe_file, tree, tmp_path / "halted", "--resume") == 0
+    assert scheduled[2].seen == steps[8:-1]  # from the third epoch's first step
+    same(tmp_path / "whole", tmp_path / "halted")  # the moving average was told the same
+
+
+def test_losses_of_the_models_own_are_added_and_logged(recipe_file, tree, tmp_path, scheduled, monkeypatch):
+    def without(self, x):
+        return self(x), {}
+
+    still = ("--epochs", "2", "--lr", "0", "--set", "schedule.min_lr=0", "--set", "schedule.warmup_epochs=0")
+    assert run(recipe_file, tree, tmp_path / "with", *still) == 0
+    monkeypatch.setattr(Scheduled, "forward_train", without)
+    assert run(recipe_file, tree, tmp_path / "without", *still) == 0
+    rows = {}
+    for name in ("with", "without"):
+        with (tmp_path / name / "summary.csv").open() as file:
+            rows[name] = list(csv.DictReader(file))
+    size = scheduled[0].fc.weight.square().sum().item()
+    for row, plain in zip(rows["with"], rows["without"], strict=True):
+        assert float(row["loss_five"]) == 5.0
+        assert float(row["loss_size"]) == pytest.approx(size, rel=1e-6)
+        assert float(row["train_loss"]) == pytest.approx(float(plain["train_loss"]) + 5 + size, rel=1e-6)
+    assert "loss_five" not in rows["without"][0]
+
+
+@pytest.mark.parametrize("copied", ["as made", "deepcopy", "meta start", "pickled"])
+def test_weight_decay_spares_scan_parameters_norms_and_biases(monkeypatch, copied):
+    """Decay rates, skips, step biases, norms and biases of scans are not decayed, also after copies of the model."""
+    create = models.create_model
+
+    def create_model(*args, **options):
+        if copied == "meta start":
+            with torch.device("meta"):
+                model = create(*args, **options)
+            model = model.to_empty(device="cpu")
+            model.load_state_dict(create(*args, **options).state_dict())
+            return model
+        model = create(*args, **options)
+        if copied == "pickled":
+            return pickle.loads(pickle.dumps(model))
+        return copy.deepcopy(model) if copied == "deepcopy" else model
+
+    monkeypatch.setattr(models, "create_model", create_model)
+    tree = {"model": {"name": "test_vmamba"}, "data": {"image_size": 64}, "optimizer": {"weight_decay": 0.3}}
+    trainer = Trainer(recipe.from_dict(tree, "test"), ["a", "b"], 4, torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decayed = {
+        names[id(parameter)]: group["weight_decay"] > 0
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert decayed.keys() == set(names.values())
+    scan = ("A_log", "D", "delta_bias")
+    assert {name.rpartition(".")[2] for name in decayed} >= set(scan)
+    for name, is_decayed in decayed.items():
+        leaf = name.rpartition(".")[2]
+        spared = leaf in scan or leaf == "bias" or "norm" in name
+        assert is_decayed == (not spared), name
 
 
 @pytest.mark.long

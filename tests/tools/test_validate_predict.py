@@ -1,13 +1,19 @@
-"""validate and predict, on a checkpoint of train and on foreign files."""
+"""validate and predict, with checkpoints of train and with weight files of other programs."""
 
 import csv
 import json
+import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import ImageNetInfo
 
-from visionmix.tools import checkpoint, predict, train, validate
+from visionmix.tools import checkpoint, data, models, predict, train, validate
 
 KWARGS = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -52,12 +58,12 @@ def test_predict(trained, tree, tmp_path, capsys):
     arguments = ["--checkpoint", str(trained / "best.pt"), "--topk", "2", "--csv", str(tmp_path / "p.csv")]
     assert predict.main([*images, *arguments]) == 0
     captured = capsys.readouterr()
-    assert f"{broken} cannot be read" in captured.err
+    assert f"cannot be read: {broken}: not in a format" in captured.err
     with (tmp_path / "p.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 10
     assert {row["class"] for row in rows} <= {"blue", "green", "red"}
-    # The first guesses are those that validate counts.
+    # validate counts the same first guesses.
     right = sum(row["rank"] == "1" and f"/val/{row['class']}/" in row["image"] for row in rows)
     best = checkpoint.read(trained / "best.pt")["history"][-1]
     assert 100 * right / 9 == pytest.approx(best["test_top1"])
@@ -70,16 +76,49 @@ def test_predict(trained, tree, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--batch-size", "0"], "batch_size=0 is too small; it must be at least 1"),
         ([], "either --checkpoint FILE or --pretrained"),
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt does not exist"),
-        (["--model", "vig_zz", "--pretrained"], "is not known; did you mean"),
+        (["--model", "vig_zz", "--pretrained"], "is not known (did you mean 'vig_"),
     ],
 )
 @pytest.mark.parametrize("tool", [validate, predict])
-def test_mistakes(tool, tree, arguments, words, capsys):
+def test_validate_and_predict_name_mistakes(tool, tree, arguments, words, capsys):
     where = [str(tree)] if tool is predict else ["--data", str(tree)]
     assert tool.main([*where, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_predict_reads_every_kind_and_names_what_it_leaves_out(trained, tree, tmp_path, caplog, capsys):
+    folder = tmp_path / "mixed"
+    shutil.copytree(tree / "val" / "red", folder / "deep")
+    with Image.open(folder / "deep" / "0.jpg") as image:
+        image.save(folder / "1.webp")
+        image.save(folder / "2.TIF")
+    for name in ("notes.txt", ".DS_Store"):
+        (folder / name).touch()
+    (folder / "__MACOSX").mkdir()
+    shutil.copy(folder / "1.webp", folder / "__MACOSX")
+    assert predict.main([str(folder), "--checkpoint", str(trained / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        assert len({row["image"] for row in csv.DictReader(file)}) == 3 + 2
+    (record,) = caplog.records
+    assert "left out 1 file(s) that Pillow does not decode: notes.txt" in record.message
+    assert not capsys.readouterr().err
+
+
+def test_predict_sees_a_16_bit_image_as_the_8_bit_one(trained, tmp_path, capsys):
+    grey = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    files = [str(tmp_path / "8.png"), str(tmp_path / "16.png")]
+    assert predict.main([*files, "--checkpoint", str(trained / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        rows = [(row["image"], row["class"], row["probability"]) for row in csv.DictReader(file)]
+    assert [row[1:] for row in rows if row[0] == files[0]] == [row[1:] for row in rows if row[0] == files[1]]
+    Image.fromarray(np.float32([[0, 255]])).save(tmp_path / "float.tif")
+    assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(trained / "best.pt")]) == 1
+    assert "float.tif has mode 'F' and values from 0 to 255" in capsys.readouterr().err
 
 
 def test_predict_names_missing_images(trained, tmp_path, capsys):
@@ -102,9 +141,125 @@ def test_other_classes_and_another_model_are_refused(trained, tree, tmp_path, ca
 def test_a_foreign_file_is_loaded_whole_or_not_at_all(name, tree, tmp_path, capsys):
     model = timm.create_model("test_vit", num_classes=3)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vit.pth")
-    data = ["--data", str(tree), "--checkpoint", str(tmp_path / "vit.pth"), "--workers", "0"]
-    assert validate.main(["--model", "test_vit", *data]) == 0
-    assert validate.main([*data]) == 2
+    given = ["--data", str(tree), "--checkpoint", str(tmp_path / "vit.pth"), "--workers", "0"]
+    assert validate.main(["--model", "test_vit", *given]) == 0
+    assert validate.main(given) == 2
     assert "does not say which model it holds" in capsys.readouterr().err
-    assert validate.main(["--model", name, *data]) == 2
+    assert validate.main(["--model", name, *given]) == 2
     assert "vit.pth" in capsys.readouterr().err
+
+
+def save_foreign(path, num_classes, name="test_vit"):
+    """Save a state dict as another program does, with random weights that tell images apart; return the model."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=num_classes).eval()
+    torch.nn.init.normal_(model.get_classifier().weight)
+    torch.save({"state_dict": model.state_dict()}, path)
+    return model
+
+
+def guesses(model, tree):
+    """Return the five best outputs of `model` for each image in tree/val, by its path."""
+    settings = models.model_input(model)
+    transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
+    found = {}
+    for file in sorted((tree / "val").rglob("*.jpg")):
+        with Image.open(file) as image, torch.inference_mode():
+            found[file] = model(transform(image.convert("RGB"))[None])[0].topk(5).indices.tolist()
+    return found
+
+
+def published(monkeypatch, file):
+    """Let `pretrained=True` read `file`, where it would download."""
+    make = timm.create_model
+
+    def create_model(name, pretrained=False, **kwargs):
+        overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if pretrained else {}
+        return make(name, pretrained, **overlay | kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+
+@pytest.mark.parametrize("source", ["--checkpoint", "--pretrained"])
+def test_another_number_of_classes_is_refused_and_a_class_map_takes_it(source, tree, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "weights.pth"
+    model = save_foreign(file, 1000)
+    published(monkeypatch, file)
+    weights = ["--checkpoint", str(file)] if source == "--checkpoint" else ["--pretrained"]
+    call = ["--model", "test_vit", *weights, "--data", str(tree), "--workers", "0"]
+    assert validate.main(call) == 2
+    error = capsys.readouterr().err
+    for words in ("has 3 classes", "test_vit have 1000 outputs", "ImageNet synset", "--class-map FILE"):
+        assert words in error
+    five = guesses(model, tree)
+    # Two folders stand for the first guess of one of their images, the third for a second guess.
+    wanted = {"blue": 0, "green": 0, "red": 1}
+    output = {name: next(best for file, best in five.items() if file.parent.name == name)[place]
+              for name, place in wanted.items()}  # fmt: skip
+    top1 = 100 * sum(best[0] == output[file.parent.name] for file, best in five.items()) / 9
+    top5 = 100 * sum(output[file.parent.name] in best for file, best in five.items()) / 9
+    assert top5 > top1 > 0
+    info = ImageNetInfo()
+    synsets = {name: info.index_to_label_name(index) for name, index in output.items()}
+    for number, text in enumerate((
+        "".join(f"{name} {index}\n" for name, index in output.items()) + "white\t3\n",
+        "".join(f"{name}\t{synset}\n" for name, synset in synsets.items()),
+        json.dumps(output),
+        json.dumps({name: info.label_name_to_description(synset) for name, synset in synsets.items()}),
+    )):  # fmt: skip
+        (tmp_path / "map").write_text(text)
+        result = tmp_path / f"{number}.json"
+        assert validate.main([*call, "--class-map", str(tmp_path / "map"), "--json", str(result)]) == 0
+        row = json.loads(result.read_text())
+        assert (row["top1"], row["top5"]) == pytest.approx((top1, top5), rel=1e-6)
+        assert (row["classes"], row["outputs"], row["images"]) == (len(set(output.values())), 1000, 9)
+    assert len(set(synsets.values())) == 3
+    for name, synset in synsets.items():
+        (tree / "val" / name).rename(tree / "val" / synset)
+    assert validate.main([*call, "--json", str(tmp_path / "synsets.json")]) == 0
+    assert json.loads((tmp_path / "synsets.json").read_text())["top1"] == pytest.approx(top1, rel=1e-6)
+
+
+@pytest.mark.parametrize("source", ["--checkpoint", "--pretrained"])
+@pytest.mark.parametrize("name", ["test_vit", "test_vig"])
+def test_num_classes_of_predict_must_be_that_of_the_weights(name, source, tree, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "weights.pth"
+    save_foreign(file, 1000, name)
+    published(monkeypatch, file)
+    weights = ["--checkpoint", str(file)] if source == "--checkpoint" else ["--pretrained"]
+    call = [str(tree / "val" / "red"), "--model", name, *weights]
+    assert predict.main([*call, "--num-classes", "3"]) == 2
+    assert re.search("--num-classes=3, but the weights of .* have 1000 outputs", capsys.readouterr().err)
+    assert predict.main([*call, "--num-classes", "1000"]) == 0
+    printed = capsys.readouterr().out
+    assert predict.main(call) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_foreign_file_says_how_many_classes_it_has(tree, tmp_path):
+    save_foreign(tmp_path / "seven.pth", 7)
+    call = ["--model", "test_vit", "--checkpoint", str(tmp_path / "seven.pth")]
+    assert predict.main([str(tree / "val" / "red"), *call, "--csv", str(tmp_path / "p.csv"), "--topk", "9"]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        assert {row["class"] for row in csv.DictReader(file)} == set("0123456")
+    assert validate.main([*call, "--data", str(tree)]) == 2
+
+
+def test_folders_named_by_a_checkpoints_labels_are_mapped_by_themselves(trained, tree, tmp_path):
+    call = ["--checkpoint", str(trained / "best.pt"), "--data", str(tree), "--workers", "0"]
+    assert predict.main([str(tree / "val"), *call[:2], "--csv", str(tmp_path / "p.csv"), "--topk", "1"]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        right = dict.fromkeys(("blue", "green", "red"), 0)
+        for row in csv.DictReader(file):
+            right[Path(row["image"]).parent.name] += row["class"] == Path(row["image"]).parent.name
+    for gone in ("blue", "green"):
+        (tree / "val" / gone).rename(tmp_path / gone)
+        assert validate.main([*call, "--json", str(tmp_path / "r.json")]) == 0
+        left = [name for name in right if (tree / "val" / name).is_dir()]
+        row = json.loads((tmp_path / "r.json").read_text())
+        assert row["top1"] == pytest.approx(100 * sum(right[name] for name in left) / (3 * len(left)), rel=1e-6)
+        assert (row["classes"], row["outputs"]) == (len(left), 3)
+    (tree / "val" / "red").rename(tree / "val" / "rouge")
+    (tmp_path / "map.txt").write_text("rouge red\n")
+    assert validate.main([*call, "--class-map", str(tmp_path / "map.txt"), "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["top1"] == pytest.approx(100 * right["red"] / 3, rel=1e-6)

@@ -109,21 +109,18 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that optimisers should not decay: position embeddings, prefix tokens, and those that a
-        layer names in its attribute `undecayed`.
+        """Return the parameters that optimisers should not decay.
+
+        These are position embeddings, prefix tokens, and of any module with a class attribute `undecayed` the
+        parameters that it names. An attribute of the parameters themselves would not outlive a copy.
         """
-        undecayed = {
-            f"{name}.{leaf}".lstrip(".")
-            for name, module in self.named_modules()
+        named = {
+            f"{prefix}.{leaf}" if prefix else leaf
+            for prefix, module in self.named_modules()
             for leaf in getattr(module, "undecayed", ())
         }
         return {
-            name
-            for name, value in self.named_parameters()
-            if name in undecayed
-            or getattr(value, "_no_weight_decay", False)
-            or "pos_embed" in name
-            or "class_token" in name
+            name for name, _ in self.named_parameters() if name in named or "pos_embed" in name or "class_token" in name
         }
 
     @torch.jit.ignore

@@ -1,16 +1,16 @@
-"""What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
+"""Layers that several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
-from visionmix.layers.conv import DepthwiseConv
+from visionmix.layers.conv import DepthwiseConvNormAct
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
-from visionmix.layers.gate import ChannelGate, LogSigmoid
+from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.multi_scale import MultiScalePatches
-from visionmix.layers.norm import BatchNorm
+from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
 from visionmix.layers.position import ConvPosition, PositionEmbedding
-from visionmix.layers.precision import at_least_float32
+from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.layers.resample import resample_map
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
@@ -22,7 +22,7 @@ __all__ = [
     "ConvDownsample",
     "ConvMlp",
     "ConvPosition",
-    "DepthwiseConv",
+    "DepthwiseConvNormAct",
     "Grid",
     "LogSigmoid",
     "MultiScalePatches",
@@ -31,6 +31,8 @@ __all__ = [
     "PrefixTokens",
     "ProjectionHead",
     "RotaryMap",
+    "ScanLayerNorm",
+    "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",
     "Stem",
@@ -40,12 +42,16 @@ __all__ = [
     "conv_stem",
     "deep_conv_stem",
     "deep_patch_stem",
+    "gated",
     "join_prefix",
     "mlp",
     "pad",
     "patch_stem",
     "prefix_positions",
+    "projected",
     "resample_map",
+    "scan_dtype",
     "split_prefix",
     "swiglu",
+    "zero_token",
 ]

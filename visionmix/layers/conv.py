@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConvNormAct(nn.Module):
     """``act(norm(conv(x)))`` with a depthwise convolution without bias and a batch normalisation.
 
     Shapes: (batch, height, width, dim) to the same.

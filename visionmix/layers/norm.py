@@ -1,7 +1,42 @@
 """Norms over the channels of NHWC maps."""
 
 import torch
+import torch.fx
+from timm.layers import LayerNorm, RmsNorm
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@torch.fx.wrap
+def _no_narrower(parameter: Tensor, x: Tensor) -> Tensor:
+    """Return `parameter`, in the type of `x` where that is the wider."""
+    return parameter.to(x.dtype) if x.element_size() > parameter.element_size() else parameter
+
+
+class ScanLayerNorm(LayerNorm):
+    """timm's `LayerNorm` for the result of a scan, float32 even where the model is of half precision.
+
+    Computes in the wider type of input and parameters and returns that of the parameters. Sums over a sequence may lie
+    above 65504, float16's largest number, so a scan's result is rounded behind the norm. timm's fast norm would round
+    it before, and is left aside.
+
+    Shapes: (..., dim) to the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _no_narrower(self.weight, x), _no_narrower(self.bias, x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+class ScanRmsNorm(RmsNorm):
+    """timm's `RmsNorm` for the result of a scan, as `ScanLayerNorm` is its `LayerNorm`.
+
+    Shapes: (..., dim) to the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = _no_narrower(self.weight, x)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
 
 class BatchNorm(nn.Module):

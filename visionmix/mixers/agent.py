@@ -5,13 +5,13 @@ from typing import Final
 
 import torch
 import torch.fx
-from timm.layers import trunc_normal_
+from timm.layers import trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import biased_attention, check_heads
+from visionmix.mixers.softmax import check_heads, softmax_attention
 
 _TABLE_SIDE = 7
 
@@ -72,6 +72,7 @@ class AgentAttention(nn.Module):
         self.num_heads = num_heads
         self.side = side
         self.class_bias = class_bias
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -111,8 +112,8 @@ class AgentAttention(nn.Module):
             query_bias = join_prefix(query_bias, query_prefix, grid.prefix_positions)
             local = join_prefix(local, torch.zeros_like(prefix), grid.prefix_positions)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        gathered = biased_attention(agents, k, v, key_bias.transpose(1, 2))
-        out = biased_attention(q, agents, gathered, query_bias)
+        gathered = softmax_attention(agents, k, v, key_bias.transpose(1, 2), self.fused_attn)
+        out = softmax_attention(q, agents, gathered, query_bias, self.fused_attn)
         return self.proj(out.transpose(1, 2).flatten(2) + local)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from typing import Final
 
 import torch
 import torch.fx
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.padding import pad
 from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import softmax_attention
 
 
 @register_mixer("cross_window")
@@ -56,6 +58,7 @@ class CrossWindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.fused_attn = use_fused_attn()
         self.has_stripes = split_size is not None
         self._split_size = split_size
         self.set_grid_size(grid_size)
@@ -90,23 +93,24 @@ class CrossWindowAttention(nn.Module):
             left, right = qkv.chunk(2, dim=-1)
             before, behind = _padding(width, size)
             cells = pad(left, [0, 0, 0, 0, before, behind])
-            vertical = _attend_in_stripes(cells, size, self.heads, width)
+            vertical = _attend_in_stripes(cells, size, self.heads, width, self.fused_attn)
             vertical = vertical + _between(self.conv(_separated_values(cells, size)), size, width)
             # Horizontal stripes are vertical ones of the transposed map, but for their convolution.
             before, behind = _padding(height, size)
             cells = pad(right, [0, 0, 0, 0, 0, 0, before, behind]).transpose(1, 2)
-            horizontal = _attend_in_stripes(cells, size, self.heads, height)
+            horizontal = _attend_in_stripes(cells, size, self.heads, height, self.fused_attn)
             local = self.horizontal_conv(_separated_values(cells, size).transpose(2, 3)).transpose(2, 3)
             horizontal = horizontal + _between(local, size, height)
             return self.proj(torch.cat([vertical, horizontal.transpose(1, 2)], dim=-1))
-        y = _attend(qkv.flatten(1, 2).unflatten(-1, (self.heads, -1))).flatten(2).unflatten(1, (height, width))
+        tokens = qkv.flatten(1, 2).unflatten(-1, (self.heads, -1))
+        y = _attend(tokens, self.fused_attn).flatten(2).unflatten(1, (height, width))
         return self.proj(y + self.conv(qkv.select(3, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def _attend(tokens: Tensor) -> Tensor:
+def _attend(tokens: Tensor, fused: bool) -> Tensor:
     """Return (batch, tokens, heads, dim): attention among `tokens`, q, k and v (batch, tokens, 3, heads, dim)."""
     q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return softmax_attention(q, k, v, None, fused).transpose(1, 2)
 
 
 def _padding(cells: int, size: int) -> tuple[int, int]:
@@ -115,7 +119,7 @@ def _padding(cells: int, size: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def _attend_in_stripes(cells: Tensor, size: int, heads: int, columns: int) -> Tensor:
+def _attend_in_stripes(cells: Tensor, size: int, heads: int, columns: int, fused: bool) -> Tensor:
     """Return the map (batch, rows, columns, channels) of attention inside stripes of the padded one, `cells`."""
     batch, rows, padded, _, channels = cells.shape
     count = padded // size
@@ -123,7 +127,7 @@ def _attend_in_stripes(cells: Tensor, size: int, heads: int, columns: int) -> Te
     # only where there are several stripes, so that it would serve no other sizes. Nor would it if stripes and images,
     # with as many axes behind them, were compared.
     stripes = cells.flatten(1, 2).index_select(1, _stripe_order(rows, count, size, cells)).flatten(0, 1)
-    y = _attend(stripes.view(-1, rows * size, 3, heads, channels // heads)).contiguous()
+    y = _attend(stripes.view(-1, rows * size, 3, heads, channels // heads), fused).contiguous()
     y = y.view(-1, channels).view(batch, -1, channels)
     return y.index_select(1, _cell_order(rows, count, size, columns, y)).unflatten(1, (rows, columns))
 

@@ -1,9 +1,9 @@
 """Scans that share the cells among them, beside a convolution: EfficientVMamba's mixers."""
 
-from functools import partial
+from collections import OrderedDict
 
 import torch
-from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from timm.layers import make_divisible
 from torch import Tensor, nn
 
 from visionmix.layers import ChannelGate
@@ -28,8 +28,8 @@ class EfficientScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: A scan order or a set of directions, as `CrossScan` takes it.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -42,15 +42,15 @@ class EfficientScan(nn.Module):
         self,
         dim: int,
         expand: float = 2.0,
-        states: int = 16,
-        step_rank: int | None = None,
+        d_state: int = 16,
+        dt_rank: int | None = None,
         order: str = "efficientvmamba",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.scan = CrossScan(dim, expand, states, step_rank, gate=True, conv_bias=True, order=order, **dd)
+        self.scan = CrossScan(dim, expand, d_state, dt_rank, gate=True, conv_bias=True, order=order, **dd)
         self.conv = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -68,7 +68,8 @@ class EfficientScan(nn.Module):
 class InvertedResidualMixer(nn.Module):
     """The convolutions of a MobileNet block: 1x1 to four times the channels, 3x3 depthwise, a squeeze, 1x1 back.
 
-    timm's `InvertedResidual` without its skip connection, which is the block's.
+    ``bn(W_o se(relu(bn(depthwise3x3(relu(bn(W_i x)))))))`` with ``se(y) = y * sigmoid(W_2 relu(W_1 mean(y)))``, which
+    is timm's `InvertedResidual` without its skip connection, the block's own, and without activations inside of norms.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -92,10 +93,36 @@ class InvertedResidualMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        squeeze = partial(SqueezeExcite, rd_ratio=se_ratio)
-        self.block = InvertedResidual(
-            dim, dim, exp_ratio=expand, noskip=True, se_layer=squeeze, device=device, dtype=dtype
+        dd = {"device": device, "dtype": dtype}
+        inner = make_divisible(dim * expand)
+        self.block = nn.Sequential(
+            OrderedDict(
+                conv_pw=nn.Conv2d(dim, inner, 1, bias=False, **dd),
+                bn1=nn.BatchNorm2d(inner, **dd),
+                act1=nn.ReLU(inplace=True),
+                conv_dw=nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False, **dd),
+                bn2=nn.BatchNorm2d(inner, **dd),
+                act2=nn.ReLU(inplace=True),
+                se=_SqueezeExcite(inner, round(inner * se_ratio), **dd),
+                conv_pwl=nn.Conv2d(inner, dim, 1, bias=False, **dd),
+                bn3=nn.BatchNorm2d(dim, **dd),
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class _SqueezeExcite(nn.Module):
+    """Every channel of maps (batch, channels, height, width) times a gate made from the mean over all cells."""
+
+    def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv_reduce = nn.Conv2d(channels, hidden, 1, **dd)
+        self.act = nn.ReLU(inplace=True)
+        self.conv_expand = nn.Conv2d(hidden, channels, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean(dim=[2, 3], keepdim=True)
+        return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(pooled))))

@@ -7,7 +7,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
-from visionmix.layers import LogSigmoid
+from visionmix.layers import LogSigmoid, ScanRmsNorm, scan_dtype
 from visionmix.layers.order import take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -95,7 +95,7 @@ class GatedLinearAttention(nn.Module):
         self.gate_up = nn.Linear(gate_rank, 2 * key_dim, **dd)
         self.log_sigmoid = LogSigmoid()
         self.out_gate = nn.Linear(dim, dim, **dd)
-        self.global_norm = RmsNorm(self.head_value_dim, eps=norm_eps, **dd)
+        self.global_norm = ScanRmsNorm(self.head_value_dim, eps=norm_eps, **dd)
         self.local_norm = RmsNorm(self.head_value_dim, eps=norm_eps, **dd)
         self.out_act = nn.SiLU() if out_act else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=False, **dd)
@@ -129,4 +129,5 @@ class GatedLinearAttention(nn.Module):
             gate_backward,
             scale,
             "mean",
+            scan_dtype(v),
         )

@@ -12,20 +12,27 @@ from visionmix.mixers.softmax import Attention
 _FEATURE_MAPS = ("elu", "relu", "softplus")
 
 
-def _outer(k: Tensor, v: Tensor, factor: float) -> Tensor:
-    """Return ``factor k^T v`` (batch, heads, dk, dv) of k and v (batch, tokens, heads, dk or dv)."""
-    # The factor, a power of the number of tokens, goes half on each side: in half precision neither overflows.
-    return (k * factor**0.5).permute(0, 2, 3, 1) @ (v * factor**0.5).transpose(1, 2)
+def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
+    """Return by what `_averages` divides keys, from their mean over all tokens (batch, 1, heads, dk).
+
+    A rotation mixes the two channels of a pair, which therefore share one level.
+    """
+    if in_pairs:
+        pairs = mean.unflatten(-1, (-1, 2))
+        mean = pairs.mean(dim=-1, keepdim=True).expand_as(pairs).flatten(-2)
+    return mean.detach() + 1e-6  # it cancels, and so do its gradients
 
 
-def _read(q: Tensor, state: Tensor) -> Tensor:
-    """Return ``q state`` (batch, tokens, heads, dv) of q (batch, tokens, heads, dk)."""
-    return (q.transpose(1, 2) @ state).transpose(1, 2)
+def _averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tensor) -> Tensor:
+    """Return ``q (k^T v) / (n normaliser)`` (batch, tokens, heads, dv) of q, k and v (batch, n, heads, dk or dv).
 
-
-def _inverse(z: Tensor) -> Tensor:
-    """Return ``1 / (z + 1e-6)``."""
-    return 1.0 / (z + 1e-6)
+    Autocast rounds what is multiplied here, and the products, to half precision. Keys over their `levels` (batch, 1,
+    heads, dk) and queries times them over the normaliser are weights about 1, so no product is much larger than v. The
+    number of tokens goes half on each side.
+    """
+    factor = k.shape[1] ** -0.5
+    state = (k * (factor / levels)).permute(0, 2, 3, 1) @ (v * factor).transpose(1, 2)
+    return ((q / normaliser).mul_(levels).transpose(1, 2) @ state).transpose(1, 2)
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:
@@ -90,10 +97,11 @@ class LinearAttention(Attention):
         """Return the attended values (batch, tokens, heads, head_dim)."""
         qk, v = self._features(qk), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
-        z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
+        mean = k.mean(dim=1, keepdim=True)
+        normaliser = _dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
-        return _read(q, _outer(k, v, 1.0 / k.shape[1])) * z
+        return _averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
 
 
 class _Rotary(Attention):
@@ -131,11 +139,13 @@ class MagnitudeAwareLinearAttention(_Rotary):
         """Return the attended values (batch, tokens, heads, head_dim)."""
         qk, v = _elu_plus_one(at_least_float32(qk)), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
-        z = _dot(q, k.mean(dim=1, keepdim=True)) * self.scale
+        mean = k.mean(dim=1, keepdim=True)
+        z = _dot(q, mean) * self.scale
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
-        out = _read(q, _outer(k, v, self.scale / k.shape[1]))
-        return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, 1.0 + _inverse(z))
+        # (1 + 1 / (z + e)) s q is (z + e + 1) times q over its normaliser, (z + e) / s.
+        out = _averages(q, k, v, (z + 1e-6) / self.scale, _levels(mean, self.has_rotary))
+        return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, z + 1.000001)
 
 
 @register_mixer("rala")
@@ -159,7 +169,8 @@ class RankAugmentedLinearAttention(_Rotary):
         v, tokens = at_least_float32(v), v.shape[1]
         weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
         k = k * (weights * tokens)
-        z = _inverse(_dot(q, k.mean(dim=1, keepdim=True)))
+        mean = k.mean(dim=1, keepdim=True)
+        normaliser = _dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(q, height, width), self.rotary(k, height, width)
-        return _read(q, _outer(k, v, 1.0 / tokens)) * z
+        return _averages(q, k, v, normaliser, _levels(mean, self.has_rotary))

@@ -4,9 +4,10 @@ import math
 
 import torch
 import torch.fx
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 from visionmix.scans import direction_names
@@ -41,7 +42,7 @@ class MultiHeadScan(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
-        states: States a channel.
+        d_state: States a channel.
         threshold: What the coefficient of variation must pass for an element to count.
         order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head; a fifth head reads
             snakes again), or a scan order, whose four directions all heads then read.
@@ -50,14 +51,14 @@ class MultiHeadScan(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, `states` is below 1, or there is no such `order`.
+        ValueError: `num_heads` does not divide `dim`, `d_state` is below 1, or there is no such `order`.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 3,
-        states: int = 16,
+        d_state: int = 16,
         threshold: float = 0.0,
         order: str = "mhs_vm",
         norm_eps: float = 1e-5,
@@ -79,22 +80,22 @@ class MultiHeadScan(nn.Module):
             SelectiveScan2d(
                 width,
                 names[_ROUTES * head : _ROUTES * (head + 1)],
-                step_rank=math.ceil(width / 16),
-                states=states,
+                dt_rank=math.ceil(width / 16),
+                d_state=d_state,
                 merge="none",
                 **dd,
             )
             for head in range(num_heads)
         )
-        self.head_norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.head_norm = ScanLayerNorm(dim, eps=norm_eps, **dd)
         self.y_proj = nn.Linear(dim, dim, bias=False, **dd)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm = LayerNorm(dim, eps=norm_eps, **dd)
 
     def scan(self, x: Tensor) -> Tensor:
         """Return what the heads make of (batch, height, width, dim), in the same shape."""
         parts = self.x_proj(x).unflatten(-1, (len(self.heads), -1))
         fused = [_fuse(head(parts[:, :, :, index]), self.threshold) for index, head in enumerate(self.heads)]
-        return self.y_proj(self.head_norm(torch.cat(fused, dim=-1)))
+        return self.y_proj(self.head_norm(torch.cat(fused, dim=-1)).to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)

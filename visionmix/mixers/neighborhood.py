@@ -1,6 +1,7 @@
 """Neighborhood attention, dilated and circular: every token attends to a window around itself."""
 
 import torch
+import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ from visionmix.mixers.softmax import check_heads
 
 class _Neighborhood(nn.Module):
     """Projections, heads and position bias around neighborhood attention: what the mixers of this file share."""
+
+    undecayed = ("position_bias",)
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class _Neighborhood(nn.Module):
         self.scale = (dim // num_heads) ** -0.5
         self.kernel_size = [kernel_size, kernel_size]
         self.dilation = [dilation, dilation]
+        self.span = kernel_size * dilation
         self.circular = circular
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -41,7 +45,6 @@ class _Neighborhood(nn.Module):
         if position_bias:
             side = 2 * kernel_size - 1
             self.position_bias = nn.Parameter(torch.empty(num_heads, side, side, **dd))
-            self.position_bias._no_weight_decay = True
             self.init_layer_weights()
 
     @torch.jit.ignore
@@ -52,11 +55,10 @@ class _Neighborhood(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        key_padding: Tensor | None = None
-        value_padding: Tensor | None = None
-        if self.qkv.bias is not None:
-            # A token of zeros becomes the projection's bias.
-            _, key_padding, value_padding = self.qkv.bias.unflatten(0, (3, self.num_heads, -1)).unbind(0)
+        # Key and value of the padding are what the projection makes of a token of zeros. A sum of one or none: it drops
+        # the axis, and gives zeros, which nothing will read, where no cell is missing.
+        padding = self.qkv(_padding(x, self.span)).sum(dim=0).unflatten(0, (3, self.num_heads, -1))
+        _, key_padding, value_padding = padding.unbind(0)
         out, _ = neighborhood_attention_op(
             q,
             k,
@@ -74,6 +76,17 @@ class _Neighborhood(nn.Module):
             value_padding,
         )
         return self.proj(out.flatten(3))
+
+
+@torch.fx.wrap
+def _padding(x: Tensor, span: int) -> Tensor:
+    """Return zeros (1, dim), or (0, dim) where the map x (batch, height, width, dim) is as large as a window's span."""
+    count = 1
+    # A compiled graph has the token always: a branch on the size would compile once more.
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        if not torch.jit.is_tracing():
+            count = int(x.shape[1] < span or x.shape[2] < span)
+    return x.new_zeros([count, x.shape[3]])
 
 
 @register_mixer("na")

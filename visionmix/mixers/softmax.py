@@ -3,10 +3,11 @@
 from typing import Final
 
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import Grid, RotaryMap
+from visionmix.layers import Grid, RotaryMap, gated, projected, zero_token
 from visionmix.mixers.registry import register_mixer
 
 
@@ -92,7 +93,8 @@ class Attention(nn.Module):
             # Onto the convolution's output, of which its gradient needs nothing.
             out = self.lepe(around).add_(cells).permute(0, 2, 3, 1).flatten(1, 2)
         if self.gate:
-            out = out * parts[2]
+            out, scale = gated(out, parts[2])
+            return projected(self.proj(out), scale, self.proj(zero_token(out)))
         return self.proj(out)
 
 
@@ -118,13 +120,15 @@ class SoftmaxAttention(Attention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, device, dtype)
+        self.fused_attn = use_fused_attn()
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
         if self.has_rotary:
             qk = self.rotary(qk, height, width).to(v.dtype)
         q, k = qk.chunk(2, dim=2)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        out = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, self.fused_attn)
+        return out.transpose(1, 2)
 
 
 def _cells(x: Tensor, height: int, width: int) -> Tensor:
@@ -132,10 +136,24 @@ def _cells(x: Tensor, height: int, width: int) -> Tensor:
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Return softmax attention on (batch, heads, tokens, channels), scores plus `bias` (heads, queries, keys)."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    """Return ``softmax(q k^T * channels^-0.5 + bias) v`` of q, k and v (..., heads, tokens, channels).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        bias: Added to the scores, (..., heads, queries, keys), or None.
+        fused: Whether PyTorch's fused attention computes it, else it is written out: what timm's `use_fused_attn()`
+            said when a mixer was built.
+    """
+    if not fused:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias
+        return scores.softmax(dim=-1) @ v
     # PyTorch fuses no mask of three axes; with one of four Inductor failed on a graph for every size (torch 2.14.1).
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if bias is not None and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):
         bias = bias.unsqueeze(0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 

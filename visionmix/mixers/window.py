@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 import torch.fx
-from timm.layers import resize_rel_pos_bias_table, trunc_normal_
+from timm.layers import resize_rel_pos_bias_table, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
 from visionmix.layers import pad
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import biased_attention, check_heads
+from visionmix.mixers.softmax import check_heads, softmax_attention
 
 
 @register_mixer("window")
@@ -42,6 +42,8 @@ class WindowAttention(nn.Module):
         ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
     """
 
+    undecayed = ("bias_table",)
+
     def __init__(
         self,
         dim: int,
@@ -59,14 +61,14 @@ class WindowAttention(nn.Module):
             raise ValueError(f"window_size={window_size!r} is a function of grid_size, which is None; give both")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
         self.window_size = window_size
         self.shift = shift
         self.side, self.shift_size = self._side_and_shift(grid_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         table = trunc_normal_(torch.zeros((2 * self.side - 1) ** 2, num_heads, **dd), std=0.02)
-        self._set_table(table)
+        self.bias_table = nn.Parameter(table)
 
     @torch.jit.ignore
     def _side_and_shift(self, grid_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -76,11 +78,6 @@ class WindowAttention(nn.Module):
         if grid_size is not None and min(grid_size) <= fixed:
             return min(grid_size), 0
         return fixed, fixed // 2 if self.shift else 0
-
-    @torch.jit.ignore
-    def _set_table(self, table: Tensor) -> None:
-        self.bias_table = nn.Parameter(table)
-        self.bias_table._no_weight_decay = True
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -95,10 +92,9 @@ class WindowAttention(nn.Module):
         if shift > 0:
             # Written out, with an axis of windows, so that the mask is not repeated for every image.
             q, k, v = [each.unflatten(0, (batch, rows * columns)) for each in (q, k, v)]
-            scores = (q * self.scale) @ k.transpose(-2, -1) + bias
-            x = (scores + _apart(rows, columns, side, shift, x).unsqueeze(1)).softmax(dim=-1) @ v
+            x = softmax_attention(q, k, v, bias + _apart(rows, columns, side, shift, x).unsqueeze(1), False)
         else:
-            x = biased_attention(q, k, v, bias)
+            x = softmax_attention(q, k, v, bias, self.fused_attn)
         # By way of all cells: a graph that compared the windows of all images with the images would be made anew where
         # an image is one window.
         x = x.transpose(-3, -2).contiguous().view(-1, dim).view(batch, -1, dim)
@@ -115,10 +111,14 @@ class WindowAttention(nn.Module):
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
-        """Fit the window to a map of `grid_size`, and the biases to the window."""
+        """Fit the window to a map of `grid_size`, and the biases to the window.
+
+        The mixer then computes what one built for that map does. Called on such a map without this, it keeps the built
+        window and pads, so that its outputs differ where the window or its shift does.
+        """
         self.side, self.shift_size = self._side_and_shift(grid_size)
         with torch.no_grad():
-            self._set_table(self._resampled(self.bias_table.data))
+            self.bias_table = nn.Parameter(self._resampled(self.bias_table))
 
     @torch.jit.ignore
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from timm.layers import LayerNorm
 
 from visionmix.backbones import Hierarchical, Plain
 from visionmix.layers import ConvDownsample, PatchMerging, conv_stem, mlp, patch_stem
@@ -76,7 +76,7 @@ def _isotropic(dim: int, heads: int, dilation: int, **options: Any) -> Layout:
         "stem_layer": _WHOLE_PATCHES,
         "mlp_layer": mlp,
         "pos_embed": None,
-        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+        "norm_layer": partial(LayerNorm, eps=1e-5),
         "mixer": {"cycle": ["na", {"name": "na", "dilation": dilation}]},
     }
     keys = _KEYS + _PATCH_STEM + KeyMap(rename=[(r"^layers\.", "blocks.")])

@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from visionmix.tools import build, checkpoint, data
+from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
-from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_paths
+from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines
 from visionmix.tools.recipe import Recipe, to_dict
 
-_logger = logging.getLogger("visionmix.tools.training")
+_logger = logging.getLogger("visionmix.tools.trainer")
 
 
 class Interrupted(Exception):
@@ -58,11 +58,28 @@ class Stop:
             raise Interrupted
 
 
-class Training:
-    """All that changes during a run, and what it takes to make an epoch of it.
+class _WithLosses(nn.Module):
+    """From images to (logits, losses of the model's own by name), by the model's `forward_train` if it has one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if hasattr(self.model, "forward_train"):
+            return self.model.forward_train(images)
+        return self.model(images), {}
+
+
+class Trainer:
+    """The state of a training run, and the steps of an epoch.
+
+    A model may have a schedule of its own, `set_progress(done)`, which is called with the share of training steps done,
+    0 at the start and 1 at the end; and losses of its own, `forward_train(images) -> (logits, losses)`, scalars by name
+    that are added to the cross entropy.
 
     Args:
-        recipe: what to do.
+        recipe: settings of the run.
         classes: names, in the order of the model's outputs.
         steps: training steps an epoch.
         device: where the model lives.
@@ -80,13 +97,14 @@ class Training:
             recipe, classes, steps, device, rank, world,
         )  # fmt: skip
         self.epoch, self.step, self.history = 0, 0, []
+        self.own_losses: dict[str, torch.Tensor] = {}  # of the model: means over the last epoch
         data.seed_everything(recipe.train.seed)
-        self.model = build.create_model(
+        self.model = models.create_model(
             recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
         ).to(device)
-        build.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
+        models.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
         wanted = recipe.data
-        self.input = build.model_input(
+        self.input = models.model_input(
             self.model,
             image_size=wanted.image_size,
             interpolation="bicubic" if wanted.interpolation == "random" else wanted.interpolation,
@@ -116,11 +134,12 @@ class Training:
             if self.mixup
             else nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
         )
-        self.running = self.model
+        self.running = _WithLosses(self.model)
         if world > 1:
             self.running = DistributedDataParallel(
-                self.model, device_ids=[device.index] if device.type == "cuda" else None
+                self.running, device_ids=[device.index] if device.type == "cuda" else None
             )
+        self._set_progress()
 
     def _optimizer(self):
         wanted, schedule = self.recipe.optimizer, self.recipe.schedule
@@ -171,6 +190,7 @@ class Training:
         every = 1 if self.device.type == "cpu" else 20
         total, unreadable = torch.zeros((), dtype=torch.float64), []
         pending: list[torch.Tensor] = []
+        self.own_losses = {}
         for index, batch in enumerate(loader):
             stop.check()
             unreadable += batch.unreadable
@@ -195,12 +215,20 @@ class Training:
             )
         if self.world > 1:
             total = total.to(self.device)
-            torch.distributed.all_reduce(total)
+            for value in (total, *self.own_losses.values()):
+                torch.distributed.all_reduce(value)
             # Running statistics of BatchNorm layers differ from process to process until averaged.
             distribute_bn(self.model, self.world, reduce=True)
             if self.ema:
                 distribute_bn(self.ema.module, self.world, reduce=True)
-        return total.item() / (self.steps * self.world), gather_paths(unreadable)
+        self.own_losses = {name: value / (self.steps * self.world) for name, value in self.own_losses.items()}
+        return total.item() / (self.steps * self.world), gather_lines(unreadable)
+
+    def _set_progress(self) -> None:
+        done = min(self.step / (self.steps * self.recipe.schedule.epochs), 1.0)
+        for model in (self.model, self.ema.module if self.ema else None):
+            if hasattr(model, "set_progress"):
+                model.set_progress(done)
 
     def _update(self, batch: data.Batch) -> torch.Tensor:
         images = batch.images.to(self.device, non_blocking=True)
@@ -208,8 +236,11 @@ class Training:
         if self.mixup:
             images, targets = self.mixup(images, targets)
         with autocast(self.device, self.recipe.train.amp):
-            output = self.running(images)
-        loss = self.criterion(output.float(), targets)
+            logits, losses = self.running(images)
+        loss = self.criterion(logits.float(), targets)
+        for name, value in losses.items():
+            loss = loss + value.float()
+            self.own_losses[name] = self.own_losses.get(name, 0.0) + value.detach().double()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         if self.recipe.optimizer.clip_grad is not None:
@@ -221,6 +252,7 @@ class Training:
         self.scheduler.step_update(self.step)
         if self.ema:
             self.ema.update(self.model, step=self.step)
+        self._set_progress()
         return loss
 
     def test(self, loader: DataLoader, display: Display, stop: Stop) -> Evaluation:
@@ -296,26 +328,27 @@ class Training:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.step, self.history = content["epoch"], content["step"], list(content["history"])
         self.scheduler.step_update(self.step)
+        self._set_progress()
 
 
 @torch.inference_mode()
-def predict_some(training: Training, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
+def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
     """Return (images, true, predicted, sure) of `count` test images drawn at random, those that can be read."""
-    rng = np.random.default_rng(training.recipe.train.seed)
+    rng = np.random.default_rng(trainer.recipe.train.seed)
     chosen = np.sort(rng.choice(len(dataset), min(count, len(dataset)), replace=False))
     rng.shuffle(chosen)
     images, true, predicted, sure = [], [], [], []
-    model = training.tested.eval()
+    model = trainer.tested.eval()
     for index in chosen:
         try:
             image, target = dataset.load(int(index))
-        except data.UNREADABLE:
+        except data.UnreadableImage:
             continue
-        with autocast(training.device, training.recipe.train.amp):
-            logits = model(dataset.transform(image)[None].to(training.device))
+        with autocast(trainer.device, trainer.recipe.train.amp):
+            logits = model(dataset.transform(image)[None].to(trainer.device))
         probability, guess = logits.float().softmax(1)[0].max(0)
         images.append(image)
-        true.append(training.classes[target])
-        predicted.append(training.classes[int(guess)])
+        true.append(trainer.classes[target])
+        predicted.append(trainer.classes[int(guess)])
         sure.append(float(probability))
     return images, true, predicted, sure

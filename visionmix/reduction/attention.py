@@ -1,4 +1,4 @@
-"""What the methods need of a block: its two branches, with the attention's keys and weights in between."""
+"""A block as its two branches, with the attention's keys and weights in between."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from visionmix.mixers.softmax import SoftmaxAttention
 
 
 class Attended(NamedTuple):
-    """What an attention gives.
+    """The result of an attention.
 
     Attributes:
         x: Its output, (batch, tokens, channels).
@@ -57,7 +57,7 @@ def _softmax_mixer(mixer: SoftmaxAttention, x: Tensor, key_bias: Tensor | None, 
     qkv = mixer.qkv(x)
     heads = qkv[..., : 3 * mixer.dim].unflatten(-1, (3, mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = heads.unbind(0)
-    mixed, weights = _attend(q, k, v, key_bias, queries)
+    mixed, weights = _attend(q, k, v, key_bias, queries, mixer.fused_attn)
     if mixer.gate:
         mixed = mixed * qkv[..., 3 * mixer.dim :]
     return Attended(mixer.proj(mixed), k, weights)
@@ -69,7 +69,7 @@ def _attend(
     v: Tensor,
     key_bias: Tensor | None,
     queries: int,
-    fused: bool = True,
+    fused: bool,
     dropout: nn.Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``softmax(q k^T / sqrt(head channels) + key_bias) v``, (batch, tokens, channels), and its weights.

@@ -1,8 +1,8 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
 import ast
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
 from visionmix import reduction
-from visionmix.registry import close_matches
+from visionmix.registry import nearest
 from visionmix.tools import checkpoint
 
 
@@ -42,9 +42,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: at an unknown name, with the nearest ones, or at an argument that the model does not take.
     """
     if not timm.is_model(name.split(".")[0]):
-        close = close_matches(name, timm.list_models(), 3, 0.4)
         raise ValueError(
-            f"model={name!r} is not known; did you mean {', '.join(close) or 'one of timm.list_models()'}?"
+            f"model={name!r} is not known{nearest(name, timm.list_models())}; timm.list_models() lists the names"
         )
     try:
         return timm.create_model(name, **kwargs)
@@ -56,7 +55,7 @@ def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
     """Return `model` reduced as `spec` says: a method, then behind a colon its options, ``tome:r=(13, -1.0)``.
 
     Args:
-        model: What `visionmix.reduction.apply` takes.
+        model: A model that `visionmix.reduction.apply` takes.
         spec: The method and its options as Python literals, commas between them.
         **options: More options.
 
@@ -103,6 +102,54 @@ def model_input(model: nn.Module, **given: Any) -> Input:
     return Input(**own | {key: value for key, value in given.items() if value is not None})
 
 
+def load_published(
+    name: str, tensors: Mapping[str, torch.Tensor], source: str, classes: int | None = None
+) -> nn.Module:
+    """Return the model called `name` with the tensors of a file that its authors, timm or a user wrote.
+
+    The keys are those of the published file or the model's own: timm's filter and the family's key map know both.
+
+    Args:
+        name: timm model name.
+        tensors: the state dict, which must fit the model whole, classifier included.
+        source: the file, for messages.
+        classes: outputs of the file's classifier; None for the model's own number.
+
+    Raises:
+        ValueError: the tensors are not those of this model with so many classes.
+    """
+    overlay: dict[str, Any] = {"state_dict": dict(tensors)}
+    options = {}
+    if classes is not None:
+        # Said to be the file's own number, or the loaders would pass over the classifier that the file has.
+        options["num_classes"] = overlay["num_classes"] = classes
+    try:
+        model = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except (RuntimeError, ValueError, KeyError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        more = f"\n  and {len(lines) - 12} more lines" if len(lines) > 12 else ""
+        raise ValueError(f"{source}: " + "\n  ".join(lines[:12]) + more) from error
+    model.pretrained_cfg.pop("state_dict", None)
+    for layer in _classifiers(model):
+        wanted = layer.weight.detach()
+        if not any(_holds(tensor, wanted) for tensor in tensors.values()):
+            raise ValueError(
+                f"{source} holds no classifier for the {model.num_classes} classes of {name}; give a file with one"
+            )
+    return model
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    found = model.get_classifier()
+    return [layer for layer in (found if isinstance(found, tuple) else (found,)) if hasattr(layer, "weight")]
+
+
+def _holds(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the last rows of `tensor` are `weight`; some files have a background class before them."""
+    rows = tensor.flatten(1) if tensor.ndim > 2 else tensor
+    return rows.shape[1:] == weight.shape[1:] and torch.equal(rows[-len(weight) :].to(weight.dtype), weight)
+
+
 @dataclass
 class Trained:
     """A model ready for use.
@@ -111,7 +158,7 @@ class Trained:
         model: in eval mode, on its device.
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
-        input: what images it takes.
+        input: the images that it takes.
         data: the folder it was trained on, if known.
     """
 
@@ -131,19 +178,23 @@ def load_trained(
     image_size: int | None = None,
     device: torch.device,
 ) -> Trained:
-    """Return the model of a checkpoint of this library, of a foreign weight file, or of timm's pretrained weights.
+    """Return the model of a checkpoint that train wrote, of any other weight file, or of the published weights.
+
+    The classifier is always the file's: no layer keeps fresh weights.
 
     Args:
         file: checkpoint (.pt, .pth, .safetensors), or None.
         name: timm model name; a checkpoint made here knows its own.
         pretrained: take the published weights.
-        classes: outputs, where the file does not say; None takes the model's own.
+        classes: outputs of the weights, for a file whose classifier has another name than the model's; None where the
+            file says it, or the number is the model's own.
         image_size: pixels; None takes the checkpoint's, or the model's own.
         device: where the model goes.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the arguments contradict each other or the file holds another model's weights.
+        ValueError: when the arguments contradict each other, or the file holds another model's weights or another
+            number of classes.
     """
     if bool(file) == pretrained:
         raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
@@ -156,19 +207,19 @@ def load_trained(
     if not name:
         raise ValueError(f"{file} does not say which model it holds; give --model NAME")
     labels = content.get("classes")
-    kwargs = dict(made.get("kwargs", {}))
-    if labels or classes:
-        kwargs["num_classes"] = len(labels) if labels else classes
     if pretrained:
-        model = create_model(name, pretrained=True, **kwargs)
+        model = create_model(name, pretrained=True)
+    elif made:
+        model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
+        checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
-        model = create_model(name, **kwargs)
-        state = checkpoint.weights(content)
-        if not made and set(state) != set(model.state_dict()) and getattr(model, "load_pretrained", None):
-            # Published files name their tensors in their own way; the family's key map knows them, and is strict.
-            model = create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(Path(file))}, **kwargs)
-        else:
-            checkpoint.load_weights(model, state, str(file))
+        tensors = checkpoint.weights(content)
+        model = load_published(name, tensors, str(file), _outputs(name, tensors) or classes)
+    if classes is not None and model.num_classes != classes:
+        raise ValueError(
+            f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
+            "leave --num-classes out, or fine-tune them by visionmix train with model.pretrained=true"
+        )
     model = model.to(device).eval()
     settings = content.get("input") or {}
     settings = settings | ({"image_size": image_size} if image_size else {})
@@ -178,6 +229,15 @@ def load_trained(
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
     return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+
+
+def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Return how many outputs the classifier in a weight file has; None where no tensor has the classifier's name."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    first = config.classifier if config else None
+    first = first if isinstance(first, str | None) else first[0]  # a distilled model has two
+    weight = tensors.get(f"{first}.weight") if first else None
+    return len(weight) if isinstance(weight, torch.Tensor) else None
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,0 +1,51 @@
+"""What tools of PyTorch make of a model by replacing its layers computes the same."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+
+import visionmix
+
+NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
+
+
+def trained_a_little(name):
+    """Return a model in eval mode whose batch norms have statistics of their own."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.bias, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_norm_hides_an_activation(name):
+    model, mistakes = timm.create_model(name), []
+    for key, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None and [*module.children()]:
+            mistakes.append(key)
+    assert mistakes == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sync_batch_norm_computes_the_same(name):
+    model, images = trained_a_little(name), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(nn.SyncBatchNorm.convert_sync_batchnorm(model)(images), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dynamic_int8_is_close(name):
+    model, images = trained_a_little(name), torch.randn(2, 3, 32, 64)  # maps smaller than a window, too
+    quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not [key for key, module in quantized.named_modules() if type(module) is nn.Linear]
+    with torch.no_grad():
+        expected = model(images)
+        error = (quantized(images) - expected).norm() / expected.norm()
+    assert error < 0.05

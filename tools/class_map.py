@@ -1,0 +1,132 @@
+"""The output of a model that each class folder stands for, by the model's own labels, by ImageNet's, or by a class map.
+
+A class map is a text file with a line `FOLDER OUTPUT` for each folder, split at a tab or else at the first space, or it
+is JSON, `{"FOLDER": OUTPUT, ...}`. An output is an index, an ImageNet synset (n01440764), or a label of the model. A
+text file of folder names alone, as timm takes it, numbers the outputs by line from 0.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from visionmix.tools.models import Trained
+
+_logger = logging.getLogger(__name__)
+
+
+def read_class_map(file: Path) -> dict[str, str]:
+    """Return the output of each folder in a class map, as it is written there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither such a text nor such JSON, or names a folder twice.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"class map {file} does not exist")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith(("{", "[")):
+            pairs = json.loads(text, object_pairs_hook=list)
+            if not all(isinstance(pair, tuple) and type(pair[1]) in (int, str) for pair in pairs):
+                raise ValueError("it holds something other than an index or a label")
+        else:
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            pairs = [tuple(re.split(r"\s*\t\s*" if "\t" in line else r"\s+", line, maxsplit=1)) for line in lines]
+            if all(len(pair) == 1 for pair in pairs):
+                pairs = [(folder, number) for number, (folder,) in enumerate(pairs)]
+            if short := [pair[0] for pair in pairs if len(pair) == 1]:
+                raise ValueError(f"{short[0]!r} has no output")
+    except ValueError as error:
+        raise ValueError(f'{file} is not a class map ({error}); write lines "FOLDER OUTPUT" or JSON') from error
+    outputs = {folder: str(output).strip() for folder, output in pairs}
+    if len(outputs) < len(pairs):
+        names = [folder for folder, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{file} names the folder {twice!r} twice; leave one of the lines out")
+    return outputs
+
+
+def _labels(trained: Trained) -> dict[str, list[int]]:
+    """Return the outputs by label: the model's own labels, or ImageNet's synsets and lemmas in lower case."""
+    found: dict[str, list[int]] = {}
+    if trained.data is not None and trained.classes is not None:
+        names = [{label} for label in trained.classes]
+    elif subset := infer_imagenet_subset(trained.model):
+        info = ImageNetInfo(subset)
+        described = [(synset, info.label_name_to_description(synset).lower()) for synset in info.label_names()]
+        names = [{synset, lemmas, *lemmas.split(", ")} for synset, lemmas in described]
+    else:
+        names = [{label.lower()} for label in trained.classes or []]
+    for output, labels in enumerate(names):
+        for label in labels:
+            found.setdefault(label, []).append(output)
+    return found
+
+
+def _output(written: str, labels: Mapping[str, list[int]], count: int) -> int:
+    """Return the output that an entry of a class map stands for; raise ValueError if there is none or several."""
+    if written.isdecimal() and written.isascii():
+        if int(written) >= count:
+            raise ValueError(f"output {written} is outside [0, {count - 1}]")
+        return int(written)
+    outputs = labels.get(written) or labels.get(written.lower(), [])
+    if len(outputs) != 1:
+        several = f"{len(outputs)} outputs have the label {written!r}: {', '.join(map(str, outputs))}"
+        raise ValueError(several if outputs else f"no output has the label {written!r}")
+    return outputs[0]
+
+
+def find_outputs(
+    folders: Sequence[str], trained: Trained, where: Path, class_map: Mapping[str, str] | None = None
+) -> list[int]:
+    """Return the model's output for each of `folders`.
+
+    Without a class map, folders named by the model's own labels or by ImageNet synsets stand for these. Other folders
+    stand for the outputs in sorted order, which needs as many folders as outputs.
+
+    Args:
+        folders: names of the class folders, sorted.
+        trained: the model.
+        where: the folder that holds them, for messages.
+        class_map: as `read_class_map` returns it.
+
+    Raises:
+        ValueError: a folder is missing in the class map or stands for no output, or the numbers of folders and of
+            outputs differ.
+    """
+    count = trained.model.num_classes
+    if count < 2:
+        raise ValueError(f"{trained.name} has num_classes={count} and tells no classes apart; give a classifier")
+    labels = _labels(trained)
+    if class_map is not None:
+        if missing := [name for name in folders if name not in class_map]:
+            raise ValueError(f"--class-map lacks {len(missing)} folder(s) of {where}: {', '.join(missing[:5])}")
+        try:
+            return [_output(class_map[name], labels, count) for name in folders]
+        except ValueError as error:
+            raise ValueError(f"--class-map: {error}; {trained.name} has {count} outputs") from error
+    numbers = f"{where} has {len(folders)} classes, the weights of {trained.name} have {count} outputs"
+    own = trained.data is not None and trained.classes is not None
+    named = [name for name in folders if name in labels and (own or re.fullmatch(r"n\d{8}", name))]
+    if len(named) == len(folders):
+        return [labels[name][0] for name in folders]
+    if own or named:
+        other = [name for name in folders if name not in named]
+        raise ValueError(
+            f"{numbers}, and the model was trained on other classes than {', '.join(other[:5])}; "
+            "rename the folders, or say by --class-map FILE which output each stands for"
+        )
+    if len(folders) != count:
+        raise ValueError(
+            f"{numbers}; name the folders by ImageNet synset where these are its classes, "
+            "or say by --class-map FILE which output each stands for"
+        )
+    if labels:
+        _logger.warning(
+            "%s: no folder has the name of a label; in sorted order they are taken as the model's outputs", where
+        )
+    return list(range(count))
