@@ -1,7 +1,7 @@
 """What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
 from visionmix.layers.conv import DepthwiseConv
-from visionmix.layers.downsample import ConvDownsample, PatchMerging
+from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
@@ -20,6 +20,7 @@ __all__ = [
     "ConvDownsample",
     "ConvMlp",
     "ConvPosition",
+    "ConvsDownsample",
     "DepthwiseConv",
     "Grid",
     "LogSigmoid",
