@@ -15,7 +15,7 @@ def built(**options):
     return registry.MODELS.build({"type": "visionmix.Backbone", **options})
 
 
-@pytest.mark.parametrize("name", ["test_vmamba", "test_vmamba_v0", "test_msvmamba", "test_vig_h"])
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vmamba_v0", "test_msvmamba", "test_vig_h", "test_mamba_yolo"])
 def test_maps_are_the_models_own_at_any_size(name):
     torch.manual_seed(0)
     backbone = built(name=name, out_indices=(0, 1, 2, 3), drop_path_rate=0.2).eval()

@@ -5,7 +5,7 @@ are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 """
 
 from visionmix.layers.conv import DepthwiseConvNormAct
-from visionmix.layers.downsample import ConvDownsample, PatchMerging
+from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
@@ -26,6 +26,7 @@ __all__ = [
     "ConvDownsample",
     "ConvMlp",
     "ConvPosition",
+    "ConvsDownsample",
     "DepthwiseConvNormAct",
     "Grid",
     "LogSigmoid",

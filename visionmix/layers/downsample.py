@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.layout import channels_first
+from visionmix.layers.stem import Stem
 
 _NORM = partial(LayerNorm, eps=1e-5)
 
@@ -58,6 +59,22 @@ class ConvDownsample(nn.Module):
         if not self.whole:
             x = _pad_to_two(x)
         return self.norm(self.conv(channels_first(x)).permute(0, 2, 3, 1))
+
+
+class ConvsDownsample(Stem):
+    """Convolutions one behind the other, as in a `Stem`, whose arguments this class takes, on maps.
+
+    Shapes: (batch, height, width, dim) to (batch, rows, columns, channels of the last convolution).
+
+    Source: a 1x1, a depthwise 3x3 of stride 2 and a 1x1 convolution are the downsampler of TinyViT (Wu et al. 2022,
+    arXiv 2207.10666), SG-Former (Ren et al. 2023, arXiv 2308.12216) and MLLA (Han et al. 2024, arXiv 2405.16605).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = channels_first(x)
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 @torch.fx.wrap

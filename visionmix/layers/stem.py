@@ -28,6 +28,7 @@ class StemConv(NamedTuple):
             norm sees them last.
         act_layer: Makes the activation; None for none.
         whole: Whether the input first gets zeros at the bottom and on the right until windows fit.
+        groups: Groups of channels that the convolution keeps apart; as many as channels for a depthwise one.
     """
 
     channels: int
@@ -38,6 +39,7 @@ class StemConv(NamedTuple):
     norm_layer: Callable[..., nn.Module] | None = None
     act_layer: Callable[[], nn.Module] | None = None
     whole: bool = False
+    groups: int = 1
 
 
 class Stem(nn.Sequential):
@@ -69,7 +71,10 @@ class Stem(nn.Sequential):
                 layers[f"pad{number}"] = _PadToWhole(conv.stride)
             padding = conv.kernel_size // 2 if conv.padding is None else conv.padding
             layers[f"conv{number}"] = nn.Conv2d(
-                in_chans, conv.channels, conv.kernel_size, conv.stride, padding, bias=conv.bias, **dd
+                *(in_chans, conv.channels, conv.kernel_size, conv.stride, padding),
+                groups=conv.groups,
+                bias=conv.bias,
+                **dd,
             )
             in_chans = conv.channels
             if conv.norm_layer is not None:

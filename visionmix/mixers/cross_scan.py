@@ -6,6 +6,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from visionmix.layers import ScanLayerNorm, SelectiveScan2d
+from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -16,8 +17,8 @@ class CrossScan(nn.Module):
 
     With ``x, z = W_in u`` (``z`` with `gate` alone) and the scans S of `visionmix.layers.SelectiveScan2d`:
 
-        y   = norm(sum over directions of S(silu(depthwise3x3(x))))
-        out = W_out (y * silu(z))                                        (without `gate`: W_out y)
+        y   = norm(sum over directions of S(act(depthwise3x3(x))))
+        out = W_out (y * act(z))                                         (without `gate`: W_out y)
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -33,6 +34,7 @@ class CrossScan(nn.Module):
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
         norm_eps: Epsilon of the norm behind the scans.
+        act_layer: Makes the activation; SiLU, but GELU in Mamba-YOLO (Wang et al. 2024, arXiv 2406.05835).
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such `order`.
@@ -50,6 +52,7 @@ class CrossScan(nn.Module):
         conv_bias: bool = False,
         order: str = "raster",
         norm_eps: float = 1e-5,
+        act_layer: LayerSpec = nn.SiLU,
         **dd: Any,
     ) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class CrossScan(nn.Module):
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=conv_bias, **dd)
-        self.act = nn.SiLU()
+        self.act = layer_maker("act_layer", act_layer)()
         self.scan = SelectiveScan2d(
             inner,
             direction_names(order),

@@ -80,10 +80,7 @@ class WindowAttention(nn.Module):
         batch, height, width, dim = x.shape
         side, shift, cells = self.side, self.shift_size, self.side * self.side
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
-        x = pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height]).flatten(1, 2)
-        # One copy rolls the map and cuts it, another undoes both and crops. Reshaped axes would be copied too, by a
-        # compiled graph for the sizes alone for which they have to be.
-        x = self.qkv(x.index_select(1, _window_order(rows, columns, side, shift, x))).flatten(0, 1)
+        x = self.qkv(into_windows(x, side, shift)).flatten(0, 1)
         q, k, v = x.reshape(-1, cells, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._relative_bias()
         if shift > 0:
@@ -95,8 +92,7 @@ class WindowAttention(nn.Module):
         # By way of all cells: a graph that compared the windows of all images with the images would be made anew where
         # an image is one window.
         x = x.transpose(-3, -2).contiguous().view(-1, dim).view(batch, -1, dim)
-        x = x.index_select(1, _cell_order(height, width, side, shift, x))
-        return self.proj(x.unflatten(1, (height, width)))
+        return self.proj(out_of_windows(x, height, width, side, shift))
 
     def _relative_bias(self) -> Tensor:
         """Return the biases (heads, query cells, key cells) of a window."""
@@ -127,6 +123,25 @@ class WindowAttention(nn.Module):
     def _resampled(self, table: Tensor) -> Tensor:
         shape = ((2 * self.side - 1) ** 2, self.num_heads)
         return resize_rel_pos_bias_table(table, (self.side, self.side), shape)
+
+
+def into_windows(x: Tensor, side: int, shift: int = 0) -> Tensor:
+    """Return the cells of a map (batch, height, width, dim) window by window: (batch, windows * side * side, dim).
+
+    Windows follow in row-major order, as do the cells of each. The map is padded with zeros at the bottom and on the
+    right until windows of `side` rows and columns cover it, then rolled up and to the left by `shift`.
+    """
+    _, height, width, _ = x.shape
+    rows, columns = (height + side - 1) // side, (width + side - 1) // side
+    x = pad(x, [0, 0, 0, columns * side - width, 0, rows * side - height]).flatten(1, 2)
+    # One copy rolls the map and cuts it, another undoes both and crops. Reshaped axes would be copied too, by a
+    # compiled graph for the sizes alone for which they have to be.
+    return x.index_select(1, _window_order(rows, columns, side, shift, x))
+
+
+def out_of_windows(x: Tensor, height: int, width: int, side: int, shift: int = 0) -> Tensor:
+    """Return the map (batch, height, width, dim) whose cells `into_windows` gives as `x`."""
+    return x.index_select(1, _cell_order(height, width, side, shift, x)).unflatten(1, (height, width))
 
 
 def _rolled(rows: int, columns: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:

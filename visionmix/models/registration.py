@@ -59,7 +59,7 @@ def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
     size = (side, side) if isinstance(side, int) else tuple(side)
     crop_pct = weights.crop_pct or (0.875 if size == (224, 224) else 1.0)
     return {
-        "num_classes": weights.num_classes,
+        "num_classes": options.get("num_classes", weights.num_classes),
         "input_size": (3, *size),
         "pool_size": layout.skeleton.last_grid(options, size),
         "crop_pct": crop_pct,

@@ -1,0 +1,233 @@
+"""Attention that weighs the cells of a map, and attention that merges those of little weight: SG-Former's mixers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from timm.layers import LayerNorm, use_fused_attn
+from torch import Tensor, nn
+
+from visionmix.layers import pad
+from visionmix.layers.layout import channels_first
+from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.window import into_windows, out_of_windows
+
+# Which quarters of the ranked cells each part takes, by the number of parts.
+_QUARTERS = {0: (), 1: (4,), 2: (2, 2), 3: (1, 2, 1), 4: (1, 1, 1, 1)}
+
+
+class _LocallyEnhanced(nn.Module):
+    """The end of both mixers, ``W_o (y + depthwise3x3(W_l x))``, from the attended values y and the input x."""
+
+    def __init__(self, dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.lepe_linear = nn.Linear(dim, dim, **dd)
+        self.lepe_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def _project(self, y: Tensor, x: Tensor) -> Tensor:
+        local = self.lepe_conv(self.lepe_linear(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(y + local)
+
+
+@register_mixer("hybrid_scale")
+class HybridScaleAttention(_LocallyEnhanced):
+    """Softmax attention at two scales, which also says how much every cell is attended to.
+
+    Half of the channels attend to the whole map at a lower resolution, half to the cells of their own window:
+
+        p        = gelu(norm(conv(x))), with kernel and stride `sr_ratio`
+        y_global = softmax(q_1 k_1^T * head_dim^-0.5) v_1,  q_1 = W_1 x,  k_1, v_1 = W_2 p
+        y_local  = softmax(q_2 k_2^T * head_dim^-0.5) v_2 inside windows,  q_2, k_2, v_2 = W_3 x
+        out      = W_o ([y_global, y_local] + depthwise3x3(W_l x))
+
+    The significance of a cell is the mean weight, over heads and queries, that the cell of p over it receives, plus the
+    mean weight that it receives itself in its window.
+
+    A map that `sr_ratio` or `window_size` does not divide is continued by zeros at the bottom and on the right: in x
+    before the convolution, in q_2, k_2 and v_2 inside windows. They are attended to, so that the weights in a window
+    that lies half outside do not grow, and significance stays comparable between windows.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: SG-Former (Ren et al. 2023, arXiv 2308.12216).
+
+    Args:
+        dim: Channels, an even number.
+        num_heads: Heads. Each half has half of them; of an odd number it has all, half as wide.
+        sr_ratio: Rows and columns of cells that one cell of p stands for.
+        window_size: Rows and columns of a window.
+        qkv_bias: Whether W_1, W_2 and W_3 have biases.
+
+    Raises:
+        ValueError: `dim` is odd, the heads do not divide their half of it, or `sr_ratio` or `window_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        sr_ratio: int = 4,
+        window_size: int = 7,
+        qkv_bias: bool = True,
+        **dd: Any,
+    ) -> None:
+        heads = num_heads if num_heads % 2 else num_heads // 2
+        if dim % 2 or heads < 1 or dim // 2 % heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not suit dim={dim}: each half of the channels, {dim / 2:g}, has {heads} "
+                "heads; give an even dim and heads that divide it"
+            )
+        for name, value in (("sr_ratio", sr_ratio), ("window_size", window_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is too small; give 1 or more")
+        super().__init__(dim, **dd)
+        self.heads = heads
+        self.scale = (dim // 2 // heads) ** -0.5
+        self.sr_ratio = sr_ratio
+        self.window_size = window_size
+        self.global_q = nn.Linear(dim, dim // 2, bias=qkv_bias, **dd)
+        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd)
+        self.norm = LayerNorm(dim, eps=1e-5, **dd)
+        self.act = nn.GELU()
+        self.global_kv = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.local_qkv = nn.Linear(dim, dim // 2 * 3, bias=qkv_bias, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_significance(x)[0]
+
+    def with_significance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixed map and the significance of its cells, (batch, height, width), without a gradient."""
+        coarse, coarse_weights = self._attend_globally(x)
+        fine, fine_weights = self._attend_in_windows(x)
+        return self._project(torch.cat([coarse, fine], dim=-1), x), coarse_weights + fine_weights
+
+    def _attend_globally(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, height, width, _ = x.shape
+        side = self.sr_ratio
+        bottom, right = (height + side - 1) // side * side - height, (width + side - 1) // side * side - width
+        pooled = self.sr(channels_first(pad(x, [0, 0, 0, right, 0, bottom]))).permute(0, 2, 3, 1)
+        pooled = self.act(self.norm(pooled))
+        q = self.global_q(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.global_kv(pooled).flatten(1, 2).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
+        y = (weights @ v).transpose(1, 2).flatten(2).unflatten(1, (height, width))
+        received = weights.detach().mean(dim=[1, 2]).unflatten(1, (pooled.shape[1], pooled.shape[2]))
+        return y, _enlarged(received, height, width, side)
+
+    def _attend_in_windows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, height, width, _ = x.shape
+        side = self.window_size
+        cells = into_windows(self.local_qkv(x), side).unflatten(1, (-1, side * side))
+        q, k, v = cells.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (batch, windows, heads, queries, keys)
+        y = (weights @ v).transpose(2, 3).flatten(3).flatten(1, 2)
+        received = weights.detach().mean(dim=[2, 3]).flatten(1).unsqueeze(-1)
+        return out_of_windows(y, height, width, side), out_of_windows(received, height, width, side).squeeze(-1)
+
+
+@register_mixer("self_guided")
+class SelfGuidedAttention(_LocallyEnhanced):
+    """Softmax attention of all cells to few keys, each made of cells that are about equally significant.
+
+    Cells are ranked by their significance, the lowest first, and the ranking is cut into parts. In a part of group size
+    g, every g cells that follow in rank are merged to one, with a weight for each place in the group:
+
+        u_j = sum over i < g of w_i x[rank g j + i] + b
+        k, v = W_2 u,   q = W_1 x
+        out = W_o (softmax(q k^T * head_dim^-0.5) v + depthwise3x3(W_l x))
+
+    With three group sizes the parts are the lowest quarter, the middle half and the highest quarter of the ranking,
+    with two its halves, with four its quarters, with one all of it. Without group sizes, k and v are made of all cells
+    as they are.
+
+    Group sizes are the same for maps of all sizes, so that larger maps have more keys. A part whose cells do not fill
+    whole groups, or not even one, is stretched to the next number of whole groups: of s places, place t takes the cell
+    of rank ``floor(t n / s)`` among the part's n, so that some cells stand in two places that follow each other, and
+    every key is made of a whole group. In a map of few cells a part may be empty, and makes no key.
+
+    The call's second argument is the significance (batch, height, width), as `HybridScaleAttention` gives it; without
+    it, cells are ranked by the length of x. It has no gradient.
+
+    The published code ranks a row-major copy of the map for half of the heads and a column-major one for the others:
+    these rankings differ only among cells whose significance is the same to the last bit.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: SG-Former (Ren et al. 2023, arXiv 2308.12216).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`.
+        group_sizes: Cells that are merged in each part, from the lowest ranks up; at most four numbers.
+        qkv_bias: Whether W_1 and W_2 have biases.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or `group_sizes` has more than four numbers or one below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        group_sizes: Sequence[int] = (49, 14, 7),
+        qkv_bias: bool = True,
+        **dd: Any,
+    ) -> None:
+        check_heads(dim, num_heads)
+        if len(group_sizes) not in _QUARTERS or min(group_sizes, default=1) < 1:
+            raise ValueError(
+                f"group_sizes={group_sizes!r} are no sizes of parts; give up to four numbers, each 1 or more"
+            )
+        super().__init__(dim, **dd)
+        self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()
+        self.group_sizes = list(group_sizes)
+        self.quarters = list(_QUARTERS[len(group_sizes)])
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.merges = nn.ModuleList(nn.Linear(size, 1, **dd) for size in group_sizes)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+
+    def forward(self, x: Tensor, significance: Tensor | None = None) -> Tensor:
+        _, height, width, _ = x.shape
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys = self._merged(x.flatten(1, 2), significance)
+        k, v = self.kv(keys).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = softmax_attention(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2).unflatten(1, (height, width))
+        return self._project(y, x)
+
+    def _merged(self, tokens: Tensor, significance: Tensor | None) -> Tensor:
+        """Return what keys and values are made of, (batch, keys, dim), from the cells (batch, cells, dim)."""
+        if len(self.merges) == 0:
+            return tokens
+        if significance is None:
+            significance = torch.linalg.vector_norm(tokens.detach(), dim=-1)
+        ranking = significance.flatten(1).argsort(dim=1)
+        merged = torch.jit.annotate(list[Tensor], [])
+        begin = 0
+        for index, merge in enumerate(self.merges):
+            size, end = self.group_sizes[index], begin + self.quarters[index]
+            cells = ranking.index_select(1, _ranks(tokens, begin, end, size)).unsqueeze(-1)
+            groups = tokens.gather(1, cells.expand(-1, -1, tokens.shape[2])).unflatten(1, (-1, size))
+            merged.append(merge(groups.transpose(2, 3)).squeeze(-1))
+            begin = end
+        return torch.cat(merged, dim=1)
+
+
+@torch.fx.wrap
+def _enlarged(x: Tensor, height: int, width: int, side: int) -> Tensor:
+    """Return (batch, height, width) of x (batch, rows, columns), whose every cell stands for side x side cells."""
+    # By index: a slice of what is repeated would compile a graph for sizes that `side` divides, another for the others.
+    rows, columns = (torch.arange(length, device=x.device) // side for length in (height, width))
+    return x.index_select(1, rows).index_select(2, columns)
+
+
+@torch.fx.wrap
+def _ranks(tokens: Tensor, begin: int, end: int, size: int) -> Tensor:
+    """Return the ranks that fill the groups of the part from quarter `begin` to quarter `end`, int64."""
+    cells = tokens.shape[1]
+    first, count = cells * begin // 4, cells * end // 4 - cells * begin // 4
+    places = (count + size - 1) // size * size
+    return first + torch.arange(places, device=tokens.device) * count // places
