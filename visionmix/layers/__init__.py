@@ -1,6 +1,6 @@
 """What several skeletons share: stems, downsamplers, feed-forwards, norms, embeddings, heads. Maps are NHWC."""
 
-from visionmix.layers.conv import DepthwiseConv
+from visionmix.layers.conv import DepthwiseConv, SharedDepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
@@ -10,6 +10,7 @@ from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
 from visionmix.layers.position import ConvPosition, PositionEmbedding, resample_position
 from visionmix.layers.precision import at_least_float32
+from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
@@ -22,16 +23,19 @@ __all__ = [
     "ConvPosition",
     "DepthwiseConv",
     "Grid",
+    "LinearNorm",
     "LogSigmoid",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
     "ProjectionHead",
+    "RepBN",
     "RotaryMap",
     "ScanLayerNorm",
     "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",
+    "SharedDepthwiseConv",
     "Stem",
     "StemConv",
     "TokenHead",
