@@ -37,8 +37,8 @@ class Unavailable(RuntimeError):
 class Implementation:
     """The two functions of an op's implementation.
 
-    `forward` takes the op's arguments and `backward` the backward op's, in the order of their schemas and without the
-    last one (`implementation`); both return what the schema says.
+    `forward` takes the op's arguments as one tuple, `backward` these and what its schema names beside them as another
+    (`Schema.Arguments` and `Schema.Gradients`); both return what the schemas say.
     """
 
     forward: Callable
@@ -51,6 +51,11 @@ _loaders: dict[str, dict[str, Callable[[], Implementation]]] = {}
 def register(op: str, implementation: str, loader: Callable[[], Implementation]) -> None:
     """Add an implementation of `op`; `loader` runs at first use and may raise `Unavailable`."""
     _loaders.setdefault(op, {})[implementation] = loader
+
+
+def reference_loader(module, forward: str = "forward", backward: str = "backward") -> Callable[[], Implementation]:
+    """Return a loader of the functions `forward` and `backward` of a module."""
+    return lambda: Implementation(getattr(module, forward), getattr(module, backward))
 
 
 def _validated(choice: str, source: str) -> str:
@@ -97,10 +102,10 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def call_reference(function: Callable, *args):
+def call_reference(function: Callable, arguments: tuple):
     """Call an op's PyTorch reference in place of the registered op; the first argument names the device."""
-    with full_precision(args[0].device):
-        return function(*args)
+    with full_precision(arguments[0].device):
+        return function(arguments)
 
 
 def bypassed() -> bool:

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from visionmix.kernels.private_api import is_traced_tensor
+from visionmix.kernels.schema import NAMESPACE
+
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
     """Return a handle an op for fvcore's `FlopCountAnalysis`, which counts a multiply-add as one.
@@ -17,8 +20,6 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
     nothing either, counts as its two matrix products.
     """
     from torch.utils.flop_counter import flop_registry
-
-    from visionmix.kernels.registration import NAMESPACE
 
     handles: dict[str, Callable[[list[Any], list[Any]], float]] = {"aten::scaled_dot_product_attention": _attention}
     for op, formula in flop_registry.items():
@@ -43,7 +44,7 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> float:
 
 def _constant(value: Any) -> Any:
     """Return a traced value's shape if it is a tensor, else the constant it stands for."""
-    if value.type().isSubtypeOf(torch._C.TensorType.get()):
+    if is_traced_tensor(value):
         return torch.Size(value.type().sizes())
     if value.node().kind() == "prim::ListConstruct":
         return [_constant(each) for each in value.node().inputs()]

@@ -188,14 +188,13 @@ def _log_float64(op: str) -> None:
 
 
 def _guarded(op: str, function: Callable, reference: Callable) -> Callable:
-    def run(*args):
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(x.dtype == torch.float64 for x in tensors):
+    def run(arguments: tuple, *gradients: tuple):
+        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in arguments):
             _log_float64(op)
-            return reference(*args)
-        device = tensors[0].device
+            return reference(arguments, *gradients)
+        device = arguments[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return function(*args)
+            return function(arguments, *gradients)
 
     return run
 

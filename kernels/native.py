@@ -7,6 +7,7 @@ folder among the temporary files.
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -87,12 +88,56 @@ def with_joint_cells(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 @cache
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, *structures: type[ctypes.Structure]) -> ctypes.CDLL:
     """Return the library compiled from `source`, a C++ file; compile it unless the cache holds it.
+
+    Args:
+        structures: the structures that mirror those of the source, under the same names, with or without an underscore
+            in front. The source exports the size of each (`EXPORT_SIZE`).
 
     Raises:
         Unavailable: there is no compiler, it fails, or no folder can hold a library.
+        RuntimeError: a structure's fields or size are not those of the source.
     """
+    library = _compiled(source)
+    for structure in structures:
+        _check_structure(source, library, structure)
+    return library
+
+
+def _check_structure(source: Path, library: ctypes.CDLL, structure: type[ctypes.Structure]) -> None:
+    """Refuse a structure that differs from its C++ twin: calls would read and write other memory than they should."""
+    name = structure.__name__.lstrip("_")
+    ours, theirs = [field[0] for field in structure._fields_], _fields("\n".join(_texts(source)), name)
+    size = getattr(library, f"size_of_{name}")
+    size.restype = ctypes.c_int64
+    bytes_ours, bytes_theirs = ctypes.sizeof(structure), size()
+    if ours == theirs and bytes_ours == bytes_theirs:
+        return
+    pairs = itertools.zip_longest(ours, theirs, fillvalue="nothing")
+    difference = next((f"{mine} stands where C++ has {other}; " for mine, other in pairs if mine != other), "")
+    raise RuntimeError(
+        f"{name} of {source.parent.name} has {bytes_ours} bytes in cpu.py and {bytes_theirs} in C++: {difference}"
+        "change both alike, or install visionmix anew if neither was changed"
+    )
+
+
+def _fields(text: str, name: str) -> list[str]:
+    """Return the names of the fields of a C++ structure, in order."""
+    text = re.sub(r"//.*", "", text)
+    found = re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL)
+    if found is None:
+        raise RuntimeError(f"the C++ source has no structure {name}; the one in cpu.py must have the same name")
+    without_functions = re.sub(r"[^;{}]*\{[^{}]*\}", "", found[1])
+    return [
+        re.search(r"(\w+)\s*(\[\d+\])?\s*$", declared)[1]
+        for line in without_functions.split(";")
+        if line.strip()
+        for declared in line.split(",")
+    ]
+
+
+def _compiled(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     flags, libraries = _options()
     name = f"{source.parent.name}-{source.stem}-{_key(source, compiler, [*flags, *libraries])}"

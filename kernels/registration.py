@@ -1,13 +1,14 @@
-"""Registering a fused op and its backward with torch.library."""
+"""Registering ops with torch.library: fused ones with a backward op of their own, and cheap ones with PyTorch's."""
 
 import logging
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from visionmix.kernels import dispatch
-
-NAMESPACE = "visionmix"
+from visionmix.kernels.private_api import parse_schema
+from visionmix.kernels.schema import NAMESPACE, Schema, named_tuple
 
 _REMEDY = 'choose visionmix.kernels.use("reference"), which calls the PyTorch reference instead'
 
@@ -30,67 +31,168 @@ _register_flop_formula = _quiet_flop_registry()
 def _define(name: str, schema: str, kernel: Callable, fake: Callable, flops: Callable) -> None:
     qualified = f"{NAMESPACE}::{name}"
 
-    def batched(*_args, **_kwargs):
-        raise RuntimeError(f"vmap is not implemented for the fused op {qualified}; {_REMEDY}")
+    def counted(*args, out_shape=None, **kwargs) -> int:
+        return flops(*args, **kwargs)
 
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "default", kernel)
     torch.library.register_fake(qualified, fake)
-    torch.library.register_vmap(qualified, batched)
-    _register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
+    _register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(counted)
 
 
-def _place_of_implementation(schema: str) -> int:
-    names = [argument.name for argument in torch._C.parse_schema(f"{NAMESPACE}::any{schema}").arguments]
-    return names.index("implementation")
+def _refuse_vmap(name: str) -> None:
+    def batched(*_args, **_kwargs):
+        raise RuntimeError(f"vmap is not implemented for the fused op {NAMESPACE}::{name}; {_REMEDY}")
+
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", batched)
 
 
 def register_op(
-    name: str,
-    *,
-    schema: str,
-    backward_schema: str,
-    fake: Callable,
-    backward_fake: Callable,
-    setup_context: Callable,
-    backward: Callable,
-    flops: Callable,
-    backward_flops: Callable,
-    reference: Callable[[], dispatch.Implementation],
+    schema: Schema, *, fake: Callable, flops: Callable, backward_flops: Callable, reference: Callable
 ) -> None:
     """Register `visionmix::name` and `visionmix::name_backward`, and the op's reference with the dispatcher.
 
     Args:
-        schema: arguments and returns; the last argument is `str implementation="auto"`, and the first a tensor on the
-            op's device.
-        backward_schema: the same for the backward op, whose implementation is the one that ran forward.
-        fake: shapes, dtypes and strides of the outputs.
-        backward_fake: the same for the backward op.
-        setup_context: as for `torch.library.register_autograd`.
-        backward: as for `torch.library.register_autograd`; calls the backward op.
-        flops: floating-point operations from the arguments' shapes, as `register_flop_formula` takes it.
-        backward_flops: the same for the backward op.
+        schema: the arguments; all functions here take them as one tuple.
+        fake: the outputs' shapes, dtypes and strides, as empty tensors, from the arguments.
+        flops: floating-point operations, from the arguments with shapes in the place of tensors.
+        backward_flops: the same for the backward op, from (arguments, gradients).
         reference: loader of the PyTorch implementation.
     """
+    name, Arguments = schema.name, schema.Arguments
     dispatch.register(name, "reference", reference)
 
-    # The dispatcher leaves out trailing arguments that have their default values.
-    place, backward_place = _place_of_implementation(schema), _place_of_implementation(backward_schema)
-
     def run(*args):
-        implementation = dispatch.resolve(name, *args[place : place + 1] or ("auto",), args[0].device)
+        arguments = Arguments(*args)
+        implementation = dispatch.resolve(name, arguments.implementation, args[0].device)
         with dispatch.full_precision(args[0].device):
-            return dispatch.load(name, implementation).forward(*args[:place], *args[place + 1 :])
+            return dispatch.load(name, implementation).forward(arguments)
 
     def run_backward(*args):
-        implementation = dispatch.resolve(name, *args[backward_place:] or ("auto",), args[0].device)
+        arguments, gradients = schema.split(*args)
+        implementation = dispatch.resolve(name, arguments.implementation, args[0].device)
         with dispatch.full_precision(args[0].device):
-            return dispatch.load(name, implementation).backward(*args[:backward_place])
+            return dispatch.load(name, implementation).backward(arguments, gradients)
+
+    def fake_backward(*args):
+        arguments, _ = schema.split(*args)
+        tensors = schema.input_tensors(arguments)
+        return tuple(tensors[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
     def double_backward(_ctx, *_grads):
         raise RuntimeError(f"double backward is not implemented for the fused op {NAMESPACE}::{name}; {_REMEDY}")
 
-    _define(name, schema, run, fake, flops)
-    _define(f"{name}_backward", backward_schema, run_backward, backward_fake, backward_flops)
+    def fake_forward(*args, **kwargs):
+        return fake(Arguments(*args, **kwargs))
+
+    def count_forward(*args, **kwargs) -> int:
+        return flops(Arguments(*args, **kwargs))
+
+    def count_backward(*args) -> int:
+        return backward_flops(*schema.split(*args))
+
+    backward_name = f"{name}_backward"
+    _define(name, schema.text, run, fake_forward, count_forward)
+    _define(backward_name, schema.backward_text, run_backward, fake_backward, count_backward)
+    setup_context, backward = _autograd(schema, fake)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", double_backward)
+    torch.library.register_autograd(f"{NAMESPACE}::{backward_name}", double_backward)
+    for each in (name, backward_name):
+        _refuse_vmap(each)
+
+
+def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
+    """Return `setup_context` and `backward`, as `torch.library.register_autograd` takes them."""
+    kept = [name for name in schema.Gradients._fields if name in schema.outputs]
+    wanted = [f"grad_{name}" for name in schema.outputs]
+
+    def outputs_by_name(outputs: Tensor | tuple) -> dict[str, Tensor]:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return dict(zip(schema.outputs, outputs, strict=True))
+
+    def setup_context(ctx, inputs, output) -> None:
+        arguments, outputs = schema.Arguments(*inputs), outputs_by_name(output)
+        # The backward op runs what ran forward.
+        implementation = dispatch.resolve(schema.name, arguments.implementation, inputs[0].device)
+        ctx.save_for_backward(*schema.input_tensors(arguments), *(outputs[name] for name in kept))
+        ctx.others = [None if place in schema.tensors else x for place, x in enumerate(arguments)]
+        ctx.others[arguments._fields.index("implementation")] = implementation
+        given = schema.Gradients._fields
+        ctx.mark_non_differentiable(*(x for name, x in outputs.items() if f"grad_{name}" not in given))
+        ctx.set_materialize_grads(False)  # those of outputs that nobody used would be zeros of their size
+
+    def backward(ctx, *grads):
+        values, tensors = list(ctx.others), ctx.saved_tensors
+        for place, x in zip(schema.tensors, tensors, strict=False):
+            values[place] = x
+        arguments = schema.Arguments(*values)
+        # An output that was not asked for is empty, with one axis, and so is its gradient.
+        known = {name: None if g is None or g.dim() == 1 else g for name, g in zip(wanted, grads, strict=True)}
+        known = {name: known[name] for name in schema.Gradients._fields if name in known}
+        if all(grad is None for grad in known.values()):
+            return (None,) * len(values)
+        if any(grad is None and name in schema.required for name, grad in known.items()):
+            zeros = outputs_by_name(fake(arguments))
+            for name, grad in known.items():
+                if grad is None and name in schema.required:
+                    known[name] = zeros[name.removeprefix("grad_")].zero_()
+        known |= dict(zip(kept, tensors[len(schema.tensors) :], strict=True))
+        op = getattr(getattr(torch.ops, NAMESPACE), f"{schema.name}_backward")
+        found = op(*schema.join(arguments, schema.Gradients(**known)))
+        result: list[Tensor | None] = [None] * len(values)
+        for place, grad in zip(schema.tensors, found, strict=True):
+            if values[place] is not None:
+                result[place] = grad
+        return tuple(result)
+
+    return setup_context, backward
+
+
+def register_reference_op(name: str, schema: str, function: Callable, flops: Callable[..., int]) -> None:
+    """Register `visionmix::name`, an op that is one PyTorch function, with PyTorch's own gradients.
+
+    The cheap kind of op, for recurrences whose speed nobody waits for: it scripts, is one node of a graph that is
+    compiled or exported, and counts as its formula says. The backward pass computes the function anew.
+
+    Args:
+        name: the op's name.
+        schema: its arguments and outputs, as `torch.library.define` takes them.
+        function: computes the outputs, new tensors that share no memory with the inputs; it must run on fake tensors,
+            so no value may decide what it does.
+        flops: floating-point operations, from the arguments with shapes in the place of tensors.
+    """
+
+    parsed = parse_schema(f"{NAMESPACE}::{name}{schema}")
+    Arguments = named_tuple("Arguments", parsed.arguments)
+
+    def run(*args, **kwargs):
+        return function(*Arguments(*args, **kwargs))
+
+    def count(*args, **kwargs) -> int:
+        return flops(*Arguments(*args, **kwargs))
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def backward(ctx, *grads):
+        tensors = iter(ctx.saved_tensors)
+        # Arguments left out have their defaults among the inputs, but no flag.
+        flags = (*ctx.needs_input_grad, *[False] * len(ctx.others))
+        needed = [other is None and flag for other, flag in zip(ctx.others, flags, strict=False)]
+        again = torch.is_grad_enabled()  # a second derivative is asked for
+        with torch.enable_grad():
+            inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
+            if not again:
+                inputs = [x.detach().requires_grad_(n) if n else x for x, n in zip(inputs, needed, strict=True)]
+            outs = function(*inputs)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if out.requires_grad]
+            wanted = [x for x, n in zip(inputs, needed, strict=True) if n]
+            used, weights = zip(*pairs, strict=True)
+            options = {"allow_unused": True, "materialize_grads": True, "create_graph": again}
+            found = iter(torch.autograd.grad(used, wanted, weights, **options))
+        return tuple(next(found) if n else None for n in needed)
+
+    _define(name, schema, run, run, count)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)

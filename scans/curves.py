@@ -77,6 +77,13 @@ def _interleaved(*coordinates: torch.Tensor, bits: int) -> torch.Tensor:
     return code
 
 
+def _bits(*sizes: int) -> int:
+    """Return the binary digits of the largest coordinate; where a size is a symbol, as many as any grid needs."""
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return 20
+    return (max(sizes) - 1).bit_length()
+
+
 def morton(height: int, width: int, depth: int = 1) -> torch.Tensor:
     """Return the Z-order curve: cells by the interleaved binary digits of row, column and (if depth > 1) level.
 
@@ -84,7 +91,7 @@ def morton(height: int, width: int, depth: int = 1) -> torch.Tensor:
     grid are left out (G. M. Morton, A computer oriented geodetic data base, 1966).
     """
     coordinates = _axes(height, width, depth)[: 3 if depth > 1 else 2]
-    code = _interleaved(*coordinates, bits=(max(height, width, depth) - 1).bit_length())
+    code = _interleaved(*coordinates, bits=_bits(height, width, depth))
     return _sorted_by(code, height, width, depth)
 
 
@@ -95,5 +102,5 @@ def u_order(height: int, width: int, depth: int = 1) -> torch.Tensor:
     expansion; without the rotations of a Hilbert curve, the walk jumps between quadrants.
     """
     row, column, level = _axes(height, width, depth)
-    code = _interleaved(row, row ^ column, bits=(max(height, width) - 1).bit_length())
+    code = _interleaved(row, row ^ column, bits=_bits(height, width))
     return _sorted_by(code * depth + level, height, width, depth)

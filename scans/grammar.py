@@ -18,6 +18,7 @@ import torch
 from visionmix.registry import close_matches
 from visionmix.scans import curves, windows
 from visionmix.scans.hilbert import hilbert
+from visionmix.scans.order_names import split_order
 
 MODIFIERS = ("transposed", "hflip", "vflip", "reversed")
 
@@ -29,6 +30,7 @@ class Base(NamedTuple):
     numbers: tuple[str, ...] = ()  # what the numbers in the name mean
     steps: Callable[..., int] | None = None  # None: one step a cell
     volumetric: bool = False  # takes a depth
+    recursive: bool = False  # built of pieces whose number depends on the size
     self_inverse: bool = False  # the published inverse is the index itself, true or not
 
 
@@ -40,7 +42,7 @@ BASES = {
     # inverse of square grids only. Its published weights were trained with it, at square sizes; at others it scrambles.
     "column_unswapped": Base(curves.column, self_inverse=True),
     "diagonal": Base(curves.diagonal),
-    "hilbert": Base(hilbert),
+    "hilbert": Base(hilbert, recursive=True),
     "morton": Base(curves.morton, volumetric=True),
     "raster": Base(curves.raster, volumetric=True),
     "skip": Base(windows.skip, ("rate", "row", "column"), windows.skip_steps),
@@ -82,7 +84,7 @@ def _nearest(part: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def parse(name: str) -> tuple[Part, ...]:
     """Return the parts of an order's name; ValueError, naming the nearest right name, if there is no such order."""
-    return tuple(_parse_part(part, name) for part in name.split("+"))
+    return tuple(_parse_part(part, name) for part in split_order(name))
 
 
 def _parse_part(part: str, name: str) -> Part:

@@ -27,21 +27,22 @@ class ScanOrder(NamedTuple):
 
 
 def _invert(index: torch.Tensor, cells: int) -> torch.Tensor:
+    # Padded steps write to the last place, which is dropped.
     inverse = torch.full((cells + 1,), -1, device="cpu")
-    inverse[index] = torch.arange(len(index), device="cpu")  # padded steps write to the last place, which is dropped
-    return inverse[:cells]
+    place = torch.where(index < 0, cells, index)
+    return inverse.scatter(0, place, torch.arange(index.shape[0], device="cpu"))[:cells]
 
 
 def _modify(order: ScanOrder, modifier: str, height: int, width: int, depth: int) -> ScanOrder:
     """Return the order, one of a grid of height x width x depth, with one modifier applied to it."""
     index, inverse = order
     if modifier == "reversed":
-        return ScanOrder(index.flip(0), torch.where(inverse < 0, -1, len(index) - 1 - inverse))
+        return ScanOrder(index.flip(0), torch.where(inverse < 0, -1, index.shape[0] - 1 - inverse))
     cells = torch.arange(height * width * depth, device="cpu").view(height, width, depth)
     # source[cell] is the cell of the unmodified grid that comes to lie there; target is its inverse.
     source = {"transposed": cells.transpose(0, 1), "hflip": cells.flip(1), "vflip": cells.flip(0)}[modifier].reshape(-1)
-    target = torch.cat([_invert(source, len(source)), torch.tensor([-1], device="cpu")])  # target[-1] is -1
-    return ScanOrder(target[index], inverse[source])
+    target = _invert(source, source.shape[0])
+    return ScanOrder(torch.where(index < 0, -1, target[index.clamp(min=0)]), inverse[source])
 
 
 def _build_part(part: Part, height: int, width: int, depth: int) -> ScanOrder:
@@ -63,8 +64,22 @@ def _build(name: str, height: int, width: int, depth: int) -> ScanOrder:
     inverses, before = [], 0
     for order in orders:
         inverses.append(torch.where(order.inverse < 0, -1, order.inverse + before))
-        before += len(order.index)
+        before = before + order.index.shape[0]
     return ScanOrder(index, torch.cat(inverses))
+
+
+def symbolic_order(name: str, height: int, width: int) -> ScanOrder:
+    """Return an order of a grid whose sizes are symbols of a graph that is being exported, computed inside the graph.
+
+    Raises:
+        ValueError: the order is built piece by piece, in a number of pieces that depends on the size.
+    """
+    if any(part.base.recursive for part in parse(name)):
+        raise ValueError(
+            f"scan order {name!r} cannot be exported with dynamic height and width, since it is built of pieces whose "
+            "number depends on them; export with a fixed height and width, or choose another order"
+        )
+    return _build(name, height, width, 1)
 
 
 class _Cache:

@@ -86,3 +86,14 @@ def test_models_take_mixers():
         timm.create_model("test_vig", mixer=3)
     with pytest.raises(ValueError, match="has no 'name'"):
         timm.create_model("test_vig", mixer={"gate_rank": 8})
+
+
+def test_scan_options_have_mambas_names():
+    for name in (n for n in visionmix.list_mixers() if n.endswith(("_scan", "_mamba"))):
+        options = mixer_options(name)
+        assert "d_state" in options
+        assert not {"states", "step_rank"} & options.keys()
+        with pytest.raises(ValueError, match=r"states=8 \(did you mean 'd_state'"):
+            visionmix.create_mixer(name, 24, states=8)
+    with pytest.raises(ValueError, match=r"step_rank=2 \(did you mean 'dt_rank'"):
+        visionmix.create_mixer("cross_scan", 24, step_rank=2)

@@ -69,10 +69,11 @@ BATCHES = {"mmdet": detection_batch, "mmseg": segmentation_batch}
 
 
 def check(name: str) -> str:
-    """Build the config `name`, train it for one step, run it once; return what was seen.
+    """Build the config `name`, train it for one step, run it once; return a line on parameters, loss and output.
 
     Raises:
-        Exception: whatever fails, or a ValueError where the loss is infinite or parameters have no gradient.
+        ValueError: the loss is not finite, or parameters have no gradient.
+        Exception: any other error of OpenMMLab or of the model.
     """
     from mmengine.logging import MMLogger
     from mmengine.optim import build_optim_wrapper
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         start = time.perf_counter()
         try:
             seen = check(name)
-        except Exception as error:  # a report on every config is what this is for
+        except Exception as error:  # so that every config is reported
             failed += 1
             seen = f"FAILED: {type(error).__name__}: {error}"
         print(f"{name:<44}{time.perf_counter() - start:5.1f} s  {seen}", flush=True)

@@ -1,6 +1,6 @@
 """Checkpoints: written so that the old one survives any failure, read without running code that they hold.
 
-A checkpoint is what torch.save makes of a dictionary of tensors and plain values:
+A checkpoint is a dictionary of tensors and plain values, written by torch.save:
 
     format      1
     recipe      the run's recipe, as nested dictionaries
@@ -35,10 +35,10 @@ FORMAT = 1
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path in the same folder, flush it to disk, then rename it to `path`.
 
-    Whatever fails, `path` is either as it was or complete, and the temporary file is gone.
+    On any failure `path` is either unchanged or complete, and the temporary file is gone.
 
     Raises:
-        OSError: when the disk is full or refuses, naming the file and what remains.
+        OSError: when the disk is full or refuses, naming the file and whether the earlier one is whole.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -117,7 +117,7 @@ def read(path: str | Path) -> dict[str, Any]:
         return {**metadata, "model": tensors}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # read_checkpoint knows what else lies in published files, and says what is wrong with the rest
+    except Exception:  # read_checkpoint reads published files with other objects inside, and explains damage
         return {"model": read_checkpoint(path)}
     if not (isinstance(content, dict) and isinstance(content.get("format"), int)):
         return {"model": unwrap(content, str(path))}

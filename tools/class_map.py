@@ -1,8 +1,8 @@
-"""Which output of a model each class folder stands for: by the model's own labels, by ImageNet's, or by a file.
+"""The output of a model that each class folder stands for, by the model's own labels, by ImageNet's, or by a class map.
 
-A class map is a text file with a line for each folder, `FOLDER OUTPUT`, parted by a tab or else by the first space; or
-JSON, `{"FOLDER": OUTPUT, ...}`. An output is an index, an ImageNet synset (n01440764), or a label of the model. A text
-file with folder names alone, timm's class map, gives each the number of its line as output, from 0 on.
+A class map is a text file with a line `FOLDER OUTPUT` for each folder, split at a tab or else at the first space, or it
+is JSON, `{"FOLDER": OUTPUT, ...}`. An output is an index, an ImageNet synset (n01440764), or a label of the model. A
+text file of folder names alone, as timm takes it, numbers the outputs by line from 0.
 """
 
 import json
@@ -19,11 +19,11 @@ _logger = logging.getLogger(__name__)
 
 
 def read_class_map(file: Path) -> dict[str, str]:
-    """Return the output, as it is written, of each folder that a class map names.
+    """Return the output of each folder in a class map, as it is written there.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither of the two kinds, or names a folder twice.
+        ValueError: it is neither such a text nor such JSON, or names a folder twice.
     """
     if not file.is_file():
         raise FileNotFoundError(f"class map {file} does not exist")
@@ -32,7 +32,7 @@ def read_class_map(file: Path) -> dict[str, str]:
         if text.lstrip().startswith(("{", "[")):
             pairs = json.loads(text, object_pairs_hook=list)
             if not all(isinstance(pair, tuple) and type(pair[1]) in (int, str) for pair in pairs):
-                raise ValueError("a value is no index or label")
+                raise ValueError("it holds something other than an index or a label")
         else:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             pairs = [tuple(re.split(r"\s*\t\s*" if "\t" in line else r"\s+", line, maxsplit=1)) for line in lines]
@@ -51,7 +51,7 @@ def read_class_map(file: Path) -> dict[str, str]:
 
 
 def _labels(trained: Trained) -> dict[str, list[int]]:
-    """Return the outputs of each label of the model, in lower case: its own, or ImageNet's synsets and lemmas."""
+    """Return the outputs by label: the model's own labels, or ImageNet's synsets and lemmas in lower case."""
     found: dict[str, list[int]] = {}
     if trained.data is not None and trained.classes is not None:
         names = [{label} for label in trained.classes]
@@ -68,7 +68,7 @@ def _labels(trained: Trained) -> dict[str, list[int]]:
 
 
 def _output(written: str, labels: Mapping[str, list[int]], count: int) -> int:
-    """Return the output that an entry of a class map stands for; raise ValueError where there is none, or several."""
+    """Return the output that an entry of a class map stands for; raise ValueError if there is none or several."""
     if written.isdecimal() and written.isascii():
         if int(written) >= count:
             raise ValueError(f"output {written} is outside [0, {count - 1}]")
@@ -126,5 +126,7 @@ def find_outputs(
             "or say by --class-map FILE which output each stands for"
         )
     if labels:
-        _logger.warning("%s: the model has labels, but no folder is named so; they are outputs in sorted order", where)
+        _logger.warning(
+            "%s: no folder has the name of a label; in sorted order they are taken as the model's outputs", where
+        )
     return list(range(count))

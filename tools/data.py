@@ -31,7 +31,7 @@ MAX_DRAWS = 20
 
 
 class UnreadableData(ValueError):
-    """So many files cannot be read that there is nothing left to work with."""
+    """So few files can be read that there is nothing to work with."""
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -110,7 +110,7 @@ def seed_everything(*words: int) -> None:
 
 
 class _Repeatable:
-    """Context: the three generators seeded by `words` inside, as they were afterwards."""
+    """Context in which a hash of `words` seeds the three generators; on exit they are as they were before."""
 
     def __init__(self, *words: int) -> None:
         self.words = words
@@ -161,7 +161,7 @@ class Batch:
     missing: int
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader, for a quicker copy to the GPU."""
+        """Pin the tensors for a quicker copy to the GPU; DataLoader calls this."""
         self.images, self.targets = self.images.pin_memory(), self.targets.pin_memory()
         return self
 
@@ -242,10 +242,10 @@ class FolderSet(Dataset):
 
 
 class EpochSampler(Sampler):
-    """This process's share of (epoch, index) keys; `set_epoch` before each pass.
+    """This process's share of (epoch, index) keys; call `set_epoch` before each pass.
 
-    Training: a permutation drawn from (seed, epoch), cut to whole steps of all processes. Testing: in order, and dealt
-    out to the last one, so that every image is counted exactly once.
+    For training, the keys are a permutation drawn from (seed, epoch), cut to whole steps of all processes. For testing,
+    they are in order and all dealt out, so that every image is counted exactly once.
     """
 
     def __init__(self, size: int, *, batch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
@@ -304,7 +304,7 @@ def _augmentations(transform) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
-    """Do timm's op. At the highest level it keeps 0 bits, which Pillow 13 refuses; here it is black, as before."""
+    """Call timm's op, except at its highest level: 0 bits, which Pillow 13 refuses, make the image black as before."""
     return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
@@ -320,7 +320,7 @@ def make_loader(
     """Return a loader of `Batch`es; its sampler is an `EpochSampler`.
 
     Raises:
-        ValueError: when a training set is smaller than one step of all processes.
+        ValueError: a training set is smaller than one step of all processes.
     """
     if shuffle and len(dataset) < batch * world:
         raise ValueError(

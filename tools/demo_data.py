@@ -1,10 +1,10 @@
 """Make small real data sets from images that ship inside wheels.
 
-`photos` takes the photographs of the installed scikit-image; each is a class. Three square blocks of it, two patches
-wide each, are set aside: test patches lie inside them, train patches at least a patch away from them, so no train patch
-shares a pixel with, or even touches, a test patch. The result is an ordinary ImageFolder tree: OUT/train/CLASS/*.png
-and OUT/val/CLASS/*.png. `detection` and `segmentation` cut tiles (`demo_tiles.py`) from images of two wheels that are
-downloaded once into the user's cache.
+`photos` makes a class of each photograph in the installed scikit-image. Three square blocks of a photograph, each two
+patches wide, are set aside. Test patches lie inside the blocks and train patches at least one patch away from them, so
+no train patch shares a pixel with a test patch or touches one. The result is an ordinary image folder:
+OUT/train/CLASS/*.png and OUT/val/CLASS/*.png. `detection` and `segmentation` cut tiles (`demo_tiles.py`) from images in
+two wheels, which are downloaded once into the user's cache.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from visionmix.tools.arguments import check_least
 from visionmix.tools.demo_tiles import make_nuclei, make_trees
 from visionmix.tools.images import read_rgb
 from visionmix.tools.wheel_data import MANIFEST, make_folder
@@ -54,8 +55,8 @@ def photograph_folder() -> Path:
     """Return the folder of images inside the installed scikit-image, without importing it.
 
     Raises:
-        ModuleNotFoundError: when scikit-image is not installed.
-        FileNotFoundError: when its wheel lacks one of the photographs.
+        ModuleNotFoundError: scikit-image is not installed.
+        FileNotFoundError: its wheel lacks one of the photographs.
     """
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
@@ -82,7 +83,7 @@ def test_corners(width: int, height: int, patch: int) -> np.ndarray:
     """Return the (left, top) corner of each test block, 2 * patch pixels wide: int64 (blocks, 2).
 
     Raises:
-        ValueError: when the photograph is too small to leave room for train patches.
+        ValueError: the photograph is too small to leave room for train patches.
     """
     if min(width, height) < 6 * patch:
         raise ValueError(f"patch={patch} does not fit a photograph of {width}x{height}; it needs {6 * patch} each way")
@@ -94,11 +95,11 @@ def draw_patches(
 ) -> Iterator[tuple[Patch, Image.Image]]:
     """Yield `train` + `val` patches at random places of their region, each with its pixels.
 
-    Nearly uniform places (grey-level standard deviation under 4 of 255: the black around a retina, a blank sky) are
-    passed over, since they look the same in every photograph.
+    Nearly uniform places, whose grey levels have a standard deviation under 4 of 255, are passed over: the black around
+    a retina and a blank sky look the same in every photograph.
 
     Raises:
-        ValueError: when a region has no structured place left after 200 tries for a patch.
+        ValueError: a region has no structured place left after 200 tries for a patch.
     """
     rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
     grey = np.asarray(image.convert("L"), dtype=np.float32)
@@ -132,12 +133,11 @@ def make_photos(out: Path, *, patch: int = 48, train: int = 240, val: int = 60, 
         seed: of the patches' places.
 
     Raises:
-        ValueError: when an argument is out of range.
-        FileExistsError: when `out` holds something else.
+        ValueError: an argument is out of range.
+        FileExistsError: `out` holds something else.
     """
-    for name, value, least in (("patch", patch, 8), ("train", train, 1), ("val", val, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value} is too small; it must be at least {least}")
+    check_least(8, patch=patch)
+    check_least(1, train=train, val=val)
     settings = {"patch": patch, "train": train, "val": val, "seed": seed, "classes": sorted(PHOTOGRAPHS)}
 
     def fill(aside: Path) -> dict:

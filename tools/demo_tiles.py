@@ -1,7 +1,7 @@
 """Tiles of annotated images: trees from the air for detection, cell nuclei under a microscope for segmentation.
 
-Part of each image is set aside for testing, with a margin between, before either part is cut into tiles; so no test
-tile shares or touches a pixel of a train tile. A tree belongs to the tile that holds the centre of its box.
+Part of each image is set aside for testing, behind a margin, before either part is cut into tiles. So no test tile
+shares a pixel with a train tile or touches one. A tree belongs to the tile that holds the centre of its box.
 """
 
 import io
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from visionmix.tools.arguments import check_least
 from visionmix.tools.images import read_rgb
 from visionmix.tools.wheel_data import Wheel, make_folder, read_members
 
-# Aerial photographs with every tree in a box, of NEON's sites at Yellowstone, Ordway-Swisher and Soaproot Saddle.
+# Aerial photographs of NEON's sites at Yellowstone, Ordway-Swisher and Soaproot Saddle, with a box around every tree.
 TREES = Wheel("deepforest==2.1.0", "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54")
 PHOTOGRAPHS = (
     "2019_YELL_2_528000_4978000_image_crop2",
@@ -47,7 +48,7 @@ class Part(NamedTuple):
 
 
 def parts(width: int, height: int, tile: int, margin: int) -> list[Part]:
-    """Return the train and test region of an image; one too low for test tiles of half a side is all for training."""
+    """Return the train and test regions of an image; one too low for test tiles of half a side is all for training."""
     border = round(height * (1 - HELD_OUT))
     if height - border < tile // 2:
         return [Part("train", Box(0, 0, width, height))]
@@ -55,7 +56,7 @@ def parts(width: int, height: int, tile: int, margin: int) -> list[Part]:
 
 
 def tiles(region: Box, tile: int) -> Iterator[Box]:
-    """Yield the tiles of a region, row by row; a rest at its right or lower edge is kept from half a tile on."""
+    """Yield the tiles of a region, row by row; a remainder at its right or lower edge is kept from half a tile on."""
 
     def spans(start: int, stop: int) -> Iterator[tuple[int, int]]:
         for first in range(start, stop - tile // 2 + 1, tile):
@@ -96,13 +97,14 @@ def make_trees(out: Path, *, tile: int = 256, margin: int = 64) -> Path:
     Args:
         out: The folder to make.
         tile: Side of a tile in pixels.
-        margin: Pixels left out between train and test region.
+        margin: Pixels left out between the train and the test region.
 
     Raises:
         ValueError: an argument is out of range.
-        OSError: the images cannot be had, or `out` holds something else.
+        OSError: the images cannot be downloaded, or `out` holds something else.
     """
-    _check(tile=(tile, 64), margin=(margin, 0))
+    check_least(64, tile=tile)
+    check_least(0, margin=margin)
 
     def fill(folder: Path) -> dict:
         names = [f"deepforest/data/{name}.{ending}" for name in PHOTOGRAPHS for ending in ("png", "xml")]
@@ -150,16 +152,10 @@ def make_nuclei(out: Path, *, tile: int = 128, margin: int = 32) -> Path:
     Brightness is the square root of the counts, from the lowest to the 99.8th percentile of the train region, since
     the nuclei differ in it by a factor of ten.
 
-    Args:
-        out: The folder to make.
-        tile: Side of a tile in pixels.
-        margin: Pixels left out between train and test region.
-
-    Raises:
-        ValueError: an argument is out of range.
-        OSError: the image cannot be had, or `out` holds something else.
+    Arguments and errors are those of `make_trees`.
     """
-    _check(tile=(tile, 32), margin=(margin, 0))
+    check_least(32, tile=tile)
+    check_least(0, margin=margin)
 
     def fill(folder: Path) -> dict:
         names = [f"stardist/data/images/{name}2d.tif" for name in ("img", "mask")]
@@ -182,9 +178,3 @@ def make_nuclei(out: Path, *, tile: int = 128, margin: int = 32) -> Path:
         return made
 
     return make_folder(out, {"tile": tile, "margin": margin, "wheel": NUCLEI.requirement}, fill)
-
-
-def _check(**numbers: tuple[int, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise ValueError(f"{name}={value} is too small; it must be at least {least}")

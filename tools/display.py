@@ -1,4 +1,4 @@
-"""What a person sees: of a training run a live bar in a terminal, plain lines in a log file; tables in either."""
+"""Output for people: a live bar for training in a terminal, plain lines in a log file, tables in both."""
 
 import sys
 import time

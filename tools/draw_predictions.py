@@ -1,4 +1,4 @@
-"""Draw what a trained detector or segmentation model finds in test images, beside the truth.
+"""Draw the predictions of a trained detector or segmentation model for test images, beside the truth.
 
     python tools/draw_predictions.py output/trees/trees.py output/trees/iter_800.pth --out trees.png
 
@@ -19,7 +19,11 @@ SCORE = 0.4  # the least that a box must have to be drawn
 
 
 def predict(config: Any, checkpoint: Path, count: int) -> list[tuple[np.ndarray, Any]]:
-    """Return `count` test images, spread over the set, in RGB with their data samples, truth and prediction in each."""
+    """Return `count` test images in RGB, spread over the set, each with the data sample of its truth and prediction.
+
+    Raises:
+        ValueError: the checkpoint holds other weights than the config's model.
+    """
     from mmengine.config import ConfigDict
     from mmengine.dataset import pseudo_collate
     from mmengine.registry import DATASETS, MODELS, init_default_scope
@@ -27,7 +31,10 @@ def predict(config: Any, checkpoint: Path, count: int) -> list[tuple[np.ndarray,
 
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
-    load_checkpoint(model, str(checkpoint), map_location="cpu")
+    try:
+        load_checkpoint(model, str(checkpoint), map_location="cpu", strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not hold the weights of the config's model: {error}") from error
     model.eval()
     dataset = DATASETS.build(ConfigDict(config.val_dataloader.dataset))
     drawn = []

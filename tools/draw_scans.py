@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         print("direction sets: ", ", ".join(scans.direction_sets()))
         return
     if options.gallery == bool(options.names):
-        parser.error("give the names of orders, or --gallery (--list shows what there is)")
+        parser.error("give the names of orders, or --gallery (--list shows them)")
     height, width = (11, 15) if options.gallery else (options.height, options.width)
     try:
         names = list(GALLERY)

@@ -70,7 +70,7 @@ def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list
     """Write a picture with a row for each of `images`: the image itself, then a panel a reduction.
 
     Args:
-        images: What the model takes, (batch, 3, height, width).
+        images: Normalised images (batch, 3, height, width).
         shown: The same without normalisation, float (batch, height, width, 3) in [0, 1].
         model: A model that can be reduced.
         specs: Reductions, as ``tome:r=8``.

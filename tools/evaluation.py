@@ -90,8 +90,9 @@ def evaluate(
     model.eval()
     start = time.perf_counter()
     # compute() of torchmetrics reduces over all processes.
-    count = SumMetric().set_dtype(torch.float64)
-    loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)  # a loss that is not a number must show
+    # "disable" leaves NaN as it is: a loss that is not a number must show, and looking for one would wait for the GPU.
+    count = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+    loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
     top1 = MulticlassAccuracy(classes, average="micro", validate_args=False)
     top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes), validate_args=False)
     targets, guesses = (CatMetric(nan_strategy="disable").set_dtype(torch.int64) for _ in range(2))

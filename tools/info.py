@@ -1,11 +1,12 @@
-"""What a model is: `python tools/info.py vig_s` (or `visionmix info vig_s`).
+"""Facts of a model: `python tools/info.py vig_s` (or `visionmix info vig_s`, with a tag: `agent_swin_base.in1k_384`).
 
-Prints parameters, multiply-adds by op, activations, what its paper claims, the licence of its weights and where they
-lie.
-`--all` prints a row a model, `--write README.md` puts those rows into the file's table of models.
+Prints parameters, multiply-adds by op, activations, published figures, the licence of the weights and where they lie.
+`--all` prints a row a model and tag, `--write` writes them to docs/models.md, and `--families README.md` puts a row a
+family between the markers in that file.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionmix.models.family import Family, family_of, list_family_models
-from visionmix.models.weights import weights_file
+from visionmix.models.family import family_of, list_family_models, published, variant_of, weights_of
+from visionmix.models.weights import file_name
 from visionmix.scans import num_steps
 from visionmix.tools import display
 
 _BEGIN, _END = "<!-- models: written by tools/info.py -->", "<!-- /models -->"
-_GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
+_ROOT = Path(__file__).resolve().parent.parent
+_GOLDENS, _MODELS = _ROOT / "tests" / "goldens", _ROOT / "docs" / "models.md"
+_COLUMNS = (
+    "model and tag",
+    "image size",
+    "parameters, M",
+    "GMACs",
+    "published parameters, M",
+    "published GMACs",
+    "published top-1, %",
+    "licence",
+    "weights",
+    "equal to the published code at",
+)
+_ABOUT_MODELS = """# Models
+
+`python tools/info.py --write` generates this page. `timm.create_model("vig_s.in1k", pretrained=True)` loads the weights
+of a tag; a name without a tag means the first tag in its table. A tag with another image size builds the model at that
+size, and a tag of 22k classes builds 21,841 outputs.
+
+Parameters and GMACs (multiply-adds at the image size, fused ops by their formulas) are counted here; the published
+columns repeat what the authors print. The licence is that of the weights. The last column lists the image sizes at
+which the outputs equal those of the published code, to 1e-5 of the largest logit, for the same weights.
+"""
 _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
 
@@ -93,38 +117,51 @@ def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, 
     return model, (channels, img_size or height, img_size or width)
 
 
-def _weights(family: Family, name: str) -> tuple[str, str]:
-    """Return the name and the address of the published weights."""
-    variant = family.variants[name]
-    if "hf_hub_id" in variant.weights:
-        return variant.weights["hf_hub_filename"], f"https://huggingface.co/{variant.weights['hf_hub_id']}"
-    if "url" in variant.weights:
-        return weights_file(variant.weights["url"], name), variant.weights["url"]
-    return ("page", variant.page) if variant.page else ("none", "")
+def _families() -> dict[str, list[str]]:
+    """Return the names of every family's published models by the family's module, in the order of registration."""
+    names: dict[str, list[str]] = {}
+    for name in list_family_models():
+        if not name.startswith("test_"):
+            names.setdefault(family_of(name).module, []).append(name)
+    return names
+
+
+def _tagged(name: str) -> list[str]:
+    """Return the model's name with each tag that it has weights of, or alone where it has none."""
+    return [f"{name}.{tag}" for tag in variant_of(name).weights] or [name]
+
+
+def _file(name: str) -> str:
+    """Return the file's name of the published weights of `name`, in Markdown with its address."""
+    weights = weights_of(name)
+    if not weights.address:
+        return "none"
+    file = weights.file or (file_name(weights.url) or "file" if weights.url else "page")
+    return f"[{file}]({weights.address})"
 
 
 def _equality(name: str) -> str:
-    sizes = [path.stem.partition("__")[2] or "built size" for path in sorted(_GOLDENS.glob(f"{name}*.npz"))
-             if path.stem.partition("__")[0] == name]  # fmt: skip
-    return ", ".join(sizes) or "not compared"
+    """Return at which image sizes the model's outputs are compared with those of the published code."""
+    goldens = [path.stem.partition("__") for path in sorted(_GOLDENS.glob(f"{name}*.npz"))]
+    return ", ".join(size or "built size" for stem, _, size in goldens if stem == name) or "not compared"
 
 
 def show(name: str, img_size: int | None, console: Console) -> None:
     """Print one model."""
-    family = family_of(name)
-    published = family.variants[name].published
+    facts, weights = published(name), weights_of(name)
     model, size = _build(name, img_size)
     cost = measure(model, size)
     table = Table(title=f"{name} at {size[1]}x{size[2]}", show_header=False)
-    table.add_row("parameters", f"{cost.params / 1e6:.2f} M" + _claim(published.params, "M"))
-    table.add_row("GMACs", f"{sum(cost.macs.values()) / 1e9:.2f}" + _claim(published.gmacs, ""))
+    table.add_row("parameters", f"{cost.params / 1e6:.2f} M" + _claim(facts.params, "M"))
+    table.add_row("GMACs", f"{sum(cost.macs.values()) / 1e9:.2f}" + _claim(facts.gmacs, ""))
     for op, macs in sorted(cost.macs.items(), key=lambda item: -item[1]):
         table.add_row(f"  {op}", f"{macs / 1e9:.3f}")
     table.add_row("activations", f"{cost.activations / 1e6:.2f} M")
-    table.add_row("published top-1", "none" if published.top1 is None else f"{published.top1} %")
-    table.add_row("paper", family.paper)
-    table.add_row("licence of the weights", family.license)
-    table.add_row("weights", " at ".join(filter(None, _weights(family, name))))
+    table.add_row("published top-1", "none" if facts.top1 is None else f"{facts.top1} %")
+    table.add_row("paper", facts.paper)
+    table.add_row("licence of the weights", facts.license)
+    table.add_row("weights", " at ".join(filter(None, [weights.file, weights.address])) or "none")
+    table.add_row("with tags", ", ".join(_tagged(name.partition(".")[0])))
     console.print(table)
 
 
@@ -132,26 +169,70 @@ def _claim(value: float | None, unit: str) -> str:
     return "" if value is None else f" (published: {value:g} {unit})".replace(" )", ")")
 
 
+def published_columns(name: str) -> list[str]:
+    """Return what a row of `markdown` says of the model or tag called `name` besides what is counted."""
+    facts, weights = published(name), weights_of(name)
+    size = weights.input_size or variant_of(name).layout.options.get("img_size", 224)
+    claims = [facts.params, facts.gmacs, facts.top1]
+    compared = _equality(name.partition(".")[0])
+    return [
+        str(size),
+        *("" if claim is None else f"{claim:g}" for claim in claims),
+        facts.license,
+        _file(name),
+        compared,
+    ]
+
+
 def markdown() -> str:
-    """Return the table of all published models, in Markdown."""
-    rows = ["| model | parameters, M | GMACs | ImageNet top-1, published | licence of the weights | weights | equal to "
-            "the published code at |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for name in list_family_models():
-        if name.startswith("test_"):
-            continue
-        family = family_of(name)
-        cost = measure(*_build(name, None))
-        top1 = family.variants[name].published.top1
-        file, address = _weights(family, name)
-        rows.append(
-            f"| `{name}` | {cost.params / 1e6:.2f} | {sum(cost.macs.values()) / 1e9:.2f} | {top1 or 'none'} | "
-            f"{family.license} | {f'[{file}]({address})' if address else file} | {_equality(name)} |"
-        )
+    """Return every family's table of models, in Markdown: a row for each model and tag."""
+    parts = [_ABOUT_MODELS]
+    for module, names in _families().items():
+        title, _, rest = (sys.modules[module].__doc__ or "").strip().partition("\n")
+        about = " ".join(rest.split("\n\n")[0].split())
+        parts.append(f"## {title.rstrip('.')}\n\n{about}\n")
+        rows = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
+        for tag in [tag for name in names for tag in _tagged(name)]:
+            cost = measure(*_build(tag, None))
+            counted = [f"{cost.params / 1e6:.2f}", f"{sum(cost.macs.values()) / 1e9:.2f}"]
+            size, *claims = published_columns(tag)
+            rows.append(f"| {' | '.join([f'`{tag}`', size, *counted, *claims])} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def family_rows() -> str:
+    """Return a table with a row a family, in Markdown: what it is, its sizes, best accuracy, licence and paper."""
+    rows = [
+        "| family | token mixing | parameters, M | best ImageNet top-1 | licence of the weights | paper |",
+        f"|{' --- |' * 6}",
+    ]
+    for module, names in _families().items():
+        title = (sys.modules[module].__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        family, _, about = title.partition(": ")
+        facts = [published(tag) for name in names for tag in _tagged(name)]
+        with torch.device("meta"):
+            sizes = [sum(value.numel() for value in timm.create_model(name).parameters()) for name in names]
+        span = f"{min(sizes) / 1e6:.0f} to {max(sizes) / 1e6:.0f}"
+        best = max((fact.top1 for fact in facts if fact.top1 is not None), default=None)
+        licences = ", ".join(sorted({fact.license for fact in facts}))
+        papers = ", ".join(_paper_link(paper) for paper in sorted({fact.paper for fact in facts}))
+        rows.append(f"| {family} | {about} | {span} | {'none' if best is None else best} | {licences} | {papers} |")
     return "\n".join(rows)
 
 
-def write_table(path: Path) -> None:
-    """Replace the table of models between its markers in `path`.
+def _paper_link(paper: str) -> str:
+    number = paper.removeprefix("arXiv ")
+    return f"[{number}](https://arxiv.org/abs/{number})" if number != paper else paper
+
+
+def write_models(path: Path) -> None:
+    """Write `markdown` to `path`."""
+    _write_aside(path, markdown())
+
+
+def write_families(path: Path) -> None:
+    """Put `family_rows` between the markers in `path`.
 
     Raises:
         ValueError: `path` has no such markers.
@@ -160,8 +241,12 @@ def write_table(path: Path) -> None:
     if _BEGIN not in text or _END not in text:
         raise ValueError(f"{path} has no table of models; put the lines {_BEGIN} and {_END} where it should stand")
     head, rest = text.split(_BEGIN, 1)
+    _write_aside(path, f"{head}{_BEGIN}\n\n{family_rows()}\n\n{_END}{rest.split(_END, 1)[1]}")
+
+
+def _write_aside(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".new")
-    aside.write_text(f"{head}{_BEGIN}\n\n{markdown()}\n\n{_END}{rest.split(_END, 1)[1]}")
+    aside.write_text(text)
     aside.replace(path)
 
 
@@ -170,17 +255,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="visionmix info", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="*", help="names of models; see timm.list_models after importing visionmix")
     parser.add_argument("--img-size", type=int, help="count at this size, in pixels a side, instead of the built one")
-    parser.add_argument("--all", action="store_true", help="print a row for every model, as Markdown")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put those rows between the markers in FILE")
+    parser.add_argument("--all", action="store_true", help="print a row for every model and tag, as Markdown")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=_MODELS, metavar="FILE", help="write those rows to FILE: docs/models.md"
+    )
+    parser.add_argument("--families", type=Path, metavar="FILE", help="put a row a family between the markers in FILE")
     args = parser.parse_args(argv)
-    if not (args.model or args.all or args.write):
+    if not (args.model or args.all or args.write or args.families):
         parser.error("name a model, or give --all")
     console = display.table_console()
     try:
         for name in args.model:
             show(name, args.img_size, console)
         if args.write:
-            write_table(args.write)
+            write_models(args.write)
+        if args.families:
+            write_families(args.families)
     except ValueError as error:
         parser.error(str(error))
     if args.all:

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visionmix.kernels.gated_linear_attention import schema as attention
+from visionmix.kernels.neighborhood_attention import schema as neighborhood
+from visionmix.kernels.selective_scan import schema as scan
+from visionmix.kernels.selective_scan_2d import schema as scan_2d
+from visionmix.scans.order_names import count_orders, count_routes
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -34,12 +40,14 @@ def gated_linear_attention(
         q, k, g, g_backward = (_empty(batch, length, heads, dk, dtype=dtype) for _ in range(4))
         v, grad_out = (_empty(batch, length, heads, dv, dtype=dtype) for _ in range(2))
         if bidirectional:
-            op.bidirectional_forward(q, k, v, g, g_backward, 1.0, "mean")
-            op.bidirectional_backward(grad_out, q, k, v, g, g_backward, 1.0, "mean")
+            both = attention.BidirectionalArguments(q, k, v, g, g_backward, 1.0, "mean")
+            op.bidirectional_forward(both)
+            op.bidirectional_backward(both, attention.BidirectionalGradients(grad_out))
             return
         first, grad_last = (_empty(batch, heads, dk, dv) if state else None for _ in range(2))
-        op.forward(q, k, v, g, 1.0, first, state)
-        op.backward(grad_out, grad_last, q, k, v, g, 1.0, first)
+        arguments = attention.Arguments(q, k, v, g, 1.0, first, state)
+        op.forward(arguments)
+        op.backward(arguments, attention.Gradients(grad_out, grad_last))
 
     return run
 
@@ -55,9 +63,10 @@ def selective_scan(
         A, D, bias = _empty(dim, states), _empty(dim), _empty(dim)
         shape = (dim, states) if constant else (batch, groups, states, length)
         B, C = (_empty(*shape, dtype=dtype) for _ in range(2))
-        inputs = (u, delta, A, B, C, *((D, z, bias) if options else (None, None, None)), options)
-        op.forward(*inputs, options)
-        op.backward(grad_out, _empty(batch, dim, states) if options else None, *inputs)
+        given = (D, z, bias) if options else (None, None, None)
+        arguments = scan.Arguments(u, delta, A, B, C, *given, options, options)
+        op.forward(arguments)
+        op.backward(arguments, scan.Gradients(grad_out, _empty(batch, dim, states) if options else None, None))
 
     return run
 
@@ -80,17 +89,18 @@ def selective_scan_2d(
 
     def run(dtype: torch.dtype) -> None:
         op = _triton("selective_scan_2d")
-        count = orders.count(",") + 1
+        count = count_orders(orders)
         x, grad_out = (_empty(batch, height, width, channels, dtype=dtype) for _ in range(2))
         if merge == "none":
-            grad_out = _empty(batch, height, width, count + orders.count("+"), channels, dtype=dtype)
+            grad_out = _empty(batch, height, width, count_routes(orders), channels, dtype=dtype)
         delta = _empty(batch, height, width, count, rank or channels, dtype=dtype)
         weight = _empty(count, channels, rank, dtype=dtype) if rank else None
         B, C = (_empty(batch, height, width, count, states, dtype=dtype) for _ in range(2))
         D, bias = (_empty(count, channels) for _ in range(2))
-        inputs = (x, delta, weight, _empty(count, channels, states), B, C, D, bias, True, orders, merge)
-        op.forward(*inputs, "all")
-        op.backward(grad_out, *inputs, "all")
+        tensors = (x, delta, weight, _empty(count, channels, states), B, C, D, bias)
+        arguments = scan_2d.Arguments(*tensors, True, orders, merge, "all")
+        op.forward(arguments)
+        op.backward(arguments, scan_2d.Gradients(grad_out, None))
 
     return run
 
@@ -125,8 +135,9 @@ def neighborhood_attention(
         table = _empty(heads, *[2 * kernel_size - 1] * axes) if bias else None
         window = ([x] * axes for x in (kernel_size, stride, dilation, int(causal)))
         options = (*window, dim**-0.5, *extras, table, circular)
-        op.forward(q, k, v, *options)
-        op.backward(grad_out, grad_lse, q, k, v, out, lse, *options)
+        arguments = neighborhood.Arguments(q, k, v, *options)
+        op.forward(arguments)
+        op.backward(arguments, neighborhood.Gradients(grad_out, grad_lse, out, lse))
 
     return run
 

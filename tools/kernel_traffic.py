@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from visionmix.kernels.gpu import Target, plan
+from visionmix.scans.order_names import count_orders
 from visionmix.tools.kernel_problems import CROSS, gated_linear_attention, neighborhood_attention, selective_scan_2d
 
 _ELEMENT = 2
@@ -42,7 +43,7 @@ def vig(pixels: int) -> list[Layer]:
 
 
 def _scan(model: str, side: int, channels: int, rank: int, calls: int, orders: str) -> Layer:
-    count = orders.count(",") + 1
+    count = count_orders(orders)
     cells = side * side
     steps = count * (rank + 2) * cells * _ELEMENT
     parameters = count * channels * (rank * _ELEMENT + 3 * 4)

@@ -1,4 +1,4 @@
-"""The `visionmix` command: what a clone has in tools/, after pip install."""
+"""The `visionmix` command: after pip install it runs the scripts that a clone has in tools/."""
 
 import importlib
 import sys
@@ -19,6 +19,7 @@ COMMANDS = {
     "bakeoff": ("bakeoff", "train one skeleton with every mixer, and compare them"),
     "draw-tokens": ("draw_tokens", "draw images with the regions that a reduced model merges"),
     "benchmark": ("benchmark", "time and memory of whole models, side by side"),
+    "draw-speed": ("draw_speed", "draw accuracy against CPU time, our models beside timm's"),
     "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),
     "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),
     "kernel-traffic": ("kernel_traffic", "bytes moved and operations of the Triton kernels"),

@@ -55,7 +55,7 @@ def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
     """Return `model` reduced as `spec` says: a method, then behind a colon its options, ``tome:r=(13, -1.0)``.
 
     Args:
-        model: What `visionmix.reduction.apply` takes.
+        model: A model that `visionmix.reduction.apply` takes.
         spec: The method and its options as Python literals, commas between them.
         **options: More options.
 
@@ -158,7 +158,7 @@ class Trained:
         model: in eval mode, on its device.
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
-        input: what images it takes.
+        input: the images that it takes.
         data: the folder it was trained on, if known.
     """
 
@@ -186,7 +186,8 @@ def load_trained(
         file: checkpoint (.pt, .pth, .safetensors), or None.
         name: timm model name; a checkpoint made here knows its own.
         pretrained: take the published weights.
-        classes: outputs that are wanted; None takes those that the weights have.
+        classes: outputs of the weights, for a file whose classifier has another name than the model's; None where the
+            file says it, or the number is the model's own.
         image_size: pixels; None takes the checkpoint's, or the model's own.
         device: where the model goes.
 
@@ -212,11 +213,12 @@ def load_trained(
         model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
-        model = load_published(name, checkpoint.weights(content), str(file), classes)
+        tensors = checkpoint.weights(content)
+        model = load_published(name, tensors, str(file), _outputs(name, tensors) or classes)
     if classes is not None and model.num_classes != classes:
         raise ValueError(
             f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
-            "leave --num-classes out"
+            "leave --num-classes out, or fine-tune them by visionmix train with model.pretrained=true"
         )
     model = model.to(device).eval()
     settings = content.get("input") or {}
@@ -227,6 +229,15 @@ def load_trained(
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
     return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+
+
+def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Return how many outputs the classifier in a weight file has; None where no tensor has the classifier's name."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    first = config.classifier if config else None
+    first = first if isinstance(first, str | None) else first[0]  # a distilled model has two
+    weight = tensors.get(f"{first}.weight") if first else None
+    return len(weight) if isinstance(weight, torch.Tensor) else None
 
 
 def choose_device(name: str | None) -> torch.device:

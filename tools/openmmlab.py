@@ -1,4 +1,4 @@
-"""Training by a config of mmdet or mmseg: what `train_det.py` and `train_seg.py` share."""
+"""Training by a config of mmdet or mmseg, shared by `train_det.py` and `train_seg.py`."""
 
 import argparse
 import os

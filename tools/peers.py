@@ -1,4 +1,4 @@
-"""What the fused ops are measured against: definitions written out, and other packages at their best settings."""
+"""Peers of the fused ops in benchmarks: their definitions written out, and other packages at their best settings."""
 
 from collections.abc import Callable
 

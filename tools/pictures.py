@@ -1,6 +1,6 @@
 """Pictures of a training run, as PNG: curves, the confusion matrix, and test images with the model's guesses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,26 +56,50 @@ def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
     save(figure, path)
 
 
-def draw_trade_off(accuracy: dict[str, float], against: dict[str, float], label: str, path: Path) -> None:
-    """Draw accuracy (percent) over what it costs, a named point an entry; `label` says what and in which unit."""
+def draw_trade_off(
+    accuracy: Mapping[str, float],
+    against: Mapping[str, float],
+    label: str,
+    path: Path,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Draw accuracy over cost, a point with its name an entry.
+
+    Args:
+        accuracy: percent, by name.
+        against: cost, by name.
+        label: name and unit of the cost.
+        path: PNG to write.
+        groups: names by the group that they belong to, two at most, each drawn in a colour of its own.
+    """
     figure = new_figure(9, 6)
     axes = figure.subplots()
     points = [(against[name], value) for name, value in accuracy.items()]
-    axes.plot(*zip(*points, strict=True), "o", color=TRAIN)
+    colours = dict.fromkeys(accuracy, TRAIN)
+    for (group, names), colour in zip((groups or {}).items(), (WRONG, TRAIN), strict=False):
+        colours |= dict.fromkeys(names, colour)
+        axes.plot([], [], "o", color=colour, label=group)
+    axes.scatter(*zip(*points, strict=True), c=[colours[name] for name in accuracy], zorder=2)
     axes.set(xlabel=label, ylabel="top-1, %")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.12 * max(against.values()))
+    axes.margins(y=0.08)
+    if groups:
+        axes.legend(loc="lower right", frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.canvas.draw()  # texts are placed where the axes then are
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # or texts, placed where the axes are now, would move them
     taken = [Bbox([[x - 5, y - 5], [x + 5, y + 5]]) for x, y in axes.transData.transform(points)]
+    if groups:
+        taken.append(axes.get_legend().get_window_extent())
     for name, point in zip(accuracy, points, strict=True):
-        _place(axes, name, point, taken)
+        _place(axes, name, point, taken, colours[name] if groups else INK)
     save(figure, path)
 
 
-def _place(axes: Axes, name: str, point: tuple[float, float], taken: list[Bbox]) -> None:
+def _place(axes: Axes, name: str, point: tuple[float, float], taken: list[Bbox], colour: str) -> None:
     """Write a point's name beside it where it covers none of the boxes `taken`, and add its own."""
-    places = [(6, side * up, at) for up in (4, 14, 24, 34) for at in ("left", "right") for side in (1, -1)]
+    places = [(6, side * up, at) for up in range(4, 74, 10) for at in ("left", "right") for side in (1, -1)]
     for x, y, alignment in places:
         text = axes.annotate(
             name,
@@ -83,15 +107,19 @@ def _place(axes: Axes, name: str, point: tuple[float, float], taken: list[Bbox])
             xytext=(x if alignment == "left" else -x, y),
             textcoords="offset points",
             fontsize=8,
-            color=INK,
+            color=colour,
             ha=alignment,
             va="center",
         )
         box = text.get_window_extent()
-        if not any(box.overlaps(other) for other in taken):
+        inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+        if inside and not any(box.overlaps(other) for other in taken):
             break
         if (x, y, alignment) != places[-1]:
             text.remove()
+    if abs(y) > 4:
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0}
+        axes.annotate("", point, text.xyann, textcoords="offset points", arrowprops=line)
     taken.append(box)
 
 

@@ -1,4 +1,4 @@
-"""Say what is in pictures: the k most likely classes of each image, with their probabilities.
+"""Classify images: the k most likely classes of each, with their probabilities.
 
 python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.pt
 visionmix predict cat.jpg --model vig_s --pretrained --topk 3 --csv guesses.csv
@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 from visionmix.tools import checkpoint, data, display, models
+from visionmix.tools.arguments import check_least
 from visionmix.tools.images import UnreadableImage, find_files, is_image, log_left_out, read_rgb
 
 
@@ -94,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the `predict` command with these arguments."""
     args = parser().parse_args(argv)
     try:
-        for name in ("topk", "batch_size", "img_size", "num_classes"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+        check_least(1, topk=args.topk, batch_size=args.batch_size, img_size=args.img_size, num_classes=args.num_classes)
         files = find_images(args.images)
         device = models.choose_device(args.device)
         trained = models.load_trained(

@@ -98,9 +98,9 @@ class AugmentRecipe:
 
 @dataclass
 class OptimizerRecipe:
-    """The optimiser, by its timm name, and what goes with its step.
+    """The optimiser, by its timm name, and the settings of its step.
 
-    Biases, one-dimensional parameters and those of the model's `no_weight_decay()` are not decayed.
+    Biases, one-dimensional parameters and those that the model's `no_weight_decay()` names are not decayed.
 
     Attributes:
         name: as `timm.optim.list_optimizers()` lists it.
@@ -132,12 +132,12 @@ class ScheduleRecipe:
 
 @dataclass
 class TrainRecipe:
-    """What remains of a run.
+    """The other settings of a run.
 
     Attributes:
         seed: data order, augmentation and weights are functions of it.
         label_smoothing: of the cross entropy.
-        ema_decay: of the moving average of the weights, which is then what is tested and saved; None for none.
+        ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
         ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
         amp: "none", "float16" (with a loss scaler) or "bfloat16".
     """
@@ -151,7 +151,7 @@ class TrainRecipe:
 
 @dataclass
 class Recipe:
-    """All that a training run depends on, besides the images themselves."""
+    """Everything that a training run depends on, except the images."""
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -199,12 +199,12 @@ def from_dict(tree: dict, source: str) -> Recipe:
 
 
 def read(name: str, overrides: dict | None = None, settings: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Return the recipe called `name`, overridden by what was given on the command line.
+    """Return the recipe called `name`, overridden by the command line.
 
     Args:
         name: path, or name inside the package.
-        overrides: a nested dictionary of what flags set.
-        settings: `section.option=value` texts of --set.
+        overrides: values set by flags, as a nested dictionary.
+        settings: the `section.option=value` texts given to --set.
 
     Raises:
         FileNotFoundError: when there is no such recipe.

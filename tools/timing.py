@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 _BUSY = 0.10  # of one core
 _AGREE = 0.10
@@ -65,6 +64,8 @@ def measure(call: Callable[[], object]) -> Time:
     Raises:
         NoisyMachine: no two rounds in a row agreed.
     """
+    from torch.utils.benchmark import Timer  # logs a line where there is a CUDA toolkit and no GPU
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     medians: list[float] = []
     for _ in range(_ROUNDS):
@@ -77,7 +78,7 @@ def measure(call: Callable[[], object]) -> Time:
 
 
 def peak_memory(arguments: Iterable[str]) -> float:
-    """Return what `python arguments` prints last: the bytes by which its resident set grew; see `print_growth`."""
+    """Return by how many bytes the resident set of `python arguments` grew, which `print_growth` prints there."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -136,7 +137,7 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32) -> t
 
 
 def conditions(device: str = "cpu") -> dict[str, str]:
-    """Return what a figure depends on: date, device, threads and versions."""
+    """Return the conditions of a measurement: date, device, threads and versions."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "date": datetime.date.today().isoformat(),

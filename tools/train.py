@@ -23,7 +23,7 @@ from visionmix.tools import checkpoint, data, models, pictures, recipe
 from visionmix.tools.display import Display, duration
 from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
-# Flags for what is changed most often; everything else goes by --set.
+# Flags for the most common changes; everything else goes through --set.
 FLAGS = {
     "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
     "model": ("model.name", str, "timm model name"),
@@ -109,7 +109,7 @@ def write_summary(path: Path, history: list[dict]) -> None:
 
 
 def resume_command(path: Path, *more: str) -> str:
-    """Return what to type to go on from a checkpoint."""
+    """Return the command that resumes from a checkpoint."""
     start = ["python", sys.argv[0]] if sys.argv[0].endswith("train.py") else ["visionmix", "train"]
     return shlex.join([*start, "--resume", str(path), *more])
 
@@ -153,7 +153,7 @@ def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, displa
 
 
 def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: Stop) -> None:
-    """Test the last weights once more, draw the pictures and say what was reached and where it lies."""
+    """Test the last weights once more, draw the pictures, and print the results and where the files are."""
     trainer.epoch -= 1  # so that the display counts this test to the last epoch
     result = trainer.test(test_loader, display, stop)
     trainer.epoch += 1
@@ -171,7 +171,7 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         f"top-5 {result.top5:.2f} % of {result.count} images (best epoch {best['epoch']}: {best['test_top1']:.2f} %)",
         "bold green",
     )
-    for file, what in (
+    for file, meaning in (
         ("last.pt", "checkpoint of the last epoch"),
         ("best.pt", "checkpoint of the best epoch"),
         ("best.safetensors", "its weights alone"),
@@ -180,7 +180,7 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         ("confusion.png", "confusion matrix"),
         ("predictions.png", "test images with predictions"),
     ):
-        display.note(f"  {output / file!s:<40} {what}")
+        display.note(f"  {output / file!s:<40} {meaning}")
 
 
 def start_processes(device: str | None) -> tuple[torch.device, int, int]:

@@ -72,14 +72,14 @@ class _WithLosses(nn.Module):
 
 
 class Trainer:
-    """All that changes during a run, and what it takes to make an epoch of it.
+    """The state of a training run, and the steps of an epoch.
 
     A model may have a schedule of its own, `set_progress(done)`, which is called with the share of training steps done,
     0 at the start and 1 at the end; and losses of its own, `forward_train(images) -> (logits, losses)`, scalars by name
     that are added to the cross entropy.
 
     Args:
-        recipe: what to do.
+        recipe: settings of the run.
         classes: names, in the order of the model's outputs.
         steps: training steps an epoch.
         device: where the model lives.

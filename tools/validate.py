@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from visionmix.tools import checkpoint, data, models
+from visionmix.tools.arguments import check_least
 from visionmix.tools.class_map import find_outputs, read_class_map
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
@@ -57,9 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the `validate` command with these arguments."""
     args = parser().parse_args(argv)
     try:
-        for name in ("batch_size", "img_size"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+        check_least(1, batch_size=args.batch_size, img_size=args.img_size)
+        check_least(0, workers=args.workers)
         folder = test_folder(Path(args.data)) if args.data else None
         classes = data.find_classes(folder) if folder else None
         class_map = read_class_map(args.class_map) if args.class_map else None

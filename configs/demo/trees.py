@@ -34,7 +34,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale_factor=1.0),  # the head asks what it was
+    dict(type="Resize", scale_factor=1.0),  # the head asks for the scale factor
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs"),
 ]

@@ -1,10 +1,17 @@
-"""Gated linear attention, in one and in both directions."""
+"""Gated linear attention, in one and in both directions.
+
+The functions named after the ops check what they are given. Mixers call `gated_linear_attention_op` and
+`bidirectional_op`, which check nothing: they script, trace and export.
+"""
 
 import torch
 from torch import Tensor
 
+from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
-from visionmix.kernels.gated_linear_attention.op import bidirectional_op, gated_linear_attention_op
+from visionmix.kernels.gated_linear_attention import op as _registered  # noqa: F401
+from visionmix.kernels.gated_linear_attention import reference
+from visionmix.kernels.gated_linear_attention.schema import Arguments, BidirectionalArguments
 
 __all__ = [
     "bidirectional_gated_linear_attention",
@@ -12,6 +19,41 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_op",
 ]
+
+
+def gated_linear_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (output, final state) of gated linear attention, the state empty unless asked for."""
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            arguments = Arguments(q, k, v, g, scale, initial_state, output_final_state)
+            return dispatch.call_reference(reference.forward, arguments)
+    return torch.ops.visionmix.gated_linear_attention(q, k, v, g, scale, initial_state, output_final_state)
+
+
+def bidirectional_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_forward: Tensor,
+    g_backward: Tensor,
+    scale: float,
+    merge: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return gated linear attention in both directions, merged by "mean" or "sum".
+
+    The output has `out_dtype`, or v's type if None: torch.float32 where a norm follows that needs what half precision
+    cannot hold.
+    """
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            arguments = BidirectionalArguments(q, k, v, g_forward, g_backward, scale, merge, out_dtype=out_dtype)
+            return dispatch.call_reference(reference.bidirectional_forward, arguments)
+    return torch.ops.visionmix.bidirectional_gated_linear_attention(
+        q, k, v, g_forward, g_backward, scale, merge, "auto", out_dtype
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], initial_state: Tensor | None) -> None:

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "../simd.h"
+#include "../structures.h"
 
 namespace {
 
@@ -427,6 +428,9 @@ struct Backward {
 }  // namespace
 
 extern "C" {
+
+EXPORT_SIZE(View)
+EXPORT_SIZE(Sizes)
 
 // Both return 0, or 1 where memory is short. `g_backward` has no data for one direction; states, (batch, heads, dk, dv)
 // without gaps, may be null.

@@ -12,6 +12,13 @@ from torch import Tensor
 
 from visionmix.kernels import dispatch, native
 from visionmix.kernels.gated_linear_attention import reference
+from visionmix.kernels.gated_linear_attention.schema import (
+    BIDIRECTIONAL_SCHEMA,
+    Arguments,
+    BidirectionalArguments,
+    BidirectionalGradients,
+    Gradients,
+)
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -33,7 +40,7 @@ class _Sizes(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _View, _Sizes)
     view, state = ctypes.POINTER(_View), ctypes.c_void_p
     tail = [ctypes.POINTER(_Sizes), ctypes.c_float, ctypes.c_int]
     library.gla_forward.argtypes = [view] * 5 + [state, view, state, *tail]
@@ -62,139 +69,71 @@ def _succeed(status: int) -> None:
         raise MemoryError("not enough memory for the scratch space of gated_linear_attention")
 
 
-def _run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor | None],
-    scale: float,
-    initial: Tensor | None,
-    last: Tensor | None,
-) -> Tensor:
-    out = _empty(v)
-    q, k, v = native.with_dense_rows(q), native.with_dense_rows(k), native.with_dense_rows(v)
-    gates = [None if g is None else native.with_dense_rows(g) for g in gates]
+def _run_forward(tensors: list[Tensor], scale: float, initial: Tensor | None, last: Tensor | None) -> Tensor:
+    """Return the output for q, k, v and one or two gates, float32; the final state goes to `last`."""
+    out = _empty(tensors[2])
+    inputs = [native.with_dense_rows(x) for x in tensors]
+    views = [_view(x) for x in (*inputs, None)[:5]]
     initial = None if initial is None else initial.float().contiguous()
-    status = _library().gla_forward(
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(gates[0]),
-        _view(gates[1]),
-        _pointer(initial),
-        _view(out),
-        _pointer(last),
-        _sizes(q, v),
-        scale,
-        native.threads(),
-    )
-    _succeed(status)
+    sizes = _sizes(inputs[0], inputs[2])
+    tail = (_view(out), _pointer(last), sizes, scale, native.threads())
+    _succeed(_library().gla_forward(*views, _pointer(initial), *tail))
     return out
 
 
 def _run_backward(
-    grad_out: Tensor,
-    grad_last: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor | None],
+    tensors: list[Tensor],
     scale: float,
     initial: Tensor | None,
+    grad_out: Tensor,
+    grad_last: Tensor | None,
     grad_initial: Tensor | None,
 ) -> list[Tensor]:
-    inputs = [q, k, v, *(g for g in gates if g is not None)]
-    grads = [_empty(x) for x in inputs]
-    grad_out, q, k, v = (
-        native.with_dense_rows(grad_out),
-        native.with_dense_rows(q),
-        native.with_dense_rows(k),
-        native.with_dense_rows(v),
-    )
-    gates = [None if g is None else native.with_dense_rows(g) for g in gates]
+    """Return the gradients of q, k, v and the gates in their dtypes; that of the initial state goes to its tensor."""
+    grads = [_empty(x) for x in tensors]
+    grad_out, *inputs = (native.with_dense_rows(x) for x in (grad_out, *tensors))
     initial, grad_last = (None if x is None else x.float().contiguous() for x in (initial, grad_last))
-    views = [_view(grad) for grad in grads]
-    status = _library().gla_backward(
-        _view(grad_out),
-        _pointer(grad_last),
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(gates[0]),
-        _view(gates[1]),
-        _pointer(initial),
-        *(views if gates[1] is not None else [*views, _view(None)]),
-        _pointer(grad_initial),
-        _sizes(q, v),
-        scale,
-        native.threads(),
-    )
-    _succeed(status)
-    return [grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+    views, grad_views = ([_view(x) for x in (*each, None)[:5]] for each in (inputs, grads))
+    head = (_view(grad_out), _pointer(grad_last), *views, _pointer(initial), *grad_views, _pointer(grad_initial))
+    _succeed(_library().gla_backward(*head, _sizes(inputs[0], inputs[2]), scale, native.threads()))
+    return [grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True)]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
-    if native.leaves_to_reference("gated_linear_attention", q, k, v, g, initial_state):
-        return reference.forward(q, k, v, g, scale, initial_state, output_final_state)
-    batch, _, heads, dk = q.shape
-    state = q.new_empty((batch, heads, dk, v.shape[-1]) if output_final_state else 0, dtype=torch.float32)
-    out = _run_forward(q, k, v, (g, None), scale, initial_state, state if output_final_state else None)
-    return out.to(v.dtype), state
+    tensors = [a.q, a.k, a.v, a.g]
+    if native.leaves_to_reference("gated_linear_attention", *tensors, a.initial_state):
+        return reference.forward(a)
+    batch, _, heads, dk = a.q.shape
+    state = a.q.new_empty((batch, heads, dk, a.v.shape[-1]) if a.output_final_state else 0, dtype=torch.float32)
+    out = _run_forward(tensors, a.scale, a.initial_state, state if a.output_final_state else None)
+    return out.to(a.v.dtype), state
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g and initial_state (empty where there is none), in their dtypes."""
-    if native.leaves_to_reference("gated_linear_attention", q, k, v, g, initial_state):
-        return reference.backward(grad_out, grad_state, q, k, v, g, scale, initial_state)
-    grad_initial = None if initial_state is None else _empty(initial_state)
-    grads = _run_backward(grad_out, grad_state, q, k, v, (g, None), scale, initial_state, grad_initial)
-    return *grads, q.new_empty(0) if grad_initial is None else grad_initial.to(initial_state.dtype)
+    tensors, initial = [a.q, a.k, a.v, a.g], a.initial_state
+    if native.leaves_to_reference("gated_linear_attention", *tensors, initial):
+        return reference.backward(a, gradients)
+    grad_initial = None if initial is None else _empty(initial)
+    grads = _run_backward(tensors, a.scale, initial, *gradients, grad_initial)
+    return *grads, a.q.new_empty(0) if grad_initial is None else grad_initial.to(initial.dtype)
 
 
-def bidirectional_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_forward: Tensor,
-    g_backward: Tensor,
-    scale: float,
-    merge: str,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+def bidirectional_forward(a: BidirectionalArguments) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
-    if native.leaves_to_reference("gated_linear_attention", q, k, v, g_forward, g_backward):
-        return reference.bidirectional_forward(q, k, v, g_forward, g_backward, scale, merge, out_dtype)
-    out = _run_forward(q, k, v, (g_forward, g_backward), reference.merged(scale, merge), None, None)
-    return out.to(out_dtype or v.dtype)
+    tensors = BIDIRECTIONAL_SCHEMA.input_tensors(a)
+    if native.leaves_to_reference("gated_linear_attention", *tensors):
+        return reference.bidirectional_forward(a)
+    return _run_forward(tensors, reference.merged(a), None, None).to(a.out_dtype or a.v.dtype)
 
 
-def bidirectional_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_forward: Tensor,
-    g_backward: Tensor,
-    scale: float,
-    merge: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bidirectional_backward(a: BidirectionalArguments, gradients: BidirectionalGradients) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
-    if native.leaves_to_reference("gated_linear_attention", q, k, v, g_forward, g_backward):
-        return reference.bidirectional_backward(grad_out, q, k, v, g_forward, g_backward, scale, merge)
-    gates = (g_forward, g_backward)
-    return tuple(_run_backward(grad_out, None, q, k, v, gates, reference.merged(scale, merge), None, None))
+    tensors = BIDIRECTIONAL_SCHEMA.input_tensors(a)
+    if native.leaves_to_reference("gated_linear_attention", *tensors):
+        return reference.bidirectional_backward(a, gradients)
+    return tuple(_run_backward(tensors, reference.merged(a), None, gradients.grad_out, None, None))
 
 
 def load() -> dispatch.Implementation:

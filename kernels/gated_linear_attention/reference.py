@@ -17,6 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.exported import is_symbolic, scan_states
+from visionmix.kernels.gated_linear_attention.schema import (
+    BIDIRECTIONAL_SCHEMA,
+    SCHEMA,
+    Arguments,
+    BidirectionalArguments,
+    BidirectionalGradients,
+    Gradients,
+)
 
 CHUNKS = (32, 16)
 
@@ -222,93 +231,87 @@ class _Attention:
         return [grad_query, grad_key, grad_value.flatten(1, 2), *grad_gates], grad_initial
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], state: Tensor | None, scale: float):
-    """Return the attention inside the chunks, and the initial state as (rows, dk, dv)."""
-    dtype = compute_dtype(q, k, v, *gates, state)
-    chunk = _chunk_size(q.shape[1])
+def _prepare(tensors: list[Tensor], scale: float, state: Tensor | None) -> tuple[_Attention, Tensor | None]:
+    """Return the attention of q, k, v and the gates inside the chunks, and the initial state as (rows, dk, dv)."""
+    dtype = compute_dtype(*tensors, state)
+    length = tensors[0].shape[1]
+    chunk = _chunk_size(length)
     # A padded token has k = v = 0 and decay 1: it changes no state.
-    padding = -q.shape[1] % chunk
-    query, key, value, *gates = (_rows(x, padding, dtype) for x in (q, k, v, *gates))
+    query, key, value, *gates = (_rows(x, -length % chunk, dtype) for x in tensors)
     return _Attention(query * scale, key, value, gates, chunk), None if state is None else state.flatten(0, 1).to(dtype)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
-) -> tuple[Tensor, Tensor]:
+def _exported(tensors: list[Tensor], scale: float, state: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (output, last state) of one direction, of q, k, v and g, in a graph that serves every length."""
+    q, k, v, g = (x.to(dtype) for x in tensors)
+    decay, added = g.exp().unsqueeze(-1), k.unsqueeze(-1) * v.unsqueeze(-2)
+    if state is not None:
+        added = torch.cat((added[:, :1] + decay[:, :1] * state.to(dtype).unsqueeze(1), added[:, 1:]), 1)
+    states = scan_states(decay, added)
+    return scale * (q.unsqueeze(-2) @ states).squeeze(-2), states[:, -1]
+
+
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
-    attention, state = _prepare(q, k, v, [g], initial_state, scale)
-    if state is not None or output_final_state or attention.value.shape[1] > 1:
+    tensors, dtype = [a.q, a.k, a.v, a.g], compute_dtype(*SCHEMA.input_tensors(a))
+    if is_symbolic(a.q.shape[1]):
+        out, state = _exported(tensors, a.scale, a.initial_state, dtype)
+        return out.to(a.v.dtype), state if a.output_final_state else out.new_empty(0, dtype=dtype)
+    attention, state = _prepare(tensors, a.scale, a.initial_state)
+    if state is not None or a.output_final_state or attention.value.shape[1] > 1:
         state = attention.pass_states(state)
-    out = _tokens(attention.out.flatten(1, 2), v, v.dtype)
-    if not output_final_state:
-        return out, out.new_empty(0, dtype=attention.value.dtype)
-    return out, state.unflatten(0, (q.shape[0], q.shape[2]))
+    out = _tokens(attention.out.flatten(1, 2), a.v, a.v.dtype)
+    if not a.output_final_state:
+        return out, out.new_empty(0, dtype=dtype)
+    return out, state.unflatten(0, (a.q.shape[0], a.q.shape[2]))
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _input_gradients(
+    attention: _Attention, tensors: list[Tensor], scale: float, grad_out: Tensor, grad_last: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the gradients of q, k, v and the gates in their dtypes, and that of the initial state."""
+    padding = attention.query.shape[1] - tensors[0].shape[1]
+    grads, grad_initial = attention.gradients(_rows(grad_out, padding, attention.value.dtype), grad_last)
+    grads[0] = grads[0] * scale
+    return [_tokens(grad, x, x.dtype) for grad, x in zip(grads, tensors, strict=True)], grad_initial
+
+
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g and initial_state (empty where there is none), in their dtypes."""
-    attention, state = _prepare(q, k, v, [g], initial_state, scale)
-    dtype = attention.value.dtype
-    grad_last = None if grad_state is None else grad_state.flatten(0, 1).to(dtype)
+    tensors, (grad_out, grad_state) = [a.q, a.k, a.v, a.g], gradients
+    attention, state = _prepare(tensors, a.scale, a.initial_state)
+    grad_last = None if grad_state is None else grad_state.flatten(0, 1).to(attention.value.dtype)
     if state is not None or grad_state is not None or attention.value.shape[1] > 1:
         attention.pass_states(state)
-    padding = attention.query.shape[1] - q.shape[1]
-    grads, grad_initial = attention.gradients(_rows(grad_out, padding, dtype), grad_last)
-    grads[0] = grads[0] * scale
-    grads = [_tokens(grad, x, x.dtype) for grad, x in zip(grads, (q, k, v, g), strict=True)]
-    if initial_state is None:
-        return *grads, q.new_empty(0)
-    return *grads, grad_initial.reshape(initial_state.shape).to(initial_state.dtype)
+    grads, grad_initial = _input_gradients(attention, tensors, a.scale, grad_out, grad_last)
+    if a.initial_state is None:
+        return *grads, a.q.new_empty(0)
+    return *grads, grad_initial.reshape(a.initial_state.shape).to(a.initial_state.dtype)
 
 
-def bidirectional_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_forward: Tensor,
-    g_backward: Tensor,
-    scale: float,
-    merge: str,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+def bidirectional_forward(a: BidirectionalArguments) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
-    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, merged(scale, merge))
+    tensors, scale, out_dtype = BIDIRECTIONAL_SCHEMA.input_tensors(a), merged(a), a.out_dtype or a.v.dtype
+    if is_symbolic(a.q.shape[1]):
+        dtype = compute_dtype(*tensors)
+        out, _ = _exported(tensors[:4], scale, None, dtype)
+        flipped, _ = _exported([x.flip(1) for x in (*tensors[:3], a.g_backward)], scale, None, dtype)
+        return (out + flipped.flip(1)).to(out_dtype)
+    attention, _ = _prepare(tensors, scale, None)
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
-    return _tokens(attention.out.flatten(1, 2), v, out_dtype or v.dtype)
+    return _tokens(attention.out.flatten(1, 2), a.v, out_dtype)
 
 
-def bidirectional_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_forward: Tensor,
-    g_backward: Tensor,
-    scale: float,
-    merge: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bidirectional_backward(a: BidirectionalArguments, gradients: BidirectionalGradients) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
-    scale = merged(scale, merge)
-    attention, _ = _prepare(q, k, v, [g_forward, g_backward], None, scale)
+    tensors, scale = BIDIRECTIONAL_SCHEMA.input_tensors(a), merged(a)
+    attention, _ = _prepare(tensors, scale, None)
     if attention.value.shape[1] > 1:
         attention.pass_states(None)
-    padding = attention.query.shape[1] - q.shape[1]
-    grads, _ = attention.gradients(_rows(grad_out, padding, attention.value.dtype), None)
-    grads[0] = grads[0] * scale
-    inputs = (q, k, v, g_forward, g_backward)
-    grads = [_tokens(grad, x, x.dtype) for grad, x in zip(grads, inputs, strict=True)]
-    return tuple(grads)
+    return tuple(_input_gradients(attention, tensors, scale, gradients.grad_out, None)[0])
 
 
-def merged(scale: float, merge: str) -> float:
-    return 0.5 * scale if merge == "mean" else scale
+def merged(a: BidirectionalArguments) -> float:
+    """Return the factor of the queries that halves the sum of the directions where their mean is asked for."""
+    return 0.5 * a.scale if a.merge == "mean" else a.scale

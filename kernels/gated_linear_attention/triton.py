@@ -18,6 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
+from visionmix.kernels.gated_linear_attention import reference
+from visionmix.kernels.gated_linear_attention.schema import (
+    BIDIRECTIONAL_SCHEMA,
+    Arguments,
+    BidirectionalArguments,
+    BidirectionalGradients,
+    Gradients,
+)
 from visionmix.kernels.gated_linear_attention.triton_kernels import gradients_kernel, mix_kernel, states_kernel
 from visionmix.kernels.gpu import dot_precision, launch
 
@@ -38,8 +46,8 @@ def _tile(size: int, most: int) -> int:
 class _Problem:
     """Sizes, tiles and the launches on one set of inputs."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], scale: float, state: Tensor | None):
-        self.q, self.k, self.v, self.gates, self.scale, self.state = q, k, v, gates, scale, state
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, scale: float):
+        self.q, self.k, self.v, self.gates, self.scale = q, k, v, gates, scale
         self.batch, self.length, self.heads, self.dk = q.shape
         self.dv = v.shape[3]
         self.rows = self.batch * self.heads
@@ -160,70 +168,42 @@ class _Problem:
         return self.chunk * (directions * 2 * self.dk + 2 * self.dv) // (1 if directions > 1 else 2) + far
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, output_final_state: bool
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, final state), the state empty unless asked for; shapes as `gated_linear_attention`."""
-    problem = _Problem(q, k, v, [g], scale, initial_state)
-    shape = (problem.batch, problem.heads, problem.dk, problem.dv) if output_final_state else (0,)
-    last = q.new_empty(shape, dtype=torch.float32)
-    out = v.new_empty(v.shape)
-    states = problem.states(0, k, v, True, initial_state, last if output_final_state else None)
-    problem.mix(v, [states], out, transposed=False)
+    problem = _Problem(a.q, a.k, a.v, a.g, scale=a.scale)
+    shape = (problem.batch, problem.heads, problem.dk, problem.dv) if a.output_final_state else (0,)
+    last = a.q.new_empty(shape, dtype=torch.float32)
+    out = a.v.new_empty(a.v.shape)
+    states = problem.states(0, a.k, a.v, True, a.initial_state, last if a.output_final_state else None)
+    problem.mix(a.v, [states], out, transposed=False)
     return out, last
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g and initial_state (empty where there is none), in their dtypes."""
-    problem = _Problem(q, k, v, [g], scale, initial_state)
-    grad_initial = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    states = problem.states(0, k, v, True, initial_state, None)
-    grad_states = problem.states(0, q, grad_out, False, grad_state, None if initial_state is None else grad_initial)
-    outs = _backward(problem, grad_out, [states], [grad_states])
-    return *outs, grad_initial
+    problem = _Problem(a.q, a.k, a.v, a.g, scale=a.scale)
+    initial, (grad_out, grad_state) = a.initial_state, gradients
+    grad_initial = a.q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
+    states = problem.states(0, a.k, a.v, True, initial, None)
+    grad_states = problem.states(0, a.q, grad_out, False, grad_state, None if initial is None else grad_initial)
+    return *_backward(problem, grad_out, [states], [grad_states]), grad_initial
 
 
-def bidirectional_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_forward: Tensor,
-    g_backward: Tensor,
-    scale: float,
-    merge: str,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+def bidirectional_forward(a: BidirectionalArguments) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
-    problem = _Problem(q, k, v, [g_forward, g_backward], 0.5 * scale if merge == "mean" else scale, None)
-    out = v.new_empty(v.shape, dtype=out_dtype)
-    states = [problem.states(number, k, v, True, None, None) for number in range(2)]
-    problem.mix(v, states, out, transposed=False)
+    problem = _Problem(*BIDIRECTIONAL_SCHEMA.input_tensors(a), scale=reference.merged(a))
+    out = a.v.new_empty(a.v.shape, dtype=a.out_dtype)
+    states = [problem.states(number, a.k, a.v, True, None, None) for number in range(2)]
+    problem.mix(a.v, states, out, transposed=False)
     return out
 
 
-def bidirectional_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_forward: Tensor,
-    g_backward: Tensor,
-    scale: float,
-    merge: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bidirectional_backward(a: BidirectionalArguments, gradients: BidirectionalGradients) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
-    problem = _Problem(q, k, v, [g_forward, g_backward], 0.5 * scale if merge == "mean" else scale, None)
-    states = [problem.states(number, k, v, True, None, None) for number in range(2)]
-    grad_states = [problem.states(number, q, grad_out, False, None, None) for number in range(2)]
+    problem = _Problem(*BIDIRECTIONAL_SCHEMA.input_tensors(a), scale=reference.merged(a))
+    grad_out = gradients.grad_out
+    states = [problem.states(number, a.k, a.v, True, None, None) for number in range(2)]
+    grad_states = [problem.states(number, a.q, grad_out, False, None, None) for number in range(2)]
     return _backward(problem, grad_out, states, grad_states)
 
 

@@ -187,6 +187,7 @@ def states_kernel(
             tl.store(p_states + (i_row * chunks + i_c) * DK * DV + o_s, b_s, mask=m_s)
         o_t = tl.arange(0, CHUNK).to(tl.int64) + i_c * CHUNK
         m_t = o_t < length
+        # (tokens, BK), (tokens, BV) and (tokens, BK)
         b_x = _load(p_x, o_t, o_k, sx_t, sx_d, m_t, DK)
         b_y = _load(p_y, o_t, o_v, sy_t, sy_d, m_t, DV)
         b_g = _load(p_g, o_t, o_k, sg_t, sg_d, m_t, DK) * LOG2_E
@@ -301,7 +302,12 @@ def gradients_kernel(
     DK: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One direction's gradients of q, k and its gates, from `dW = scale grad_out v^T` and the states and theirs.
+    """One direction's gradients of q, k and its gates, from `dW = scale grad_out v^T` and the states S and theirs.
+
+        dq_i = sum_j dW_ij D_ij k_j + scale grad_out_i S^T d_i,  dk_j = sum_i dW_ij D_ij q_i + v_j dS^T e_j,
+        dg_t = sum_(j < t <= i) dW_ij q_i D_ij k_j, and what the states pass over t.
+
+    D_ij is the decay from key j to query i, d_i that from the chunk's start to i, e_j that from j to its end.
 
     `added_q` and `added_k`, the other direction's, are added. Outputs (batch, length, heads, DK) contiguous.
     Grid: (batch x heads, chunks, tiles of DK).
@@ -323,6 +329,7 @@ def gradients_kernel(
     o_out = i_b * length * s_t + i_h * DK
     i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
     b_dw = _weight_gradients(p_do, p_v, o_t, scale, length, so_t, so_d, sv_t, sv_d, DV, BV, CHUNK, PRECISION)
+    # (tokens, BK)
     b_q = _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
     b_k = _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
     b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dw, 0.0), axis=1)
@@ -370,6 +377,7 @@ def gradients_kernel(
         b_through = tl.zeros((BK,), tl.float32)
         for o_v in range(0, DV, BV):
             o_e = o_v + tl.arange(0, BV)
+            # (BK, BV), (BK, BV), (tokens, BV) and (tokens, BV)
             b_s = _load(p_s + i_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
             b_ds = _load(p_ds + i_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
             b_do = _load(p_do, o_t, o_e, so_t, so_d, m_t, DV)

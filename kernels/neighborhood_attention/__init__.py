@@ -1,13 +1,69 @@
-"""Neighborhood attention on sequences, maps and volumes."""
+"""Neighborhood attention on sequences, maps and volumes.
+
+`na1d`, `na2d` and `na3d` check what they are given. Mixers call `neighborhood_attention_op`, which checks nothing: it
+scripts, traces and exports.
+"""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_shape, check_tensors
-from visionmix.kernels.neighborhood_attention.op import neighborhood_attention_op
+from visionmix.kernels.neighborhood_attention import op as _registered  # noqa: F401
+from visionmix.kernels.neighborhood_attention import padding
+from visionmix.kernels.neighborhood_attention.schema import Arguments
 
 __all__ = ["na1d", "na2d", "na3d", "neighborhood_attention_op"]
+
+
+def neighborhood_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[int],
+    scale: float,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    circular: bool,
+    key_padding: Tensor | None = None,
+    value_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map.
+
+    `is_causal` holds 0 or 1: PyTorch cannot trace a list of bools.
+
+    A map smaller than ``kernel_size * dilation``, unless the window is circular, is treated as if it went on to that
+    size at the end of each axis, with keys `key_padding` (key heads, dim) and values `value_padding`
+    (key heads, value dim), or zeros: its queries see these tokens, which have no output of their own.
+    """
+    if not torch.jit.is_scripting():
+        if dispatch.bypassed():
+            window = (kernel_size, stride, dilation, is_causal, scale)
+            options = (additional_keys, additional_values, relative_position_bias, circular, key_padding, value_padding)
+            return dispatch.call_reference(padding.reference_forward, Arguments(query, key, value, *window, *options))
+    return torch.ops.visionmix.neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        relative_position_bias,
+        circular,
+        key_padding,
+        value_padding,
+    )
+
 
 _AXES = {1: ("tokens",), 2: ("rows", "columns"), 3: ("levels", "rows", "columns")}
 
@@ -56,21 +112,12 @@ def _check_window(grid: list[int], kernel_size: list[int], stride: list[int], di
 
 
 def _neighborhood_attention(
-    axes: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-    scale: float | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-    return_lse: bool,
+    axes: int, inputs: tuple, window: tuple, options: tuple, circular: bool, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Check the arguments of `na1d`, `na2d` or `na3d`, and call the op."""
+    query, key, value = inputs
+    kernel_size, stride, dilation, is_causal = window
+    scale, additional_keys, additional_values, relative_position_bias = options
     tensors = {"query": query, "key": key, "value": value}
     extra = {"additional_keys": additional_keys, "additional_values": additional_values}
     bias = {"relative_position_bias": relative_position_bias}
@@ -99,20 +146,9 @@ def _neighborhood_attention(
     _check_window(grid, kernels, strides, dilations, circular)
     spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(_AXES[axes], kernels, strict=True)}
     check_shape("relative_position_bias", relative_position_bias, {"heads": heads} | spans)
-    out, lse = neighborhood_attention_op(
-        query,
-        key,
-        value,
-        kernels,
-        strides,
-        dilations,
-        [int(x) for x in causal],
-        dim**-0.5 if scale is None else scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-    )
+    scale = dim**-0.5 if scale is None else scale
+    checked = (kernels, strides, dilations, [int(x) for x in causal], scale)
+    out, lse = neighborhood_attention_op(*inputs, *checked, *options[1:], circular)
     return (out, lse) if return_lse else out
 
 
@@ -158,22 +194,9 @@ def na1d(
         TypeError: as `na2d`.
         ValueError: as `na2d`.
     """
-    return _neighborhood_attention(
-        1,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-        return_lse,
-    )
+    window = (kernel_size, stride, dilation, is_causal)
+    options = (scale, additional_keys, additional_values, relative_position_bias)
+    return _neighborhood_attention(1, (query, key, value), window, options, circular, return_lse)
 
 
 def na2d(
@@ -243,22 +266,9 @@ def na2d(
         TypeError: a tensor argument is no real floating-point tensor, or a window argument no integer or bool.
         ValueError: shapes or devices do not fit together, or the window does not fit the map.
     """
-    return _neighborhood_attention(
-        2,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-        return_lse,
-    )
+    window = (kernel_size, stride, dilation, is_causal)
+    options = (scale, additional_keys, additional_values, relative_position_bias)
+    return _neighborhood_attention(2, (query, key, value), window, options, circular, return_lse)
 
 
 def na3d(
@@ -303,19 +313,6 @@ def na3d(
         TypeError: as `na2d`.
         ValueError: as `na2d`.
     """
-    return _neighborhood_attention(
-        3,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
-        additional_keys,
-        additional_values,
-        relative_position_bias,
-        circular,
-        return_lse,
-    )
+    window = (kernel_size, stride, dilation, is_causal)
+    options = (scale, additional_keys, additional_values, relative_position_bias)
+    return _neighborhood_attention(3, (query, key, value), window, options, circular, return_lse)

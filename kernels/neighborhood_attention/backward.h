@@ -1,7 +1,7 @@
 // The gradients, by gathering: see cpu.cpp.
 #pragma once
 
-#include "work.h"
+#include "bands.h"
 
 namespace tile {
 

@@ -7,12 +7,16 @@
 // Backward computes the probabilities anew from the log-sum-exp, once with queries in the lanes, for their gradients,
 // and once with keys, which meet the queries that see them: every gradient is gathered, in one order whatever the
 // number of threads. Only the bias table needs partial sums, one table a band, added in the bands' order.
+#include "../structures.h"
 #include "backward.h"
 #include "forward.h"
 
 using namespace tile;
 
 extern "C" {
+
+EXPORT_SIZE(Problem)
+EXPORT_SIZE(View)
 
 int na_forward(const Problem* p, const View* query, const View* key, const View* value, const float* extra_key,
                const float* extra_value, const float* bias, float* out, float* lse) {

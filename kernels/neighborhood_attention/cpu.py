@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visionmix.kernels import dispatch, native
 from visionmix.kernels.neighborhood_attention import reference
+from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients, mixed_tensors
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _AXES = ctypes.c_int64 * 3
@@ -37,7 +38,7 @@ class _View(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Problem, _View)
     problem, view, pointer = ctypes.POINTER(_Problem), ctypes.POINTER(_View), ctypes.c_void_p
     library.na_forward.argtypes = [problem] + [view] * 3 + [pointer] * 5
     library.na_backward.argtypes = [problem] + [view] * 4 + [pointer] * 12
@@ -61,14 +62,14 @@ def _empty(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _problem(query, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, circular) -> _Problem:
-    batch, *grid, heads, dk = query.shape
-    extra = 0 if additional_keys is None else additional_keys.shape[1]
+def _problem(a: Arguments) -> _Problem:
+    batch, *grid, heads, dk = a.query.shape
+    extra = 0 if a.additional_keys is None else a.additional_keys.shape[1]
     lead = [1] * (3 - len(grid))
-    axes = (_AXES(*lead, *values) for values in (grid, kernel_size, stride, dilation))
-    causal = _AXES(*[0] * len(lead), *is_causal)
-    key_heads, dv = value.shape[-2:]
-    return _Problem(batch, heads, key_heads, dk, dv, extra, *axes, causal, circular, native.threads(), scale)
+    axes = (_AXES(*lead, *values) for values in (grid, a.kernel_size, a.stride, a.dilation))
+    causal = _AXES(*[0] * len(lead), *a.is_causal)
+    key_heads, dv = a.value.shape[-2:]
+    return _Problem(batch, heads, key_heads, dk, dv, extra, *axes, causal, a.circular, native.threads(), a.scale)
 
 
 def _succeed(status: int) -> None:
@@ -76,69 +77,32 @@ def _succeed(status: int) -> None:
         raise MemoryError("not enough memory for the scratch space of neighborhood_attention")
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
-    options = (additional_keys, additional_values, relative_position_bias)
-    window = (kernel_size, stride, dilation, is_causal, scale)
-    if native.leaves_to_reference("neighborhood_attention", query, key, value, *options):
-        return reference.forward(query, key, value, *window, *options, circular)
-    out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
-    problem = _problem(query, value, *window, additional_keys, circular)
-    inputs = [native.with_dense_rows(x) for x in (query, key, value)]
-    options = [_dense(x) for x in options]
-    status = _library().na_forward(
-        problem, *map(_view, inputs), *map(_pointer, options), out.data_ptr(), lse.data_ptr()
-    )
-    _succeed(status)
-    return out.to(value.dtype), lse
+    tensors = mixed_tensors(a)
+    if native.leaves_to_reference("neighborhood_attention", *tensors):
+        return reference.forward(a)
+    out = torch.empty((*a.query.shape[:-1], a.value.shape[-1]), dtype=torch.float32)
+    lse = torch.empty(a.query.shape[:-1], dtype=torch.float32)
+    inputs = [native.with_dense_rows(x) for x in tensors[:3]]
+    options = [_dense(x) for x in tensors[3:]]
+    pointers = (*map(_pointer, options), out.data_ptr(), lse.data_ptr())
+    _succeed(_library().na_forward(_problem(a), *map(_view, inputs), *pointers))
+    return out.to(a.value.dtype), lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes."""
-    options = (additional_keys, additional_values, relative_position_bias)
-    window = (kernel_size, stride, dilation, is_causal, scale)
-    if native.leaves_to_reference("neighborhood_attention", query, key, value, *options):
-        return reference.backward(grad_out, grad_lse, query, key, value, out, lse, *window, *options, circular)
-    tensors = (query, key, value, *options)
+    tensors = mixed_tensors(a)
+    if native.leaves_to_reference("neighborhood_attention", *tensors):
+        return reference.backward(a, gradients)
     grads = [_empty(x) for x in tensors]
-    problem = _problem(query, value, *window, additional_keys, circular)
-    inputs = [native.with_dense_rows(x) for x in (query, key, value, grad_out)]
-    numbers = [_dense(x) for x in (*options, out, lse, grad_lse)]
-    status = _library().na_backward(problem, *map(_view, inputs), *map(_pointer, numbers), *map(_pointer, grads))
-    _succeed(status)
+    inputs = [native.with_dense_rows(x) for x in (*tensors[:3], gradients.grad_out)]
+    numbers = [_dense(x) for x in (*tensors[3:], gradients.out, gradients.lse, gradients.grad_lse)]
+    pointers = (*map(_pointer, numbers), *map(_pointer, grads))
+    _succeed(_library().na_backward(_problem(a), *map(_view, inputs), *pointers))
     return tuple(
-        query.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True)
+        a.query.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True)
     )
 
 

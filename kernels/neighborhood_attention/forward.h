@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "work.h"
+#include "bands.h"
 
 namespace tile {
 

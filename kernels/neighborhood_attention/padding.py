@@ -6,12 +6,14 @@ maximum of two, and where strides depend on one, Inductor guards on them and com
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from visionmix.kernels.dispatch import Implementation, compute_dtype
+from visionmix.kernels.exported import is_symbolic
+from visionmix.kernels.neighborhood_attention import exported, reference
+from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
 
 
 def extended_grid(
@@ -51,65 +53,56 @@ def _sum_outside(x: Tensor, grid: tuple[int, ...], like: Tensor) -> Tensor:
     return total.to(like.dtype)
 
 
-def split_options(args: tuple) -> tuple[tuple, tuple]:
-    """Return the options that an implementation takes (kernel_size to circular), and (key_padding, value_padding).
-
-    The dispatcher leaves out trailing arguments that are None.
-    """
-    return args[:9], (*args[9:11], None, None)[:2]
-
-
-def _grids(query: Tensor, options: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _grids(a: Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the map's size and the extended one."""
-    kernel_size, _, dilation, *_, circular = options
-    grid = tuple(query.shape[1:-2])
-    return grid, extended_grid(grid, kernel_size, dilation, circular)
+    grid = tuple(a.query.shape[1:-2])
+    return grid, extended_grid(grid, a.kernel_size, a.dilation, a.circular)
 
 
-def forward(inner: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _extended(a: Arguments, grid: tuple[int, ...]) -> Arguments:
+    fills = {"query": None, "key": a.key_padding, "value": a.value_padding}
+    return a._replace(**{name: _extend(getattr(a, name), grid, fill) for name, fill in fills.items()})
+
+
+def forward(inner: Callable, a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp) of the map, `inner` being an implementation's forward on a map that is large enough.
 
-    Arguments as `neighborhood_attention_op`. Tokens added at the map's end have the key `key_padding` (key heads, dim)
-    and the value `value_padding` (key heads, value dim), or zeros.
+    Tokens added at the map's end have the key `key_padding` (key heads, dim) and the value `value_padding` (key heads,
+    value dim), or zeros.
     """
-    options, paddings = split_options(args)
-    grid, extended = _grids(query, options)
+    grid, extended = _grids(a)
     if extended == grid:
-        return inner(query, key, value, *options)
-    tensors = zip((query, key, value), (None, *paddings), strict=True)
-    out, lse = inner(*(_extend(x, extended, fill) for x, fill in tensors), *options)
+        return inner(a)
+    out, lse = inner(_extended(a, extended))
     return _crop(out, grid), _crop(lse, grid)
 
 
-def backward(
-    inner: Callable,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *args: Any,
-) -> tuple[Tensor, ...]:
+def backward(inner: Callable, a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value, the three options and the paddings, empty where there is none.
 
     `inner` is an implementation's backward; it returns the first six on a map that is large enough.
     """
-    options, paddings = split_options(args)
-    grid, extended = _grids(query, options)
-    tensors = (grad_out, grad_lse, query, key, value, out, lse)
+    grid, extended = _grids(a)
+    paddings = (a.key_padding, a.value_padding)
     if extended == grid:
-        grads = inner(*tensors, *options)
-        return *grads, *(query.new_zeros(0) if x is None else x.new_zeros(x.shape) for x in paddings)
+        grads = inner(a, gradients)
+        return *grads, *(a.query.new_zeros(0) if x is None else x.new_zeros(x.shape) for x in paddings)
     # An added query has no gradient, and with a log-sum-exp of infinity no weight: exp(score - inf) = 0.
-    fills = (None, None, None, *paddings, None, lse.new_full((), torch.inf))
-    grads = inner(*(_extend(x, extended, fill) for x, fill in zip(tensors, fills, strict=True)), *options)
+    fills = Gradients(None, None, None, gradients.lse.new_full((), torch.inf))
+    gradients = Gradients._make(_extend(x, extended, fill) for x, fill in zip(gradients, fills, strict=True))
+    grads = inner(_extended(a, extended), gradients)
     outside = (
-        query.new_zeros(0) if x is None else _sum_outside(grad, grid, x)
+        a.query.new_zeros(0) if x is None else _sum_outside(grad, grid, x)
         for x, grad in zip(paddings, grads[1:3], strict=True)
     )
     return *(_crop(grad, grid) for grad in grads[:3]), *grads[3:], *outside
+
+
+def reference_forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Return (output, log-sum-exp) of the map by the PyTorch reference."""
+    if is_symbolic(*a.query.shape[1:-2]):
+        return exported.forward(a)
+    return forward(reference.forward, a)
 
 
 def padded(load: Callable[[], Implementation]) -> Callable[[], Implementation]:

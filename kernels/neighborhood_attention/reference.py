@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.exported import is_symbolic
+from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients, mixed_tensors
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 
 # Scores held at once (4 bytes each), unless one map's tile has more.
@@ -166,17 +168,18 @@ def _assemble(tiles: list[Tensor], problem: _Problem) -> Tensor:
 class _Attention:
     """Tensors of one call, taken apart into maps, and the probabilities of a tile."""
 
-    def __init__(self, query, key, value, problem, scale, additional_keys, additional_values, bias):
-        self.problem, self.scale = problem, scale
-        tensors = (query, key, value, additional_keys, additional_values, bias)
-        self.dtype = compute_dtype(*tensors)
-        self.query, self.key, self.value = (_split(x, problem, self.dtype) for x in (query, key, value))
+    def __init__(self, a: Arguments):
+        problem = self.problem = _problem(a)
+        self.scale = a.scale
+        self.dtype = compute_dtype(*mixed_tensors(a))
+        self.query, self.key, self.value = (_split(x, problem, self.dtype) for x in (a.query, a.key, a.value))
         self.extra_key, self.extra_value = (
-            None if x is None else x.to(self.dtype).transpose(1, 2) for x in (additional_keys, additional_values)
+            None if x is None else x.to(self.dtype).transpose(1, 2) for x in (a.additional_keys, a.additional_values)
         )
-        self.extra = 0 if additional_keys is None else additional_keys.shape[1]
+        self.extra = 0 if a.additional_keys is None else a.additional_keys.shape[1]
+        bias = a.relative_position_bias
         self.bias = None if bias is None else bias.to(self.dtype).flatten(1)
-        self.heads, self.groups = query.shape[-2], key.shape[-2]
+        self.heads, self.groups = a.query.shape[-2], a.key.shape[-2]
 
     def tiles(self) -> Iterator[tuple[slice, list[_Tile]]]:
         """Yield the maps taken at once, and the tiles to take of them."""
@@ -191,6 +194,9 @@ class _Attention:
         most = max(tile.bias_index.numel() + tile.bias_index.shape[0] * self.extra for tile in tiles)
         step = max(1, _SCORES // (most * self.heads))
         maps = self.query.shape[0]
+        if is_symbolic(maps):  # a graph that serves every batch takes all maps at once
+            yield slice(0, maps), tiles
+            return
         for first in range(0, max(maps, 1), step):
             yield slice(first, min(first + step, maps)), tiles
 
@@ -226,36 +232,15 @@ class _Attention:
         return query, key, value, near.flatten(2, 3)
 
 
-def _problem(query, kernel_size, stride, dilation, is_causal, circular) -> _Problem:
-    return _Problem(
-        tuple(query.shape[1:-2]),
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(dilation),
-        tuple(map(bool, is_causal)),
-        circular,
-    )
+def _problem(a: Arguments) -> _Problem:
+    window = (tuple(x) for x in (a.query.shape[1:-2], a.kernel_size, a.stride, a.dilation))
+    return _Problem(*window, tuple(map(bool, a.is_causal)), a.circular)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
-    problem = _problem(query, kernel_size, stride, dilation, is_causal, circular)
-    attention = _Attention(
-        query, key, value, problem, scale, additional_keys, additional_values, relative_position_bias
-    )
+    attention = _Attention(a)
+    problem, value = attention.problem, a.value
     outs, sums = [], []
     for maps, tiles in attention.tiles():
         tile_outs, tile_sums = [], []
@@ -273,33 +258,16 @@ def forward(
     return out, _join(torch.cat(sums), problem, attention.dtype).squeeze(-1)
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes.
 
     The probabilities are computed anew, so `out` and `lse` are not looked at.
     """
-    problem = _problem(query, kernel_size, stride, dilation, is_causal, circular)
-    options = (additional_keys, additional_values, relative_position_bias)
-    attention = _Attention(query, key, value, problem, scale, *options)
-    grad_out = _split(grad_out, problem, attention.dtype)
-    grad_lse = _split(grad_lse.unsqueeze(-1), problem, attention.dtype)
+    attention = _Attention(a)
+    problem, query, key, value = attention.problem, a.query, a.key, a.value
+    options = (a.additional_keys, a.additional_values, a.relative_position_bias)
+    grad_out = _split(gradients.grad_out, problem, attention.dtype)
+    grad_lse = _split(gradients.grad_lse.unsqueeze(-1), problem, attention.dtype)
     grads = [
         torch.zeros_like(x, memory_format=torch.contiguous_format)
         for x in (attention.query, attention.key, attention.value)
@@ -323,7 +291,7 @@ def backward(
             grad_scores = weights * (grad_weights - mean + attention.fold(_cut(grad_lse, maps, tile.queries)))
             from_key = grad_scores.transpose(-1, -2) @ queries
             target = grad_query[(maps, slice(None), *tile.queries)]
-            target.copy_((grad_scores @ keys * scale).reshape(target.shape))
+            target.copy_((grad_scores @ keys * attention.scale).reshape(target.shape))
             grad_key[spans] += from_key[:, :, :near].unflatten(2, slab)
             grad_value[spans] += from_value[:, :, :near].unflatten(2, slab)
             if grad_extra_key is not None:

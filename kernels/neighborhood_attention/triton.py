@@ -25,6 +25,7 @@ from torch import Tensor
 from visionmix.kernels import dispatch
 from visionmix.kernels.gpu import dot_precision, launch, target
 from visionmix.kernels.neighborhood_attention import reference
+from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
 from visionmix.kernels.neighborhood_attention.triton_kernels import (
     bias_gradients_kernel,
     extra_gradients_kernel,
@@ -40,9 +41,9 @@ _MOST_CHANNELS = {"tf32": 128, "ieee": 128, "tf32x3": 64}
 _CHUNK = 1024
 
 
-def _leaves_to_reference(query: Tensor, key: Tensor, value: Tensor, *extras: Tensor | None) -> bool:
-    channels = max(query.shape[-1], value.shape[-1])
-    precision = dot_precision(query, key, value, *extras)
+def _leaves_to_reference(a: Arguments) -> bool:
+    channels = max(a.query.shape[-1], a.value.shape[-1])
+    precision = dot_precision(a.query, a.key, a.value, a.additional_keys, a.additional_values)
     most = _MOST_CHANNELS[precision]
     if channels <= most:
         return False
@@ -111,17 +112,17 @@ def _box_width(
 class _Problem:
     """Sizes, tiles and the arguments that the kernels share."""
 
-    def __init__(
-        self, query, key, value, kernel_size, stride, dilation, is_causal, scale, extra_key, extra_value, bias, circular
-    ):
-        self.query, self.value, self.extra_key, self.bias = query, value, extra_key, bias
+    def __init__(self, a: Arguments):
+        query, key, value = a.query, a.key, a.value
+        extra_key, extra_value, bias = a.additional_keys, a.additional_values, a.relative_position_bias
+        self.query = query
         batch, *grid, self.heads, dk = query.shape
         self.key_heads, dv = value.shape[-2:]
         self.batch, self.tokens, axes = batch, math.prod(grid), len(grid)
         lead = (1,) * (3 - axes)
-        self.window = tuple((*lead, *values) for values in (grid, kernel_size, stride, dilation))
-        self.causal = (*(False for _ in lead), *map(bool, is_causal))
-        self.circular = circular
+        self.window = tuple((*lead, *values) for values in (grid, a.kernel_size, a.stride, a.dilation))
+        self.causal = (*(False for _ in lead), *map(bool, a.is_causal))
+        self.circular = a.circular
         grid, kernel_size, stride, dilation = self.window
         self.classes = [min(n, d) for n, d in zip(grid, dilation, strict=True)]
         self.sizes = [triton.cdiv(n, c) for n, c in zip(grid, self.classes, strict=True)]
@@ -141,7 +142,7 @@ class _Problem:
         self.table = None if bias is None else bias.contiguous()
         self.strides = _map_strides(q=query, k=key, v=value)
         self.scalars = {
-            "scale": scale,
+            "scale": a.scale,
             **{f"N{axis}": n for axis, n in enumerate(grid)},
             "heads": self.heads,
             "group": self.heads // self.key_heads,
@@ -156,7 +157,7 @@ class _Problem:
             "STRIDE": stride,
             "DILATION": dilation,
             "CAUSAL": self.causal,
-            "DISC": _disc(kernel_size) if circular else None,
+            "DISC": _disc(kernel_size) if a.circular else None,
         }
         self.num_warps = _warps(math.prod(self.tile), max(block_k, block_v), precision)
 
@@ -261,26 +262,11 @@ def _warps(rows: int, channels: int, precision: str) -> int:
     return 8 if channels >= 64 or here.arch == 80 else 4
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp of the scores); shapes as `na2d`."""
-    window = (kernel_size, stride, dilation, is_causal, scale)
-    options = (additional_keys, additional_values, relative_position_bias)
-    if _leaves_to_reference(query, key, value, *options[:2]):
-        return reference.forward(query, key, value, *window, *options, circular)
-    problem = _Problem(query, key, value, *window, *options, circular)
+    if _leaves_to_reference(a):
+        return reference.forward(a)
+    query, value, problem = a.query, a.value, _Problem(a)
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = problem.float(*query.shape[:-1])
     launch(
@@ -306,30 +292,14 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes."""
-    window = (kernel_size, stride, dilation, is_causal, scale)
-    options = (additional_keys, additional_values, relative_position_bias)
-    if _leaves_to_reference(query, key, value, *options[:2]):
-        return reference.backward(grad_out, grad_lse, query, key, value, out, lse, *window, *options, circular)
-    problem = _Problem(query, key, value, *window, *options, circular)
+    if _leaves_to_reference(a):
+        return reference.backward(a, gradients)
+    query, key, value = a.query, a.key, a.value
+    options = (a.additional_keys, a.additional_values)
+    grad_out, grad_lse, out, lse = gradients
+    problem = _Problem(a)
     group, dk, dv = problem.scalars["group"], query.shape[-1], value.shape[-1]
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = problem.float(*query.shape[:-1])
@@ -345,12 +315,12 @@ def backward(
         "num_warps": problem.num_warps,
         "limited": False,
     }
-    gradients = {"p_lse": lse.contiguous(), "p_do": grad_out, "p_delta": delta, **_map_strides(o=grad_out)}
+    given = {"p_lse": lse.contiguous(), "p_do": grad_out, "p_delta": delta, **_map_strides(o=grad_out)}
     launch(
         query_gradients_kernel,
         (problem.programs(problem.heads),),
         **shared,
-        **gradients,
+        **given,
         **problem.options,
         p_out=out.contiguous(),
         p_dlse=grad_lse.contiguous(),
@@ -363,18 +333,18 @@ def backward(
         key_gradients_kernel,
         (problem.programs(problem.key_heads),),
         **shared,
-        **gradients,
+        **given,
         p_dk=grad_key,
         p_dv=grad_value,
         passes=problem.passes(["p_q", "p_do", "p_lse", "p_delta"], 1, inverse=True),
         flops=problem.flops(4 * dk + 4 * dv, extra=False),
     )
     nothing = query.new_empty(0)
-    extras = (nothing if x is None else x.new_zeros(x.shape) for x in options[:2])
+    extras = (nothing if x is None else x.new_zeros(x.shape) for x in options)
     if problem.extra:
-        grads = problem.extra_gradients(gradients)
-        extras = (grad.to(x.dtype) for grad, x in zip(grads, options[:2], strict=True))
+        grads = problem.extra_gradients(given)
+        extras = (grad.to(x.dtype) for grad, x in zip(grads, options, strict=True))
     grad_bias = nothing
     if problem.table is not None:
-        grad_bias = problem.bias_gradients(gradients).view_as(problem.table).to(problem.table.dtype)
+        grad_bias = problem.bias_gradients(given).view_as(problem.table).to(problem.table.dtype)
     return grad_query, grad_key, grad_value, *extras, grad_bias

@@ -254,6 +254,7 @@ def forward_kernel(
     p_v += i_b * sv_b + i_g * sv_h
     if p_bias is not None:
         p_bias += i_h * TABLE
+    # (queries, BK)
     b_q = _load(p_q, _offsets(i, r, sq_0, sq_1, sq_2, DILATION), o_k, sq_d, m_i, DK)
     b_out = tl.zeros((b_q.shape[0], BV), tl.float32)
     b_most = tl.full((b_q.shape[0],), float("-inf"), tl.float32)
@@ -262,6 +263,7 @@ def forward_kernel(
     for o_start in range(0, count, BN):
         o_n = o_start + tl.arange(0, BN)
         j, m_j = _box_tokens(o_n, low, width), o_n < count
+        # (BN, BK)
         b_k = _load(p_k, _offsets(j, r, sk_0, sk_1, sk_2, DILATION), o_k, sk_d, m_j, DK)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_pairs = m_i[:, None] & m_j[None, :]
@@ -303,9 +305,9 @@ def query_gradients_kernel(
     TILE: tl.constexpr, AXES: tl.constexpr, TABLE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, CAUSAL: tl.constexpr, DISC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`delta_i = out_i . grad_out_i - grad_lse_i`, which the other gradients need too, and the gradient of q.
+    """`dq_i = scale sum_j ds_ij k_j`, and `delta_i = out_i . grad_out_i - grad_lse_i`, which the other gradients need too.
 
-    The gradient of a score is `p_ij (grad_out_i . v_j - delta_i)`.
+    The gradient of a score is `ds_ij = p_ij (grad_out_i . v_j - delta_i)`.
     Grid: (batch x heads x tiles of the maps of all residue classes).
     """
     i_row, first, r, n = _tile(N0, N1, N2, DILATION, TILE)
@@ -334,6 +336,7 @@ def query_gradients_kernel(
         # Values first: fewer registers are in use at once than with the keys before them.
         b_v = _load(p_v, _offsets(j, r, sv_0, sv_1, sv_2, DILATION), o_v, sv_d, m_j, DV)
         b_from_value = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        # (BN, BK)
         b_k = _load(p_k, _offsets(j, r, sk_0, sk_1, sk_2, DILATION), o_k, sk_d, m_j, DK)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_pairs = m_i[:, None] & m_j[None, :]
@@ -375,7 +378,9 @@ def key_gradients_kernel(
     TILE: tl.constexpr, AXES: tl.constexpr, TABLE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, CAUSAL: tl.constexpr, DISC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k and v: a tile of keys walks over the queries that see it, of all heads that share it.
+    """`dk_j = scale sum_i ds_ij q_i`, `dv_j = sum_i p_ij do_i`, `ds_ij = p_ij (do_i . v_j - delta_i)`.
+
+    A tile of keys walks over the queries that see it, of all heads that share it.
 
     Grid: (batch x key heads x tiles of the maps of all residue classes).
     """
@@ -386,6 +391,7 @@ def key_gradients_kernel(
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
     p_k += i_b * sk_b + i_g.to(tl.int64) * sk_h
     p_v += i_b * sv_b + i_g.to(tl.int64) * sv_h
+    # (keys, BK) and (keys, BV)
     b_k = _load(p_k, _offsets(j, r, sk_0, sk_1, sk_2, DILATION), o_k, sk_d, m_j, DK)
     b_v = _load(p_v, _offsets(j, r, sv_0, sv_1, sv_2, DILATION), o_v, sv_d, m_j, DV)
     b_dk = tl.zeros((b_k.shape[0], BK), tl.float32)
@@ -422,7 +428,7 @@ def extra_gradients_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     BE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of CHUNK queries, and of all heads that share them, in the gradients of additional keys and values.
+    """`dk_e = scale sum_i ds_ie q_i`, `dv_e = sum_i p_ie do_i` over CHUNK queries and all heads that share the keys e.
 
     Writes (chunks, batch, extra, key heads, DK or DV).
     Grid: (batch x key heads, chunks of the map, blocks of additional keys).
@@ -436,6 +442,7 @@ def extra_gradients_kernel(
     m_e = o_e < extra
     p_extra_k += i_b * sek_b + i_g.to(tl.int64) * sek_h
     p_extra_v += i_b * sev_b + i_g.to(tl.int64) * sev_h
+    # (BE, BK) and (BE, BV)
     b_k = _load(p_extra_k, o_e.to(tl.int64) * sek_e, o_k, sek_d, m_e, DK)
     b_v = _load(p_extra_v, o_e.to(tl.int64) * sev_e, o_v, sev_d, m_e, DV)
     b_dk = tl.zeros((BE, BK), tl.float32)
@@ -480,7 +487,7 @@ def bias_gradients_kernel(
     TILE: tl.constexpr, AXES: tl.constexpr, TABLE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, CAUSAL: tl.constexpr, DISC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries' part in the gradient of the table of position biases.
+    """`dbias[o] = sum_i ds_(i, i + o)`: a tile of queries' part in the gradient of the table of position biases.
 
     For one distance after another, each query with the one key so far away: the sum over a tile is then no scatter.
     Writes (batch x heads x tiles, TABLE); entries that no query of the tile reaches are left as they are.

@@ -14,7 +14,7 @@ extern "C" {
 // The call's sizes and window; a map of fewer than three axes has leading axes of one token.
 struct Problem {
   int64_t batch, heads, key_heads, dk, dv, extra;
-  int64_t grid[3], kernel[3], stride[3], dilation[3], causal[3];
+  int64_t grid[3], kernel_size[3], stride[3], dilation[3], is_causal[3];
   int64_t circular, threads;
   double scale;
 };
@@ -48,7 +48,7 @@ struct Range {
 };
 
 inline Range windows(const Problem& p, int axis) {
-  const int64_t size = p.grid[axis], k = p.kernel[axis], s = p.stride[axis], d = p.dilation[axis];
+  const int64_t size = p.grid[axis], k = p.kernel_size[axis], s = p.stride[axis], d = p.dilation[axis];
   Range range{std::vector<int32_t>(size), std::vector<int32_t>(size)};
   for (int64_t x = 0; x < size; ++x) {
     const int64_t length = (size - x % d + d - 1) / d, i = x / d;
@@ -56,7 +56,7 @@ inline Range windows(const Problem& p, int axis) {
     if (p.circular) {
       first = std::max<int64_t>(i - k / 2, 0);
       last = std::min(i + k / 2 + 1, length);
-    } else if (p.causal[axis]) {
+    } else if (p.is_causal[axis]) {
       first = std::max<int64_t>(std::min(i / s * s + s - 1, length - 1) - k + 1, 0);
     } else {
       const int64_t leader = std::min(i / s * s + s / 2, length - 1);
@@ -64,7 +64,7 @@ inline Range windows(const Problem& p, int axis) {
       last = first + k;
     }
     range.first[x] = static_cast<int32_t>(first);
-    range.last[x] = static_cast<int32_t>(p.causal[axis] ? std::min(last, i + 1) : last);
+    range.last[x] = static_cast<int32_t>(p.is_causal[axis] ? std::min(last, i + 1) : last);
   }
   return range;
 }
@@ -164,7 +164,7 @@ struct Side {
 
   void make_reach() {
     int64_t radius[3], whole = 1;
-    for (int axis = 0; axis < 3; ++axis) whole *= radius[axis] = (p.kernel[axis] + 1) / 2;
+    for (int axis = 0; axis < 3; ++axis) whole *= radius[axis] = (p.kernel_size[axis] + 1) / 2;
     for (int64_t z = 0; z < radius[0]; ++z) {
       for (int64_t y = 0; y < radius[1]; ++y) {
         auto square = [&](int64_t o, int axis) { return o * (whole / radius[axis]) * o * (whole / radius[axis]); };
@@ -217,7 +217,7 @@ void each_run(const Side& side, const Band& band, const Columns& c, int64_t tile
               const float* packed, int64_t lines, F f) {
   const Problem& p = side.p;
   const int64_t* d = p.dilation;
-  const int64_t* k = p.kernel;
+  const int64_t* k = p.kernel_size;
   const int64_t first_y = band.row + tile_row * d[1], last_y = first_y + (tile_rows - 1) * d[1];
   const int64_t sign = side.keys ? -1 : 1;
   for (int64_t level = 0; level < side.levels_of(band); ++level) {

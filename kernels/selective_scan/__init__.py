@@ -1,15 +1,58 @@
-"""The selective scan of Mamba."""
+"""The selective scan of Mamba.
+
+`selective_scan` checks what it is given. Mixers call `selective_scan_op`, which checks nothing: it scripts, traces and
+exports.
+"""
 
 import torch
 from torch import Tensor
 
+from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_out_dtype, check_shape, check_sizes, check_tensors
-from visionmix.kernels.selective_scan.op import selective_scan_op
+from visionmix.kernels.selective_scan import op as _registered  # noqa: F401
+from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan.schema import Arguments
 
 __all__ = ["selective_scan", "selective_scan_op"]
 
 _RANKS = {"u": (3,), "delta": (3,), "A": (2,), "B": (2, 3, 4), "C": (2, 3, 4), "D": (1,), "z": (3,)}
 _RANKS |= {"delta_bias": (1,), "gap": (3,)}
+
+
+def selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+    gap: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (output, last state) of the selective scan, the state empty unless asked for.
+
+    The output has `out_dtype`, or u's type if None: torch.float32 where a norm follows that needs what half precision
+    cannot hold.
+
+    B and C are (batch, groups, states, length) or, constant, (dim, states); gap is (batch, dim, length).
+    """
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            arguments = Arguments(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, out_dtype=out_dtype
+            )
+            out, state, _ = dispatch.call_reference(reference.forward, arguments)
+            return out, state
+    # A graph that torch.jit.trace makes shall not depend on the mode: its backward pass finds the states anew.
+    keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    out, state, _ = torch.ops.visionmix.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, keep_states, "auto", out_dtype
+    )
+    return out, state
 
 
 def _check_projection(name: str, x: Tensor, batch: int, dim: int, states: int, length: int) -> None:

@@ -1,13 +1,14 @@
 // The selective scan and its gradients in float32, on tensors (batch, dim, length) of any strides.
 //
 // A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
-// (transposed where time is dense), so that everything is read and written once. The way forward notes the state at each
-// chunk's start for the way back, which goes through the chunks from the last, all tiles of a task side by side.
+// (transposed where time is dense), so that everything is read and written once. The forward pass notes the state at
+// each chunk's start for the backward pass, which goes through the chunks from the last, all tiles of a task side by side.
 #include <omp.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "../structures.h"
 #include "scan.h"
 
 namespace {
@@ -17,7 +18,7 @@ using scan::lanes;
 using scan::vec;
 using std::int64_t;
 
-constexpr int forward_chunk = 64;  // a multiple of those on the way back
+constexpr int forward_chunk = 64;  // a multiple of the backward pass's
 
 }  // namespace
 
@@ -38,13 +39,13 @@ struct Input {
 struct Arguments {
   Signal u, delta, z, gap, grad_out, out, grad_u, grad_delta, grad_z, grad_gap;
   Input B, C;
-  const float *A, *D, *bias, *grad_state;
+  const float *A, *D, *delta_bias, *grad_state;
   // The gradients of B and C are (parts, batch, groups, states, time), to be summed over the parts of a group's channels
   // that tasks walk through; those of parameters, constant B and C among them, have a leading batch axis.
-  // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted on the way forward where there is
-  // a place for them; the way back needs them.
-  float *state, *entering, *grad_A, *grad_B, *grad_C, *grad_D, *grad_bias;
-  int64_t batch, dim, length, states, groups, chunk, softplus, threads;  // chunk: on the way back
+  // `entering`, (batch, chunks, states, dim): the states at the starts of chunks, noted by the forward pass where there is
+  // a place for them; the backward pass needs them.
+  float *state, *entering, *grad_A, *grad_B, *grad_C, *grad_D, *grad_delta_bias;
+  int64_t batch, dim, length, states, groups, chunk, softplus, threads;  // chunk: of the backward pass
 };
 }
 
@@ -118,7 +119,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *B, *C, *state, *entering, *grad_A, *grad_B, *grad_C;
-  vec *u, *slope, *delta, *whole, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
+  vec *u, *slope, *delta, *whole, *x, *y, *grad_y, *grad_x, *grad_rate;  // of a chunk of the backward pass
   scan::Ends ends;
 };
 
@@ -171,7 +172,7 @@ struct Job {
     };
     t.B = constant(a.B), t.C = constant(a.C);
     if (a.D) scan::load_columns(a.D + t.channel, 1, t.width, 1.0f, &t.ends.D);
-    if (a.bias) scan::load_columns(a.bias + t.channel, 1, t.width, 1.0f, &t.ends.bias);
+    if (a.delta_bias) scan::load_columns(a.delta_bias + t.channel, 1, t.width, 1.0f, &t.ends.bias);
     return t;
   }
 
@@ -319,7 +320,7 @@ struct Job {
       if (a.B.constant) scan::store_columns(t.grad_B, states, t.width, 1.0f, a.grad_B + channel * states);
       if (a.C.constant) scan::store_columns(t.grad_C, states, t.width, 1.0f, a.grad_C + channel * states);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + channel);
-      if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + channel);
+      if (a.delta_bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_delta_bias + channel);
     }
   }
 
@@ -362,6 +363,10 @@ struct Job {
 }  // namespace
 
 extern "C" {
+
+EXPORT_SIZE(Signal)
+EXPORT_SIZE(Input)
+EXPORT_SIZE(Arguments)
 
 // The number of parts that the gradients of B and C come in.
 int64_t selective_scan_parts(const Arguments* arguments) { return Job(*arguments, true).parts; }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visionmix.kernels import dispatch, native
 from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan.schema import SCHEMA, Arguments, Gradients
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -32,8 +33,9 @@ class _Input(ctypes.Structure):
 
 _SIGNALS = ("u", "delta", "z", "gap", "grad_out", "out", "grad_u", "grad_delta", "grad_z", "grad_gap")
 _INPUTS = ("B", "C")
+_TENSORS = [SCHEMA.Arguments._fields[place] for place in SCHEMA.tensors]
 _DENSE = ("A", "D", "delta_bias", "grad_state", "state", "entering")
-_DENSE += ("grad_A", "grad_B", "grad_C", "grad_D", "grad_bias")
+_DENSE += ("grad_A", "grad_B", "grad_C", "grad_D", "grad_delta_bias")
 _NUMBERS = ("batch", "dim", "length", "states", "groups", "chunk", "softplus", "threads")
 
 
@@ -48,7 +50,7 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Signal, _Input, _Arguments)
     for function in (library.selective_scan_parts, library.selective_scan_forward, library.selective_scan_backward):
         function.argtypes = [ctypes.POINTER(_Arguments)]
     library.selective_scan_parts.restype = ctypes.c_int64
@@ -61,7 +63,7 @@ def chunk_steps(states: int) -> int:
 
 
 def entering_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Return the shape of the states entering the chunks, kept for the way back: (batch, chunks * states * dim).
+    """Return the shape of the states entering the chunks, kept for the backward pass: (batch, chunks * states * dim).
 
     A graph with an axis of chunks would serve either one chunk or more.
     """
@@ -73,14 +75,16 @@ def entering_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 class _Call:
     """The arguments in the form that the library takes; keeps the converted tensors alive."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, **others: Tensor | None):
-        groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-        chunk = chunk_steps(A.shape[1])
-        numbers = (*u.shape, A.shape[1], groups, chunk, delta_softplus, native.threads())
+    def __init__(self, a: Arguments, **others: Tensor | None):
+        groups = a.B.shape[1] if a.B.dim() == 4 else a.C.shape[1] if a.C.dim() == 4 else 1
+        states = a.A.shape[1]
+        numbers = (*a.u.shape, states, groups, chunk_steps(states), a.delta_softplus, native.threads())
         self.arguments = _Arguments(**dict(zip(_NUMBERS, numbers, strict=True)))
         self.tensors = []
-        tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias} | others
-        for name, x in tensors.items():
+        for name, x in zip(_TENSORS, SCHEMA.input_tensors(a), strict=True):
+            if x is not None:
+                self.set(name, x)
+        for name, x in others.items():
             if x is not None:
                 self.set(name, x)
 
@@ -104,76 +108,47 @@ class _Call:
             raise MemoryError("not enough memory for the scratch space of selective_scan")
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    return_last_state: bool,
-    gap: Tensor | None = None,
-    keep_states: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Return (output, last state, states entering the chunks), the latter two empty unless asked for.
 
-    Shapes as `selective_scan_op`, and `entering_shape`.
+    Shapes as `selective_scan`, and `entering_shape`.
     """
-    tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if native.leaves_to_reference("selective_scan", *tensors, gap):
-        return reference.forward(*tensors, delta_softplus, return_last_state, gap, False, out_dtype)
+    if native.leaves_to_reference("selective_scan", *SCHEMA.input_tensors(a)):
+        return reference.forward(a)
+    u, A = a.u, a.A
     out = torch.empty(u.shape, dtype=torch.float32)
-    state = torch.empty((*u.shape[:2], A.shape[1]) if return_last_state else 0, dtype=torch.float32)
-    entering = torch.empty(entering_shape(u, A) if keep_states else 0, dtype=torch.float32)
-    others = {"state": state if return_last_state else None, "entering": entering if keep_states else None}
-    _Call(*tensors, delta_softplus, gap=gap, out=out, **others).run("selective_scan_forward")
-    return out.to(out_dtype or u.dtype), state, entering
+    state = torch.empty((*u.shape[:2], A.shape[1]) if a.return_last_state else 0, dtype=torch.float32)
+    entering = torch.empty(entering_shape(u, A) if a.keep_states else 0, dtype=torch.float32)
+    others = {"state": state if a.return_last_state else None, "entering": entering if a.keep_states else None}
+    _Call(a, out=out, **others).run("selective_scan_forward")
+    return out.to(a.out_dtype or u.dtype), state, entering
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    gap: Tensor | None = None,
-    entering: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None.
 
-    The way forward is gone once more where it did not keep the states entering the chunks.
+    The states entering the chunks are found anew where the forward pass did not keep them.
     """
-    tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if native.leaves_to_reference("selective_scan", *tensors, gap):
-        return reference.backward(grad_out, grad_state, *tensors, delta_softplus, gap)
+    tensors = SCHEMA.input_tensors(a)
+    if native.leaves_to_reference("selective_scan", *tensors):
+        return reference.backward(a, gradients)
+    grad_out, grad_state, entering = gradients
     if entering is None or entering.dim() == 1:
-        *_, entering = forward(*tensors, delta_softplus, False, gap, keep_states=True)
-    call = _Call(*tensors, delta_softplus, gap=gap, grad_out=grad_out, grad_state=grad_state, entering=entering)
-    tensors = (*tensors, gap)
+        *_, entering = forward(a._replace(keep_states=True, return_last_state=False))
+    call = _Call(a, grad_out=grad_out, grad_state=grad_state, entering=entering)
     parts = call.parts()
     grads = []
-    for name, x in zip(("u", "delta", "A", "B", "C", "D", "z", "bias", "gap"), tensors, strict=True):
+    for name, x in zip(_TENSORS, tensors, strict=True):
         if x is None:
             grads.append(None)
             continue
         # What several tasks add to comes in parts with an axis of its own, summed here in one order.
-        is_map = name in ("u", "delta", "z", "gap")
-        leading = () if is_map else (parts,) if x.dim() == 4 else (u.shape[0],)
+        leading = () if name in _SIGNALS else (parts,) if x.dim() == 4 else (a.u.shape[0],)
         grads.append(torch.empty((*leading, *x.shape), dtype=torch.float32))
         call.set(f"grad_{name}", grads[-1])
     call.run("selective_scan_backward")
     return tuple(
-        u.new_empty(0) if x is None else (grad if grad.dim() == x.dim() else grad.sum(0)).to(x.dtype)
+        a.u.new_empty(0) if x is None else (grad if grad.dim() == x.dim() else grad.sum(0)).to(x.dtype)
         for x, grad in zip(tensors, grads, strict=True)
     )
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.exported import is_symbolic, scan_states
+from visionmix.kernels.selective_scan.schema import SCHEMA, Arguments, Gradients
 
 # The states of this many (token, channel, state) triples are kept at a time in backward.
 _BACKWARD_STATES = 1 << 21
@@ -136,29 +138,18 @@ def _pass(decay: Tensor, added: Tensor, state: Tensor | None) -> tuple[Tensor, T
     return torch.stack(entering, 2), state
 
 
-def _prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    gap: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[_Layout, _Scan, Tensor]:
+def _prepare(a: Arguments, dtype: torch.dtype) -> tuple[_Layout, _Scan, Tensor]:
     """Return the layout, the recurrence, and the steps that inputs come with, laid out."""
-    groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-    layout = _Layout(groups, u.shape[-1], _chunk_size(u.shape[-1]), dtype)
-    delta = _activate(delta.to(dtype), delta_bias, delta_softplus)
-    steps = layout.cut(delta)
+    groups = a.B.shape[1] if a.B.dim() == 4 else a.C.shape[1] if a.C.dim() == 4 else 1
+    layout = _Layout(groups, a.u.shape[-1], _chunk_size(a.u.shape[-1]), dtype)
+    steps = layout.cut(_activate(a.delta.to(dtype), a.delta_bias, a.delta_softplus))
     # A padded token has delta = 0: decay 1 and no input.
     recurrence = _Scan(
-        steps if gap is None else steps + layout.cut(gap),
-        steps * layout.cut(u),
-        A.to(dtype).unflatten(0, (groups, -1)).unsqueeze(1),
-        layout.cut_projection(B),
-        layout.cut_projection(C),
+        steps if a.gap is None else steps + layout.cut(a.gap),
+        steps * layout.cut(a.u),
+        a.A.to(dtype).unflatten(0, (groups, -1)).unsqueeze(1),
+        layout.cut_projection(a.B),
+        layout.cut_projection(a.C),
     )
     return layout, recurrence, steps
 
@@ -169,39 +160,48 @@ def _activate(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) ->
     return F.softplus(delta) if delta_softplus else delta
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    return_last_state: bool,
-    gap: Tensor | None = None,
-    keep_states: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
+def _exported(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return what C reads of the states, and the last state, in a graph that serves every length."""
+    u, dim = a.u.to(dtype), a.u.shape[1]
 
-    The way back finds the states itself: none are kept.
+    def per_channel(x: Tensor) -> Tensor:
+        """(batch, groups, states, length) or (dim, states), to (batch or 1, length or 1, dim, states)."""
+        x = x.to(dtype)
+        if x.dim() == 2:
+            return x[None, None]
+        x = x.permute(0, 3, 1, 2).unsqueeze(3)
+        return x.expand(-1, -1, -1, dim // x.shape[2], -1).flatten(2, 3)
+
+    delta = _activate(a.delta.to(dtype), a.delta_bias, a.delta_softplus)
+    decaying = delta if a.gap is None else delta + a.gap.to(dtype)
+    decay = (decaying.transpose(1, 2).unsqueeze(-1) * a.A.to(dtype)).exp()
+    states = scan_states(decay, (delta * u).transpose(1, 2).unsqueeze(-1) * per_channel(a.B))
+    return (states * per_channel(a.C)).sum(-1).transpose(1, 2), states[:, -1]
+
+
+def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, last state, nothing), the state empty unless asked for.
+
+    The backward pass finds the states itself: none are kept.
     """
-    dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
-    layout, scan, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
-    state, last = scan.entering()
-    outputs = []
-    for position in range(layout.chunk):
-        state = scan.step(position, state)
-        outputs.append(_read(state, scan.C, position))
-    out = layout.join(torch.stack(outputs))
-    if D is not None:
-        out = out + D.to(dtype).unsqueeze(-1) * u
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    last = last.flatten(1, 2).contiguous() if return_last_state else out.new_empty(0)
-    return out.to(out_dtype or u.dtype).contiguous(), last, out.new_empty(0)
+    dtype = compute_dtype(*SCHEMA.input_tensors(a))
+    if is_symbolic(a.u.shape[-1]):
+        out, last = _exported(a, dtype)
+    else:
+        layout, scan, _ = _prepare(a, dtype)
+        state, last = scan.entering()
+        outputs = []
+        for position in range(layout.chunk):
+            state = scan.step(position, state)
+            outputs.append(_read(state, scan.C, position))
+        out = layout.join(torch.stack(outputs))
+        last = last.flatten(1, 2)
+    if a.D is not None:
+        out = out + a.D.to(dtype).unsqueeze(-1) * a.u
+    if a.z is not None:
+        out = out * F.silu(a.z.to(dtype))
+    last = last.contiguous() if a.return_last_state else out.new_empty(0)
+    return out.to(a.out_dtype or a.u.dtype).contiguous(), last, out.new_empty(0)
 
 
 def _gradients(
@@ -251,57 +251,45 @@ def _accumulate(total: Tensor, position: int, chunks: slice, grad: Tensor) -> No
         total[position, :, :, chunks] = grad
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    gap: Tensor | None = None,
-    entering: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
-    dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias, gap)
-    layout, scan, steps = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, gap, dtype)
-    grad_y = grad_out.to(dtype)
-    if z is not None:
-        gate, opening = z.to(dtype), z.to(dtype).sigmoid()
+    dtype = compute_dtype(*SCHEMA.input_tensors(a))
+    layout, scan, steps = _prepare(a, dtype)
+    grad_y = gradients.grad_out.to(dtype)
+    if a.z is not None:
+        gate, opening = a.z.to(dtype), a.z.to(dtype).sigmoid()
         grad_gated, grad_y = grad_y, grad_y * gate * opening
-    grad_last = None if grad_state is None else grad_state.to(dtype).unflatten(1, (layout.groups, -1))
-    grad_rate, grad_x, grad_A, grad_B, grad_C, y = _gradients(scan, layout.cut(grad_y), grad_last, z is not None)
+    grad_last = gradients.grad_state
+    if grad_last is not None:
+        grad_last = grad_last.to(dtype).unflatten(1, (layout.groups, -1))
+    grad_rate, grad_x, grad_A, grad_B, grad_C, y = _gradients(scan, layout.cut(grad_y), grad_last, a.z is not None)
     grad_rate, grad_x = layout.join(grad_rate), layout.join(grad_x)
-    grad_delta = grad_rate + grad_x * u
+    grad_delta = grad_rate + grad_x * a.u
     grad_u = grad_x * layout.join(steps)
     nothing = grad_y.new_empty(0)
     grad_D = grad_z = grad_bias = nothing
-    if D is not None:
-        grad_u = grad_u + grad_y * D.to(dtype).unsqueeze(-1)
-        grad_D = (grad_y * u).sum((0, 2)).to(D.dtype)
-    if z is not None:
+    if a.D is not None:
+        grad_u = grad_u + grad_y * a.D.to(dtype).unsqueeze(-1)
+        grad_D = (grad_y * a.u).sum((0, 2)).to(a.D.dtype)
+    if a.z is not None:
         y = layout.join(y)
-        if D is not None:
-            y = y + D.to(dtype).unsqueeze(-1) * u
-        grad_z = (grad_gated * y * opening * (1 + gate * (1 - opening))).to(z.dtype).contiguous()
-    if delta_softplus:
+        if a.D is not None:
+            y = y + a.D.to(dtype).unsqueeze(-1) * a.u
+        grad_z = (grad_gated * y * opening * (1 + gate * (1 - opening))).to(a.z.dtype).contiguous()
+    if a.delta_softplus:
         # softplus(x) is x above 20, so its derivative is 1 there.
-        raw = _activate(delta.to(dtype), delta_bias, delta_softplus=False)
+        raw = _activate(a.delta.to(dtype), a.delta_bias, delta_softplus=False)
         grad_delta = grad_delta * torch.where(raw > 20, torch.ones_like(raw), raw.sigmoid())
-    if delta_bias is not None:
-        grad_bias = grad_delta.sum((0, 2)).to(delta_bias.dtype)
+    if a.delta_bias is not None:
+        grad_bias = grad_delta.sum((0, 2)).to(a.delta_bias.dtype)
     return (
-        grad_u.to(u.dtype).contiguous(),
-        grad_delta.to(delta.dtype).contiguous(),
-        grad_A.view(A.shape).to(A.dtype),
-        layout.join_projection(grad_B, B).to(B.dtype).contiguous(),
-        layout.join_projection(grad_C, C).to(C.dtype).contiguous(),
+        grad_u.to(a.u.dtype).contiguous(),
+        grad_delta.to(a.delta.dtype).contiguous(),
+        grad_A.view(a.A.shape).to(a.A.dtype),
+        layout.join_projection(grad_B, a.B).to(a.B.dtype).contiguous(),
+        layout.join_projection(grad_C, a.C).to(a.C.dtype).contiguous(),
         grad_D,
         grad_z,
         grad_bias,
-        nothing if gap is None else grad_rate.to(gap.dtype).contiguous(),
+        nothing if a.gap is None else grad_rate.to(a.gap.dtype).contiguous(),
     )

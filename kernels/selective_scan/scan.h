@@ -354,7 +354,7 @@ inline void forward(int count, int64_t states, const vec* delta, const vec* x, c
 
 constexpr int longest_chunk = 64;
 
-// A tile's way back through a chunk. Everything but the first line is added to.
+// A tile's backward pass through a chunk. Everything but the first line is added to.
 struct Backward {
   const vec *delta, *x, *grad_y, *A, *entering;  // the last: (states,)
   vec *grad_state;            // (states,), of the state leaving the chunk, and on return of that entering it
@@ -470,7 +470,7 @@ inline vec activate(vec delta, bool through_softplus, vec* slope) {
   return softplus(delta, w);
 }
 
-// What follows a tile's way back: grad_x, of delta u, becomes the gradient of u, and grad_rate that of delta before the
+// The end of a tile's backward pass: grad_x, of delta u, becomes the gradient of u, and grad_rate that of delta before the
 // bias and the softplus.
 struct Ends {
   vec D, bias, grad_D, grad_bias;

@@ -14,6 +14,7 @@ from torch import Tensor
 from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import launch
 from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan.schema import Arguments, Gradients
 from visionmix.kernels.selective_scan.triton_kernels import backward_kernel, forward_kernel
 
 
@@ -24,7 +25,8 @@ def _is_constant(projection: Tensor) -> bool:
 class _Problem:
     """Sizes and the arguments that both kernels take."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    def __init__(self, a: Arguments):
+        u, delta, A, B, C, D, z = a[:7]
         self.batch, self.dim, self.length = u.shape
         self.states = A.shape[1]
         self.groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
@@ -49,7 +51,7 @@ class _Problem:
             "p_C": C,
             "p_D": D,
             "p_z": z,
-            "p_bias": None if delta_bias is None else delta_bias.contiguous(),
+            "p_bias": None if a.delta_bias is None else a.delta_bias.contiguous(),
             "length": self.length,
             "dim": self.dim,
             "group_dim": group_dim,
@@ -63,7 +65,7 @@ class _Problem:
             "BN": triton.next_power_of_2(self.states),
             "BD": self.block,
             "BT": self.tokens,
-            "SOFTPLUS": delta_softplus,
+            "SOFTPLUS": a.delta_softplus,
             "B_CONSTANT": _is_constant(B),
             "C_CONSTANT": _is_constant(C),
         }
@@ -100,55 +102,28 @@ def _leaves_to_reference(gap: Tensor | None) -> bool:
     return gap is not None
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    return_last_state: bool,
-    gap: Tensor | None = None,
-    keep_states: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan_op`.
+def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan`.
 
-    The way back finds the states itself: none are kept.
+    The backward pass finds the states itself: none are kept.
     """
-    if _leaves_to_reference(gap):
-        options = (delta_softplus, return_last_state, gap, False, out_dtype)
-        return reference.forward(u, delta, A, B, C, D, z, delta_bias, *options)
-    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    out = u.new_empty(u.shape, dtype=out_dtype)
-    shape = (problem.batch, problem.dim, problem.states) if return_last_state else (0,)
+    if _leaves_to_reference(a.gap):
+        return reference.forward(a)
+    u, problem = a.u, _Problem(a)
+    out = u.new_empty(u.shape, dtype=a.out_dtype)
+    shape = (problem.batch, problem.dim, problem.states) if a.return_last_state else (0,)
     last = u.new_empty(shape, dtype=torch.float32)
-    problem.forward(out, None, last if return_last_state else None)
+    problem.forward(out, None, last if a.return_last_state else None)
     return out, last, u.new_empty(0, dtype=torch.float32)
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    gap: Tensor | None = None,
-    entering: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
-    if _leaves_to_reference(gap):
-        return reference.backward(grad_out, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap)
-    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if _leaves_to_reference(a.gap):
+        return reference.backward(a, gradients)
+    u, delta, A, B, C, D, z, delta_bias = a[:8]
+    grad_out, grad_state, _ = gradients
+    problem = _Problem(a)
     batch, dim = problem.batch, problem.dim
     states = problem.states_entering()
 

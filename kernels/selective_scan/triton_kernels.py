@@ -147,10 +147,12 @@ def forward_kernel(
         if p_states is not None:
             o_s = (i_b * chunks + i_t) * dim * N
             tl.store(p_states + o_s + o_c[:, None] * N + o_n[None, :], b_h, mask=m_h)
+        # (tokens, channels)
         b_u = _load(p_u, o_c, o_t, su_d, su_t, mask)
         b_delta, _ = _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS)
         b_y = tl.zeros((BT, BD), tl.float32)
         for n in range(N):
+            # (channels,); B and C (tokens, 1), or (1, channels) where they are constant
             b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
             b_B = _projection(p_B, o_c, o_t, n, sB_c, sB_n, sB_t, m_c, m_t, B_CONSTANT)
             b_total, b_s = tl.associative_scan(
@@ -192,7 +194,12 @@ def backward_kernel(
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients, from the last chunk to the first: states again from `states`, then `state_gradients`.
+    """With `g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1)` the gradient of h_t, dy that of y before the gate:
+
+        du_t = delta_t sum_n B_tn g_tn + D dy_t,  dB_t = sum_c delta_t u_t g_t,  dC_t = sum_c dy_t h_t,
+        dA = sum_t delta_t r_t,  ddelta_t = sum_n A_n r_tn + u_t sum_n B_tn g_tn,  r_t = g_t exp(delta_t A) h_(t-1).
+
+    From the last chunk to the first: states again from `states`, then `state_gradients`.
 
     Outputs: du, ddelta, dz (batch, dim, length); dA (batch, dim, N), dD and dbias (batch, dim) to be summed over the
     batch; dB and dC (tiles, batch, groups, N, length) to be summed over the tiles, or like dA where B or C is constant.
@@ -221,6 +228,7 @@ def backward_kernel(
         p_dC += o_part
     # What flows into the states that leave the chunk.
     if p_grad_last is not None:
+        # (channels, states)
         b_flow = tl.load(p_grad_last + o_state, mask=m_h, other=0.0)
     else:
         b_flow = tl.zeros((BD, BN), tl.float32)
@@ -235,6 +243,7 @@ def backward_kernel(
         o_t = tl.arange(0, BT).to(tl.int64) + i_t * BT
         m_t = o_t < length
         mask = m_t[:, None] & m_c[None, :]
+        # (tokens, channels)
         b_u = _load(p_u, o_c, o_t, su_d, su_t, mask)
         b_delta, b_raw = _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS)
         b_dy = _load(p_grad, o_c, o_t, sg_d, sg_t, mask)
@@ -247,6 +256,7 @@ def backward_kernel(
         b_dx = tl.zeros((BT, BD), tl.float32)
         b_ddelta = tl.zeros((BT, BD), tl.float32)
         for n in range(N):
+            # (channels,); B and C (tokens, 1), or (1, channels) where they are constant
             b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
             b_B = _projection(p_B, o_c, o_t, n, sB_c, sB_n, sB_t, m_c, m_t, B_CONSTANT)
             b_C = _projection(p_C, o_c, o_t, n, sC_c, sC_n, sC_t, m_c, m_t, C_CONSTANT)

@@ -1,13 +1,21 @@
-"""The selective scan over several orders of a map."""
+"""The selective scan over several orders of a map.
+
+`selective_scan_2d` checks what it is given. Mixers call `selective_scan_2d_op`, which checks nothing: it scripts,
+traces and exports.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from visionmix import scans
+from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
-from visionmix.kernels.selective_scan_2d.op import selective_scan_2d_op
-from visionmix.kernels.selective_scan_2d.routes import SEPARATOR
+from visionmix.kernels.selective_scan_2d import op as _registered  # noqa: F401
+from visionmix.kernels.selective_scan_2d import reference
+from visionmix.kernels.selective_scan_2d.schema import Arguments
+from visionmix.scans.order_names import join_orders
 
 __all__ = ["selective_scan_2d", "selective_scan_2d_op"]
 
@@ -15,9 +23,56 @@ _CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_r
 _RANKS = {"x": 4, "delta": 5, "delta_weight": 3, "A": 3, "B": 5, "C": 5, "D": 2, "delta_bias": 2}
 
 
-def _check_orders(orders: Sequence[str], permute: str, height: int, width: int) -> None:
-    from visionmix import scans
+def selective_scan_2d_op(
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: str,
+    merge: str,
+    permute: str = "all",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the selective scan over several orders of a map; `orders` are their names joined by commas.
 
+    `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`. `permute` is
+    "all", or "input" where delta, B and C stay in raster order. The output has `out_dtype`, or x's type if None:
+    torch.float32 where a norm follows that needs what half precision cannot hold.
+    """
+    if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
+        if dispatch.bypassed():
+            options = (delta_softplus, orders, merge, permute)
+            arguments = Arguments(x, delta, delta_weight, A, B, C, D, delta_bias, *options, out_dtype=out_dtype)
+            out, _ = dispatch.call_reference(reference.forward, arguments)
+            return out
+    # A graph that torch.jit.trace makes shall not depend on the mode: its backward pass finds the states anew.
+    keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    out, _ = torch.ops.visionmix.selective_scan_2d(
+        x,
+        delta,
+        delta_weight,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        delta_softplus,
+        orders,
+        merge,
+        permute,
+        keep_states,
+        "auto",
+        out_dtype,
+    )
+    return out
+
+
+def _check_orders(orders: Sequence[str], permute: str, height: int, width: int) -> None:
     if isinstance(orders, str) or not all(isinstance(name, str) for name in orders):
         raise TypeError(f"orders={orders!r} is no sequence of names; pass for instance ('raster', 'raster_reversed')")
     if not orders:
@@ -113,5 +168,5 @@ def selective_scan_2d(
     else:
         check_shape("delta", delta, maps | {"rank": weight.shape[2]})
         check_shape("delta_weight", weight, parameters | {"rank": weight.shape[2]})
-    options = (delta_softplus, SEPARATOR.join(orders), merge, permute, out_dtype)
+    options = (delta_softplus, join_orders(orders), merge, permute, out_dtype)
     return selective_scan_2d_op(x, delta, weight, A, B, C, D, delta_bias, *options)

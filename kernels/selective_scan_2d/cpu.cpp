@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../selective_scan/scan.h"
+#include "../structures.h"
 
 namespace {
 
@@ -37,12 +38,12 @@ struct Map {
 
 struct Arguments {
   Map x, delta, B, C, grad_out, out, grad_x, grad_delta;
-  const float *weight, *A, *D, *bias;
+  const float *delta_weight, *A, *D, *delta_bias;
   // Gradients of parameters have a leading batch axis. Those of B, C and a low-rank delta's first factor are (batch,
   // cells, orders, features), dense, and added to.
   float *grad_weight, *grad_A, *grad_D, *grad_bias, *grad_B, *grad_C, *grad_rank;
-  // (batch, orders, chunks of the longest order, states, channels): the states at the starts of chunks, which the way
-  // forward notes where there is a place for them and the way back needs.
+  // (batch, orders, chunks of the longest order, states, channels): the states at the starts of chunks, which the forward
+  // pass notes where there is a place for them and the backward pass needs.
   float* entering;
   // (orders, steps): the cell of x read at each step, that of delta, B and C, and the row of the output written; -1 for
   // none. An order has counts[order] steps.
@@ -51,7 +52,7 @@ struct Arguments {
   // (3, orders): whether an order is the first at every cell of x, of its own maps and every row of the output, and at
   // each of them once, so that these need not be zeros before.
   const int32_t* first;
-  int64_t batch, cells, channels, states, rank, orders, steps, rows, chunk, softplus, threads;  // chunk: on the way back
+  int64_t batch, cells, channels, states, rank, orders, steps, rows, chunk, softplus, threads;  // chunk: of the backward pass
   float scale;  // of the output
 };
 }
@@ -99,7 +100,7 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *state, *weight, *entering, *grad_A, *grad_weight;
-  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk on the way back
+  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk of the backward pass
   scan::Ends ends;
 };
 
@@ -108,7 +109,7 @@ struct Chunk {
   int64_t order;
   int count;
   int64_t start;
-  int64_t next;  // from a step to that of the chunk that follows, on the way forward or back
+  int64_t next;  // from a step to that of the chunk that follows, in the direction of the pass
   const int32_t *read, *place, *target;
   float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
   vec *u, *delta, *x, *y, *spread;  // of one tile, and the gradients of a few ranks not yet summed over lanes
@@ -177,9 +178,9 @@ struct Job {
     t.state = cleared(arena, a.states);
     const int64_t row = order * a.channels + t.channel;
     scan::load_columns(a.A + row * a.states, a.states, t.width, scan::log2_e, t.A);
-    if (a.rank) scan::load_columns(a.weight + row * a.rank, a.rank, t.width, 1.0f, t.weight);
+    if (a.rank) scan::load_columns(a.delta_weight + row * a.rank, a.rank, t.width, 1.0f, t.weight);
     if (a.D) scan::load_columns(a.D + row, 1, t.width, 1.0f, &t.ends.D);
-    if (a.bias) scan::load_columns(a.bias + row, 1, t.width, 1.0f, &t.ends.bias);
+    if (a.delta_bias) scan::load_columns(a.delta_bias + row, 1, t.width, 1.0f, &t.ends.bias);
     if (!back) return t;
     t.grad_A = cleared(arena, a.states);
     for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate}) *x = arena.vectors(chunk);
@@ -303,7 +304,7 @@ struct Job {
       scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
       if (a.rank) scan::store_columns(t.grad_weight, a.rank, t.width, 1.0f, a.grad_weight + row * a.rank);
       if (a.D) scan::store_columns(&t.ends.grad_D, 1, t.width, 1.0f, a.grad_D + row);
-      if (a.bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
+      if (a.delta_bias) scan::store_columns(&t.ends.grad_bias, 1, t.width, 1.0f, a.grad_bias + row);
     }
   }
 
@@ -396,6 +397,9 @@ struct Job {
 }  // namespace
 
 extern "C" {
+
+EXPORT_SIZE(Map)
+EXPORT_SIZE(Arguments)
 
 // Returns 0, or 1 where memory is short.
 int selective_scan_2d_forward(const Arguments* arguments) {

@@ -16,6 +16,7 @@ from visionmix.kernels import dispatch, native
 from visionmix.kernels.selective_scan.cpu import chunk_steps
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
+from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _CHUNK = 64  # the longest chunk of the library
@@ -47,7 +48,7 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = native.load(_SOURCE)
+    library = native.load(_SOURCE, _Map, _Arguments)
     for name in ("selective_scan_2d_forward", "selective_scan_2d_backward"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Arguments)]
     return library
@@ -113,7 +114,7 @@ def _padded(table: np.ndarray) -> np.ndarray:
 
 
 def entering_shape(x: Tensor, A: Tensor, steps: int) -> tuple[int, ...]:
-    """Return the shape of what is kept for the way back, the states entering the chunks of each order.
+    """Return the shape of what is kept for the backward pass, the states entering the chunks of each order.
 
     `steps` are those of the longest order; (batch, orders * chunks * states * channels), since a graph with an axis of
     chunks would serve either one chunk or more.
@@ -126,36 +127,22 @@ def entering_shape(x: Tensor, A: Tensor, steps: int) -> tuple[int, ...]:
 class _Call:
     """The arguments in the form that the library takes; keeps the converted tensors alive."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        delta_weight: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        orders: str,
-        merge: str,
-        permute: str,
-    ):
-        batch, height, width, channels = x.shape
-        self.table = _table(orders, height, width, permute, merge == "none")
+    def __init__(self, a: Arguments):
+        batch, height, width, channels = a.x.shape
+        self.table = _table(a.orders, height, width, a.permute, a.merge == "none")
         self.arguments = arguments = _Arguments.from_buffer_copy(self.table.arguments)
         arguments.batch = batch
         arguments.channels = channels
-        arguments.states = A.shape[2]
-        arguments.rank = 0 if delta_weight is None else delta_weight.shape[2]
-        arguments.chunk = chunk_steps(A.shape[2])
-        arguments.softplus = delta_softplus
+        arguments.states = a.A.shape[2]
+        arguments.rank = 0 if a.delta_weight is None else a.delta_weight.shape[2]
+        arguments.chunk = chunk_steps(a.A.shape[2])
+        arguments.softplus = a.delta_softplus
         arguments.threads = native.threads()
-        arguments.scale = 1 / self.table.routes if merge == "mean" else 1
+        arguments.scale = 1 / self.table.routes if a.merge == "mean" else 1
         self.tensors = []
-        for name, y in (("x", x), ("delta", delta), ("B", B), ("C", C)):
+        for name, y in (("x", a.x), ("delta", a.delta), ("B", a.B), ("C", a.C)):
             self.set_map(name, y)
-        for name, y in (("delta_weight", delta_weight), ("A", A), ("D", D), ("delta_bias", delta_bias)):
+        for name, y in (("delta_weight", a.delta_weight), ("A", a.A), ("D", a.D), ("delta_bias", a.delta_bias)):
             if y is not None:
                 self.set_dense(name, y)
 
@@ -183,70 +170,42 @@ class _Call:
             raise MemoryError("not enough memory for the scratch space of selective_scan_2d")
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str,
-    keep_states: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return the merged outputs, and the states entering the chunks, empty unless asked for.
 
     Shapes as `selective_scan_2d`, the order names joined by commas, and `entering_shape`.
     """
-    tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
-    if native.leaves_to_reference("selective_scan_2d", *tensors):
-        return reference.forward(*tensors, delta_softplus, orders, merge, permute, False, out_dtype)
-    call = _Call(*tensors, delta_softplus, orders, merge, permute)
-    shape = (*x.shape[:3], call.table.routes, x.shape[3]) if merge == "none" else x.shape
+    x = a.x
+    if native.leaves_to_reference("selective_scan_2d", *SCHEMA.input_tensors(a)):
+        return reference.forward(a)
+    call = _Call(a)
+    shape = (*x.shape[:3], call.table.routes, x.shape[3]) if a.merge == "none" else x.shape
     out = torch.empty(shape, dtype=torch.float32)
     call.set_rows("out", out)
     # Orders may have fewer chunks than the longest.
-    entering = torch.zeros(entering_shape(x, A, call.arguments.steps) if keep_states else 0, dtype=torch.float32)
-    if keep_states:
+    kept = entering_shape(x, a.A, call.arguments.steps) if a.keep_states else 0
+    entering = torch.zeros(kept, dtype=torch.float32)
+    if a.keep_states:
         call.set_dense("entering", entering)
     call.run("selective_scan_2d_forward")
-    return out.to(out_dtype or x.dtype), entering
+    return out.to(a.out_dtype or x.dtype), entering
 
 
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str,
-    entering: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None.
 
-    The way forward is gone once more where it did not keep the states entering the chunks.
+    The states entering the chunks are found anew where the forward pass did not keep them.
     """
-    tensors = (x, delta, delta_weight, A, B, C, D, delta_bias)
+    tensors = SCHEMA.input_tensors(a)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
-        return reference.backward(grad_out, *tensors, delta_softplus, orders, merge, permute)
+        return reference.backward(a, gradients)
+    x, (grad_out, entering) = a.x, gradients
     if entering is None or entering.dim() == 1:
-        _, entering = forward(*tensors, delta_softplus, orders, merge, permute, keep_states=True)
-    call = _Call(*tensors, delta_softplus, orders, merge, permute)
+        _, entering = forward(a._replace(keep_states=True))
+    call = _Call(a)
     call.set_dense("entering", entering)
     call.set_rows("grad_out", grad_out)
-    names = ("x", "delta" if delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")
+    names = ("x", "delta" if a.delta_weight is None else "rank", "weight", "A", "B", "C", "D", "bias")
     grads = []
     for name, y in zip(names, tensors, strict=True):
         if y is None:

@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
+from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.selective_scan import reference as scan
+from visionmix.kernels.selective_scan import schema as scan_schema
 from visionmix.kernels.selective_scan_2d.routes import Routes, routes, take, take_sum
+from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
+from visionmix.scans.order_names import count_routes, split_orders
+from visionmix.scans.orders import symbolic_order
 
 
 def _sequences(maps: Tensor, table: Routes, dtype: torch.dtype) -> Tensor:
@@ -32,101 +37,103 @@ def _orders_last(x: Tensor, orders: int) -> Tensor:
 class _Inputs:
     """The arguments of the one-dimensional scan."""
 
-    def __init__(self, x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute):
-        self.dtype = dispatch.compute_dtype(x, delta, delta_weight, A, B, C, D, delta_bias)
-        self.table = routes(orders, x.shape[1], x.shape[2], permute)
-        self.u = take(x.to(self.dtype).flatten(1, 2), self.table.index).unflatten(1, self.table.index.shape)
-        self.steps = _sequences(delta, self.table, self.dtype)
-        self.weight = None if delta_weight is None else delta_weight.to(self.dtype)
+    def __init__(self, a: Arguments):
+        self.dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
+        self.table = routes(a.orders, a.x.shape[1], a.x.shape[2], a.permute)
+        u = take(a.x.to(self.dtype).flatten(1, 2), self.table.index).unflatten(1, self.table.index.shape)
+        self.steps = _sequences(a.delta, self.table, self.dtype)
+        self.weight = None if a.delta_weight is None else a.delta_weight.to(self.dtype)
         full = self.steps if self.weight is None else self.steps @ self.weight.transpose(1, 2)
-        self.arguments = (
-            _channels(self.u),
-            _channels(full),
-            A.flatten(0, 1),
-            _sequences(B, self.table, self.dtype).transpose(2, 3),
-            _sequences(C, self.table, self.dtype).transpose(2, 3),
-            None if D is None else D.flatten(),
-            None,
-            None if delta_bias is None else delta_bias.flatten(),
+        self.scan = scan_schema.Arguments(
+            u=_channels(u),
+            delta=_channels(full),
+            A=a.A.flatten(0, 1),
+            B=_sequences(a.B, self.table, self.dtype).transpose(2, 3),
+            C=_sequences(a.C, self.table, self.dtype).transpose(2, 3),
+            D=None if a.D is None else a.D.flatten(),
+            z=None,
+            delta_bias=None if a.delta_bias is None else a.delta_bias.flatten(),
+            delta_softplus=a.delta_softplus,
+            return_last_state=False,
         )
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str,
-    keep_states: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the merged outputs, and nothing: the way back finds the states itself.
+def _read(maps: Tensor, cells: Tensor) -> Tensor:
+    """(batch, height, width, features) to (batch, features, steps), zeros where no cell is read."""
+    flat = torch.nn.functional.pad(maps.flatten(1, 2), (0, 0, 0, 1))
+    return flat.index_select(1, torch.where(cells < 0, flat.shape[1] - 1, cells)).transpose(1, 2)
+
+
+def _exported(a: Arguments) -> list[Tensor]:
+    """Return the routes' maps in a graph that serves every size: one order after the other, in its own steps."""
+    dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
+    height, width = a.x.shape[1:3]
+    found = []
+    for number, name in enumerate(split_orders(a.orders)):
+        index, inverse = (table.to(a.x.device) for table in symbolic_order(name, height, width))
+        place = index if a.permute == "all" else torch.arange(height * width, device=a.x.device)
+        steps, B, C = (_read(maps[..., number, :].to(dtype), place) for maps in (a.delta, a.B, a.C))
+        if a.delta_weight is not None:
+            steps = a.delta_weight[number].to(dtype) @ steps
+        D, bias = (None if option is None else option[number] for option in (a.D, a.delta_bias))
+        inputs = (_read(a.x.to(dtype), index), steps, a.A[number], B.unsqueeze(1), C.unsqueeze(1), D, None, bias)
+        out, *_ = scan.forward(scan_schema.Arguments(*inputs, a.delta_softplus, False))
+        taken = _read(out.transpose(1, 2).unsqueeze(1), inverse).unflatten(2, (count_routes(name), height, width))
+        found += [route.permute(0, 2, 3, 1) for route in taken.unbind(2)]
+    return found
+
+
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Return the merged outputs, and nothing: the backward pass finds the states itself.
 
     Shapes as `selective_scan_2d`, the order names joined by commas.
     """
-    inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)
-    out, *_ = scan.forward(*inputs.arguments, delta_softplus, False)
+    x, dtype = a.x, a.out_dtype or a.x.dtype
+    if is_symbolic(x.shape[1], x.shape[2]):
+        maps = _exported(a)
+        out = torch.stack(maps, 3) if a.merge == "none" else sum(maps)
+        out = out / len(maps) if a.merge == "mean" else out
+        return out.to(dtype), out.new_empty(0)
+    inputs = _Inputs(a)
+    out, *_ = scan.forward(inputs.scan)
     inverse = inputs.table.inverse
-    sequences = _orders_last(out, A.shape[0]).flatten(1, 2)
-    if merge == "none":
+    sequences = _orders_last(out, a.A.shape[0]).flatten(1, 2)
+    if a.merge == "none":
         out = take(sequences, inverse).unflatten(1, inverse.shape).transpose(1, 2)
         shape = (*x.shape[:3], len(inverse), x.shape[3])
     else:
         out = take_sum(sequences, inverse)
-        out = out / len(inverse) if merge == "mean" else out
+        out = out / len(inverse) if a.merge == "mean" else out
         shape = x.shape
-    return out.reshape(shape).to(out_dtype or x.dtype).contiguous(), out.new_empty(0)
+    return out.reshape(shape).to(dtype).contiguous(), out.new_empty(0)
 
 
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str,
-    entering: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
-    inputs = _Inputs(x, delta, delta_weight, A, B, C, D, delta_bias, orders, permute)
-    table, count = inputs.table, A.shape[0]
-    grad = grad_out.to(inputs.dtype).flatten(1, 2)
-    if merge == "none":
+    inputs = _Inputs(a)
+    table, count = inputs.table, a.A.shape[0]
+    grad = gradients.grad_out.to(inputs.dtype).flatten(1, 2)
+    if a.merge == "none":
         grad = grad.transpose(1, 2).flatten(1, 2)
     else:
-        grad = grad / len(table.inverse) if merge == "mean" else grad
+        grad = grad / len(table.inverse) if a.merge == "mean" else grad
         grad = grad.repeat(1, len(table.inverse), 1)
     grad = take_sum(grad, table.inverse_back).unflatten(1, table.index.shape)
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias, _ = scan.backward(
-        _channels(grad), None, *inputs.arguments, delta_softplus
-    )
+    of_scan = scan_schema.Gradients(_channels(grad), None, None)
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias, _ = scan.backward(inputs.scan, of_scan)
     grad_steps = _orders_last(grad_delta, count)
-    grad_weight = x.new_empty(0)
+    grad_weight = a.x.new_empty(0)
     if inputs.weight is not None:
-        grad_weight = torch.einsum("bksc,bksr->kcr", grad_steps, inputs.steps).to(delta_weight.dtype)
+        grad_weight = torch.einsum("bksc,bksr->kcr", grad_steps, inputs.steps).to(a.delta_weight.dtype)
         grad_steps = grad_steps @ inputs.weight
     grad_x = take_sum(_orders_last(grad_u, count).flatten(1, 2), table.index_back)
     return (
-        grad_x.view(x.shape).to(x.dtype),
-        _maps(grad_steps, table, delta),
+        grad_x.view(a.x.shape).to(a.x.dtype),
+        _maps(grad_steps, table, a.delta),
         grad_weight.contiguous(),
-        grad_A.view(A.shape),
-        _maps(grad_B.transpose(2, 3), table, B),
-        _maps(grad_C.transpose(2, 3), table, C),
-        grad_D if D is None else grad_D.view(D.shape),
-        grad_bias if delta_bias is None else grad_bias.view(delta_bias.shape),
+        grad_A.view(a.A.shape),
+        _maps(grad_B.transpose(2, 3), table, a.B),
+        _maps(grad_C.transpose(2, 3), table, a.C),
+        grad_D if a.D is None else grad_D.view(a.D.shape),
+        grad_bias if a.delta_bias is None else grad_bias.view(a.delta_bias.shape),
     )

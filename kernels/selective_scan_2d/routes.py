@@ -6,21 +6,15 @@ from functools import cached_property, lru_cache, reduce
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-SEPARATOR = ","
-
-
-def count_routes(orders: str) -> int:
-    """Return the number of outputs of `merge="none"`: one an order, one more for each order joined to it by "+"."""
-    return orders.count(SEPARATOR) + orders.count("+") + 1
+from visionmix import scans
+from visionmix.kernels.private_api import outside_of_tracing
+from visionmix.scans.order_names import split_orders
 
 
 def count_steps(orders: str, height: int, width: int) -> int:
     """Return the steps of the longest order on a grid, whose sizes may be symbolic."""
-    from visionmix import scans
-
-    return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in orders.split(SEPARATOR)))
+    return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in split_orders(orders)))
 
 
 @dataclass
@@ -84,10 +78,8 @@ def routes(orders: str, height: int, width: int, permute: str) -> Routes:
     Raises:
         ValueError: an order's name is unknown.
     """
-    from visionmix import scans
-
-    with _disable_current_modes(), torch.inference_mode(False):
-        found = [scans.order(name, height, width) for name in orders.split(SEPARATOR)]
+    with outside_of_tracing(), torch.inference_mode(False):
+        found = [scans.order(name, height, width) for name in split_orders(orders)]
         indices, inverses = [order.index.numpy() for order in found], [order.inverse.numpy() for order in found]
     steps = max(len(index) for index in indices)
     index = np.stack([np.pad(index, (0, steps - len(index)), constant_values=-1) for index in indices])

@@ -19,7 +19,9 @@ from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import dot_precision, launch
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.routes import routes
+from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
 from visionmix.kernels.selective_scan_2d.triton_kernels import backward_kernel, forward_kernel
+from visionmix.scans.order_names import count_routes, split_orders
 
 _logger = logging.getLogger("visionmix.kernels")
 
@@ -47,7 +49,7 @@ def _slots(orders: str, height: int, width: int) -> tuple[np.ndarray, list[int]]
     slots = slots.reshape(table.index.shape)
     if not np.array_equal(np.where(slots < 0, -1, slots % cells), table.index):
         return None
-    per_order = [name.count("+") + 1 for name in orders.split(",")]
+    per_order = [count_routes(name) for name in split_orders(orders)]
     if max(per_order) == 1:
         slots = table.index
     return slots.astype(np.int32), per_order
@@ -67,17 +69,17 @@ def _log_reference(orders: str) -> None:
     )
 
 
-def _leaves_to_reference(x: Tensor, orders: str, permute: str) -> bool:
+def _leaves_to_reference(a: Arguments) -> bool:
     """Return whether the kernels cannot read what is asked for; log it once."""
-    if permute == "input":
+    if a.permute == "input":
         log_slow_path(
             "selective_scan_2d",
             "the Triton kernels read delta, B and C in the order of x, not in raster order",
             'pass permute="all" where the model allows another scan',
         )
         return True
-    if _slots(orders, x.shape[1], x.shape[2]) is None:
-        _log_reference(orders)
+    if _slots(a.orders, a.x.shape[1], a.x.shape[2]) is None:
+        _log_reference(a.orders)
         return True
     return False
 
@@ -85,7 +87,9 @@ def _leaves_to_reference(x: Tensor, orders: str, permute: str) -> bool:
 class _Problem:
     """Sizes, tables and the arguments that both kernels take."""
 
-    def __init__(self, x, delta, weight, A, B, C, D, bias, softplus: bool, orders: str, merge: str, backward: bool):
+    def __init__(self, a: Arguments, *, backward: bool):
+        x, delta, weight, A, B, C, D, bias = SCHEMA.input_tensors(a)
+        orders = a.orders
         self.batch, self.height, self.width, self.channels = x.shape
         self.cells = self.height * self.width
         self.orders, _, self.states = A.shape
@@ -97,7 +101,7 @@ class _Problem:
         self.chunks = triton.cdiv(self.steps, self.tokens)
         self.tiles = triton.cdiv(self.channels, self.block)
         self.grid = (self.batch, self.tiles, self.orders)
-        self.merge, self.like = merge, x
+        self.like = x
         # One axis of cells: a view, unless a map's rows do not follow each other.
         x, delta, B, C = (y.flatten(1, 2) for y in (x, delta, B, C))
         strides = {}
@@ -131,7 +135,7 @@ class _Problem:
             "BN": triton.next_power_of_2(self.states),
             "BC": self.block,
             "BT": self.tokens,
-            "SOFTPLUS": softplus,
+            "SOFTPLUS": a.delta_softplus,
         }
         self.precision = dot_precision(x, delta, weight)
         # Each order reads the whole map; what has no channels is read once a channel tile.
@@ -187,63 +191,34 @@ class _Problem:
         )
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str,
-    keep_states: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the merged outputs, and nothing: the way back finds the states itself.
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Return the merged outputs, and nothing: the backward pass finds the states itself.
 
     Shapes as `selective_scan_2d`, the order names joined by commas.
     """
-    inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
-    if _leaves_to_reference(x, orders, permute):
-        return reference.forward(*inputs, permute, False, out_dtype)
-    problem = _Problem(*inputs, backward=False)
+    x, merge = a.x, a.merge
+    if _leaves_to_reference(a):
+        return reference.forward(a)
+    problem = _Problem(a, backward=False)
     nothing = x.new_empty(0, dtype=torch.float32)
     if merge == "none":
         make = x.new_empty if problem.complete else x.new_zeros
-        out = make((*x.shape[:3], problem.routes, problem.channels), dtype=out_dtype)
+        out = make((*x.shape[:3], problem.routes, problem.channels), dtype=a.out_dtype)
         strides = {"so_b": out.stride(0), "so_k": out.stride(3), "so_t": out.stride(2), "so_c": 1}
         problem.forward(out, None, strides)
         return out, nothing
     out, strides = problem.map_buffer()
     problem.forward(out, None, strides)
-    return problem.merged_map(out, out_dtype, 1 / problem.routes if merge == "mean" else 1.0), nothing
+    return problem.merged_map(out, a.out_dtype, 1 / problem.routes if merge == "mean" else 1.0), nothing
 
 
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str,
-    entering: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
-    inputs = (x, delta, delta_weight, A, B, C, D, delta_bias, delta_softplus, orders, merge)
-    if _leaves_to_reference(x, orders, permute):
-        return reference.backward(grad_out, *inputs, permute)
-    problem = _Problem(*inputs, backward=True)
+    if _leaves_to_reference(a):
+        return reference.backward(a, gradients)
+    x, delta, delta_weight, A, B, C, D, delta_bias = SCHEMA.input_tensors(a)
+    grad_out, merge = gradients.grad_out, a.merge
+    problem = _Problem(a, backward=True)
 
     def empty(*shape: int, zeros: bool = False) -> Tensor:
         return (x.new_zeros if zeros else x.new_empty)(shape, dtype=torch.float32)

@@ -98,7 +98,9 @@ def forward_kernel(
     RANK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
     JOINED: tl.constexpr, INT64: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """The scan of one order, chunk by chunk along its slots.
+    """`h_t = exp(delta_t A) h_(t-1) + delta_t B_t x_o(t)`, `y_o(t) = C_t h_t + D x_o(t)`: the scan of one order o.
+
+    delta, B and C at step t are those of the cell o(t). Chunk by chunk along the order's slots.
 
     `out` is stored by route and cell. `states` (batch, K, chunks, channels, N), where given, takes the states entering
     the chunks, and `out` nothing.
@@ -121,6 +123,7 @@ def forward_kernel(
             o_s = ((i_b * orders + i_k) * chunks + i_t) * channels * N
             m_h = m_c[:, None] & (o_n < N)[None, :]
             tl.store(p_states + o_s + o_c[:, None] * N + o_n[None, :], b_h, mask=m_h)
+        # (steps, channels)
         b_x = _tile(p_x + i_b * sx_b, o_cell, o_c, sx_t, sx_c, mask)
         b_delta, _ = _delta(
             p_delta + i_b * sd_b + i_k * sd_k, None if p_weight is None else p_weight + i_k * sw_k,
@@ -129,6 +132,7 @@ def forward_kernel(
         )  # fmt: skip
         b_y = tl.zeros((BT, BC), tl.float32)
         for n in range(N):
+            # (channels,); B and C (steps, 1)
             b_A = tl.load(p_A + i_k * sA_k + o_c * sA_c + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
             b_B = _projection(p_B + i_b * sB_b + i_k * sB_k + n * sB_n, o_cell, sB_t, m_cell)
             b_total, b_s = tl.associative_scan(
@@ -155,7 +159,9 @@ def backward_kernel(
     RANK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
     JOINED: tl.constexpr, INT64: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one order, from the last chunk to the first.
+    """The gradients of one order, as `selective_scan`'s `backward_kernel` has them, at the cells that the steps read.
+
+    With `g_t = C_t dy_o(t) + exp(delta_(t+1) A) g_(t+1)`, from the last chunk to the first.
 
     `dx` is stored as `forward_kernel` stores `out`. By route: ddelta (batch, cells, routes, channels), or of low rank
     (tiles, batch, cells, routes, RANK) to be summed over the tiles, as dB and dC (tiles, batch, cells, routes, N).
@@ -186,6 +192,7 @@ def backward_kernel(
         m_t = o_t < steps
         o_cell, b_route, m_cell = _cells(p_slots + i_k * steps, o_t, steps, cells, i_k, JOINED, INT64)
         mask = m_cell[:, None] & m_c[None, :]
+        # (steps, channels)
         b_x = _tile(p_x + i_b * sx_b, o_cell, o_c, sx_t, sx_c, mask)
         p_d = p_delta + i_b * sd_b + i_k * sd_k
         p_w = None if p_weight is None else p_weight + i_k * sw_k
@@ -199,6 +206,7 @@ def backward_kernel(
         b_dx = tl.zeros((BT, BC), tl.float32)
         b_ddelta = tl.zeros((BT, BC), tl.float32)
         for n in range(N):
+            # (channels,); B and C (steps, 1)
             b_A = tl.load(p_A + i_k * sA_k + o_c * sA_c + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
             b_B = _projection(p_B + i_b * sB_b + i_k * sB_k + n * sB_n, o_cell, sB_t, m_cell)
             b_C = _projection(p_C + i_b * sC_b + i_k * sC_k + n * sC_n, o_cell, sC_t, m_cell)

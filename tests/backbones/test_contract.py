@@ -1,4 +1,4 @@
-"""What timm asks of a model, over every tiny model of this library."""
+"""The model contract of timm: a pass and a graph of every tiny model, the whole contract of those that are core."""
 
 import copy
 import math
@@ -6,13 +6,10 @@ import math
 import pytest
 import timm
 import torch
+from tiny_models import EVERY, WHOLE
 from torch.fx import symbolic_trace
 
-import visionmix
 from visionmix.layers import split_prefix
-
-NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
-pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture
@@ -30,6 +27,15 @@ def image(height=96, width=96, batch=1):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height * width))
 
 
+@EVERY
+def test_one_pass(name, model):
+    with torch.no_grad():
+        logits = model(image(96, 128, batch=2))
+    assert logits.shape == (2, 1000)
+    assert torch.isfinite(logits).all()
+
+
+@WHOLE
 @pytest.mark.parametrize("size", [(96, 96), (225, 193), (32, 64)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_forward_at_any_size(name, model, size, batch):
@@ -41,6 +47,7 @@ def test_forward_at_any_size(name, model, size, batch):
         assert torch.allclose(logits[-1:], model(images[-1:]), atol=1e-5)
 
 
+@WHOLE
 def test_features_and_heads(name, model):
     images = image()
     features = model.forward_features(images)
@@ -60,17 +67,20 @@ def test_features_and_heads(name, model):
     assert timm.create_model(name, num_classes=0, global_pool="")(images).shape == unpooled
 
 
+@WHOLE
 def test_cfg_names_layers_that_exist(name, model):
     for layer in ("first_conv", "classifier"):
         assert f"{model.default_cfg[layer]}.weight" in model.state_dict()
 
 
+@WHOLE
 def test_every_parameter_gets_a_gradient(name):
     model = timm.create_model(name, num_classes=42, drop_path_rate=0.1).train()
     model(image(128, 128, batch=2)).mean().backward()
     assert [key for key, value in model.named_parameters() if value.grad is None] == []
 
 
+@WHOLE
 def test_gradient_checkpointing_changes_nothing(name):
     torch.manual_seed(0)
     model = timm.create_model(name).train()
@@ -82,6 +92,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         assert torch.allclose(value.grad, theirs.grad, rtol=1e-4, atol=1e-5), key
 
 
+@WHOLE
 def test_gradients_repeat_bitwise(name):
     torch.manual_seed(0)
     model = timm.create_model(name).train()
@@ -93,6 +104,7 @@ def test_gradients_repeat_bitwise(name):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+@WHOLE
 def test_intermediates(name, model):
     images = image(96, 128)
     final, maps = model.forward_intermediates(images)
@@ -117,6 +129,7 @@ def test_intermediates(name, model):
         model.forward_intermediates(images, output_fmt="NCL")
 
 
+@WHOLE
 def test_intermediate_layers_as_vision_transformers_have_them(name, model):
     if not hasattr(model, "get_intermediate_layers"):
         pytest.skip("only plain models have one width for all blocks")
@@ -128,6 +141,7 @@ def test_intermediate_layers_as_vision_transformers_have_them(name, model):
     assert prefix.shape == (1, model.num_prefix_tokens, model.num_features)
 
 
+@WHOLE
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_new_classifier_has_the_models_type_and_device(name, dtype):
     model = timm.create_model(name, num_classes=0).to(dtype)
@@ -140,6 +154,7 @@ def test_a_new_classifier_has_the_models_type_and_device(name, dtype):
     assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", dtype)}
 
 
+@WHOLE
 def test_features_only(name, model):
     features = timm.create_model(name, features_only=True, out_indices=(0, 1))
     features.model.load_state_dict(model.state_dict(), strict=False)
@@ -149,6 +164,7 @@ def test_features_only(name, model):
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(maps, expected, strict=True))
 
 
+@WHOLE
 def test_pruning_drops_what_follows(name, model):
     params = sum(value.numel() for value in model.parameters())
     expected = model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0]
@@ -158,12 +174,14 @@ def test_pruning_drops_what_follows(name, model):
     assert torch.equal(model.forward_intermediates(image(), indices=[0], intermediates_only=True)[0], expected)
 
 
+@WHOLE
 def test_scripted(name, model):
     scripted = torch.jit.script(model)
     for size in ((96, 96), (64, 160)):
         assert torch.allclose(scripted(image(*size)), model(image(*size)), atol=1e-6)
 
 
+@EVERY
 def test_traced_by_fx(name, model):
     traced = symbolic_trace(model)
     for size in ((96, 96), (64, 160)):
@@ -171,6 +189,7 @@ def test_traced_by_fx(name, model):
     assert torch.allclose(torch.jit.script(traced)(image()), model(image()), atol=1e-6)
 
 
+@WHOLE
 def test_layer_groups_and_weight_decay(name, model):
     from timm.models import group_parameters
     from timm.optim import create_optimizer_v2
@@ -184,6 +203,7 @@ def test_layer_groups_and_weight_decay(name, model):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
+@WHOLE
 def test_bfloat16_autocast(name, model):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = model(image())
@@ -192,11 +212,13 @@ def test_bfloat16_autocast(name, model):
     assert (low.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@WHOLE
 def test_device_and_dtype(name):
     model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
     assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", torch.bfloat16)}
 
 
+@WHOLE
 @pytest.mark.parametrize(("shape", "message"), [
     ((1, 1, 96, 96), r"1 channels.*in_chans=3"),
     ((3, 96, 96), r"x\[None\]"),

@@ -6,12 +6,10 @@ import pytest
 import timm
 import torch
 from accelerator import needs_gpu
+from tiny_models import EVERY
 from tolerance import assert_close, gradients
 
-import visionmix
-
-NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
-pytestmark = [needs_gpu, pytest.mark.parametrize("name", NAMES)]
+pytestmark = [needs_gpu, EVERY]
 
 
 def both(name: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:

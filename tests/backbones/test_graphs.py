@@ -4,15 +4,15 @@ import pytest
 import timm
 import torch
 from accelerator import DEVICES
+from tiny_models import TINY
 from torch._dynamo.utils import counters
 from torch.export import Dim
 
 import visionmix
 
-NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
 # Every model's graphs are tested; those of one in the quick suite too, since each takes up to a minute.
 QUICK = ("test_vig",)
-ANY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in NAMES])
+ANY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in TINY])
 SIZES = [(96, 128), (96, 96), (225, 193)]
 
 

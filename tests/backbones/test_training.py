@@ -4,12 +4,10 @@ import pytest
 import timm
 import torch
 from accelerator import DEVICES
+from tiny_models import EVERY
 from torch.nn import functional as F
 
-import visionmix
-
-NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
-pytestmark = [pytest.mark.long, pytest.mark.parametrize("name", NAMES)]
+pytestmark = [pytest.mark.long, EVERY]
 STEPS = 50
 
 

@@ -11,7 +11,7 @@ from visionmix.integrations.openmmlab import Backbone  # noqa: E402
 
 
 def built(**options):
-    """What a config of mmdet or mmseg builds: by the root registry, from a dict."""
+    """Return the backbone as a config of mmdet or mmseg builds it: by the root registry, from a dict."""
     return registry.MODELS.build({"type": "visionmix.Backbone", **options})
 
 
@@ -32,7 +32,7 @@ def test_maps_are_the_models_own_at_any_size(name):
     assert [64 // found.shape[2] for found in backbone(torch.randn(1, 3, 64, 64))] == backbone.strides == [4, 8, 16, 32]
 
 
-def test_out_indices_choose_stages_and_what_lies_behind_is_not_built():
+def test_out_indices_choose_stages_and_later_ones_are_not_built():
     backbone = Backbone("test_vig_h", out_indices=(0, 2))
     assert backbone.strides == [4, 16]
     assert len(backbone.features.model.stages) == 3
@@ -97,7 +97,7 @@ def test_published_weights_outlast_mmengines_initialisation(tmp_path):
         assert torch.equal(value, model.state_dict()[key]), key
 
 
-def test_init_cfg_loads_what_mmengine_saved(tmp_path):
+def test_init_cfg_loads_a_checkpoint_of_mmengine(tmp_path):
     first = Backbone("test_vmamba", norm_output=True)
     file = tmp_path / "backbone.pth"
     torch.save({"state_dict": first.state_dict()}, file)

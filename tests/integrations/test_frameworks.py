@@ -124,7 +124,7 @@ def test_one_process_has_no_synchronised_norms(monkeypatch):
     assert openmmlab.read("mmseg/upernet_vmamba_tiny_160k.py").model.decode_head.norm_cfg.type == "SyncBN"
 
 
-def test_commands_refuse_what_they_cannot_do(capsys):
+def test_commands_refuse_missing_and_foreign_configs(capsys):
     assert train_det.main(["mmdet/no_such.py"]) == 2
     assert "there is no recipe 'mmdet/no_such.py'" in capsys.readouterr().err
     assert train_det.main(["demo/nuclei.py"]) == 2

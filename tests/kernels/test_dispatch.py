@@ -120,17 +120,18 @@ def test_implementation_of_another_device_is_refused(toy):
 
 
 def test_an_implementation_gets_the_arguments_and_runs_backward(monkeypatch):
-    """What the schema says goes in, without `implementation`; backward uses the implementation of forward."""
+    """The schema's arguments go in by name; backward uses the implementation of forward."""
     seen = {}
     reference = dispatch.load("gated_linear_attention", "reference")
 
-    def forward(*args):
-        seen["forward"] = len(args)
-        return reference.forward(*args)
+    def forward(arguments):
+        seen["forward"] = arguments._fields
+        return reference.forward(arguments)
 
-    def backward(*args):
-        seen["backward"] = len(args)
-        return reference.backward(*args)
+    def backward(arguments, gradients):
+        seen["backward"] = gradients._fields
+        assert arguments.q is not None
+        return reference.backward(arguments, gradients)
 
     monkeypatch.setitem(
         dispatch._loaders["gated_linear_attention"], "cpu", lambda: dispatch.Implementation(forward, backward)
@@ -144,7 +145,8 @@ def test_an_implementation_gets_the_arguments_and_runs_backward(monkeypatch):
             out.sum().backward()
     finally:
         dispatch._load.cache_clear()
-    assert seen == {"forward": 7, "backward": 8}
+    fields = ("q", "k", "v", "g", "scale", "initial_state", "output_final_state", "implementation")
+    assert seen == {"forward": fields, "backward": ("grad_out", "grad_state")}
 
 
 def test_import_loads_no_triton():

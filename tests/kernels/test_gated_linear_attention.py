@@ -1,5 +1,4 @@
 import golden
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import bidirectional_gated_linear_attention, gated_linear_attention
+from visionmix.kernels.gated_linear_attention import definition
 
 
 def make(batch, length, heads, dk, dv, gates=1, seed=0, strength=1.0, dtype=torch.float64):
@@ -49,7 +49,7 @@ def test_golden(case, dtype, choice):
 def test_one_direction_with_states(length):
     inputs = make(2, length, 2, 3, 5)
     state = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True)
-    expected = naive.gated_linear_attention(*inputs, 0.7, state)
+    expected = definition.gated_linear_attention(*inputs, 0.7, state)
     actual = gated_linear_attention(*inputs, 0.7, state, True)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs)
@@ -70,7 +70,7 @@ def test_one_direction_with_states(length):
 )
 def test_both_directions(batch, length, heads, dk, dv, merge, choice, seed):
     inputs = make(batch, length, heads, dk, dv, 2, seed)
-    expected = naive.bidirectional_gated_linear_attention(*inputs, dk**-0.5, merge)
+    expected = definition.bidirectional_gated_linear_attention(*inputs, dk**-0.5, merge)
     with choose(choice):
         actual = bidirectional_gated_linear_attention(*inputs, merge=merge)
         assert_close(actual, expected)
@@ -95,7 +95,7 @@ def test_strong_decay(decay, dtype):
         gate[:, ::7] = decay
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    expected = naive.bidirectional_gated_linear_attention(*doubles, 0.5, "sum")
+    expected = definition.bidirectional_gated_linear_attention(*doubles, 0.5, "sum")
     actual = bidirectional_gated_linear_attention(*inputs, 0.5, "sum")
     assert_close(actual, expected)
     assert_gradients_close(gradients(actual, inputs), gradients(expected, doubles))
@@ -112,7 +112,7 @@ def test_strong_decay_everywhere_leaves_the_token_itself(decay):
 def test_dtypes(dtype):
     inputs = make(2, 49, 2, 8, 8, 2, strength=1 / 16, dtype=dtype)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    expected = naive.bidirectional_gated_linear_attention(*doubles, 8**-0.5, "mean")
+    expected = definition.bidirectional_gated_linear_attention(*doubles, 8**-0.5, "mean")
     actual = bidirectional_gated_linear_attention(*inputs)
     assert actual.dtype == dtype
     assert_close(actual, expected)

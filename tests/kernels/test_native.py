@@ -1,6 +1,7 @@
 """Compiling at first use: the cache, the lock, and every way in which it can fail."""
 
 import ctypes
+import importlib
 import json
 import logging
 import multiprocessing
@@ -352,3 +353,60 @@ print(len(lines), lines[0])
 
 def test_backends_are_ready():
     assert kernels.backends()["gated_linear_attention"]["cpu"] == "ready"
+
+
+class _Pair(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("rows", ctypes.c_int64 * 2), ("first", ctypes.c_int64)]
+
+
+STRUCTURE = """
+#include <cstdint>
+extern "C" {
+// Comments, and functions; are no fields.
+struct Pair {
+  float* data;
+  std::int64_t rows[2], first;  // the last one
+  float* at(std::int64_t i) const { return data + i; }
+};
+std::int64_t size_of_Pair() { return sizeof(Pair); }
+}
+"""
+
+
+def test_structures_alike_in_python_and_cpp_are_taken(source):
+    source.write_text(STRUCTURE)
+    assert native.load.__wrapped__(source, _Pair).size_of_Pair() == ctypes.sizeof(_Pair)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rows[2], first;", "rows[2], first, more;"), r"32 bytes in cpu.py and 40 in C\+\+: nothing stands .* more;"),
+        (("rows[2], first;", "rows[2];"), r"32 bytes in cpu.py and 24 in C\+\+: first stands where C\+\+ has nothing;"),
+        (("rows[2], first;", "first, rows[2];"), r"rows stands where C\+\+ has first"),
+        (("rows[2]", "rows[3]"), r"32 bytes in cpu.py and 40 in C\+\+: change both alike"),
+        (("first;", "first; float a;"), r"32 bytes in cpu.py and 40 in C\+\+: nothing stands where C\+\+ has a"),
+        (("Pair", "Other"), r"has no structure Pair; the one in cpu.py must have the same name"),
+    ],
+    ids=["more", "fewer", "swapped", "longer", "shorter type", "renamed"],
+)
+def test_structure_that_differs_is_refused(source, change, message):
+    source.write_text(STRUCTURE.replace(*change))
+    with pytest.raises(RuntimeError, match=message):
+        native.load.__wrapped__(source, _Pair)
+
+
+@pytest.mark.parametrize("op", [path.parent.name for path in Path(kernels.__file__).parent.glob("*/cpu.py")])
+def test_field_added_in_python_alone_is_refused(op, monkeypatch):
+    """Every op's structures are compared when its library is loaded."""
+    module = importlib.import_module(f"visionmix.kernels.{op}.cpu")
+    names = [name for name, x in vars(module).items() if isinstance(x, type) and issubclass(x, ctypes.Structure)]
+    assert names
+    for name in names:
+        structure = getattr(module, name)
+        module._library.__wrapped__()
+        longer = type(name, (ctypes.Structure,), {"_fields_": [*structure._fields_, ("more", ctypes.c_int64)]})
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, longer)
+            with pytest.raises(RuntimeError, match=r"more stands where C\+\+ has nothing"):
+                module._library.__wrapped__()

@@ -1,7 +1,6 @@
 import itertools
 
 import golden
-import naive_neighborhood
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,8 @@ from memory import PeakMemory
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, na1d, na2d, na3d, use
-from visionmix.kernels.neighborhood_attention import neighborhood_attention_op, reference
+from visionmix.kernels.neighborhood_attention import definition, neighborhood_attention_op, reference
+from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 ARGUMENTS = ("query", "key", "value", "additional_keys", "additional_values", "relative_position_bias")
@@ -70,7 +70,7 @@ def naive(tensors, kernel_size, stride=1, dilation=1, is_causal=False, scale=Non
 
     scale = tensors["query"].shape[-1] ** -0.5 if scale is None else scale
     arguments = (each(kernel_size), each(stride), each(dilation), each(is_causal), scale)
-    outs = naive_neighborhood.neighborhood_attention(
+    outs = definition.neighborhood_attention(
         *(tensors[name] for name in ARGUMENTS[:3]), *arguments, *map(tensors.get, ARGUMENTS[3:]), circular
     )
     return outs, gradients(outs, list(tensors.values()))
@@ -342,7 +342,7 @@ def test_extreme_scores(choice):
         tensors["query"].mul_(1000)
         tensors["relative_position_bias"][:, :4] = -torch.inf
     doubles = {name: x.detach().double() for name, x in tensors.items()}
-    expected, expected_lse = naive_neighborhood.neighborhood_attention(
+    expected, expected_lse = definition.neighborhood_attention(
         doubles["query"], doubles["key"], doubles["value"], (5, 5), (1, 1), (1, 1), (False, False), 0.5,
         relative_position_bias=doubles["relative_position_bias"],
     )  # fmt: skip
@@ -400,7 +400,7 @@ def test_a_map_smaller_than_the_window_is_padded(grid, filled, dilation, choice)
     def composed(query, key, value, relative_position_bias, key_padding=0.0, value_padding=0.0):
         key, value = F.pad(key, ends) + outside * key_padding, F.pad(value, ends) + outside * value_padding
         options = (None, None, relative_position_bias)
-        outs = naive_neighborhood.neighborhood_attention(F.pad(query, ends), key, value, *window, *options)
+        outs = definition.neighborhood_attention(F.pad(query, ends), key, value, *window, *options)
         return [out[:, : grid[0], : grid[1]] for out in outs]
 
     def ours(query, key, value, relative_position_bias, key_padding=None, value_padding=None):
@@ -439,9 +439,10 @@ def test_reference_holds_no_scores_of_the_whole_map(monkeypatch):
     monkeypatch.setattr(reference, "_SCORES", 1 << 16)
     tensors = {name: x.detach() for name, x in cast(make((96, 96), (7, 7), 4, 4, 4, 4), torch.float32).items()}
     window = ([7, 7], [1, 1], [1, 1], [0, 0], 1.0, None, None, None, False)
+    arguments = Arguments(*tensors.values(), *window)
     with PeakMemory() as memory:
-        out, lse = reference.forward(*tensors.values(), *window)
-        reference.backward(out, lse, *tensors.values(), out, lse, *window)
+        out, lse = reference.forward(arguments)
+        reference.backward(arguments, Gradients(out, lse, out, lse))
     size = tensors["query"].numel() * 4
     # Beside tensors as large as the inputs, a few tiles.
     assert memory.peak < 11 * size + 2**22

@@ -1,7 +1,6 @@
 import importlib
 
 import golden
-import naive
 import pytest
 import torch
 from choices import CHOICES, EACH_CHOICE, choose
@@ -11,7 +10,8 @@ from memory import PeakMemory
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, selective_scan
-from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan import definition, reference
+from visionmix.kernels.selective_scan.schema import Arguments, Gradients
 
 
 def make(batch=2, dim=4, length=20, states=3, *, B="1", C="1", options="D z delta_bias", seed=0, dtype=torch.float64):
@@ -83,7 +83,7 @@ def test_golden(case, dtype, choice):
 def test_against_definition(batch, pairs, length, states, B, C, options, softplus, last, choice, seed):
     C = B if C == "same" else C
     arguments = make(batch, 2 * pairs, length, states, B=B, C=C, options=options, seed=seed)
-    expected = naive.selective_scan(**arguments, delta_softplus=softplus)
+    expected = definition.selective_scan(**arguments, delta_softplus=softplus)
     with choose(choice):
         actual = selective_scan(**arguments, delta_softplus=softplus, return_last_state=last)
         if not last:
@@ -109,7 +109,7 @@ def test_gaps_against_definition(length, B, options, softplus, choice, seed):
     gap = (gap * (gap > 0.4)).requires_grad_()
     arguments["gap"] = gap
     inputs = list(arguments.values())
-    expected = naive.selective_scan(**arguments, delta_softplus=softplus)
+    expected = definition.selective_scan(**arguments, delta_softplus=softplus)
     with choose(choice):
         actual = selective_scan(**arguments, delta_softplus=softplus, return_last_state=True)
         for ours, theirs in zip(actual, expected, strict=True):
@@ -135,12 +135,12 @@ def test_gaps_leave_triton(caplog):
     pytest.importorskip("triton")
     module = importlib.import_module("visionmix.kernels.selective_scan.triton")
     dispatch.log_slow_path.cache_clear()
-    arguments = [x.detach() for x in make().values()]
-    gap = torch.rand_like(arguments[0])
-    out, state, _ = module.forward(*arguments, True, True, gap)
-    assert all(map(torch.equal, (out, state), reference.forward(*arguments, True, True, gap)[:2]))
-    grads = module.backward(out, state, *arguments, True, gap)
-    assert all(map(torch.equal, grads, reference.backward(out, state, *arguments, True, gap)))
+    tensors = [x.detach() for x in make().values()]
+    arguments = Arguments(*tensors, True, True, torch.rand_like(tensors[0]))
+    out, state, _ = module.forward(arguments)
+    assert all(map(torch.equal, (out, state), reference.forward(arguments)[:2]))
+    given = Gradients(out, state, None)
+    assert all(map(torch.equal, module.backward(arguments, given), reference.backward(arguments, given)))
     assert [record.message for record in caplog.records if "cross no gaps" in record.message]
 
 
@@ -159,7 +159,7 @@ def test_no_gap_and_no_step(choice):
 
 def test_one_channel_one_token():
     arguments = make(1, 1, 1, 1)
-    assert_close(selective_scan(**arguments), naive.selective_scan(**arguments)[0])
+    assert_close(selective_scan(**arguments), definition.selective_scan(**arguments)[0])
 
 
 def test_backward_in_several_parts(monkeypatch):
@@ -180,8 +180,8 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(reference, "_BACKWARD_STATES", batch * dim * length * states // 20)
     all_states = 4 * batch * dim * length * states
     with PeakMemory() as memory:
-        out, *_ = reference.forward(*arguments, True, False)
-        reference.backward(out, None, *arguments, True)
+        out, *_ = reference.forward(Arguments(*arguments, True, False))
+        reference.backward(Arguments(*arguments, True, False), Gradients(out, None, None))
     assert all_states // 20 < memory.peak < all_states // 2
 
 
@@ -190,7 +190,7 @@ def test_softplus_is_linear_above_20():
     with torch.no_grad():
         arguments["delta"] += torch.tensor([19.0, 20.5])[:, None]
         arguments["A"] *= 0.01
-    expected = naive.selective_scan(**arguments, delta_softplus=True)[0]
+    expected = definition.selective_scan(**arguments, delta_softplus=True)[0]
     actual = selective_scan(**arguments, delta_softplus=True)
     assert_close(actual, expected)
     inputs = list(arguments.values())
@@ -203,7 +203,7 @@ def test_strong_decay(rate):
     with torch.no_grad():
         arguments["A"][0] = rate
     twins = doubles(arguments)
-    actual, expected = selective_scan(**arguments), naive.selective_scan(**twins)[0]
+    actual, expected = selective_scan(**arguments), definition.selective_scan(**twins)[0]
     assert_close(actual, expected)
     assert_gradients_close(gradients(actual, list(arguments.values())), gradients(expected, list(twins.values())))
 
@@ -212,7 +212,7 @@ def test_strong_decay(rate):
 def test_dtypes(dtype):
     arguments = make(2, 4, 49, 4, B="2", C="2", dtype=dtype)
     twins = doubles(arguments)
-    expected, expected_state = naive.selective_scan(**twins, delta_softplus=True)
+    expected, expected_state = definition.selective_scan(**twins, delta_softplus=True)
     actual, state = selective_scan(**arguments, delta_softplus=True, return_last_state=True)
     assert actual.dtype == dtype
     assert state.dtype == torch.float32

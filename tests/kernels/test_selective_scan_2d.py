@@ -1,6 +1,5 @@
 import importlib
 
-import naive
 import pytest
 import torch
 from choices import CHOICES, choose
@@ -10,7 +9,8 @@ from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix import scans
 from visionmix.kernels import dispatch, selective_scan_2d, use
-from visionmix.kernels.selective_scan_2d import reference
+from visionmix.kernels.selective_scan_2d import definition, reference
+from visionmix.kernels.selective_scan_2d.schema import Arguments, Gradients
 
 CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 PLAIN = ("snake", "snake_transposed", "raster_reversed", "hilbert")
@@ -55,7 +55,10 @@ def call(function, arguments, **options):
 
 def check(arguments, twins=None, **options):
     twins = arguments if twins is None else twins
-    actual, expected = call(selective_scan_2d, arguments, **options), call(naive.selective_scan_2d, twins, **options)
+    actual, expected = (
+        call(selective_scan_2d, arguments, **options),
+        call(definition.selective_scan_2d, twins, **options),
+    )
     assert actual.dtype == arguments["x"].dtype
     assert_close(actual, expected)
     inputs = list(arguments.values())
@@ -124,11 +127,10 @@ def test_input_alone_permuted_leaves_triton(caplog):
     module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
     dispatch.log_slow_path.cache_clear()
     arguments = [x.detach() for x in make(orders=PLAIN).values()]
-    arguments = (*arguments[:2], None, *arguments[2:], True, ",".join(PLAIN), "sum", "input")
-    grad_out = torch.randn_like(arguments[0])
-    assert torch.equal(module.forward(*arguments)[0], reference.forward(*arguments)[0])
-    grads = module.backward(grad_out, *arguments)
-    assert all(map(torch.equal, grads, reference.backward(grad_out, *arguments)))
+    arguments = Arguments(*arguments[:2], None, *arguments[2:], True, ",".join(PLAIN), "sum", "input")
+    assert torch.equal(module.forward(arguments)[0], reference.forward(arguments)[0])
+    given = Gradients(torch.randn_like(arguments.x), None)
+    assert all(map(torch.equal, module.backward(arguments, given), reference.backward(arguments, given)))
     assert [record.getMessage().count("raster order") for record in caplog.records] == [1]
 
 

@@ -3,7 +3,6 @@
 import math
 
 import golden
-import naive
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +10,9 @@ from hypothesis import strategies as st
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import backends, selective_scan, selective_scan_2d, use
-from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan import definition, reference
+from visionmix.kernels.selective_scan.schema import Arguments
+from visionmix.kernels.selective_scan_2d import definition as definition_2d
 
 CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 ORDERS = {
@@ -89,7 +90,7 @@ def doubles(arguments):
     return {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
 
 
-def check(arguments, softplus=True, last=False, expect=naive.selective_scan):
+def check(arguments, softplus=True, last=False, expect=definition.selective_scan):
     twins = doubles(arguments)
     expected = expect(**twins, delta_softplus=softplus)
     actual = selective_scan(**arguments, delta_softplus=softplus, return_last_state=last)
@@ -107,7 +108,7 @@ def check_2d(arguments, **options):
 
 
 def _naive_2d(*, orders=CROSS, merge="sum", **arguments):
-    return naive.selective_scan_2d(orders=orders, merge=merge, **arguments)
+    return definition_2d.selective_scan_2d(orders=orders, merge=merge, **arguments)
 
 
 _META, _ARRAYS = golden.load("op_selective_scan")
@@ -167,7 +168,7 @@ def test_states_that_were_not_kept_are_found_again(op):
 def test_gradients_of_the_last_state_alone():
     arguments = make(2, 5, 40, 3, options="delta_bias")
     twins = doubles(arguments)
-    _, expected = naive.selective_scan(**twins, delta_softplus=True)
+    _, expected = definition.selective_scan(**twins, delta_softplus=True)
     _, actual = selective_scan(**arguments, delta_softplus=True, return_last_state=True)
     names = ["u", "delta", "A", "B", "delta_bias"]  # the others do not reach it
     ours, theirs = ([inputs[name] for name in names] for inputs in (arguments, twins))
@@ -244,13 +245,10 @@ def test_2d_orders_one_by_one():
 @pytest.mark.parametrize(("B", "C"), [("ungrouped", "ungrouped"), ("2", "2"), ("constant", "2"), ("constant",) * 2])
 def test_published_cases(length, options, softplus, B, C):
     def expect(delta_softplus, **arguments):
-        return reference.forward(
-            *(arguments.get(name) for name in ("u", "delta", "A")),
-            *(x if x.dim() != 3 else x.unsqueeze(1) for x in (arguments["B"], arguments["C"])),
-            *(arguments.get(name) for name in ("D", "z", "delta_bias")),
-            delta_softplus,
-            True,
-        )[:2]
+        grouped = {name: x if x.dim() != 3 else x.unsqueeze(1) for name, x in arguments.items() if name in ("B", "C")}
+        names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+        tensors = [(arguments | grouped).get(name) for name in names]
+        return reference.forward(Arguments(*tensors, delta_softplus, True))[:2]
 
     arguments = make(2, 4, length, 8, B, C, options)
     generator = torch.Generator().manual_seed(0)
@@ -292,7 +290,7 @@ def test_dtypes(dtype):
     arguments = make(2, 20, 49, 4, "2", "2", dtype=dtype)
     twins = doubles(arguments)
     actual = selective_scan(**arguments, delta_softplus=True)
-    expected, _ = naive.selective_scan(**twins, delta_softplus=True)
+    expected, _ = definition.selective_scan(**twins, delta_softplus=True)
     assert actual.dtype == dtype
     assert_close(actual, expected)
     grads = gradients(actual, list(arguments.values()))

@@ -22,6 +22,7 @@ from visionmix.layers import (
     patch_stem,
     swiglu,
 )
+from visionmix.layers.layout import channels_first
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
@@ -121,7 +122,7 @@ def test_options_of_stems_and_downsamplers():
 def test_selective_scan_is_its_formula():
     torch.manual_seed(0)
     orders = ("snake", "raster_transposed_reversed")
-    scan = SelectiveScan2d(4, orders, step_rank=2, states=3).double()
+    scan = SelectiveScan2d(4, orders, dt_rank=2, d_state=3).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     expected = torch.zeros(2, 12, 4, dtype=torch.float64)
     for k, name in enumerate(orders):
@@ -140,17 +141,17 @@ def test_selective_scan_is_its_formula():
 
 
 def test_selective_scan_begins_as_mamba_does():
-    scan = SelectiveScan2d(64, ("raster",), step_rank=4, states=16)
+    scan = SelectiveScan2d(64, ("raster",), dt_rank=4, d_state=16)
     steps = F.softplus(scan.delta_bias)
     assert 1e-3 * 0.999 <= steps.min() < 2e-3
     assert 0.05 < steps.max() <= 0.1 * 1.001
     assert torch.allclose(scan.A_log.exp(), torch.arange(1.0, 17).expand(1, 64, 16))
 
 
-@pytest.mark.parametrize("option", ["step_rank", "states"])
+@pytest.mark.parametrize("option", ["dt_rank", "d_state"])
 def test_selective_scan_refuses_empty_sizes(option):
     with pytest.raises(ValueError, match=f"{option}=0 is too small"):
-        SelectiveScan2d(4, ("raster",), **({"step_rank": 1, "states": 1} | {option: 0}))
+        SelectiveScan2d(4, ("raster",), **({"dt_rank": 1, "d_state": 1} | {option: 0}))
 
 
 def test_log_sigmoid_is_exact_and_differentiable():
@@ -246,3 +247,12 @@ def test_rotary_map_maps_over_a_batch():
     x = torch.randn(3, 2, 15, 2, 8)
     out = torch.func.vmap(lambda y: RotaryMap()(y, 5, 3))(x)
     assert torch.allclose(out.flatten(0, 1), RotaryMap()(x.flatten(0, 1), 5, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_channels_first_copies_on_a_cpu_alone(device):
+    x = torch.randn(2, 5, 3, 4, device=device)
+    out = channels_first(x)
+    assert out.shape == (2, 4, 5, 3)
+    assert out.is_contiguous() == (device == "cpu")
+    assert out.is_contiguous(memory_format=torch.channels_last) == (device != "cpu")

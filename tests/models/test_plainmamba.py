@@ -50,7 +50,7 @@ def test_the_scan_is_its_formula(order, permute):
     height, width, dim, states = 3, 5, 4, 3
     names = visionmix.scans.direction_names(order)
     scan = visionmix.layers.SelectiveScan2d(
-        dim, names, step_rank=2, states=states, shared=True, permute=permute, moves=True, bias_scale=2.0
+        dim, names, dt_rank=2, d_state=states, shared=True, permute=permute, moves=True, bias_scale=2.0
     ).double()
     x = torch.randn(2, height, width, dim, dtype=torch.float64)
     cells = F.pad(x.flatten(1, 2), (0, 0, 0, 1))  # the last is a padded step's
@@ -76,7 +76,7 @@ def test_the_scan_is_its_formula(order, permute):
 
 
 def test_options_that_do_not_fit():
-    for option, value in (("kernel_size", 4), ("permute", "x"), ("order", "rastr"), ("states", 0)):
+    for option, value in (("d_conv", 4), ("permute", "x"), ("order", "rastr"), ("d_state", 0)):
         with pytest.raises(ValueError, match=rf"{option}=|{value!r}"):
             visionmix.create_mixer("plain_scan", 8, **{option: value})
 

@@ -17,7 +17,8 @@ from timm.models import _hub, save_for_hf
 
 import visionmix
 from visionmix.models import Weights
-from visionmix.models.family import variant_of
+from visionmix.models.family import family_of, variant_of
+from visionmix.models.registration import _entry_point
 
 FORMS = {"safetensors": (True, ["model.safetensors"]), "bin": (False, ["pytorch_model.bin"])}
 FORMS["both"] = ("both", ["model.safetensors", "pytorch_model.bin"])
@@ -156,6 +157,24 @@ def test_address_is_fetched_once_into_the_cache_folder(tmp_path, url):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["weights.pth" if isinstance(url, str) else url[1]]
 
 
+def test_addresses_without_a_file_name_do_not_share_a_file(tmp_path, monkeypatch):
+    """Two tags of a model at addresses that end in a folder: each is fetched."""
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url)
+        torch.save(golden.state_dict(golden.load("agent_deit_tiny")[0]), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for url in (
+        "https://example.org/f/one/?dl=1",
+        "https://example.org/f/two/?dl=1",
+        "https://example.org/f/one/?dl=1",
+    ):
+        timm.create_model("agent_deit_tiny", True, pretrained_cfg_overlay={"url": url}, cache_dir=tmp_path)
+    assert [url.split("/")[-2] for url in fetched] == ["one", "two"]
+
+
 def test_address_in_the_overlay_goes_before_the_registered_repository(tmp_path):
     made = model("vig_t")
     torch.save(made.state_dict(), tmp_path / "weights.pth")
@@ -169,11 +188,9 @@ def test_checksum_of_a_published_file(tmp_path, monkeypatch):
     torch.save(made.state_dict(), tmp_path / "weights.pth")
     address = (tmp_path / "weights.pth").as_uri()
     overlay = {"url": address}
-    variants = visionmix.models.family.family_of("test_vig").variants
+    variants = family_of("test_vig").variants
     right = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     for sha256 in (right, right.upper(), "0" * 64):
-        from visionmix.models.registration import _entry_point
-
         variant = replace(variants["test_vig"], weights={"in1k": Weights(address, sha256=sha256)})
         entry = _entry_point("visionmix.models.vig", "test_vig", variant, "")
         options = {"pretrained_cfg_overlay": overlay, "cache_dir": tmp_path / "cache"}

@@ -37,7 +37,7 @@ def mixed(mixer, x, index, inverse):
 @pytest.mark.parametrize("order", ["raster", "hilbert", "snake_transposed", "window_2", "skip_2_0_0"])
 def test_the_mixer_is_its_formula_in_any_order(order):
     torch.manual_seed(0)
-    mixer = visionmix.create_mixer("bidirectional_mamba", 6, states=3, order=order).double()
+    mixer = visionmix.create_mixer("bidirectional_mamba", 6, d_state=3, order=order).double()
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     index, inverse = visionmix.scans.order(order, 3, 5)
     expected = mixed(mixer, x.flatten(1, 2), index, inverse)
@@ -48,7 +48,7 @@ def test_the_mixer_is_its_formula_in_any_order(order):
 @pytest.mark.parametrize("prefix", [[0], [7], [0, 3], [15]])
 def test_tokens_that_are_no_cells_keep_their_places(order, prefix):
     torch.manual_seed(0)
-    mixer = visionmix.create_mixer("bidirectional_mamba", 6, states=3, order=order).double()
+    mixer = visionmix.create_mixer("bidirectional_mamba", 6, d_state=3, order=order).double()
     x = torch.randn(2, 15 + len(prefix), 6, dtype=torch.float64)
     cells = [position for position in range(x.shape[1]) if position not in prefix]
     index = [cells[cell] if cell >= 0 else -1 for cell in visionmix.scans.order(order, 3, 5).index.tolist()]
@@ -97,7 +97,7 @@ def test_overlapping_patches():
 def test_left_tokens_are_those_of_a_sequence_with_zeros_between():
     """Behind the convolution, which sees what is left: the scans are those of the whole sequence, zeros in the gaps."""
     torch.manual_seed(0)
-    mixer = visionmix.create_mixer("bidirectional_mamba", 6, states=3, kernel_size=1).double()
+    mixer = visionmix.create_mixer("bidirectional_mamba", 6, d_state=3, d_conv=1).double()
     with torch.no_grad():  # so that a token of zeros stays one
         for scan in (mixer.forward_scan, mixer.backward_scan):
             scan.conv.bias.zero_()

@@ -21,7 +21,7 @@ def test_parameters_agree(made, name):
     assert abs(count - wanted) <= 0.03 * wanted
 
 
-def test_what_no_feed_forward_makes_is_refused():
+def test_unreachable_parameter_counts_are_refused():
     with pytest.raises(ValueError, match=r"no feed-forward makes 5 parameters: 60 at a ratio of 0\.5"):
         bakeoff.fit_ratio(lambda ratio: int(10 + 100 * ratio), 5)
 

@@ -35,9 +35,9 @@ def test_read_class_map(tmp_path, text, expected):
     ("content", "words"),
     [
         (b"cat 281\ndog", "'dog' has no output"),
-        (b'{"cat": [1]}', "no index or label"),
-        (b'{"cat": true}', "no index or label"),
-        (b'["cat"]', "no index or label"),
+        (b'{"cat": [1]}', "other than an index or a label"),
+        (b'{"cat": true}', "other than an index or a label"),
+        (b'["cat"]', "other than an index or a label"),
         (b'{"cat": 1', "is not a class map"),
         (b"\xff\xfe\x00", "is not a class map"),
         (b"cat 1\ncat 2", "'cat' twice"),
@@ -107,7 +107,7 @@ def test_folders_without_known_names_need_the_models_number(caplog):
             find_outputs(folders, trained(2), WHERE)
     names = [f"class {number:04d}" for number in range(1000)]
     assert find_outputs(names, trained(1000), WHERE) == list(range(1000))
-    assert "no folder is named so" in caplog.text
+    assert "no folder has the name of a label" in caplog.text
     with pytest.raises(ValueError, match="other classes than class 0001"):
         find_outputs(["n01440764", *names[1:]], trained(1000), WHERE)
 

@@ -51,7 +51,7 @@ def test_check_folders_names_what_is_missing(tree, tmp_path):
         data.check_folders(tree)
 
 
-def test_a_class_of_val_that_train_lacks(tree):
+def test_a_class_of_val_that_train_lacks_is_refused(tree):
     copy(tree, "val/red/0.jpg", "val/white/0.jpg")
     with pytest.raises(ValueError, match=r"different classes; only in val/: white; give both"):
         data.check_folders(tree)
@@ -59,7 +59,7 @@ def test_a_class_of_val_that_train_lacks(tree):
         val_set(tree)
 
 
-def test_a_split_without_class_folders(tmp_path):
+def test_a_split_without_class_folders_is_refused(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
     with pytest.raises(ValueError, match="train has no class folders; it must hold one folder of images"):
@@ -67,14 +67,14 @@ def test_a_split_without_class_folders(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_images_outside_class_folders(tree, split):
+def test_images_outside_class_folders_are_refused(tree, split):
     copy(tree, f"{split}/red/0.jpg", f"{split}/stray.JPG")
     for call in (data.check_folders, train_set if split == "train" else val_set):
         with pytest.raises(ValueError, match=rf"holds 1 image\(s\) outside .* as {split}/CLASS/stray.JPG"):
             call(tree)
 
 
-def test_one_folder_around_the_classes(tree):
+def test_one_folder_around_the_classes_is_refused(tree):
     for split in ("train", "val"):
         (tree / split).rename(tree / "images")
         (tree / split).mkdir()
@@ -173,7 +173,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree, workers):
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
-def test_posterizing_goes_as_far_as_black(policy):
+def test_posterize_at_its_highest_level_is_black(policy):
     made = recipe.read("imagenet/defaults.yaml", {}, [f"augment.auto_augment={policy}"])
     transform = data.train_transform(made, NORMALISE)
     ops = [op for op in data._augmentations(transform) if op.name.startswith("Posterize")]
@@ -188,7 +188,7 @@ def test_posterizing_goes_as_far_as_black(policy):
     assert {(0, 0, 0), (128, 0, 0), (192, 64, 0), (192, 96, 32)} <= colours
 
 
-def test_processes_share_the_images():
+def test_epoch_sampler_shares_the_images_among_processes():
     def keys(rank, **kwargs):
         sampler = data.EpochSampler(23, batch=4, seed=0, rank=rank, world=2, **kwargs)
         sampler.set_epoch(5)
@@ -201,7 +201,7 @@ def test_processes_share_the_images():
     assert sorted(keys(0, shuffle=False) + keys(1, shuffle=False)) == list(range(23))
 
 
-def test_a_batch_larger_than_the_set(tree):
+def test_a_batch_larger_than_the_set_is_refused(tree):
     with pytest.raises(ValueError, match="has 18 images, fewer than one step"):
         data.make_loader(train_set(tree), batch=20, workers=0, shuffle=True)
 
@@ -221,7 +221,7 @@ def test_a_truncated_image_is_replaced_in_training(tree, cut, workers):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0"])
-def test_other_damage(tree, content):
+def test_a_damaged_image_is_replaced_in_training(tree, content):
     (tree / "train" / "red" / "2.jpg").write_bytes(content)
     batches = list(data.make_loader(train_set(tree), batch=6, workers=0, shuffle=True))
     assert sum(len(batch.targets) for batch in batches) == 18
@@ -229,7 +229,7 @@ def test_other_damage(tree, content):
 
 
 class ByColour(torch.nn.Module):
-    """Names the colour channel that is brightest: right for every image of the tree."""
+    """Predicts the brightest colour channel, the true class of every image in the tree."""
 
     def forward(self, images):
         return images.mean((2, 3)).flip(1)  # blue, green, red

@@ -27,7 +27,7 @@ def test_a_patch_of_margin_lies_between_train_and_test(tmp_path):
         assert min(gaps) >= 48
 
 
-def test_pixels_are_the_photographs(tmp_path):
+def test_patches_have_the_pixels_of_the_photographs(tmp_path):
     out = demo_data.make_photos(tmp_path / "photos", **FEW)
     patches = json.loads((out / demo_data.MANIFEST).read_text())["patches"]
     for number in (0, 17, len(patches) - 1):
@@ -38,7 +38,7 @@ def test_pixels_are_the_photographs(tmp_path):
             assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_it_is_an_image_folder_and_repeatable(tmp_path):
+def test_make_photos_writes_an_image_folder_and_repeats_it(tmp_path):
     first = demo_data.make_photos(tmp_path / "a", **FEW)
     second = demo_data.make_photos(tmp_path / "b", **FEW)
     assert data.check_folders(first) == sorted(demo_data.PHOTOGRAPHS)
@@ -49,7 +49,7 @@ def test_it_is_an_image_folder_and_repeatable(tmp_path):
     assert any((first / name).read_bytes() != (other / name).read_bytes() for name in files)
 
 
-def test_a_finished_tree_is_kept_and_another_refused(tmp_path, capsys):
+def test_make_photos_keeps_a_finished_folder_and_refuses_another(tmp_path, capsys):
     out = tmp_path / "photos"
     demo_data.make_photos(out, **FEW)
     stamp = (out / demo_data.MANIFEST).stat().st_mtime_ns
@@ -59,7 +59,7 @@ def test_a_finished_tree_is_kept_and_another_refused(tmp_path, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+def test_make_photos_leaves_nothing_when_interrupted(tmp_path, monkeypatch):
     saved = Image.Image.save
 
     def stop(self, path, *args, **kwargs):
@@ -74,7 +74,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("argument", "value"), [("patch", 4), ("patch", 200), ("train", 0), ("val", -1)])
-def test_bad_numbers(tmp_path, argument, value):
+def test_make_photos_refuses_numbers_out_of_range(tmp_path, argument, value):
     with pytest.raises(ValueError, match=f"{argument}={value}"):
         demo_data.make_photos(tmp_path / "photos", **{argument: value})
     assert not (tmp_path / "photos").exists()

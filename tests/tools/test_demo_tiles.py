@@ -14,10 +14,10 @@ from visionmix.tools.demo_tiles import Box
 
 @pytest.fixture
 def wheels(monkeypatch):
-    """Small stand-ins for what the wheels hold, in their formats."""
+    """Small stand-ins for the files in the wheels, in the same formats."""
     rng = np.random.default_rng(0)
 
-    def png(image: Image.Image, kind: str) -> bytes:
+    def encode(image: Image.Image, kind: str) -> bytes:
         file = io.BytesIO()
         image.save(file, kind)
         return file.getvalue()
@@ -25,7 +25,7 @@ def wheels(monkeypatch):
     files = {}
     for name in demo_tiles.PHOTOGRAPHS:
         pixels = rng.integers(0, 255, (700, 600, 3), dtype=np.uint8)
-        files[f"deepforest/data/{name}.png"] = png(Image.fromarray(pixels), "PNG")
+        files[f"deepforest/data/{name}.png"] = encode(Image.fromarray(pixels), "PNG")
         boxes = "".join(
             f"<object><name>Tree</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + 30}</xmax>"
             f"<ymax>{y + 20}</ymax></bndbox></object>"
@@ -33,8 +33,8 @@ def wheels(monkeypatch):
         )
         files[f"deepforest/data/{name}.xml"] = f"<annotation>{boxes}</annotation>".encode()
     counts = rng.integers(0, 300, (512, 512)).astype(np.uint16)
-    files["stardist/data/images/img2d.tif"] = png(Image.fromarray(counts), "TIFF")
-    files["stardist/data/images/mask2d.tif"] = png(Image.fromarray(counts // 200), "TIFF")
+    files["stardist/data/images/img2d.tif"] = encode(Image.fromarray(counts), "TIFF")
+    files["stardist/data/images/mask2d.tif"] = encode(Image.fromarray(counts // 200), "TIFF")
     monkeypatch.setattr(demo_tiles, "read_members", lambda wheel, names: {name: files[name] for name in names})
     return files
 
@@ -61,7 +61,7 @@ def test_a_box_belongs_to_the_tile_of_its_centre_and_is_cut_there():
     assert demo_tiles.boxes_in(Box(100, 0, 200, 100), boxes) == [Box(0, 10, 20, 30), Box(0, 10, 5, 30)]
 
 
-def test_trees_are_coco(wheels, tmp_path):
+def test_make_trees_writes_coco(wheels, tmp_path):
     out = demo_tiles.make_trees(tmp_path / "trees")
     seen = 0
     for split in ("train", "val"):
@@ -81,7 +81,7 @@ def test_trees_are_coco(wheels, tmp_path):
     assert 0.7 * 160 < seen <= 160
 
 
-def test_nuclei_are_two_classes(wheels, tmp_path):
+def test_make_nuclei_writes_masks_of_two_classes(wheels, tmp_path):
     out = demo_tiles.make_nuclei(tmp_path / "nuclei")
     for split in ("train", "val"):
         images = sorted((out / "images" / split).iterdir())
@@ -95,7 +95,7 @@ def test_nuclei_are_two_classes(wheels, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "argument", "value"), [("detection", "tile", 32), ("segmentation", "margin", -1)])
-def test_bad_numbers(tmp_path, capsys, kind, argument, value):
+def test_tiles_refuse_numbers_out_of_range(tmp_path, capsys, kind, argument, value):
     assert demo_data.main([kind, "--out", str(tmp_path / "out"), f"--{argument}", str(value)]) == 1
     assert f"{argument}={value} is too small" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -133,7 +133,7 @@ def test_a_tuple_of_a_program_or_of_an_old_checkpoint_stays_one():
     ("value", "remedy"), [("None", "null"), ("(1, 2)", "[1, 2]"), ("-.5", "-0.5"), ("(None, 'na')", '[null, "na"]')]
 )
 @pytest.mark.parametrize("key", ["data.path", "model.kwargs.option"])
-def test_what_python_reads_otherwise_than_yaml_is_refused(tmp_path, key, value, remedy):
+def test_python_literals_that_yaml_reads_as_text_are_refused(tmp_path, key, value, remedy):
     section, _, option = key.partition(".")
     path = write(tmp_path, f"{section}:\n  " + option.replace(".", ":\n    ") + f": {value}\n")
     for arguments in ((path,), ("demo/bakeoff.yaml", {}, [f"{key}={value}"])):

@@ -46,7 +46,7 @@ def pretend_rounds(monkeypatch, rounds):
         def __init__(self, times):
             self.times = times
 
-    monkeypatch.setattr(timing.Timer, "adaptive_autorange", lambda *_, **__: Round(next(left)))
+    monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", lambda *_, **__: Round(next(left)))
     return left
 
 

@@ -58,7 +58,7 @@ def finished(recipe_file, tree, tmp_path):
     return tmp_path / "whole"
 
 
-def test_a_run_leaves_what_it_promises(recipe_file, tree, tmp_path, capsys):
+def test_a_run_leaves_all_its_files(recipe_file, tree, tmp_path, capsys):
     finished = tmp_path / "out"
     assert run(recipe_file, tree, finished) == 0
     with (finished / "summary.csv").open() as file:
@@ -88,7 +88,7 @@ def test_resume_after_ctrl_c_ends_in_the_same_numbers(
     recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
 ):
     halted = tmp_path / "halted"
-    # A shell starts what runs in the background with SIGINT ignored.
+    # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
@@ -154,7 +154,7 @@ def test_a_full_disk_stops_the_run_with_the_old_checkpoint_whole(recipe_file, tr
 
     def full_in_epoch_2(content, file):
         if content["epoch"] == 2:
-            file.write(b"half of it")
+            file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(content, file)
 
@@ -287,7 +287,7 @@ def test_a_schedule_of_the_models_own_is_told_the_share_of_steps_done(
         assert run(recipe_file, tree, tmp_path / "halted") == 130
     assert run(recipe_file, tree, tmp_path / "halted", "--resume") == 0
     assert scheduled[2].seen == steps[8:-1]  # from the third epoch's first step
-    same(tmp_path / "whole", tmp_path / "halted")  # the average's tests too depend on what it was told
+    same(tmp_path / "whole", tmp_path / "halted")  # the moving average was told the same
 
 
 def test_losses_of_the_models_own_are_added_and_logged(recipe_file, tree, tmp_path, scheduled, monkeypatch):
@@ -311,8 +311,8 @@ def test_losses_of_the_models_own_are_added_and_logged(recipe_file, tree, tmp_pa
 
 
 @pytest.mark.parametrize("copied", ["as made", "deepcopy", "meta start", "pickled"])
-def test_weight_decay_spares_what_models_name(monkeypatch, copied):
-    """Decay rates, skips, step biases, norms and biases of scans are not decayed, whatever copies the model took."""
+def test_weight_decay_spares_scan_parameters_norms_and_biases(monkeypatch, copied):
+    """Decay rates, skips, step biases, norms and biases of scans are not decayed, also after copies of the model."""
     create = models.create_model
 
     def create_model(*args, **options):

@@ -1,4 +1,4 @@
-"""validate and predict, on a checkpoint of train and on foreign files."""
+"""validate and predict, with checkpoints of train and with weight files of other programs."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def test_predict(trained, tree, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 10
     assert {row["class"] for row in rows} <= {"blue", "green", "red"}
-    # The first guesses are those that validate counts.
+    # validate counts the same first guesses.
     right = sum(row["rank"] == "1" and f"/val/{row['class']}/" in row["image"] for row in rows)
     best = checkpoint.read(trained / "best.pt")["history"][-1]
     assert 100 * right / 9 == pytest.approx(best["test_top1"])
@@ -76,13 +76,14 @@ def test_predict(trained, tree, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--batch-size", "0"], "batch_size=0 is too small; it must be at least 1"),
         ([], "either --checkpoint FILE or --pretrained"),
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt does not exist"),
         (["--model", "vig_zz", "--pretrained"], "is not known (did you mean 'vig_"),
     ],
 )
 @pytest.mark.parametrize("tool", [validate, predict])
-def test_mistakes(tool, tree, arguments, words, capsys):
+def test_validate_and_predict_name_mistakes(tool, tree, arguments, words, capsys):
     where = [str(tree)] if tool is predict else ["--data", str(tree)]
     assert tool.main([*where, *arguments]) == 2
     assert words in capsys.readouterr().err
@@ -173,9 +174,8 @@ def published(monkeypatch, file):
     make = timm.create_model
 
     def create_model(name, pretrained=False, **kwargs):
-        return make(
-            name, pretrained, **({"pretrained_cfg_overlay": {"file": str(file)}} if pretrained else {}), **kwargs
-        )
+        overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if pretrained else {}
+        return make(name, pretrained, **overlay | kwargs)
 
     monkeypatch.setattr(timm, "create_model", create_model)
 

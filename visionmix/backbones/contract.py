@@ -85,9 +85,13 @@ class Backbone(nn.Module):
         self.head = head_layer(
             num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
-        # A head that projects before the classifier says to what width.
-        self.head_hidden_size = getattr(self.head, "hidden_size", num_features)
+        self._note_hidden_size()
         self.init_weights()
+
+    @torch.jit.ignore
+    def _note_hidden_size(self) -> None:
+        # A head that projects before the classifier says to what width.
+        self.head_hidden_size = getattr(self.head, "hidden_size", self.num_features)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -164,6 +168,7 @@ class Backbone(nn.Module):
         """
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self._note_hidden_size()
         like = next(value for value in self.parameters() if value.is_floating_point())
         self.head.fc.to(like.device, like.dtype)
 

@@ -247,7 +247,10 @@ class Hierarchical(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
+
+        Windows and stripes that follow the map are set for it too, so that logits of such models change.
+        """
         grid_size = self.stem.grid_size(*to_2tuple(img_size))
         for index, stage in enumerate(self.stages):
             if index:

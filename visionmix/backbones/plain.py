@@ -68,8 +68,8 @@ class Plain(Backbone):
         prefix_tokens: Tokens that are no cells: where one class token goes, "first", "middle" or "last", or
             ``dict(count=..., place=...)``, where a place may be "evenly" too; None for none. See
             `visionmix.layers.PrefixTokens`.
-        prefix: What mixers do with prefix tokens: "mix" them with the cells, which takes a mixer with `forward_tokens`,
-            or let them "pass", so that any mixer mixes the cells alone.
+        prefix: How mixers treat prefix tokens: "mix" mixes them with the cells, which takes a mixer with
+            `forward_tokens`; "pass" lets them go past any mixer, which then mixes the cells alone.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; None for that one, or with prefix
             tokens for `visionmix.layers.TokenHead`. With prefix tokens it is given their `count` and `place`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
@@ -199,7 +199,10 @@ class Plain(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once."""
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
+
+        Windows and stripes that follow the map are set for it too, so that logits of such models change.
+        """
         self.grid_size = self.stem.grid_size(*to_2tuple(img_size))
         set_grid_size(self, self.grid_size)
 

@@ -33,8 +33,8 @@ class Backbone(BaseModule):
 
     Hierarchical models give a pyramid, of strides 4, 8, 16 and 32 for most. Plain models have one resolution: their
     `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would take for
-    a pyramid without a word; so a plain model with several maps is built only if `one_stride` says that what stands
-    behind takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
+    a pyramid without a word; so a plain model with several maps is built only if `one_stride` says that the neck or
+    head takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
 
     Args:
         name: Model, one of `visionmix.models.list_family_models()`.
@@ -50,7 +50,7 @@ class Backbone(BaseModule):
         one_stride: Whether maps of one stride are what the neck or head takes; see above.
         init_cfg: mmengine's initialisation, for instance ``dict(type="Pretrained", checkpoint=...)`` for a file saved
             by mmengine.
-        **options: What `timm.create_model` takes beyond: `mixer`, `img_size`, `in_chans` and others.
+        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others.
 
     Raises:
         ValueError: `name` is unknown; `out_indices` or `frozen_stages` are out of range; several maps have one stride

@@ -60,7 +60,7 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
         kind: One of "stem_layer", "downsample_layer", "mlp_layer", "norm_layer", "act_layer", "pos_embed", "pos_layer"
             and "head_layer".
         spec: The layer; a callable and None are returned as they are.
-        option: What the user calls it, for messages; None for `kind`.
+        option: Name of the option, for messages; None for `kind`.
 
     Raises:
         TypeError: `spec` is none of these.

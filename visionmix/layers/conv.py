@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from visionmix.layers.fold import fold_behind
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConvNormAct(nn.Module):
     """``act(norm(conv(x)))`` with a depthwise convolution without bias and a batch normalisation.
 
     Shapes: (batch, height, width, dim) to the same.

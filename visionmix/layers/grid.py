@@ -10,7 +10,7 @@ PLACES = ("first", "middle", "last", "evenly")
 
 
 class Grid(NamedTuple):
-    """What a token sequence (batch, tokens, channels) stands for.
+    """The places of a token sequence (batch, tokens, channels) on the map of an image.
 
     Attributes:
         height: Rows of the map that the image was cut into.

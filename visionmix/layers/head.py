@@ -63,10 +63,14 @@ class TokenHead(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool_type != "":
             cells, prefix = split_prefix(x, prefix_positions(x.shape[1] - self.count, self.count, self.place))
-            # A slice, since an index would compile a graph for every size.
-            x = prefix[:, :1].flatten(1) if self.pool_type == "token" else _pooled(cells, self.pool_type)
+            x = self.pool_prefix(prefix) if self.pool_type == "token" else _pooled(cells, self.pool_type)
         x = self.drop(x)
         return x if pre_logits else self.fc(x)
+
+    def pool_prefix(self, prefix: Tensor) -> Tensor:
+        """Return what the pooling "token" makes of the prefix tokens (batch, count, channels): (batch, features)."""
+        # A slice, since an index would compile a graph for every size.
+        return prefix[:, :1].flatten(1)
 
 
 class ProjectionHead(ClassifierHead):

@@ -7,16 +7,18 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
 from visionmix.kernels import dispatch
+from visionmix.kernels.exported import is_symbolic
+from visionmix.kernels.private_api import outside_of_tracing
 from visionmix.scans import order
+from visionmix.scans.orders import symbolic_order
 
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _constant_order(name: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    with _disable_current_modes(), torch.inference_mode(False):
+    with outside_of_tracing(), torch.inference_mode(False):
         index, inverse = order(name, height, width)
         return index.numpy(), inverse.numpy()
 
@@ -28,6 +30,9 @@ def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor
     """
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         # torch.jit.trace, and with it fvcore, knows no device among an op's arguments.
+        if dispatch.bypassed() and is_symbolic(height, width):
+            index, inverse = symbolic_order(name, height, width)
+            return index.to(like.device), inverse.to(like.device)
         if dispatch.bypassed() or torch.jit.is_tracing():
             index, inverse = _constant_order(name, int(height), int(width))
             return torch.tensor(index, device=like.device), torch.tensor(inverse, device=like.device)

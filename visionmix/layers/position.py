@@ -43,8 +43,6 @@ class PositionEmbedding(nn.Module):
         dim: Channels.
         grid_size: Rows and columns of the built map.
         mode: How it is resampled, "bicubic" or "bilinear".
-        device: Where the parameter lies.
-        dtype: Type of the parameter.
     """
 
     def __init__(
@@ -99,8 +97,6 @@ class ConvPosition(nn.Module):
 
     Args:
         dim: Channels.
-        device: Where the parameters lie.
-        dtype: Type of the parameters.
     """
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from visionmix.kernels.private_api import inside_functorch
+
 
 def _turns(height: int, width: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, both (height * width, 2 * count), of the angles to turn pairs of channels by."""
@@ -30,7 +32,7 @@ def _takes_kept_turns(x: Tensor) -> bool:
     Turns may not be kept where they become part of a graph, under torch.func's transforms, which wrap what is made
     under them, or for fake tensors.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch():
         return False
     in_pairs = x.stride(-1) == 1 and not any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
     return type(x) is Tensor and x.device.type == "cpu" and in_pairs

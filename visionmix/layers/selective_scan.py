@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
 from visionmix.layers.order import scan_order
-from visionmix.layers.precision import at_least_float32
+from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.scans import move_codes
+from visionmix.scans.order_names import join_orders, split_orders
 
 _STEP_RANGE = (1e-3, 0.1)
 _MOVES = 5
@@ -30,7 +31,7 @@ def _decay_rates(logarithms: Tensor) -> Tensor:
 def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> Tensor:
     """Return, for every cell, the code of the move into the step that reads B there, int64 (height, width, K)."""
     maps = []
-    for name in orders.split(","):
+    for name in split_orders(orders):
         index, inverse = scan_order(name, height, width, like)
         codes = move_codes(index, width)
         if permute == "input":  # B is read in raster order
@@ -51,21 +52,21 @@ class _ScanParameters(nn.Module):
         dim: int,
         count: int,
         *,
-        step_rank: int,
-        states: int,
+        dt_rank: int,
+        d_state: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("step_rank", step_rank), ("states", states)):
+        for name, value in (("dt_rank", dt_rank), ("d_state", d_state)):
             if value < 1:
                 raise ValueError(f"{name}={value} is too small; give 1 or more")
         dd = {"device": device, "dtype": dtype}
-        self.widths = [step_rank, states, states]
+        self.widths = [dt_rank, d_state, d_state]
         self.x_proj = nn.Linear(dim, count * sum(self.widths), bias=False, **dd)
-        self.delta_weight = nn.Parameter(torch.empty(count, dim, step_rank, **dd))
+        self.delta_weight = nn.Parameter(torch.empty(count, dim, dt_rank, **dd))
         self.delta_bias = nn.Parameter(torch.empty(count, dim, **dd))
-        self.A_log = nn.Parameter(torch.empty(count, dim, states, **dd))
+        self.A_log = nn.Parameter(torch.empty(count, dim, d_state, **dd))
         self.D = nn.Parameter(torch.empty(count, dim, **dd))
         self.init_layer_weights()
 
@@ -79,24 +80,25 @@ class _ScanParameters(nn.Module):
             low, high = (math.log(step) for step in _STEP_RANGE)
             step = torch.empty_like(self.delta_bias, dtype=torch.float32).uniform_(low, high).exp()
             self.delta_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-            states = self.A_log.shape[-1]
-            self.A_log.copy_(torch.arange(1, states + 1, dtype=torch.float32, device=self.A_log.device).log())
+            d_state = self.A_log.shape[-1]
+            self.A_log.copy_(torch.arange(1, d_state + 1, dtype=torch.float32, device=self.A_log.device).log())
             self.D.fill_(1.0)
 
 
 class SelectiveScan2d(_ScanParameters):
     """The selective scan over K orders of a map, each with parameters of its own, brought back to the map and merged.
 
-    In order k, with ``dt, B_t, C_t = W_k x_t`` of widths `step_rank`, `states` and `states`:
+    In order k, with ``dt, B_t, C_t = W_k x_t`` of widths `dt_rank`, `d_state` and `d_state`:
 
         delta_t = softplus(V_k dt + b_k)
         h_t     = exp(delta_t A_k) * h_(t-1) + delta_t B_t x_t,  A_k = -exp(A_log_k)
         y_t     = C_t h_t + D_k x_t
 
-    ``A_log`` begins as ``log(1..states)``, D as 1, and ``b`` so that the steps begin log-uniform between 0.001 and 0.1;
-    optimisers do not decay these three.
+    ``A_log`` begins as ``log(1..d_state)``, D as 1, and ``b`` so that the steps begin log-uniform between 0.001 and
+    0.1; optimisers do not decay these three.
 
-    Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``.
+    Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``. The
+    result is float32 where the map is of half precision, for the norm or gate behind it.
 
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752); over several orders, VMamba (Liu et al. 2024, arXiv 2401.10166);
     `shared`, `permute` and `moves`, PlainMamba (Yang et al. 2024, arXiv 2403.17695).
@@ -104,8 +106,8 @@ class SelectiveScan2d(_ScanParameters):
     Args:
         dim: Channels.
         orders: Names of the orders, as `visionmix.scans.order` takes them; those joined by "+" are one sequence.
-        step_rank: Rank of the projection to the steps.
-        states: States a channel.
+        dt_rank: Rank of the projection to the steps.
+        d_state: States a channel.
         merge: "sum" or "mean" of the orders' outputs, or "none" for all of them.
         shared: Whether the orders share one set of parameters.
         permute: What is read in the orders: "all", or "input" for x alone, where step t takes ``dt``, B and C from cell
@@ -117,7 +119,7 @@ class SelectiveScan2d(_ScanParameters):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `step_rank` or `states` is below 1, or `permute` is unknown.
+        ValueError: `dt_rank` or `d_state` is below 1, or `permute` is unknown.
     """
 
     undecayed = (*_ScanParameters.undecayed, "move_B")
@@ -131,8 +133,8 @@ class SelectiveScan2d(_ScanParameters):
         dim: int,
         orders: Sequence[str],
         *,
-        step_rank: int,
-        states: int = 1,
+        dt_rank: int,
+        d_state: int = 1,
         merge: str = "sum",
         shared: bool = False,
         permute: str = "all",
@@ -144,8 +146,8 @@ class SelectiveScan2d(_ScanParameters):
         if permute not in ("all", "input"):
             raise ValueError(f"permute={permute!r} is unknown; give 'all' or 'input'")
         dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, 1 if shared else len(orders), step_rank=step_rank, states=states, **dd)
-        self.orders = ",".join(orders)
+        super().__init__(dim, 1 if shared else len(orders), dt_rank=dt_rank, d_state=d_state, **dd)
+        self.orders = join_orders(orders)
         self.count = len(orders)
         self.merge = merge
         self.shared = shared
@@ -153,7 +155,7 @@ class SelectiveScan2d(_ScanParameters):
         self.moves = moves
         self.bias_scale = bias_scale
         if moves:
-            self.move_B = nn.Parameter(trunc_normal_(torch.empty(_MOVES, states, **dd), std=0.02))
+            self.move_B = nn.Parameter(trunc_normal_(torch.empty(_MOVES, d_state, **dd), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
         steps, B, C = self.x_proj(x).unflatten(-1, (-1, sum(self.widths))).split(self.widths, dim=-1)
@@ -171,7 +173,7 @@ class SelectiveScan2d(_ScanParameters):
             codes = _moves(self.orders, x.shape[1], x.shape[2], self.permute, x)
             B = B + F.embedding(codes, self.move_B).to(B.dtype)
         return selective_scan_2d_op(
-            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute
+            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute, scan_dtype(x)
         )
 
     def _each(self, x: Tensor) -> Tensor:
@@ -182,10 +184,10 @@ class SelectiveScan2d(_ScanParameters):
 class SelectiveScan1d(_ScanParameters):
     """A causal convolution along a sequence, SiLU, and the selective scan of it: what stands inside Mamba.
 
-    ``x = silu(conv(x))``, a depthwise convolution over the token and the ``kernel_size - 1`` before it, then the
+    ``x = silu(conv(x))``, a depthwise convolution over the token and the ``d_conv - 1`` before it, then the
     recurrence of `SelectiveScan2d` in the sequence's order.
 
-    Shapes: (batch, length, dim) to the same.
+    Shapes: (batch, length, dim) to the same, in float32 where they come in half precision.
 
     The second argument of a call, `positions`, is for tokens that were left of a longer sequence: their places in it,
     int64 (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of
@@ -195,32 +197,32 @@ class SelectiveScan1d(_ScanParameters):
 
     Args:
         dim: Channels.
-        step_rank: Rank of the projection to the steps.
-        states: States a channel.
-        kernel_size: Tokens that the convolution sees.
+        dt_rank: Rank of the projection to the steps.
+        d_state: States a channel.
+        d_conv: Tokens that the convolution sees.
         device: Where the parameters lie.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `step_rank`, `states` or `kernel_size` is below 1.
+        ValueError: `dt_rank`, `d_state` or `d_conv` is below 1.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        step_rank: int,
-        states: int = 16,
-        kernel_size: int = 4,
+        dt_rank: int,
+        d_state: int = 16,
+        d_conv: int = 4,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, 1, step_rank=step_rank, states=states, **dd)
-        if kernel_size < 1:
-            raise ValueError(f"kernel_size={kernel_size} is too small; give 1 or more")
-        self.before = kernel_size - 1
-        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, **dd)
+        super().__init__(dim, 1, dt_rank=dt_rank, d_state=d_state, **dd)
+        if d_conv < 1:
+            raise ValueError(f"d_conv={d_conv} is too small; give 1 or more")
+        self.before = d_conv - 1
+        self.conv = nn.Conv1d(dim, dim, d_conv, groups=dim, **dd)
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -242,5 +244,6 @@ class SelectiveScan1d(_ScanParameters):
             True,
             False,
             gap,
+            scan_dtype(x),
         )
         return y.transpose(1, 2)

@@ -24,8 +24,8 @@ class AtrousScan(CrossScan):
         window: Rows and columns of a window, in cells.
         rate: Rows and columns from one cell of a window to the next.
         expand: Channels of the scan over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: Another scan order or set of directions in place of the atrous windows; None for these.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -37,11 +37,11 @@ class AtrousScan(CrossScan):
         window: int = 7,
         rate: int = 2,
         expand: float = 1.0,
-        states: int = 1,
-        step_rank: int | None = None,
+        d_state: int = 1,
+        dt_rank: int | None = None,
         order: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         order = f"atrous_window_{window}_{rate}" if order is None else order
-        super().__init__(dim, expand, states, step_rank, order=order, device=device, dtype=dtype)
+        super().__init__(dim, expand, d_state, dt_rank, order=order, device=device, dtype=dtype)

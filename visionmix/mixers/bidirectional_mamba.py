@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import Grid, SelectiveScan1d
+from visionmix.layers import Grid, SelectiveScan1d, gated, projected
 from visionmix.layers.order import take, token_order
 from visionmix.mixers.cross_scan import scan_width
 from visionmix.mixers.registry import register_mixer
@@ -30,16 +30,16 @@ class BidirectionalMamba(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
-        kernel_size: Tokens that the causal convolutions see.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
+        d_conv: Tokens that the causal convolutions see.
         order: The scan order of the cells; the other direction is its reverse. A padded step of an order is a token of
             zeros.
         device: Where the parameters lie.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `expand` leaves no channel, `states`, `step_rank` or `kernel_size` is below 1, or there is no such
+        ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such
             `order`, or it joins several.
     """
 
@@ -49,9 +49,9 @@ class BidirectionalMamba(nn.Module):
         self,
         dim: int,
         expand: float = 2.0,
-        states: int = 16,
-        step_rank: int | None = None,
-        kernel_size: int = 4,
+        d_state: int = 16,
+        dt_rank: int | None = None,
+        d_conv: int = 4,
         order: str = "raster",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -60,9 +60,9 @@ class BidirectionalMamba(nn.Module):
         dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         options = {
-            "step_rank": math.ceil(dim / 16) if step_rank is None else step_rank,
-            "states": states,
-            "kernel_size": kernel_size,
+            "dt_rank": math.ceil(dim / 16) if dt_rank is None else dt_rank,
+            "d_state": d_state,
+            "d_conv": d_conv,
         }
         self.order = direction_names(order)[0]
         if "+" in self.order:
@@ -84,7 +84,8 @@ class BidirectionalMamba(nn.Module):
             index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
             forward, backward = self._scan(take(x, index), None)
             y = take(forward + backward, inverse)
-        return self.proj((y * (0.5 * self.act(z))).to(z.dtype))
+        y, scale = gated(y, 0.5 * self.act(z))
+        return projected(self.proj(y), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape

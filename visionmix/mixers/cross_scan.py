@@ -27,8 +27,8 @@ class CrossScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         gate: Whether half of the input's projection gates the output, as in Mamba and VMamba's first version.
         conv_bias: Whether the depthwise convolution has a bias.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
@@ -38,7 +38,7 @@ class CrossScan(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, or there is no such `order`.
+        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such `order`.
     """
 
     gate: Final[bool]
@@ -47,8 +47,8 @@ class CrossScan(nn.Module):
         self,
         dim: int,
         expand: float = 1.0,
-        states: int = 1,
-        step_rank: int | None = None,
+        d_state: int = 1,
+        dt_rank: int | None = None,
         gate: bool = False,
         conv_bias: bool = False,
         order: str = "raster",
@@ -66,8 +66,8 @@ class CrossScan(nn.Module):
         self.scan = SelectiveScan2d(
             inner,
             direction_names(order),
-            step_rank=math.ceil(dim / 16) if step_rank is None else step_rank,
-            states=states,
+            dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank,
+            d_state=d_state,
             **dd,
         )
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)

@@ -28,8 +28,8 @@ class EfficientScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: A scan order or a set of directions, as `CrossScan` takes it.
         device: Where the parameters lie.
         dtype: Type of the parameters.
@@ -42,15 +42,15 @@ class EfficientScan(nn.Module):
         self,
         dim: int,
         expand: float = 2.0,
-        states: int = 16,
-        step_rank: int | None = None,
+        d_state: int = 16,
+        dt_rank: int | None = None,
         order: str = "efficientvmamba",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.scan = CrossScan(dim, expand, states, step_rank, gate=True, conv_bias=True, order=order, **dd)
+        self.scan = CrossScan(dim, expand, d_state, dt_rank, gate=True, conv_bias=True, order=order, **dd)
         self.conv = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
             nn.BatchNorm2d(dim, **dd),

@@ -7,7 +7,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
-from visionmix.layers import LogSigmoid, ScanRmsNorm
+from visionmix.layers import LogSigmoid, ScanRmsNorm, scan_dtype
 from visionmix.layers.order import take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -129,4 +129,5 @@ class GatedLinearAttention(nn.Module):
             gate_backward,
             scale,
             "mean",
+            scan_dtype(v),
         )

@@ -30,8 +30,8 @@ class LocalScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         directions: Names of scan orders, as `visionmix.scans.order` takes them. The published models have four in each
             block, found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
         order: A scan order or a set of directions in place of `directions`, as other mixers take it; None for these.
@@ -40,15 +40,15 @@ class LocalScan(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, or there is no such order.
+        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such order.
     """
 
     def __init__(
         self,
         dim: int,
         expand: float = 2.0,
-        states: int = 16,
-        step_rank: int | None = None,
+        d_state: int = 16,
+        dt_rank: int | None = None,
         directions: Sequence[str] = _DIRECTIONS,
         order: str | None = None,
         norm_eps: float = 1e-5,
@@ -63,11 +63,11 @@ class LocalScan(nn.Module):
         for name in directions:
             direction_names(name)  # raises where there is no such order
         names = tuple(directions) if order is None else direction_names(order)
-        rank = math.ceil(dim / 16) if step_rank is None else step_rank
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()
-        self.scan = SelectiveScan2d(inner, names, step_rank=rank, states=states, merge="none", **dd)
+        self.scan = SelectiveScan2d(inner, names, dt_rank=rank, d_state=d_state, merge="none", **dd)
         self.channel_gate = ChannelGate(inner, norm_eps=norm_eps, **dd)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
         self.proj = nn.Linear(inner, dim, bias=False, **dd)

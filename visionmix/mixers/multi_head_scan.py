@@ -42,7 +42,7 @@ class MultiHeadScan(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
-        states: States a channel.
+        d_state: States a channel.
         threshold: What the coefficient of variation must pass for an element to count.
         order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head; a fifth head reads
             snakes again), or a scan order, whose four directions all heads then read.
@@ -51,14 +51,14 @@ class MultiHeadScan(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, `states` is below 1, or there is no such `order`.
+        ValueError: `num_heads` does not divide `dim`, `d_state` is below 1, or there is no such `order`.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 3,
-        states: int = 16,
+        d_state: int = 16,
         threshold: float = 0.0,
         order: str = "mhs_vm",
         norm_eps: float = 1e-5,
@@ -80,8 +80,8 @@ class MultiHeadScan(nn.Module):
             SelectiveScan2d(
                 width,
                 names[_ROUTES * head : _ROUTES * (head + 1)],
-                step_rank=math.ceil(width / 16),
-                states=states,
+                dt_rank=math.ceil(width / 16),
+                d_state=d_state,
                 merge="none",
                 **dd,
             )

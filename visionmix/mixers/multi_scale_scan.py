@@ -35,8 +35,8 @@ class MultiScaleScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
         se_reduction: What the squeeze-and-excitation divides its channels by; None for none.
         order: A scan order, whose directions are the order, the reverse, its transpose and the reverse of that, or one
             of the `visionmix.scans.direction_sets()` with four directions.
@@ -45,7 +45,7 @@ class MultiScaleScan(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, there is no such `order`, or it has
+        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it has
             not four directions.
     """
 
@@ -55,8 +55,8 @@ class MultiScaleScan(nn.Module):
         self,
         dim: int,
         expand: float = 2.0,
-        states: int = 1,
-        step_rank: int | None = None,
+        d_state: int = 1,
+        dt_rank: int | None = None,
         se_reduction: int | None = 8,
         order: str = "raster",
         norm_eps: float = 1e-5,
@@ -71,13 +71,13 @@ class MultiScaleScan(nn.Module):
             raise ValueError(f"order={order!r} has {len(names)} directions; give one with four, such as 'raster'")
         full, transposed, backward, transposed_backward = names
         low = "+".join((backward, transposed, transposed_backward))
-        rank = math.ceil(dim / 16) if step_rank is None else step_rank
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.full_conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.low_conv = nn.Conv2d(inner, inner, kernel_size=7, stride=2, padding=3, groups=inner, **dd)
         self.act = nn.SiLU()
-        self.full_scan = SelectiveScan2d(inner, (full,), step_rank=rank, states=states, **dd)
-        self.low_scan = SelectiveScan2d(inner, (low,), step_rank=rank, states=states, merge="none", **dd)
+        self.full_scan = SelectiveScan2d(inner, (full,), dt_rank=rank, d_state=d_state, **dd)
+        self.low_scan = SelectiveScan2d(inner, (low,), dt_rank=rank, d_state=d_state, merge="none", **dd)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
         self.has_se = se_reduction is not None
         if se_reduction is not None:

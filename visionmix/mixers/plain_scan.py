@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d
+from visionmix.layers import SelectiveScan2d, gated, projected, zero_token
 from visionmix.mixers.cross_scan import scan_width
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -27,9 +27,9 @@ class PlainScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        states: States a channel.
-        step_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
-        kernel_size: Rows and columns of the depthwise convolution, an odd number.
+        d_state: States a channel.
+        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
+        d_conv: Rows and columns of the depthwise convolution, an odd number.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
         permute: What is read in the orders. "all" is everything, as the paper has it. "input" is what the published
@@ -41,7 +41,7 @@ class PlainScan(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `expand` leaves no channel, `states` or `step_rank` is below 1, `kernel_size` is even, `permute` is
+        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, `d_conv` is even, `permute` is
             unknown, or there is no such `order`.
     """
 
@@ -49,9 +49,9 @@ class PlainScan(nn.Module):
         self,
         dim: int,
         expand: float = 2.0,
-        states: int = 16,
-        step_rank: int | None = None,
-        kernel_size: int = 7,
+        d_state: int = 16,
+        dt_rank: int | None = None,
+        d_conv: int = 7,
         order: str = "plainmamba",
         permute: str = "all",
         bias_scale: float = 1.0,
@@ -59,18 +59,18 @@ class PlainScan(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is even; give an odd number, so that a window has a middle")
+        if d_conv % 2 == 0:
+            raise ValueError(f"d_conv={d_conv} is even; give an odd number, so that a window has a middle")
         dd = {"device": device, "dtype": dtype}
         inner = scan_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
-        self.conv = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, **dd)
+        self.conv = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, **dd)
         self.act = nn.SiLU()
         self.scan = SelectiveScan2d(
             inner,
             direction_names(order),
-            step_rank=math.ceil(dim / 16) if step_rank is None else step_rank,
-            states=states,
+            dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank,
+            d_state=d_state,
             shared=True,
             permute=permute,
             moves=True,
@@ -82,4 +82,5 @@ class PlainScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        return self.proj((y * self.act(z)).to(z.dtype))
+        y, scale = gated(y, self.act(z))
+        return projected(self.proj(y), scale, self.proj(zero_token(y)))

@@ -111,7 +111,11 @@ class WindowAttention(nn.Module):
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
-        """Fit the window to a map of `grid_size`, and the biases to the window."""
+        """Fit the window to a map of `grid_size`, and the biases to the window.
+
+        The mixer then computes what one built for that map does. Called on such a map without this, it keeps the built
+        window and pads, so that its outputs differ where the window or its shift does.
+        """
         self.side, self.shift_size = self._side_and_shift(grid_size)
         with torch.no_grad():
             self.bias_table = nn.Parameter(self._resampled(self.bias_table))

@@ -1,4 +1,4 @@
-"""Agent attention in DeiT, PVT, Swin and CSWin.
+"""Agent: agent attention in DeiT, PVT, Swin and CSWin.
 
 Source: Agent Attention (Han et al. 2023, arXiv 2312.08874). The models differ from their hosts by a table only; the
 mixer is `visionmix.mixers.AgentAttention`.

@@ -1,4 +1,4 @@
-"""FLatten Transformers: focused linear attention in PVT, PVTv2, Swin and CSWin.
+"""FLatten: focused linear attention in PVT, PVTv2, Swin and CSWin.
 
 Source: FLatten Transformer (Han et al. 2023, arXiv 2308.00442). The mixer is `visionmix.mixers.FocusedLinearAttention`;
 the PVTs have it in every stage, the Swins and CSWins in the first two.

@@ -89,7 +89,8 @@ def load_tensors(
         _adapt_channels(f"{layer}.weight", mapped, own, name)
 
     fresh = [key for key in own if key not in mapped and matches(keys.lacks, key)]
-    fresh += _settle_classifier(model, mapped, own, cfg, name)
+    fresh_head, reason = _settle_classifier(model, mapped, own, cfg)
+    fresh += fresh_head
     differences = {
         "missing": [key for key in own if key not in mapped and key not in fresh],
         "unknown": [key for key in mapped if key not in own],
@@ -105,6 +106,8 @@ def load_tensors(
             "build the model that the file is of, with its num_classes, in_chans and img_size free to differ"
         )
         raise ValueError(f"these weights are not {name}'s ({shown}). Nothing was loaded; {remedy}")
+    if reason:
+        _logger.warning("%s: %s; the model's keeps its fresh weights", name, reason)
     # Not strict: what stays fresh may share its storage with what is loaded.
     model.load_state_dict(mapped, strict=False)
     return fresh
@@ -168,31 +171,34 @@ def _classifier_keys(cfg: PretrainedCfg) -> list[str]:
 
 
 def _settle_classifier(
-    model: nn.Module, mapped: dict[str, Tensor], own: Mapping[str, Tensor], cfg: PretrainedCfg, name: str
-) -> list[str]:
-    """Take a classifier that the model replaces on purpose out of `mapped`; return the head's keys that stay fresh."""
+    model: nn.Module, mapped: dict[str, Tensor], own: Mapping[str, Tensor], cfg: PretrainedCfg
+) -> tuple[list[str], str]:
+    """Take a classifier that the model replaces on purpose out of `mapped`.
+
+    Returns:
+        Keys of the head that stay fresh, and why, or "".
+    """
     classifier = _classifier_keys(cfg)
-    if model.num_classes == 0:
-        for key in classifier:
-            if key not in own:
-                mapped.pop(key, None)
     in_file = [key for key in classifier if key in mapped]
-    heads = tuple(f"{layer.split('.')[0]}." for layer in _names(cfg.classifier))
-    head = [key for key in own if key.startswith(heads)] if heads else []
-    if head and not any(key.startswith(heads) for key in mapped):
-        _logger.warning("%s: the file has no classifier; the model's keeps its fresh weights", name)
-        return head
-    differs = any(key not in own or mapped[key].shape != own[key].shape for key in in_file)
-    if differs and model.num_classes not in (0, cfg.num_classes):
-        given = mapped[in_file[0]].shape[0]
-        _logger.warning(
-            "%s: the file's classifier has %d classes, num_classes=%d; the model's keeps its fresh weights",
-            *(name, given, model.num_classes),
-        )
+    if not in_file:
+        # What else belongs to the head, a projection for instance, is there whole or is missing with it.
+        heads = tuple({f"{layer.partition('.')[0]}." for layer in _names(cfg.classifier)})
+        around = [key for key in own if key.startswith(heads) and key not in classifier] if heads else []
+        fresh = [] if any(key in mapped for key in around) else around
+        fresh += [key for key in classifier if key in own]
+        return fresh, "the file has no classifier" if fresh else ""
+    if model.num_classes == 0:
+        for key in in_file:
+            if key not in own:
+                del mapped[key]
+        return [], ""
+    counts = {mapped[key].shape[:1] for key in in_file}
+    if model.num_classes != cfg.num_classes and counts.isdisjoint(own[key].shape[:1] for key in in_file if key in own):
+        reason = f"the file's classifier has {mapped[in_file[0]].shape[0]} classes, num_classes={model.num_classes}"
         for key in in_file:
             del mapped[key]
-        return [key for key in classifier if key in own]
-    return []
+        return [key for key in classifier if key in own], reason
+    return [], ""
 
 
 def _classifier_remedy(

@@ -10,7 +10,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from visionmix.backbones import Block, Plain
-from visionmix.layers import DepthwiseConv, deep_patch_stem
+from visionmix.layers import DepthwiseConvNormAct, deep_patch_stem
 from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
 
 _KEYS = KeyMap(
@@ -66,7 +66,7 @@ class _LocalBlock(nn.Module):
         super().__init__()
         block = Block(dim, **options)
         self.norm1, self.mixer, self.scale1 = block.norm1, block.mixer, block.scale1
-        self.tail = DepthwiseConv(dim, device=options["device"], dtype=options["dtype"])
+        self.tail = DepthwiseConvNormAct(dim, device=options["device"], dtype=options["dtype"])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(self.scale1(x, self.mixer(self.norm1(x))))

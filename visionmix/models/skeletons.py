@@ -1,7 +1,7 @@
-"""The skeletons under names of their own, for any mixer: ``timm.create_model("pyramid_tiny", mixer="mala")``.
+"""Skeletons: pyramids and plain models for any mixer, ``timm.create_model("pyramid_tiny", mixer="mala")``.
 
-They are no published models. The pyramids have the widths and depths of Swin (Liu et al. 2021, arXiv 2103.14030), with
-overlapping convolutions for stem and downsamplers; the plain ones those of DeiT (Touvron et al. 2020, arXiv
+They have no published weights. The pyramids have the widths and depths of Swin (Liu et al. 2021, arXiv 2103.14030),
+with overlapping convolutions for stem and downsamplers; the plain ones those of DeiT (Touvron et al. 2020, arXiv
 2012.12877), without a class token.
 """
 

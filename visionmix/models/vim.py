@@ -1,4 +1,4 @@
-"""Vision Mamba: a class token in the middle of the patches, and Mamba from both ends.
+"""Vim: a class token in the middle of the patches, and Mamba from both ends.
 
 Source: Vim (Zhu et al. 2024, arXiv 2401.09417), the released weights with the class token in the middle; `_stride8` are
 its models of overlapping patches (Vim-Ti+, Vim-S+). The mixer is `visionmix.mixers.BidirectionalMamba`.

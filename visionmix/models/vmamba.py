@@ -17,7 +17,7 @@ def _second(dim: int, depth: int, expand: float) -> Layout:
 
 
 def _first(dim: int, depths: Sequence[int], **options: Any) -> Layout:
-    mixer = {"name": "cross_scan", "expand": 2.0, "states": 16, "gate": True, "conv_bias": True}
+    mixer = {"name": "cross_scan", "expand": 2.0, "d_state": 16, "gate": True, "conv_bias": True}
     return vmamba(dim, depths, mixer, patch_merging=True, mlp_layer=None, **options)
 
 

@@ -204,10 +204,10 @@ def _how_to_give_a_file(name: str) -> str:
     )
 
 
-def weights_file(url: str, name: str) -> str:
-    """Return the file's name in an address, or one after the model's `name` where the address has none."""
+def file_name(url: str) -> str:
+    """Return the file's name in an address, or "" where it has none."""
     file = Path(urlsplit(url).path).name
-    return file if Path(file).suffix else f"{name}.pth"
+    return file if Path(file).suffix else ""
 
 
 def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
@@ -238,7 +238,11 @@ def _hub_names(file: str | None) -> list[str]:
 def _from_address(url: str | tuple[str, str], name: str, cache_dir: str | Path | None) -> Path:
     from torch.hub import download_url_to_file, get_dir
 
-    url, file = (url, weights_file(url, name)) if isinstance(url, str) else url
+    if isinstance(url, str):
+        # Addresses without a file's name differ by what else is in them.
+        file = file_name(url) or f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth"
+    else:
+        url, file = url
     folder = Path(cache_dir) if cache_dir else Path(get_dir()) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from visionmix.reduction.attention import attention_block
 from visionmix.reduction.methods import Method, check_leading, register_method
-from visionmix.reduction.parts import attention_block
 from visionmix.reduction.tokens import Tokens, take
 
 

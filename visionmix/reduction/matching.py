@@ -35,7 +35,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
     Source: ToMe (Bolya et al. 2022, arXiv 2210.09461).
 
     Args:
-        metric: What similarity is measured on, (batch, tokens, features), floating.
+        metric: Features whose similarity counts, (batch, tokens, features), floating.
         r: Tokens to remove.
         num_prefix_tokens: Tokens at the start of the sequence that stay as they are (class, distillation, registers).
 

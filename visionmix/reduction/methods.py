@@ -17,7 +17,7 @@ class Method(ABC):
     and refuses what does not fit.
 
     Attributes:
-        name: What it is registered as.
+        name: The name that it is registered under.
         trace_source: Whether `Tokens.source` is followed in every pass.
     """
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.backbones.block import Block, TokenBlock
+from visionmix.reduction.attention import check_reads_tokens
 from visionmix.reduction.evit import schedule
 from visionmix.reduction.methods import Method, register_method
-from visionmix.reduction.parts import check_reads_tokens
 from visionmix.reduction.tokens import Tokens, take
 
 

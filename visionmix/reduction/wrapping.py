@@ -5,9 +5,9 @@ from typing import Any
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from visionmix.reduction.hosts import ReducedBackbone, host_of
+from visionmix.reduction.backbones import ReducedBackbone, reduced_backbone_for
 from visionmix.reduction.methods import method_class
-from visionmix.reduction.share import Reduced, reduced
+from visionmix.reduction.sharing import Reduced, reduced
 
 
 class ReducedFeatures(Reduced):
@@ -19,7 +19,7 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
 
     The new module holds the same children and parameters under the same names, so that training one trains both and
     state dicts fit both. It has all methods and attributes of the model, and forward paths of its own over its parts:
-    they call what a block is made of and not the block, whose hooks do not run. What changes during a pass is passed
+    they call what a block is made of and not the block, whose hooks do not run. State of a pass is handed
     along as a value (`Tokens`), so that passes may be nested and run in parallel. With settings that are constant, so
     are the shapes: it compiles to a full graph and exports. `forward_intermediates` gives dense maps, one value a cell.
 
@@ -51,16 +51,16 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
         features = reduced(model, ReducedFeatures)
         features.model = apply(model.model, method, **options)
         return features
-    host = host_of(model)
-    new = reduced(model, host)
-    new.reduction = cls(list(model.blocks), host.prefix_of(model), **options)
+    backbone = reduced_backbone_for(model)
+    new = reduced(model, backbone)
+    new.reduction = cls(list(model.blocks), backbone.prefix_of(model), **options)
     return new
 
 
 def remove(model: nn.Module) -> nn.Module:
     """Return the model that `apply` was given, in the mode (training or not) that `model` is in.
 
-    Parameters are shared, so it has learned what `model` has. What was replaced in `model` since, such as its
+    Parameters are shared, so it has learned what `model` has. A layer that was replaced in `model` since, such as its
     classifier by `reset_classifier`, was replaced there alone.
 
     Raises:

@@ -1,8 +1,9 @@
-"""Vim as a host: Mamba from both ends at one resolution, with a class token among the patches.
+"""Vim as a host: Mamba from both ends at one resolution, with prefix tokens among the patches.
 
 Source: Vim (Zhu et al. 2024, arXiv 2401.09417).
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -30,25 +31,36 @@ _KEYS = KeyMap(
         (r"_scan\.conv1d\.", "_scan.conv."),
         (r"_scan\.dt_proj\.", "_scan.delta_"),
     ],
-    transform=partial(split_class_position, place="middle"),
     reshape=True,
 )
 
 
-def vim(embed_dim: int, depth: int = 24, mixer: MixerSpec = "bidirectional_mamba", **options: Any) -> Layout:
-    """Return the layout of Vim, with the class token in the middle.
+def vim(
+    embed_dim: int,
+    depth: int = 24,
+    mixer: MixerSpec = "bidirectional_mamba",
+    prefix_tokens: str | Mapping[str, Any] = "middle",
+    **options: Any,
+) -> Layout:
+    """Return the layout of Vim, whose classifier reads prefix tokens.
+
+    Files with one class token are taken to hold its position among those of the cells, those with several tokens to
+    hold the tokens' positions apart.
 
     Args:
         embed_dim: Channels of the tokens.
         depth: Number of blocks, which have no feed-forward.
         mixer: The mixer, as the skeleton takes it.
+        prefix_tokens: The place of the class token, or several tokens, as the skeleton takes them.
         **options: More options of the skeleton.
     """
     layers = {
         "stem_layer": partial(patch_stem, norm_layer=None),
         "mlp_layer": None,
         "norm_layer": partial(RmsNorm, eps=1e-5),
-        "prefix_tokens": "middle",
+        "prefix_tokens": prefix_tokens,
         "global_pool": "token",
     }
-    return Layout(Plain, {"embed_dim": embed_dim, "depth": depth, "mixer": mixer} | layers | options, _KEYS)
+    together = isinstance(prefix_tokens, str)
+    keys = KeyMap(transform=partial(split_class_position, place=prefix_tokens)) if together else KeyMap()
+    return Layout(Plain, {"embed_dim": embed_dim, "depth": depth, "mixer": mixer} | layers | options, _KEYS + keys)

@@ -13,7 +13,7 @@ from visionmix.backbones import Plain
 from visionmix.backbones.contract import check_output_format, laid_out
 from visionmix.layers import join_prefix
 from visionmix.reduction.methods import Method
-from visionmix.reduction.share import Reduced, share
+from visionmix.reduction.sharing import Reduced, share
 from visionmix.reduction.tokens import Tokens
 
 
@@ -255,23 +255,23 @@ class ReducedPlain(ReducedBackbone):
         return self._features(state)
 
 
-HOSTS: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
+_BACKBONES: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
 
 
-def host_of(model: nn.Module) -> type[ReducedBackbone]:
+def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
     """Return the forward paths for `model`.
 
     Raises:
         TypeError: there are none for its class, or the class has forward paths of its own.
     """
     cls = type(model)
-    for host in HOSTS:
-        if isinstance(model, host.skeleton):
-            own = [path for path in host.paths if getattr(cls, path) is not getattr(host.skeleton, path)]
+    for each in _BACKBONES:
+        if isinstance(model, each.skeleton):
+            own = [path for path in each.paths if getattr(cls, path) is not getattr(each.skeleton, path)]
             if own:
                 raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
-            return host
-    names = " and ".join(host.skeleton.__qualname__ for host in HOSTS)
+            return each
+    names = " and ".join(each.skeleton.__qualname__ for each in _BACKBONES)
     raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of class {names} can")
 
 

@@ -1,4 +1,4 @@
-"""What the methods need of a block: its two branches, with the attention's keys and weights in between."""
+"""A block as its two branches, with the attention's keys and weights in between."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from visionmix.mixers.softmax import SoftmaxAttention
 
 
 class Attended(NamedTuple):
-    """What an attention gives.
+    """The result of an attention.
 
     Attributes:
         x: Its output, (batch, tokens, channels).

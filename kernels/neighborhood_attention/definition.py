@@ -1,4 +1,4 @@
-"""Neighborhood attention as its definition says: softmax over all pairs of tokens, -inf outside the windows."""
+"""Neighborhood attention as its definition is written: softmax over all pairs of tokens, -inf outside windows."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-// Bands shared among the threads, their tiles, and the runs of scores that a tile meets.
+// How a call is cut up: bands of the map shared among the threads, their tiles, and the runs of scores that a tile meets.
 #pragma once
 
 #include <omp.h>
@@ -20,7 +20,7 @@ struct Sizes {
       : dk(round_up(p.dk, channels)),
         dv(round_up(p.dv, channels)),
         tokens(p.grid[0] * p.grid[1] * p.grid[2]),
-        bias((2 * p.kernel[0] - 1) * (2 * p.kernel[1] - 1) * (2 * p.kernel[2] - 1)) {}
+        bias((2 * p.kernel_size[0] - 1) * (2 * p.kernel_size[1] - 1) * (2 * p.kernel_size[2] - 1)) {}
 };
 
 // Run `work(band, image, head, memory)` for every band of every head; each thread has `floats` of memory.

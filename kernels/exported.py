@@ -1,0 +1,31 @@
+"""What the PyTorch references do in an exported graph whose sizes are symbols: no loop may depend on a length.
+
+The references proper cut a length into chunks and loop over them, as Python numbers. A graph that serves every length
+has one loop with as many rounds as the longest sequence needs.
+"""
+
+import torch
+from torch import Tensor
+
+# An exported scan serves sequences of up to 2 ** _ROUNDS tokens.
+_ROUNDS = 20
+
+
+def is_symbolic(*sizes: int) -> bool:
+    """Return whether a graph is being exported in which one of the sizes is a symbol."""
+    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def scan_states(decay: Tensor, added: Tensor) -> Tensor:
+    """Return all states of `h_t = decay_t h_(t-1) + added_t` along axis 1, from h_0 = 0, by doubling.
+
+    `decay` broadcasts to `added` behind axis 1. After round i each place holds what the 2^i steps up to it make of the
+    state before them (Hillis and Steele, 1986, Data Parallel Algorithms).
+    """
+    place = torch.arange(added.shape[1], device=added.device)
+    for round_number in range(_ROUNDS):
+        earlier = (place - (1 << round_number)).clamp(min=0)
+        exists = (place >= 1 << round_number).view(-1, *[1] * (added.dim() - 2))
+        added = torch.where(exists, decay * added.index_select(1, earlier) + added, added)
+        decay = torch.where(exists, decay * decay.index_select(1, earlier), decay)
+    return added
