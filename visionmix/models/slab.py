@@ -1,9 +1,9 @@
 """SLAB: simplified linear attention, and batch norms in the place of all layer norms, in Swin, PVT and DeiT.
 
-Source: SLAB (Guo et al. 2024, arXiv 2405.11582). The mixer of `slab_*` is `visionmix.mixers.SimplifiedLinearAttention`,
-in the Swins' first two stages and everywhere else; `*_prepbn` have softmax attention alone. `slab_*` begin training
-with layer norms and end it with batch norms (`visionmix.layers.LinearNorm`); the two `*_prepbn` have the latter
-throughout (`visionmix.layers.RepBN`). ``timm.utils.reparameterize_model(model)`` folds them away for inference.
+Source: SLAB (Guo et al. 2024, arXiv 2405.11582). `slab_*` have `visionmix.mixers.SimplifiedLinearAttention` in every
+block, the Swins in those of their first two stages; they begin training with layer norms and end it with batch norms
+(`visionmix.layers.LinearNorm`). `swin_tiny_prepbn` and `deit_tiny_prepbn` have softmax attention and the latter norms
+throughout (`visionmix.layers.RepBN`). ``timm.utils.reparameterize_model(model)`` folds the norms away for inference.
 """
 
 from collections.abc import Callable, Sequence
