@@ -34,9 +34,11 @@ def load_published(case: str, folder) -> tuple[torch.nn.Module, torch.Tensor, di
     file = folder / "published.pth"
     torch.save({"model": golden.state_dict(meta)}, file)
     # Where the published model bakes its size in, its checkpoint is of that size.
-    size = {"img_size": tuple(meta["image_size"])} if "img_size" in meta["kwargs"] else {}
+    options = {"img_size": tuple(meta["image_size"])} if "img_size" in meta["kwargs"] else {}
+    options |= {key: tuple(value) for key, value in meta["kwargs"].items() if key == "depths"}
     overlay = {"file": str(file)}
-    model = timm.create_model(case.partition("__")[0], pretrained=True, pretrained_cfg_overlay=overlay, **size).eval()
+    model = timm.create_model(case.partition("__")[0], pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    model.eval()
     image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
     assert sum(value.numel() for value in model.parameters()) == meta["params"] - dropped_parameters(case, meta)
     return model, image, arrays
@@ -52,12 +54,19 @@ def is_backbone(case: str) -> bool:
     return "logits" not in golden.load(case)[1]
 
 
+# Batch norms with the statistics of these files let activations grow until softmax saturates: the published code's own
+# float32 differs from its float64 by more than a tenth (meta's "noise"), or by 2e-5 where it has few blocks.
+CHAOTIC = {"slab_swin_tiny", "slab_swin_small", "swin_tiny_prepbn", "deit_tiny_prepbn"}
+FLOAT32 = {"slab_swin_tiny__depths1121": 2e-4}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", [by_size(case) for case in CASES if not is_backbone(case)])
+@pytest.mark.parametrize("case", [by_size(case) for case in CASES if not is_backbone(case) and case not in CHAOTIC])
 def test_logits_equal_the_published(case, device, tmp_path):
     model, image, arrays = load_published(case, tmp_path)
     with torch.no_grad():
-        assert golden.relative_error(model.to(device)(image.to(device)), arrays["logits"]) <= 1e-5
+        error = golden.relative_error(model.to(device)(image.to(device)), arrays["logits"])
+    assert error <= FLOAT32.get(case, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,7 +87,24 @@ def test_maps_equal_the_published(case, device, tmp_path):
                 assert golden.relative_error(each, arrays[f"out{index}"]) <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["vig_t", "vig_h_t", "sgformer_small"])
+@pytest.mark.parametrize("case", sorted(CHAOTIC & set(CASES)))
+def test_chaotic_logits_equal_the_published_in_float64(case, tmp_path):
+    model, image, arrays = load_published(case, tmp_path)
+    with torch.no_grad(), visionmix.kernels.use("reference"):
+        assert golden.relative_error(model.double()(image.double()), arrays["logits"]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "vig_t",
+        "vig_h_t",
+        "sgformer_small",
+        "slab_swin_tiny__depths1121",
+        "slab_pvt_tiny",
+        "slab_deit_tiny",
+    ],
+)
 def test_reference_kernels_in_float64_are_closer_still(case, tmp_path):
     model, image, arrays = load_published(case, tmp_path)
     with torch.no_grad(), visionmix.kernels.use("reference"):

@@ -7,6 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from visionmix.layers.fold import entry_of, fold_before
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 
 
@@ -98,6 +99,16 @@ class Block(nn.Module):
             self.norm2 = norm_layer(dim, **dd)
             self.mlp = mlp_layer(dim, **dd)
             self.scale2 = Residual(dim, drop_path, layer_scale, **dd)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norms into the linear layers that read them, for inference.
+
+        A subclass whose norms stand elsewhere gives its own.
+        """
+        self.norm1 = fold_before(self.norm1, entry_of(self.mixer))
+        if self.has_mlp:
+            self.norm2 = fold_before(self.norm2, entry_of(self.mlp))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_pos:

@@ -10,6 +10,7 @@ import torch.fx
 from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from visionmix.layers.by_name import LayerSpec, layer_maker
@@ -127,6 +128,32 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade a second forward pass of every block for its activations."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_progress(self, done: float) -> None:
+        """Tell every layer with a schedule of its own that a share `done` of the training steps is done.
+
+        The trainer calls it before every step. A layer with a schedule has a method `set_progress` too.
+
+        Args:
+            done: From 0 at the start to 1 at the end.
+
+        Raises:
+            ValueError: `done` is not between 0 and 1.
+        """
+        if not 0 <= done <= 1:
+            raise ValueError(f"done={done} is no share of training; give steps done / steps in all, from 0 to 1")
+        for module in self.modules():
+            if module is not self and hasattr(module, "set_progress"):
+                module.set_progress(done)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold norms that are affine in inference into the layers beside them, for inference, in place.
+
+        ``timm.utils.reparameterize_model(model)`` does the same on a copy.
+        """
+        reparameterize_model(self, inplace=True)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -4,7 +4,7 @@ Maps are NHWC: (batch, height, width, channels). The keywords ``**dd`` of constr
 are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 """
 
-from visionmix.layers.conv import DepthwiseConvNormAct
+from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
@@ -15,6 +15,7 @@ from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.padding import pad
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.precision import at_least_float32, scan_dtype
+from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.resample import resample_map
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
@@ -29,17 +30,20 @@ __all__ = [
     "ConvsDownsample",
     "DepthwiseConvNormAct",
     "Grid",
+    "LinearNorm",
     "LogSigmoid",
     "MultiScalePatches",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
     "ProjectionHead",
+    "RepBN",
     "RotaryMap",
     "ScanLayerNorm",
     "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",
+    "SharedDepthwiseConv",
     "Stem",
     "StemConv",
     "TokenHead",

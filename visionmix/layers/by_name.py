@@ -13,6 +13,7 @@ from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
+from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.stem import conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 from visionmix.registry import nearest
 
@@ -34,7 +35,12 @@ _LAYERS: dict[str, dict[str, Layer]] = {
     },
     "downsample_layer": {"conv": ConvDownsample, "patch_merging": PatchMerging},
     "mlp_layer": {"mlp": mlp, "swiglu": swiglu, "conv_mlp": ConvMlp},
-    "norm_layer": {"batchnorm": BatchNorm, **{name: get_norm_layer(name) for name in _NORMS}},
+    "norm_layer": {
+        "batchnorm": BatchNorm,
+        "linearnorm": LinearNorm,
+        "repbn": RepBN,
+        **{name: get_norm_layer(name) for name in _NORMS},
+    },
     "act_layer": {name: get_act_layer(name) for name in _ACTIVATIONS},
     "pos_embed": {"learned": PositionEmbedding},
     "pos_layer": {"conv": ConvPosition},

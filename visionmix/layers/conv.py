@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionmix.layers.fold import fold_behind
 
 
 class DepthwiseConvNormAct(nn.Module):
@@ -30,5 +34,41 @@ class DepthwiseConvNormAct(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = act_layer()
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution, for inference."""
+        self.norm = fold_behind(self.conv, self.norm)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+
+
+class SharedDepthwiseConv(nn.Module):
+    """A depthwise convolution, with a bias, of `heads` groups of channels that share their kernels.
+
+    Shapes: (batch, heads * head_dim, height, width) to the same.
+
+    Source: FLatten Transformer (Han et al. 2023, arXiv 2308.00442).
+
+    Args:
+        head_dim: Channels of a group.
+        heads: Number of groups.
+        kernel_size: Rows and columns of the kernel, an odd number.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        heads: int,
+        kernel_size: int,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        one = nn.Conv2d(head_dim, head_dim, kernel_size, groups=head_dim, **dd)
+        self.weight, self.bias = one.weight, one.bias
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Copies of the few kernels, where heads in the batch's axis would copy the map.
+        weight, bias = self.weight.repeat(self.heads, 1, 1, 1), self.bias.repeat(self.heads)
+        return F.conv2d(x, weight, bias, padding=self.weight.shape[-1] // 2, groups=x.shape[1])

@@ -10,6 +10,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.layers.fold import fold_before, fold_behind
 from visionmix.layers.layout import channels_first
 from visionmix.layers.stem import Stem
 
@@ -54,6 +55,11 @@ class ConvDownsample(nn.Module):
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns that a map of `height` by `width` becomes."""
         return ((height + 1) // 2, (width + 1) // 2) if self.whole else (max(height // 2, 1), max(width // 2, 1))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution, for inference."""
+        self.norm = fold_behind(self.conv, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.whole:
@@ -130,6 +136,11 @@ class PatchMerging(nn.Module):
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns that a map of `height` by `width` becomes."""
         return (height + 1) // 2, (width + 1) // 2
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the linear map, for inference."""
+        self.norm = fold_before(self.norm, self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _pad_if_odd(x)

@@ -63,6 +63,8 @@ def mlp(
 class _Mlp(Mlp):
     """timm's feed-forward; a large one in tiles."""
 
+    entry = "fc1"
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._whole(x)
@@ -107,6 +109,8 @@ class _SwiGlu(GluMlp):
     pixels, and 20,000 to 50,000 with one tensor less.
     """
 
+    entry = "fc1"
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._whole(x)
@@ -141,6 +145,7 @@ class ConvMlp(nn.Module):
     """
 
     needs_map = True
+    entry = "fc1"
     act_first: Final[bool]
     residual: Final[bool]
 

@@ -6,6 +6,7 @@ import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from visionmix.layers.fold import fold_behind
 from visionmix.layers.grid import prefix_positions, split_prefix
 from visionmix.layers.norm import BatchNorm
 
@@ -109,6 +110,11 @@ class ProjectionHead(ClassifierHead):
     def drop_projection(self) -> None:
         """Let maps pass as they come: for a model that gives features alone."""
         self.proj = self.norm = self.act = nn.Identity()
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the projection, for inference."""
+        self.norm = fold_behind(self.proj, self.norm)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.act(self.norm(self.proj(x)))))

@@ -1,4 +1,4 @@
-"""Norms over the channels of NHWC maps."""
+"""Norms over the channels of NHWC maps and of sequences."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ import torch.fx
 from timm.layers import LayerNorm, RmsNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from visionmix.layers.fold import affine_of, fused
 
 
 @torch.fx.wrap
@@ -42,9 +44,9 @@ class ScanRmsNorm(RmsNorm):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of every channel: `torch.nn.BatchNorm2d`, its `bn`, on maps whose channels come last.
+    """Batch normalisation of every channel: `torch.nn.BatchNorm2d`, its `bn`, where channels come last.
 
-    Shapes: (batch, height, width, dim) to the same.
+    Shapes: (batch, ..., dim) to the same: maps and sequences.
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
 
@@ -62,5 +64,21 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm2d(dim, eps=eps, **dd)
 
+    def as_affine(self) -> tuple[Tensor, Tensor] | None:
+        """Return (weight, bias), both (dim,), with which this is ``weight * x + bias`` in inference."""
+        return affine_of(self.bn)
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Return one layer that computes what this one does in inference."""
+        return fused(self)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the batch norm of x (batch, ..., dim)."""
+        # One axis of all cells, since maps have two and sequences one; a last axis of 1, with which the norm's fast
+        # paths see a map whose channels come last.
+        y = self.bn(x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1).reshape(x.shape)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.normalised(x)

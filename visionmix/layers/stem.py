@@ -9,6 +9,7 @@ import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
+from visionmix.layers.fold import fold_behind
 from visionmix.layers.layout import channels_first
 from visionmix.layers.padding import pad
 
@@ -102,6 +103,14 @@ class Stem(nn.Sequential):
                 -(-side // stride) if whole else (side + around - kernel) // stride + 1 for side in (rows, columns)
             )
         return rows, columns
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norms into the convolutions before them, for inference."""
+        for number in range(1, len(self._convs) + 1):
+            if hasattr(self, f"norm{number}"):
+                norm = fold_behind(getattr(self, f"conv{number}"), getattr(self, f"norm{number}"))
+                setattr(self, f"norm{number}", norm)
 
 
 class _ChannelsLast(nn.Module):

@@ -7,7 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import PositionEmbedding, at_least_float32
+from visionmix.layers import PositionEmbedding, SharedDepthwiseConv, at_least_float32
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
@@ -68,7 +68,7 @@ class FocusedLinearAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.pos_embed = PositionEmbedding(dim, grid_size, mode="bilinear", **dd)
         self.scale = nn.Parameter(torch.empty(dim, **dd))
-        self.dwc = _SharedDepthwise(dim // num_heads, num_heads, kernel_size, **dd)
+        self.dwc = SharedDepthwiseConv(dim // num_heads, num_heads, kernel_size, **dd)
         self.has_lepe = lepe
         if lepe:
             self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
@@ -113,21 +113,3 @@ def _focused(x: Tensor, scale: Tensor, focus: float) -> Tensor:
     sharp = x**focus
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return sharp * (length / torch.linalg.vector_norm(sharp, dim=-1, keepdim=True))
-
-
-class _SharedDepthwise(nn.Module):
-    """A depthwise convolution of `heads` groups of `head_dim` channels, with one group's kernels for all.
-
-    Shapes: (batch, heads * head_dim, height, width) to the same.
-    """
-
-    def __init__(self, head_dim: int, heads: int, kernel_size: int, **dd: Any) -> None:
-        super().__init__()
-        one = nn.Conv2d(head_dim, head_dim, kernel_size, groups=head_dim, **dd)
-        self.weight, self.bias = one.weight, one.bias
-        self.heads = heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Copies of the few kernels, where heads in the batch's axis would copy the map.
-        weight, bias = self.weight.repeat(self.heads, 1, 1, 1), self.bias.repeat(self.heads)
-        return F.conv2d(x, weight, bias, padding=self.weight.shape[-1] // 2, groups=x.shape[1])

@@ -15,7 +15,7 @@ _FEATURE_MAPS = ("elu", "relu", "softplus")
 
 
 def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
-    """Return by what `_averages` divides keys, from their mean over all tokens (batch, 1, heads, dk).
+    """Return by what `averages` divides keys, from their mean over all tokens (batch, 1, heads, dk).
 
     A rotation mixes the two channels of a pair, which therefore share one level.
     """
@@ -25,7 +25,7 @@ def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
     return mean.detach() + 1e-6  # it cancels, and so do its gradients
 
 
-def _averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tensor) -> Tensor:
+def averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tensor) -> Tensor:
     """Return ``q (k^T v) / (n normaliser)`` (batch, tokens, heads, dv) of q, k and v (batch, n, heads, dk or dv).
 
     Autocast rounds what is multiplied here, and the products, to half precision. Keys over their `levels` (batch, 1,
@@ -37,7 +37,7 @@ def _averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tenso
     return ((q / normaliser).mul_(levels).transpose(1, 2) @ state).transpose(1, 2)
 
 
-def _dot(q: Tensor, k: Tensor) -> Tensor:
+def dot(q: Tensor, k: Tensor) -> Tensor:
     """Return the products (batch, tokens, heads, 1) of q with one k (batch, 1, heads, dk), in float32 at least."""
     # Elementwise, so that autocast leaves it in float32: a normaliser in half precision may round to 0.
     return (q * k).sum(dim=-1, keepdim=True)
@@ -97,10 +97,10 @@ class LinearAttention(Attention):
         qk, v = self._features(qk), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         mean = k.mean(dim=1, keepdim=True)
-        normaliser = _dot(q, mean) + 1e-6
+        normaliser = dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
-        return _averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
+        return averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
 
 
 class _Rotary(Attention):
@@ -138,11 +138,11 @@ class MagnitudeAwareLinearAttention(_Rotary):
         qk, v = _elu_plus_one(at_least_float32(qk)), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         mean = k.mean(dim=1, keepdim=True)
-        z = _dot(q, mean) * self.scale
+        z = dot(q, mean) * self.scale
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         # (1 + 1 / (z + e)) s q is (z + e + 1) times q over its normaliser, (z + e) / s.
-        out = _averages(q, k, v, (z + 1e-6) / self.scale, _levels(mean, self.has_rotary))
+        out = averages(q, k, v, (z + 1e-6) / self.scale, _levels(mean, self.has_rotary))
         return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, z + 1.000001)
 
 
@@ -165,10 +165,10 @@ class RankAugmentedLinearAttention(_Rotary):
         """Return the attended values (batch, tokens, heads, head_dim)."""
         q, k = _elu_plus_one(at_least_float32(qk)).chunk(2, dim=2)
         v, tokens = at_least_float32(v), v.shape[1]
-        weights = torch.softmax(_dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
+        weights = torch.softmax(dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
         k = k * (weights * tokens)
         mean = k.mean(dim=1, keepdim=True)
-        normaliser = _dot(q, mean) + 1e-6
+        normaliser = dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(q, height, width), self.rotary(k, height, width)
-        return _averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
+        return averages(q, k, v, normaliser, _levels(mean, self.has_rotary))

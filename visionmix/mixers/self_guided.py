@@ -21,7 +21,7 @@ _QUARTERS = {0: (), 1: (4,), 2: (2, 2), 3: (1, 2, 1), 4: (1, 1, 1, 1)}
 class _LocallyEnhanced(nn.Module):
     """The end of both mixers, ``W_o (y + depthwise3x3(W_l x))``, from the attended values y and the input x."""
 
-    def __init__(self, dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
         self.lepe_linear = nn.Linear(dim, dim, **dd)
         self.lepe_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)

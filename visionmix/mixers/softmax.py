@@ -36,6 +36,7 @@ class Attention(nn.Module):
             multiple of 4.
     """
 
+    entry = "qkv"
     has_rotary: Final[bool]
     gate: Final[bool]
     has_lepe: Final[bool]

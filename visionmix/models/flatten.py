@@ -23,12 +23,8 @@ def _pvt_v2(depths: Sequence[int], dims: Sequence[int] = _WIDTHS) -> Layout:
     return pvt.pvt_v2(dims, depths, "focused").with_keys(_KEYS + _UNUSED_NORM)
 
 
-def _window_size(side: int) -> int:
-    return 7 if side <= 56 else 12
-
-
 def _swin(dim: int, depths: Sequence[int], heads: int) -> Layout:
-    return swin.swin(dim, depths, heads, "LLSS", lambda stage: "focused", _window_size).with_keys(_KEYS)
+    return swin.swin(dim, depths, heads, "LLSS", lambda stage: "focused").with_keys(_KEYS)
 
 
 def _cswin(dim: int, depths: Sequence[int], heads: int) -> Layout:

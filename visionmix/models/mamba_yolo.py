@@ -134,7 +134,7 @@ def _layout(dims: Sequence[int], depths: Sequence[int], **options: Any) -> Layou
         "final_norm_layer": None,
         "num_classes": 0,
     }
-    mixer = {"name": "cross_scan", "expand": 2.0, "states": 16, "gate": True, "conv_bias": True, "act_layer": nn.GELU}
+    mixer = {"name": "cross_scan", "expand": 2.0, "d_state": 16, "gate": True, "conv_bias": True, "act_layer": nn.GELU}
     host = vmamba(dims[0], depths, mixer, **layers | options)
     return Layout(_Pyramid, host.options | {"embed_dims": tuple(dims)}, _KEYS + host.keys)
 

@@ -22,9 +22,11 @@ def mixers_by_letter(
     layout: str,
     depths: Sequence[int],
     linear: Callable[[int], MixerSpec],
-    softmax: Callable[[int, int], MixerSpec],
-) -> list[list[MixerSpec]]:
-    """Return one mixer a block, by stage, of a layout as the published configurations spell it.
+    softmax: Callable[[int], Sequence[MixerSpec]],
+) -> list[MixerSpec | list[MixerSpec]]:
+    """Return the mixers of every stage, of a layout as the published configurations spell it.
+
+    Stages of one kind are built with any depth.
 
     Args:
         layout: A letter a stage: "B" or "S" for softmax attention, "M" for linear attention in the stage's first blocks
@@ -32,14 +34,17 @@ def mixers_by_letter(
             that "M" stands for: ``"AAMB2"``.
         depths: Blocks of each stage.
         linear: Makes the family's own mixer from the stage's number, which counts from 0.
-        softmax: Makes softmax attention from the stage's and the block's number.
+        softmax: Makes softmax attention from the stage's number: the mixers that its blocks take in turn, counted from
+            the stage's first block whatever that has.
     """
     letters, first = layout[: len(depths)], layout[len(depths) :]
-    linear_blocks = [
-        0 if letter in "BS" else int(first) if letter == "M" else depth
-        for letter, depth in zip(letters, depths, strict=True)
-    ]
-    return [
-        [linear(stage) if block < count else softmax(stage, block) for block in range(depth)]
-        for stage, (depth, count) in enumerate(zip(depths, linear_blocks, strict=True))
-    ]
+
+    def mixers(stage: int, letter: str, depth: int) -> MixerSpec | list[MixerSpec]:
+        if letter not in "BSM":
+            return linear(stage)
+        cycle = list(softmax(stage))
+        if letter != "M":
+            return {"cycle": cycle}
+        return [linear(stage) if block < int(first) else cycle[block % len(cycle)] for block in range(depth)]
+
+    return [mixers(stage, *each) for stage, each in enumerate(zip(letters, depths, strict=True))]

@@ -49,8 +49,8 @@ def cswin(
         mixer: Makes the family's own mixer from the stage's number.
     """
 
-    def stripes(stage: int, block: int) -> MixerSpec:
-        return {"name": "cross_window", "split_size": _STRIPES[stage]}
+    def stripes(stage: int) -> list[MixerSpec]:
+        return [{"name": "cross_window", "split_size": _STRIPES[stage]}]
 
     options = {
         "embed_dims": doubled(embed_dim, len(depths)),

@@ -9,6 +9,8 @@ Source: Swin (Liu et al. 2021, arXiv 2103.14030).
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from torch import nn
+
 from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
 from visionmix.layers import PatchMerging, mlp, patch_stem
@@ -33,13 +35,19 @@ _KEYS = KeyMap(
 )
 
 
+def seven_or_twelve(side: int) -> int:
+    """Return the window for a first map of `side` cells: 7 up to images of 224 pixels, 12 above, as for 384."""
+    return 7 if side <= 56 else 12
+
+
 def swin(
     embed_dim: int,
     depths: Sequence[int],
     num_heads: int,
     layout: str,
     mixer: Callable[[int], MixerSpec],
-    window_size: Callable[[int], int],
+    window_size: Callable[[int], int] = seven_or_twelve,
+    norm_layer: Callable[..., nn.Module] | None = None,
 ) -> Layout:
     """Return the layout of Swin.
 
@@ -51,21 +59,28 @@ def swin(
             and whatever is in it, shifts its windows if it has any.
         mixer: Makes the family's own mixer from the stage's number.
         window_size: Gives the softmax blocks' window from the first stage's map, in cells along its shorter side.
+        norm_layer: Makes every norm, those of stem and downsamplers too; None for the layer norms of Swin.
     """
 
-    def window(stage: int, block: int) -> MixerSpec:
+    def windows(stage: int) -> list[MixerSpec]:
         size = partial(_window_size, stage=stage, of_first=window_size)
-        return {"name": "window", "window_size": size, "shift": block % 2 == 1}
+        return [{"name": "window", "window_size": size, "shift": shift} for shift in (False, True)]
 
     options = {
         "embed_dims": doubled(embed_dim, len(depths)),
         "depths": depths,
         "num_heads": doubled(num_heads, len(depths)),
-        "mixer": mixers_by_letter(layout, depths, mixer, window),
+        "mixer": mixers_by_letter(layout, depths, mixer, windows),
         "stem_layer": patch_stem,
         "downsample_layer": PatchMerging,
         "mlp_layer": mlp,
     }
+    if norm_layer is not None:
+        options |= {
+            "stem_layer": partial(patch_stem, norm_layer=norm_layer),
+            "downsample_layer": partial(PatchMerging, norm_layer=norm_layer),
+            "norm_layer": norm_layer,
+        }
     return Layout(Hierarchical, options, _KEYS)
 
 

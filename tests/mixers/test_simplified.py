@@ -1,0 +1,86 @@
+"""Simplified linear attention against its definition."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from visionmix import create_mixer
+from visionmix.layers import resample_position
+
+
+def simplified(**options):
+    torch.manual_seed(0)
+    mixer = create_mixer("simplified", 12, num_heads=3, grid_size=(4, 5), **options)
+    for value in mixer.parameters():
+        nn.init.normal_(value, std=0.5)
+    return mixer
+
+
+def defined(mixer, x):
+    """The definition: every query weighs every key by itself, and every head is convolved apart."""
+    batch, height, width, dim = x.shape
+    heads = mixer.num_heads
+    q, k, v = F.linear(x, mixer.qkv.weight, mixer.qkv.bias).chunk(3, dim=-1)
+    k = k + resample_position(mixer.pos_embed.weight, height, width, "bilinear")
+    q, k, values = (each.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q.relu(), k.relu(), v))
+    scores = q @ k.transpose(-2, -1)
+    y = (scores @ values) / (scores.sum(dim=-1, keepdim=True) + 1e-6)
+    y = y.transpose(1, 2).reshape(batch, height, width, dim)
+    size = mixer.lepe.weight.shape[-1]
+    local = [
+        F.conv2d(head.permute(0, 3, 1, 2), mixer.lepe.weight, mixer.lepe.bias, padding=size // 2, groups=dim // heads)
+        for head in v.chunk(heads, dim=-1)
+    ]
+    return mixer.proj(y + torch.cat(local, dim=1).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "qkv_bias": False}])
+@pytest.mark.parametrize("grid", [(4, 5), (1, 1), (7, 3)])
+def test_what_the_definition_says(grid, options):
+    mixer = simplified(**options).double()
+    x = torch.randn(2, *grid, 12, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(mixer(x), defined(mixer, x), atol=1e-12)
+
+
+def test_scores_near_the_smallest_normaliser():
+    mixer = simplified().double()
+    with torch.no_grad():
+        mixer.qkv.weight[:24] *= 1e-4  # scores of about 1e-8, to which 1e-6 is added
+        mixer.qkv.bias[:24] *= 1e-4
+        mixer.pos_embed.weight.zero_()
+        x = torch.randn(2, 4, 5, 12, dtype=torch.float64)
+        assert torch.allclose(mixer(x), defined(mixer, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_carries_channels_without_a_positive_entry(dtype, autocast):
+    mixer = simplified()
+    with torch.no_grad():
+        mixer.qkv.bias[:8] = -50.0  # of two heads' queries
+        mixer.qkv.bias[8:12] = 50.0
+        mixer.qkv.bias[12:16] = -50.0  # and of one head's keys
+        mixer.qkv.bias[20:23] = -50.0  # and three channels' of the head with large queries
+    x = torch.randn(1, 40, 40, 12)
+    low = mixer if autocast else mixer.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = low(x if autocast else x.to(dtype))
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(value.grad).all() for value in low.parameters())
+    with torch.no_grad():
+        expected = defined(low.double(), x.double() if autocast else x.to(dtype).double())
+    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
+    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_begins_without_positions():
+    assert not create_mixer("simplified", 12).pos_embed.weight.any()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="kernel_size=4 is even"):
+        create_mixer("simplified", 12, kernel_size=4)
+    with pytest.raises(ValueError, match="num_heads=5 does not divide dim=12"):
+        create_mixer("simplified", 12, num_heads=5)
