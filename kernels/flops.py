@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from visionmix.kernels.private_api import is_traced_tensor
 from visionmix.kernels.schema import NAMESPACE
+from visionmix.private_api import is_traced_tensor
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:

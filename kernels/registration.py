@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.private_api import parse_schema
 from visionmix.kernels.schema import NAMESPACE, Schema, named_tuple
+from visionmix.private_api import parse_schema
 
 _REMEDY = 'choose visionmix.kernels.use("reference"), which calls the PyTorch reference instead'
 

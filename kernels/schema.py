@@ -3,7 +3,7 @@
 from collections import namedtuple
 from operator import itemgetter
 
-from visionmix.kernels.private_api import parse_schema
+from visionmix.private_api import parse_schema
 
 NAMESPACE = "visionmix"
 

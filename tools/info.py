@@ -16,12 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionmix.models.family import family_of, list_family_models, published, variant_of, weights_of
 from visionmix.models.weights import file_name
+from visionmix.private_api import TorchDispatchMode, tree_leaves
 from visionmix.scans import num_steps
 from visionmix.tools import display
 

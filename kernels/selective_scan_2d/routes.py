@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from visionmix import scans
-from visionmix.kernels.private_api import outside_of_tracing
+from visionmix.private_api import outside_of_tracing
 from visionmix.scans.order_names import split_orders
 
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 import torch.fx
 from timm.layers import trunc_normal_
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import create_mixer, mixer_options
+from visionmix.private_api import feature_take_indices
 
 MixerSpec = str | dict[str, Any]
 _FORMATS = ("NCHW", "NHWC", "NLC")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones.block import Block

@@ -7,9 +7,9 @@ layer or block that holds a norm beside a linear layer folds the one into the ot
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionmix.layers.precision import at_least_float32
+from visionmix.private_api import AnyBatchNorm
 
 
 class ChannelAffine(nn.Module):
@@ -35,7 +35,7 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
 
     Batch norms with running statistics are known; any other norm says so by a method `as_affine`.
     """
-    if not isinstance(norm, _BatchNorm):
+    if not isinstance(norm, AnyBatchNorm):
         return norm.as_affine() if hasattr(norm, "as_affine") else None
     if norm.running_mean is None or norm.running_var is None:
         return None

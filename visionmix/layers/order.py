@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
-from visionmix.kernels.private_api import outside_of_tracing
+from visionmix.private_api import outside_of_tracing
 from visionmix.scans import order
 from visionmix.scans.orders import symbolic_order
 

@@ -6,7 +6,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from visionmix.kernels.private_api import inside_functorch
+from visionmix.private_api import inside_functorch
 
 
 def _turns(height: int, width: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

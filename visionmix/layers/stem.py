@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visionmix.layers.fold import fold_behind
 from visionmix.layers.layout import channels_first
 from visionmix.layers.padding import pad
+from visionmix.private_api import AnyBatchNorm
 
 _NORM = partial(LayerNorm, eps=1e-5)
 
@@ -80,7 +81,7 @@ class Stem(nn.Sequential):
             in_chans = conv.channels
             if conv.norm_layer is not None:
                 norm = conv.norm_layer(in_chans, **dd)
-                if not isinstance(norm, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+                if not isinstance(norm, AnyBatchNorm | nn.GroupNorm):
                     layers[f"last{number}"], last = _ChannelsLast(), True
                 layers[f"norm{number}"] = norm
             if conv.act_layer is not None:

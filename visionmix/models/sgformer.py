@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 from timm.layers import GroupNorm1, LayerNorm, build_sincos2d_pos_embed
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones import Block, Hierarchical, Stage

@@ -4,14 +4,14 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from visionmix.backbones import Plain
 from visionmix.backbones.contract import check_output_format, laid_out
 from visionmix.layers import join_prefix
+from visionmix.private_api import feature_take_indices
 from visionmix.reduction.methods import Method
 from visionmix.reduction.sharing import Reduced, share
 from visionmix.reduction.tokens import Tokens

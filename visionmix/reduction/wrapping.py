@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from timm.models._features import FeatureGetterNet
 from torch import nn
 
+from visionmix.private_api import FeatureGetterNet
 from visionmix.reduction.backbones import ReducedBackbone, reduced_backbone_for
 from visionmix.reduction.methods import method_class
 from visionmix.reduction.sharing import Reduced, reduced

@@ -1,9 +1,10 @@
-"""PyTorch's private names do what they are used for, in the version at hand."""
+"""The private names of PyTorch and timm do what they are used for, in the versions at hand."""
 
+import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from visionmix.kernels import private_api
+from visionmix import private_api
 
 
 def test_parse_schema_reads_names_types_and_defaults():
@@ -35,3 +36,18 @@ def test_is_traced_tensor_tells_tensors_from_numbers():
     graph = torch.jit.trace(lambda x: x.sum(0), torch.ones(2, 3)).graph
     (node,) = [node for node in graph.nodes() if node.kind() == "aten::sum"]
     assert [private_api.is_traced_tensor(value) for value in node.inputs()][:2] == [True, False]
+
+
+def test_feature_take_indices_counts_from_the_end():
+    assert private_api.feature_take_indices(4, 2) == ([2, 3], 3)
+    assert private_api.feature_take_indices(4, [0, 2]) == ([0, 2], 2)
+
+
+def test_feature_getter_is_what_features_only_makes():
+    assert isinstance(timm.create_model("test_plain", features_only=True), private_api.FeatureGetterNet)
+
+
+def test_every_batch_norm_is_one():
+    norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)
+    assert all(issubclass(norm, private_api.AnyBatchNorm) for norm in norms)
+    assert not issubclass(torch.nn.LayerNorm, private_api.AnyBatchNorm)
