@@ -45,3 +45,18 @@ def test_scripted_and_traced_it_follows_the_size():
         x = torch.randn(2, *size, 3)
         assert torch.equal(scripted(x), resample_map(x, 6, 8))
         assert torch.equal(traced(x), resample_map(x, 6, 8))
+
+
+@pytest.mark.parametrize("size", [(9, 12), (4, 5), (6, 8)])
+def test_onnx_runtime_makes_maps_larger_and_smaller(size, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Resample(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return resample_map(resample_map(x, 6, 8) * 2, x.shape[1], x.shape[2])
+
+    x = torch.randn(2, *size, 3)
+    torch.onnx.export(Resample(), (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(out), Resample()(x), atol=1e-5)

@@ -33,5 +33,11 @@ def _resample_map(x: Tensor, height: int, width: int, mode: str) -> Tensor:
         # size would compile once more for the built size.
         if statically_known_true(height == x.shape[1]) and statically_known_true(width == x.shape[2]):
             return x
+        if torch.compiler.is_exporting():
+            # ONNX Runtime moves permutations past a resampling, and then cannot make the map, its channels last, any
+            # smaller. It moves none past a change of shape.
+            maps = at_least_float32(x.permute(0, 3, 1, 2)).flatten(0, 1).unsqueeze(1)
+            resampled = F.interpolate(maps, size=[height, width], mode=mode).squeeze(1).unflatten(0, (-1, x.shape[3]))
+            return resampled.to(x.dtype).permute(0, 2, 3, 1)
     resampled = F.interpolate(at_least_float32(x.permute(0, 3, 1, 2)), size=[height, width], mode=mode)
     return resampled.to(x.dtype).permute(0, 2, 3, 1)
