@@ -220,8 +220,8 @@ class SelfGuidedAttention(_LocallyEnhanced):
 def _enlarged(x: Tensor, height: int, width: int, side: int) -> Tensor:
     """Return (batch, height, width) of x (batch, rows, columns), whose every cell stands for side x side cells."""
     # By index: a slice of what is repeated would compile a graph for sizes that `side` divides, another for the others.
-    rows, columns = (torch.arange(length, device=x.device) // side for length in (height, width))
-    return x.index_select(1, rows).index_select(2, columns)
+    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(1, row // side).index_select(2, column // side)
 
 
 @torch.fx.wrap
