@@ -86,6 +86,8 @@ class Backbone(nn.Module):
             num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
         self._note_hidden_size()
+        if num_classes == 0 and global_pool:
+            self.num_features = self.head_hidden_size  # the width of the result, as timm has it
         self.init_weights()
 
     @torch.jit.ignore

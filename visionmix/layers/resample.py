@@ -31,7 +31,9 @@ def _resample_map(x: Tensor, height: int, width: int, mode: str) -> Tensor:
     else:
         # A graph compiled for all sizes resamples always (the weights at scale 1 are 0 and 1 exactly): a branch on the
         # size would compile once more for the built size.
-        if statically_known_true(height == x.shape[1]) and statically_known_true(width == x.shape[2]):
+        # torch.jit.trace makes tensors of sizes, which are compared as they are.
+        if all(same if isinstance(same, Tensor) else statically_known_true(same)
+               for same in (height == x.shape[1], width == x.shape[2])):  # fmt: skip
             return x
         if torch.compiler.is_exporting():
             # ONNX Runtime moves permutations past a resampling, and then cannot make the map, its channels last, any
