@@ -118,13 +118,14 @@ class HybridScaleAttention(_LocallyEnhanced):
         return y, _enlarged(received, height, width, side)
 
     def _attend_in_windows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, height, width, _ = x.shape
+        batch, height, width, dim = x.shape
         side = self.window_size
-        cells = into_windows(self.local_qkv(x), side).unflatten(1, (-1, side * side))
-        q, k, v = cells.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (batch, windows, heads, queries, keys)
-        y = (weights @ v).transpose(2, 3).flatten(3).flatten(1, 2)
-        received = weights.detach().mean(dim=[2, 3]).flatten(1).unsqueeze(-1)
+        # Windows of all images in one axis: a graph would be made anew where an image is one window.
+        cells = into_windows(self.local_qkv(x), side).flatten(0, 1)
+        q, k, v = cells.reshape(-1, side * side, 3, self.heads, dim // 2 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (windows, heads, queries, keys)
+        y = (weights @ v).transpose(1, 2).contiguous().view(-1, dim // 2).view(batch, -1, dim // 2)
+        received = weights.detach().mean(dim=[1, 2]).view(-1).view(batch, -1).unsqueeze(-1)
         return out_of_windows(y, height, width, side), out_of_windows(received, height, width, side).squeeze(-1)
 
 
