@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visionmix import create_mixer
-from visionmix.layers import resample_position
+from visionmix.layers import resample_map
 
 
 def simplified(**options):
@@ -22,7 +22,7 @@ def defined(mixer, x):
     batch, height, width, dim = x.shape
     heads = mixer.num_heads
     q, k, v = F.linear(x, mixer.qkv.weight, mixer.qkv.bias).chunk(3, dim=-1)
-    k = k + resample_position(mixer.pos_embed.weight, height, width, "bilinear")
+    k = k + resample_map(mixer.pos_embed.weight, height, width, "bilinear")
     q, k, values = (each.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q.relu(), k.relu(), v))
     scores = q @ k.transpose(-2, -1)
     y = (scores @ values) / (scores.sum(dim=-1, keepdim=True) + 1e-6)

@@ -69,7 +69,7 @@ class HybridScaleAttention(_LocallyEnhanced):
         self,
         dim: int,
         num_heads: int = 4,
-        sr_ratio: int = 4,
+        sr_ratio: int = 2,
         window_size: int = 7,
         qkv_bias: bool = True,
         **dd: Any,
