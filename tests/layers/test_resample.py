@@ -24,15 +24,24 @@ def test_a_graph_of_one_size_holds_no_needless_resampling(dynamic, graphs):
     resamples = []
 
     def backend(module, examples):
-        resamples.append(any(node.target is F.interpolate for node in module.graph.nodes))
+        resamples.append(any(node.target is torch.matmul for node in module.graph.nodes))
         return module
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: resample_map(x, 6, 8) + 1, fullgraph=True, dynamic=dynamic, backend=backend)
     for size in ((6, 8), (4, 8), (6, 8)):
         x = torch.randn(1, *size, 3)
-        assert torch.equal(compiled(x), resample_map(x, 6, 8) + 1)
+        assert torch.allclose(compiled(x), resample_map(x, 6, 8) + 1, atol=1e-6)
     assert resamples == graphs
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 11), (7, 9), (20, 2)])
+def test_compiled_resampling_is_the_eager_one(size, mode):
+    x = torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: resample_map(x, *size, mode), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x), resample_map(x, *size, mode), atol=1e-12)
 
 
 def test_scripted_and_traced_it_follows_the_size():

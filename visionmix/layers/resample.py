@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from visionmix.layers.precision import at_least_float32
 
+_A = -0.75  # of the cubic convolution kernel, as `torch.nn.functional.interpolate` has it
+
 
 def resample_map(x: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Return x (batch, rows, columns, channels) resampled to (batch, height, width, channels).
@@ -30,16 +32,37 @@ def _resample_map(x: Tensor, height: int, width: int, mode: str) -> Tensor:
             return x
     else:
         # A graph compiled for all sizes resamples always (the weights at scale 1 are 0 and 1 exactly): a branch on the
-        # size would compile once more for the built size.
-        # torch.jit.trace makes tensors of sizes, which are compared as they are.
+        # size would compile once more for the built size. torch.jit.trace makes tensors of sizes.
         if all(same if isinstance(same, Tensor) else statically_known_true(same)
                for same in (height == x.shape[1], width == x.shape[2])):  # fmt: skip
             return x
-        if torch.compiler.is_exporting():
-            # ONNX Runtime moves permutations past a resampling, and then cannot make the map, its channels last, any
-            # smaller. It moves none past a change of shape.
-            maps = at_least_float32(x.permute(0, 3, 1, 2)).flatten(0, 1).unsqueeze(1)
-            resampled = F.interpolate(maps, size=[height, width], mode=mode).squeeze(1).unflatten(0, (-1, x.shape[3]))
-            return resampled.to(x.dtype).permute(0, 2, 3, 1)
+        if torch.compiler.is_compiling():
+            # Two matrix products: Inductor takes half a minute to compile one bicubic resampling of symbolic sizes, and
+            # ONNX Runtime refuses to make a map smaller whose channels are last.
+            y = at_least_float32(x)
+            rows, columns = _weights(x.shape[1], height, mode, y), _weights(x.shape[2], width, mode, y)
+            y = torch.matmul(rows, y.flatten(2)).unflatten(2, (-1, x.shape[3]))
+            return torch.matmul(columns, y).to(x.dtype)
     resampled = F.interpolate(at_least_float32(x.permute(0, 3, 1, 2)), size=[height, width], mode=mode)
     return resampled.to(x.dtype).permute(0, 2, 3, 1)
+
+
+def _weights(cells: int, wanted: int, mode: str, like: Tensor) -> Tensor:
+    """Return the matrix (wanted, cells) that resamples one axis; cells beyond the border are those at it."""
+    places = (torch.arange(wanted, device=like.device, dtype=like.dtype) + 0.5) * (cells / wanted) - 0.5
+    if mode == "bilinear":
+        places = places.clamp(min=0.0)
+    first = places.floor()
+    cell = torch.arange(cells, device=like.device)
+    matrix = like.new_zeros(1)
+    for tap in range(-1, 3) if mode == "bicubic" else range(2):
+        distance = (places - first - tap).abs()
+        if mode == "bilinear":
+            weight = 1.0 - distance
+        else:
+            near = ((_A + 2) * distance - (_A + 3)) * distance * distance + 1
+            far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
+            weight = torch.where(distance <= 1, near, far)
+        taken = (first.to(torch.int64) + tap).clamp(0, cells - 1)
+        matrix = matrix + torch.where(taken.unsqueeze(1) == cell, weight.unsqueeze(1), 0.0)
+    return matrix
