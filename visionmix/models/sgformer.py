@@ -116,11 +116,10 @@ class _Waves(PositionEmbedding):
 
 
 _GROUPS = ((8, (196, 56, 28)), (4, (49, 14, 7)), (2, (2, 1)))
+_SMALL = ((8, (28, 14, 7)), (4, (7, 4, 2)), (2, (2, 1)))
 
 
-def _layout(
-    dim: int, depths: Sequence[int], num_heads: Sequence[int], groups: Sequence = _GROUPS, **options: Any
-) -> Layout:
+def _layout(dim: int, depths: Sequence, num_heads: Sequence, groups: Sequence = _GROUPS, **options: Any) -> Layout:
     mixers = [
         {"cycle": [{"name": "hybrid_scale", "sr_ratio": ratio}, {"name": "self_guided", "group_sizes": sizes}]}
         for ratio, sizes in groups
@@ -144,9 +143,7 @@ VARIANTS = {
     "sgformer_medium": Variant(_layout(64, (2, 6, 28, 2), (2, 4, 8, 16)), {"in1k": Weights(page=_PAGE)}),
     "sgformer_base": Variant(_layout(96, (4, 6, 24, 2), (4, 6, 12, 24)), {"in1k": Weights(page=_PAGE, top1=84.7)}),
     # Small groups: torch.export takes an axis of one group for one in maps of all sizes.
-    "test_sgformer": Variant(
-        _layout(16, (2, 2, 3, 1), (2, 2, 4, 4), ((8, (28, 14, 7)), (4, (7, 4, 2)), (2, (2, 1))), img_size=96)
-    ),
+    "test_sgformer": Variant(_layout(16, (2, 2, 3, 1), (2, 2, 4, 4), _SMALL, img_size=96)),
 }
 
 register_family(__name__, VARIANTS, paper="arXiv 2308.12216")
