@@ -154,6 +154,12 @@ def test_a_new_classifier_has_the_models_type_and_device(name, dtype):
     assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", dtype)}
 
 
+@EVERY
+def test_without_a_classifier_the_result_has_num_features(name):
+    model = timm.create_model(name, num_classes=0).eval()
+    assert model(image()).shape == (1, model.num_features)
+
+
 @WHOLE
 def test_features_only(name, model):
     features = timm.create_model(name, features_only=True, out_indices=(0, 1))

@@ -84,3 +84,16 @@ def test_options_that_do_not_fit():
 def test_a_block_with_a_tail_takes_whole_maps():
     with pytest.raises(ValueError, match="block 0, a _LocalBlock, reads whole maps"):
         timm.create_model("test_plainmamba", mixer="softmax", num_heads=2, prefix_tokens="first", global_pool="token")
+
+
+def test_files_with_the_stems_former_names_load():
+    model, other = timm.create_model("test_plainmamba"), timm.create_model("test_plainmamba")
+    former = {"stem.conv2.": "stem.convs.0.conv.", "stem.norm2.": "stem.convs.0.bn.", "stem.conv3.": "stem.proj."}
+    tensors = {}
+    for key, value in model.state_dict().items():
+        for name, old in former.items():
+            key = key.replace(name, old)
+        tensors[key] = value
+    assert not {key for key in tensors if key.startswith(tuple(former))}
+    assert load_checkpoint(other, tensors) == []
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
