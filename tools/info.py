@@ -209,8 +209,7 @@ def family_rows() -> str:
         f"|{' --- |' * 6}",
     ]
     for module, names in _families().items():
-        title = (sys.modules[module].__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        family, _, about = title.partition(": ")
+        family, about = family_title(module)
         facts = [published(tag) for name in names for tag in _tagged(name)]
         with torch.device("meta"):
             sizes = [sum(value.numel() for value in timm.create_model(name).parameters()) for name in names]
@@ -220,6 +219,13 @@ def family_rows() -> str:
         papers = ", ".join(_paper_link(paper) for paper in sorted({fact.paper for fact in facts}))
         rows.append(f"| {family} | {about} | {span} | {'none' if best is None else best} | {licences} | {papers} |")
     return "\n".join(rows)
+
+
+def family_title(module: str) -> tuple[str, str]:
+    """Return the family's name and what mixes its tokens, from the first line of its module's docstring."""
+    title = (sys.modules[module].__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    family, _, about = title.partition(": ")
+    return family, about
 
 
 def _paper_link(paper: str) -> str:

@@ -40,7 +40,8 @@ def test_exported_for_any_size(name):
     assert torch.allclose(program.module()(images), model(images), atol=1e-5)
 
 
-@ANY
+@pytest.mark.long
+@pytest.mark.parametrize("name", TINY)
 def test_onnx_runs_what_the_model_computes(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = timm.create_model(name).eval(), torch.randn(1, 3, 64, 96)

@@ -25,16 +25,42 @@ def images(height=64, width=96, batch=2):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def in_every_graph(model):
-    """Check that `model` scripts, traces by fx, exports for any size and keeps its result when checkpointed."""
-    expected = {size: model(images(*size)) for size in ((64, 96), (96, 64))}
-    scripted, traced = torch.jit.script(model), symbolic_trace(model)
+# Models that show a place each
+PLACES = {}
+
+
+def place(make):
+    PLACES[make.__name__] = make
+    return make
+
+
+def seeded(name):
+    torch.manual_seed(0)
+    return PLACES[name]().eval()
+
+
+def export(model):
     axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
-    exported = torch.export.export(model, (images(),), dynamic_shapes=(axes,)).module()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size, logits in expected.items():
-        for graph in (scripted, traced, exported, compiled):
-            assert torch.allclose(graph(images(*size)), logits, atol=1e-5)
+    return torch.export.export(model, (images(),), dynamic_shapes=(axes,)).module()
+
+
+GRAPHS = {
+    "script": torch.jit.script,
+    "fx": symbolic_trace,
+    "export": export,
+    "compile": partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("name", ["carrying", "map_layers", "prefix_evenly", "prefix_passing"])
+@pytest.mark.parametrize("graph", [
+    "script", "fx", pytest.param("export", marks=pytest.mark.long), pytest.param("compile", marks=pytest.mark.long)
+])  # fmt: skip
+def test_one_graph_of_a_place_serves_all_sizes(graph, name):
+    model = seeded(name)
+    made = GRAPHS[graph](model)
+    for size in ((64, 96), (96, 64)):
+        assert torch.allclose(made(images(*size)), model(images(*size)), atol=1e-5)
 
 
 # Heads, where a caller gives none
@@ -161,9 +187,13 @@ class GlobalTokens(Stage):
         return self.norm(x)
 
 
+@place
+def carrying():
+    return Hierarchical(**PYRAMID, stage_layer=[GlobalTokens, GlobalTokens, Stage, GlobalTokens])
+
+
 def test_stages_carry_tensors_to_later_ones():
-    torch.manual_seed(0)
-    model = Hierarchical(**PYRAMID, stage_layer=[GlobalTokens, GlobalTokens, Stage, GlobalTokens]).eval()
+    model = seeded("carrying")
     x, carried = model.stem(images()), torch.zeros(())
     first, second, third, fourth = model.stages
     x = first(x, [])
@@ -173,22 +203,24 @@ def test_stages_carry_tensors_to_later_ones():
     assert torch.allclose(model.forward_features(images()), model.norm(x), atol=1e-6)
     final, _ = model.forward_intermediates(images())
     assert torch.allclose(final, model.norm(x), atol=1e-6)
-    in_every_graph(model)
 
 
 # Feed-forwards and position encodings of plain models
 
 
+@place
+def map_layers():
+    return Plain(**PLAIN | {"mlp_layer": "conv_mlp"}, block_layer=partial(Block, pos_layer=ConvPosition))
+
+
 def test_plain_models_take_layers_that_read_maps():
-    torch.manual_seed(0)
-    model = Plain(**PLAIN | {"mlp_layer": "conv_mlp"}, block_layer=partial(Block, pos_layer=ConvPosition)).eval()
+    model = seeded("map_layers")
     x = model.pos_embed(model.stem(images()))
     for block in model.blocks:
         x = x + block.pos(x)
         x = x + block.mixer(block.norm1(x))
         x = x + block.mlp(block.norm2(x))
     assert torch.allclose(model.forward_features(images()), model.norm(x), atol=1e-6)
-    in_every_graph(model)
 
 
 def test_position_encodings_beside_prefix_tokens_are_made_from_the_cells():
@@ -249,13 +281,21 @@ def test_prefix_tokens_anywhere(mixer, count, place):
         images(), 1, norm=True, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
     )
     assert torch.allclose(join_prefix(cells, prefix, at), features, atol=1e-6)
-    if (count, mixer, place) == (3, "softmax", "evenly"):
-        in_every_graph(model)
+
+
+@place
+def prefix_evenly():
+    options = {"mixer": "softmax", "prefix_tokens": {"count": 3, "place": "evenly"}, "global_pool": "token"}
+    return Plain(**PLAIN | options)
+
+
+@place
+def prefix_passing():
+    return Plain(**PLAIN, prefix_tokens={"count": 2, "place": "middle"}, prefix="pass", global_pool="token")
 
 
 def test_prefix_tokens_pass_mixers_of_maps():
-    torch.manual_seed(0)
-    model = Plain(**PLAIN, prefix_tokens={"count": 2, "place": "middle"}, prefix="pass", global_pool="token").eval()
+    model = seeded("prefix_passing")
     x, grid = model.embed(images())
     block, at = model.blocks[0], grid.prefix_positions
     cells, _ = split_prefix(block.norm1(x), at)
@@ -263,7 +303,6 @@ def test_prefix_tokens_pass_mixers_of_maps():
     expected = x + join_prefix(mixed, torch.zeros(2, 2, 16), at)
     expected = expected + block.mlp(block.norm2(expected))
     assert torch.allclose(block(x, grid), expected, atol=1e-6)
-    in_every_graph(model)
     with pytest.raises(ValueError, match="prefix='pass'"):
         Plain(**PLAIN, prefix_tokens="first")
     with pytest.raises(ValueError, match="prefix='skip' is unknown"):

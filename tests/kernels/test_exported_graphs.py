@@ -90,7 +90,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+# Tables of orders take long to export: the cheapest is tried in the quick suite.
+LONG = ("windows", "cross", "curves", "joined")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, id=n, marks=[pytest.mark.long] if n in LONG else []) for n, m in MODELS.items()]
+)
 def test_reference_exported_once_serves_other_sizes(model):
     with use("reference"):
         axes = dict.fromkeys(range(3), Dim.DYNAMIC)

@@ -60,7 +60,7 @@ def test_own_file_loads_into_any_number_of_classes(name, num_classes, caplog):
         assert torch.equal(value, before[key] if key in fresh else made.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("num_classes", [1000, 10, 0])
+@pytest.mark.parametrize("num_classes", [pytest.param(1000, marks=pytest.mark.long), 10, 0])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_file_without_a_classifier_keeps_the_models(published, caplog, name, num_classes):
     """Encoders of detectors: what their authors publish has no classifier."""

@@ -67,6 +67,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.long  # four processes that import PyTorch
 def test_processes_with_unequal_shares_return_the_whole_result(tmp_path):
     logits, targets = torch.randn(23, 7), torch.randint(7, (23,))
     torch.save((logits, targets), tmp_path / "given")

@@ -83,7 +83,7 @@ def test_a_run_leaves_all_its_files(recipe_file, tree, tmp_path, capsys):
     assert str(finished / "predictions.png") in out
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.long), "2"])
 def test_resume_after_ctrl_c_ends_in_the_same_numbers(
     recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
 ):
@@ -224,7 +224,7 @@ def test_resume_refuses_weights_alone_and_other_classes(finished, recipe_file, t
     assert "other classes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+@pytest.mark.parametrize("amp", [pytest.param("float16", marks=pytest.mark.long), "bfloat16"])
 def test_mixed_precision_resumes_too(recipe_file, tree, tmp_path, monkeypatch, amp):
     assert run(recipe_file, tree, tmp_path / "whole", "--amp", amp) == 0
     with monkeypatch.context() as patch:
