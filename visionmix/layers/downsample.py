@@ -119,14 +119,7 @@ class PatchMerging(nn.Module):
         norm_layer: Makes the norm from ``4 * dim``.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        *,
-        norm_layer: Callable[..., nn.Module] = _NORM,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, out_dim: int, *, norm_layer: Callable[..., nn.Module] = _NORM, **dd: Any) -> None:
         super().__init__()
         self.stride = 2
         self.norm = norm_layer(4 * dim, **dd)

@@ -38,12 +38,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    dim: int,
-    *,
-    mlp_ratio: float = 4.0,
-    act_layer: Callable[[], nn.Module] = nn.GELU,
-    drop: float = 0.0,
-    **dd: Any,
+    dim: int, *, mlp_ratio: float = 4.0, act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0, **dd: Any
 ) -> Mlp:
     """Return the feed-forward ``fc2(act(fc1(x)))`` of ViT, with biases and ``int(dim * mlp_ratio)`` hidden channels.
 
@@ -74,14 +69,7 @@ class _Mlp(Mlp):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
-def swiglu(
-    dim: int,
-    *,
-    mlp_ratio: float = 4.0,
-    multiple_of: int = 256,
-    drop: float = 0.0,
-    **dd: Any,
-) -> GluMlp:
+def swiglu(dim: int, *, mlp_ratio: float = 4.0, multiple_of: int = 256, drop: float = 0.0, **dd: Any) -> GluMlp:
     """Return a gated feed-forward ``fc2(silu(a) * b)`` with ``a, b = fc1(x).chunk(2, dim=-1)`` and no biases.
 
     The hidden width is two thirds of ``dim * mlp_ratio``, so that the parameters number what an ungated feed-forward of

@@ -92,13 +92,7 @@ class ChannelGate(nn.Module):
         norm_eps: Epsilon of the norm.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        norm_eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, norm_eps: float = 1e-5, **dd: Any) -> None:
         super().__init__()
         hidden = max(1, dim // 8)
         self.norm = ScanLayerNorm(dim, eps=norm_eps, **dd)

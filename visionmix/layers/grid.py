@@ -91,13 +91,7 @@ class PrefixTokens(nn.Module):
         ValueError: `count` is below 1 or `place` is unknown.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        count: int = 1,
-        place: str = "first",
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, count: int = 1, place: str = "first", **dd: Any) -> None:
         super().__init__()
         if place not in PLACES:
             raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")

@@ -55,12 +55,7 @@ class BatchNorm(nn.Module):
         eps: Added to the variance.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(dim, eps=eps, **dd)
 

@@ -23,14 +23,7 @@ class PositionEmbedding(nn.Module):
         mode: How it is resampled, "bicubic" or "bilinear".
     """
 
-    def __init__(
-        self,
-        dim: int,
-        grid_size: tuple[int, int],
-        *,
-        mode: str = "bicubic",
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, grid_size: tuple[int, int], *, mode: str = "bicubic", **dd: Any) -> None:
         super().__init__()
         self.mode = mode
         self.weight = nn.Parameter(torch.zeros(1, *grid_size, dim, **dd))

@@ -25,12 +25,7 @@ class RepBN(BatchNorm):
         eps: Added to the variance.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__(dim, eps, **dd)
         self.alpha = nn.Parameter(torch.ones(1, **dd))
 
@@ -70,14 +65,7 @@ class LinearNorm(nn.Module):
         ValueError: `share` is not between 0 and 1.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        share: float = 0.16,
-        eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, share: float = 0.16, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__()
         if not 0 <= share <= 1:
             raise ValueError(f"share={share} is no share of training; give a number from 0 to 1")

@@ -47,15 +47,7 @@ class _ScanParameters(nn.Module):
 
     undecayed = ("A_log", "D", "delta_bias")
 
-    def __init__(
-        self,
-        dim: int,
-        count: int,
-        *,
-        dt_rank: int,
-        d_state: int,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, count: int, *, dt_rank: int, d_state: int, **dd: Any) -> None:
         super().__init__()
         for name, value in (("dt_rank", dt_rank), ("d_state", d_state)):
             if value < 1:
@@ -199,15 +191,7 @@ class SelectiveScan1d(_ScanParameters):
         ValueError: `dt_rank`, `d_state` or `d_conv` is below 1.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        dt_rank: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, dt_rank: int, d_state: int = 16, d_conv: int = 4, **dd: Any) -> None:
         super().__init__(dim, 1, dt_rank=dt_rank, d_state=d_state, **dd)
         if d_conv < 1:
             raise ValueError(f"d_conv={d_conv} is too small; give 1 or more")

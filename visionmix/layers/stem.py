@@ -58,12 +58,7 @@ class Stem(nn.Sequential):
         convs: The convolutions.
     """
 
-    def __init__(
-        self,
-        in_chans: int,
-        convs: Sequence[StemConv],
-        **dd: Any,
-    ) -> None:
+    def __init__(self, in_chans: int, convs: Sequence[StemConv], **dd: Any) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         last = False  # whether channels come last
         for number, conv in enumerate(convs, 1):
@@ -219,12 +214,7 @@ def patch_stem(
     return Stem(in_chans, [conv], **dd)
 
 
-def deep_conv_stem(
-    in_chans: int = 3,
-    embed_dim: int = 64,
-    patch_size: int = 4,
-    **dd: Any,
-) -> Stem:
+def deep_conv_stem(in_chans: int = 3, embed_dim: int = 64, patch_size: int = 4, **dd: Any) -> Stem:
     """Return four 3x3 convolutions with batch norms, GELU behind each but the last; the first and last have stride 2.
 
     The first three have half of the channels. All have biases.
@@ -247,13 +237,7 @@ def deep_conv_stem(
 
 
 def deep_patch_stem(
-    in_chans: int = 3,
-    embed_dim: int = 192,
-    patch_size: int = 16,
-    *,
-    depth: int = 1,
-    width: int = 64,
-    **dd: Any,
+    in_chans: int = 3, embed_dim: int = 192, patch_size: int = 16, *, depth: int = 1, width: int = 64, **dd: Any
 ) -> Stem:
     """Return convolutions with batch norms at half the resolution, then one over patches that do not overlap.
 

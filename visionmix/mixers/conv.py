@@ -23,12 +23,7 @@ class DepthwiseConv(nn.Module):
         ValueError: `kernel_size` is even.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        kernel_size: int = 7,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, kernel_size: int = 7, **dd: Any) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; give an odd number, so that a window has a middle")

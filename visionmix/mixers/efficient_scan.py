@@ -79,13 +79,7 @@ class InvertedResidualMixer(nn.Module):
         se_ratio: Hidden channels of the squeeze-and-excitation over those.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        expand: float = 4.0,
-        se_ratio: float = 0.125,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, expand: float = 4.0, se_ratio: float = 0.125, **dd: Any) -> None:
         super().__init__()
         inner = make_divisible(dim * expand)
         self.block = nn.Sequential(

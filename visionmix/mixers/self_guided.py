@@ -66,13 +66,7 @@ class HybridScaleAttention(_LocallyEnhanced):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        sr_ratio: int = 2,
-        window_size: int = 7,
-        qkv_bias: bool = True,
-        **dd: Any,
+        self, dim: int, num_heads: int = 4, sr_ratio: int = 2, window_size: int = 7, qkv_bias: bool = True, **dd: Any
     ) -> None:
         heads = num_heads if num_heads % 2 else num_heads // 2
         if dim % 2 or heads < 1 or dim // 2 % heads:
@@ -170,12 +164,7 @@ class SelfGuidedAttention(_LocallyEnhanced):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        group_sizes: Sequence[int] = (49, 14, 7),
-        qkv_bias: bool = True,
-        **dd: Any,
+        self, dim: int, num_heads: int = 4, group_sizes: Sequence[int] = (49, 14, 7), qkv_bias: bool = True, **dd: Any
     ) -> None:
         check_heads(dim, num_heads)
         if len(group_sizes) not in _QUARTERS or min(group_sizes, default=1) < 1:

@@ -42,14 +42,7 @@ class Attention(nn.Module):
     has_lepe: Final[bool]
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool,
-        rotary: bool,
-        lepe: int | None,
-        gate: bool,
-        **dd: Any,
+        self, dim: int, num_heads: int, qkv_bias: bool, rotary: bool, lepe: int | None, gate: bool, **dd: Any
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
