@@ -18,7 +18,7 @@ from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.resample import resample_map
 from visionmix.layers.rotary import RotaryMap
-from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
+from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, scan_sizes
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "projected",
     "resample_map",
     "scan_dtype",
+    "scan_sizes",
     "split_prefix",
     "swiglu",
     "zero_token",

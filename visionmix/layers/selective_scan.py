@@ -42,6 +42,20 @@ def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> 
     return torch.stack(maps, dim=-1)
 
 
+def scan_sizes(dim: int, expand: float, dt_rank: int | None) -> tuple[int, int]:
+    """Return what a mixer of `dim` channels gives its scan: ``int(dim * expand)`` channels, and the steps' rank.
+
+    The rank is `dt_rank`, or ``ceil(dim / 16)`` for None.
+
+    Raises:
+        ValueError: `expand` leaves no channel.
+    """
+    width = int(dim * expand)
+    if width < 1:
+        raise ValueError(f"expand={expand} leaves no channel of dim={dim} for the scan; give 1 / dim or more")
+    return width, math.ceil(dim / 16) if dt_rank is None else dt_rank
+
+
 class _ScanParameters(nn.Module):
     """`count` sets of a selective scan's parameters; see `SelectiveScan2d`."""
 

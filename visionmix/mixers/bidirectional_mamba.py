@@ -1,16 +1,14 @@
 """Mamba in both directions along a sequence: Vim's mixer."""
 
-import math
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import Grid, SelectiveScan1d, gated, projected
-from visionmix.layers.order import take, token_order
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import Grid, SelectiveScan1d, gated, projected, scan_sizes
+from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
-from visionmix.scans import direction_names
 
 
 @register_mixer("bidirectional_mamba")
@@ -54,19 +52,13 @@ class BidirectionalMamba(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
-        options = {
-            "dt_rank": math.ceil(dim / 16) if dt_rank is None else dt_rank,
-            "d_state": d_state,
-            "d_conv": d_conv,
-        }
-        self.order = direction_names(order)[0]
-        if "+" in self.order:
-            raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+        inner, rank = scan_sizes(dim, expand, dt_rank)
+        scan = partial(SelectiveScan1d, inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
+        self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.forward_scan = SelectiveScan1d(inner, **options, **dd)
-        self.backward_scan = SelectiveScan1d(inner, **options, **dd)
+        self.forward_scan = scan()
+        self.backward_scan = scan()
         self.act = nn.SiLU()
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
 

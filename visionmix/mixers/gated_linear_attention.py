@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
 from visionmix.layers import LogSigmoid, ScanRmsNorm, scan_dtype
-from visionmix.layers.order import take, token_order
+from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
-from visionmix.scans import direction_names
 
 
 @register_mixer("gated_linear_attention")
@@ -72,9 +71,7 @@ class GatedLinearAttention(nn.Module):
             raise ValueError(
                 f"num_heads={num_heads} does not divide dim={dim} and the key width {key_dim} (key_ratio={key_ratio})"
             )
-        self.order = direction_names(order)[0]
-        if "+" in self.order:
-            raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+        self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.num_heads = num_heads
         self.key_dim = key_dim

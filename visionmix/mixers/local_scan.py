@@ -1,13 +1,11 @@
 """Selective scans in directions of choice, windows among them: LocalMamba's mixer."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d, scan_sizes
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -53,13 +51,12 @@ class LocalScan(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         if isinstance(directions, str) or not directions:
             raise ValueError(f"directions={directions!r} are no names of scan orders; give a sequence of them")
         for name in directions:
             direction_names(name)  # raises where there is no such order
         names = tuple(directions) if order is None else direction_names(order)
-        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()

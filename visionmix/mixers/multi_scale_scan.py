@@ -1,16 +1,15 @@
 """Selective scans at two resolutions: MSVMamba's mixer."""
 
-import math
 from typing import Any, Final
 
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import ScanLayerNorm, SelectiveScan2d
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d, scan_sizes
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
+from visionmix.scans.order_names import join_order
 
 
 @register_mixer("multi_scale_scan")
@@ -60,13 +59,12 @@ class MultiScaleScan(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         names = direction_names(order)
         if len(names) != 4:
             raise ValueError(f"order={order!r} has {len(names)} directions; give one with four, such as 'raster'")
         full, transposed, backward, transposed_backward = names
-        low = "+".join((backward, transposed, transposed_backward))
-        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        low = join_order((backward, transposed, transposed_backward))
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.full_conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.low_conv = nn.Conv2d(inner, inner, kernel_size=7, stride=2, padding=3, groups=inner, **dd)

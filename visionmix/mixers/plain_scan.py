@@ -1,12 +1,10 @@
 """Selective scans along continuous paths, with one set of parameters: PlainMamba's mixer."""
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d, gated, projected, zero_token
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import SelectiveScan2d, gated, projected, scan_sizes, zero_token
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -58,14 +56,14 @@ class PlainScan(nn.Module):
         super().__init__()
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv={d_conv} is even; give an odd number, so that a window has a middle")
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
         self.conv = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, **dd)
         self.act = nn.SiLU()
         self.scan = SelectiveScan2d(
             inner,
             direction_names(order),
-            dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank,
+            dt_rank=rank,
             d_state=d_state,
             shared=True,
             permute=permute,
