@@ -3,22 +3,13 @@
 import pytest
 import timm
 import torch
-from torch import nn
+from drawn import drawn_mixer
 
 import visionmix
-from visionmix import create_mixer
 from visionmix.mixers import SelfGuidedAttention
 from visionmix.mixers.self_guided import _ranks
 
 GRIDS = [(6, 9), (5, 7), (1, 1), (3, 4)]
-
-
-def drawn(name, **options):
-    torch.manual_seed(0)
-    mixer = create_mixer(name, 12, dtype=torch.float64, **options)
-    for value in mixer.parameters():
-        nn.init.normal_(value, std=0.3)
-    return mixer
 
 
 def local(mixer, x):
@@ -37,7 +28,7 @@ def attended(q, k, v, heads):
 @torch.no_grad()
 def test_hybrid_scale_is_what_its_definition_says(grid, num_heads):
     height, width = grid
-    mixer = drawn("hybrid_scale", num_heads=num_heads, sr_ratio=2, window_size=3)
+    mixer = drawn_mixer("hybrid_scale", dtype=torch.float64, num_heads=num_heads, sr_ratio=2, window_size=3)
     heads = {4: 2, 3: 3}[num_heads]
     x = torch.randn(1, height, width, 12, dtype=torch.float64)
     rows, columns = -(-height // 6) * 6, -(-width // 6) * 6  # what both 2 and 3 divide
@@ -67,7 +58,7 @@ def test_hybrid_scale_is_what_its_definition_says(grid, num_heads):
 @pytest.mark.parametrize("grid", [*GRIDS, (4, 12)])
 @torch.no_grad()
 def test_self_guided_is_what_its_definition_says(grid, sizes):
-    mixer = drawn("self_guided", num_heads=3, group_sizes=sizes)
+    mixer = drawn_mixer("self_guided", dtype=torch.float64, num_heads=3, group_sizes=sizes)
     x = torch.randn(1, *grid, 12, dtype=torch.float64)
     cells = x.flatten(0, 2)
     for significance in (torch.randn(1, *grid, dtype=torch.float64), None):
