@@ -18,7 +18,7 @@ def join_orders(names: Sequence[str]) -> str:
 
 def split_orders(orders: str) -> list[str]:
     """Undo `join_orders`."""
-    return orders.split(SEPARATOR)
+    return orders.split(",")  # SEPARATOR, which TorchScript cannot read
 
 
 def join_order(names: Sequence[str]) -> str:

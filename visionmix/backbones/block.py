@@ -27,19 +27,12 @@ class Residual(nn.Module):
 
     has_gamma: Final[bool]
 
-    def __init__(
-        self,
-        dim: int,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None, **dd: Any) -> None:
         super().__init__()
         self.has_gamma = layer_scale is not None
         if layer_scale is not None:
             self.initial = layer_scale
-            self.gamma = nn.Parameter(torch.full((dim,), layer_scale, device=device, dtype=dtype))
+            self.gamma = nn.Parameter(torch.full((dim,), layer_scale, **dd))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     @torch.jit.ignore
@@ -83,11 +76,9 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         pos_layer: Callable[..., nn.Module] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.has_pos = pos_layer is not None
         if pos_layer is not None:
             self.pos = pos_layer(dim, **dd)

@@ -1,7 +1,7 @@
 """The model contract of timm, once, for every skeleton."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -67,24 +67,20 @@ class Backbone(nn.Module):
     def _finish(
         self,
         num_features: int,
-        *,
         head_layer: Callable[..., nn.Module],
+        min_size: int,
         in_chans: int,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
-        min_size: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **dd: Any,
     ) -> None:
         self.in_chans = in_chans
         self.min_size = min_size
         self.num_classes = num_classes
         self.num_features = num_features
         self.grad_checkpointing = False
-        self.head = head_layer(
-            num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
-        )
+        self.head = head_layer(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self._note_hidden_size()
         if num_classes == 0 and global_pool:
             self.num_features = self.head_hidden_size  # the width of the result, as timm has it
@@ -311,6 +307,41 @@ def build_mixer(
         if option in known:
             options.setdefault(option, value)
     return create_mixer(name, dim, device=device, dtype=dtype, **options)
+
+
+def build_blocks(
+    dim: int,
+    block_layer: Any,
+    mixer: Any,
+    rates: Sequence[float],
+    *,
+    where: str = "",
+    num_heads: int,
+    grid_size: tuple[int, int],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> list[nn.Module]:
+    """Return a block of `dim` channels for each of the drop path rates.
+
+    Args:
+        dim: Channels.
+        block_layer: Makes a block; one for all, or as `per_block` takes several.
+        mixer: The mixer of all, or as `per_block` takes several.
+        rates: Rates of stochastic depth.
+        where: Which blocks these are, for messages.
+        num_heads: Heads of mixers that have heads.
+        grid_size: Rows and columns of the map at the built image size.
+        **options: More options of the blocks.
+    """
+    dd = {"device": device, "dtype": dtype}
+    layers = per_block(block_layer, len(rates), "block_layer", where=where)
+    specs = per_block(mixer, len(rates), "mixer", where=where)
+    maker = partial(build_mixer, dim=dim, num_heads=num_heads, grid_size=grid_size, **dd)
+    return [
+        layer(dim, mixer=partial(maker, spec), drop_path=rate, **options, **dd)
+        for layer, spec, rate in zip(layers, specs, rates, strict=True)
+    ]
 
 
 def heads_for(dim: int) -> int:

@@ -13,12 +13,11 @@ from visionmix.backbones.block import Block
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_mixer,
+    build_blocks,
     check_image_size,
     check_mixer,
     heads_for,
     mlp_maker,
-    per_block,
     per_stage,
     set_grid_size,
 )
@@ -183,28 +182,13 @@ class Hierarchical(Backbone):
         grid_size, reduction = self.stem.grid_size(height, width), self.stem.stride
         self.stages = nn.ModuleList()
         self.feature_info = []
-        for index, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        for index, dim in enumerate(embed_dims):
             downsample = downsamplers[index](embed_dims[index - 1], dim, **dd) if index else None
             if downsample is not None:
                 grid_size, reduction = downsample.grid_size(*grid_size), reduction * downsample.stride
-            where = f" of stage {index}"
-            blocks = [
-                layer(
-                    dim,
-                    mixer=partial(build_mixer, spec, dim, num_heads=heads, grid_size=grid_size, **dd),
-                    mlp_layer=mlps[index],
-                    norm_layer=norms[index],
-                    drop_path=rate,
-                    layer_scale=layer_scale,
-                    **dd,
-                )
-                for layer, spec, rate in zip(
-                    per_block(block_layers[index], depth, "block_layer", where=where),
-                    per_block(mixers[index], depth, "mixer", where=where),
-                    rates[index],
-                    strict=True,
-                )
-            ]
+            options = {"mlp_layer": mlps[index], "norm_layer": norms[index], "layer_scale": layer_scale, **dd}
+            places = {"num_heads": num_heads[index], "grid_size": grid_size, "where": f" of stage {index}"}
+            blocks = build_blocks(dim, block_layers[index], mixers[index], rates[index], **places, **options)
             embedding = embeddings[index]
             norm = norms[index] if stage_norms[index] == "same" else stage_norms[index]
             self.stages.append(
@@ -220,16 +204,8 @@ class Hierarchical(Backbone):
             norms[-1] if final_norm_layer == "same" else layer_maker("norm_layer", final_norm_layer, "final_norm_layer")
         )
         self.norm = final(embed_dims[-1], **dd) if final else nn.Identity()
-        self._finish(
-            embed_dims[-1],
-            head_layer=layer_maker("head_layer", head_layer),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            min_size=patch_size,
-            **dd,
-        )
+        head = layer_maker("head_layer", head_layer)
+        self._finish(embed_dims[-1], head, patch_size, in_chans, num_classes, global_pool, drop_rate, **dd)
 
     @staticmethod
     def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:

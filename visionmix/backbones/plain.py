@@ -14,12 +14,11 @@ from visionmix.backbones.block import Block, TokenBlock
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_mixer,
+    build_blocks,
     check_image_size,
     check_mixer,
     heads_for,
     mlp_maker,
-    per_block,
     set_grid_size,
 )
 from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
@@ -137,31 +136,17 @@ class Plain(Backbone):
         self.output_fmt = "NHWC"
         default, head = Block, layer_maker("head_layer", head_layer) or _HEAD
         if prefix_tokens is not None:
-            options = {"place": prefix_tokens} if isinstance(prefix_tokens, str) else dict(prefix_tokens)
-            self.class_token = PrefixTokens(embed_dim, **options, **dd)
+            tokens = {"place": prefix_tokens} if isinstance(prefix_tokens, str) else dict(prefix_tokens)
+            self.class_token = PrefixTokens(embed_dim, **tokens, **dd)
             self.num_prefix_tokens = self.class_token.count
             self.output_fmt = "NLC"
             default = partial(TokenBlock, prefix=prefix)
             where = {"count": self.class_token.count, "place": self.class_token.place}
             head = partial(layer_maker("head_layer", head_layer) or TokenHead, **where)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(
-            layer(
-                embed_dim,
-                mixer=partial(build_mixer, spec, embed_dim, num_heads=heads, grid_size=grid_size, **dd),
-                mlp_layer=mlp,
-                norm_layer=norm,
-                drop_path=rate,
-                layer_scale=layer_scale,
-                **dd,
-            )
-            for layer, spec, rate in zip(
-                per_block(block_layer or default, depth, "block_layer"),
-                per_block(mixer, depth, "mixer"),
-                rates,
-                strict=True,
-            )
-        )
+        options = {"mlp_layer": mlp, "norm_layer": norm, "layer_scale": layer_scale, **dd}
+        places = {"num_heads": heads, "grid_size": grid_size}
+        self.blocks = nn.ModuleList(build_blocks(embed_dim, block_layer or default, mixer, rates, **places, **options))
         for index, block in enumerate(self.blocks):
             if self.has_prefix and len(inspect.signature(block.forward).parameters) < 2:
                 raise ValueError(
@@ -173,16 +158,7 @@ class Plain(Backbone):
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": self.stem.stride, "module": f"blocks.{index}"} for index in range(depth)
         ]
-        self._finish(
-            embed_dim,
-            head_layer=head,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            min_size=patch_size,
-            **dd,
-        )
+        self._finish(embed_dim, head, patch_size, in_chans, num_classes, global_pool, drop_rate, **dd)
 
     @staticmethod
     def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:

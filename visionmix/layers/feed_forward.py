@@ -55,8 +55,8 @@ def mlp(
     return _Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
 
-class _Mlp(Mlp):
-    """timm's feed-forward; a large one in tiles."""
+class _InTiles:
+    """The forward pass of a feed-forward that computes `_whole` for all tokens at once; a large one in tiles."""
 
     entry = "fc1"
 
@@ -64,6 +64,10 @@ class _Mlp(Mlp):
         if torch.jit.is_scripting():
             return self._whole(x)
         return _in_tiles(self, x)
+
+
+class _Mlp(_InTiles, Mlp):
+    """timm's feed-forward; a large one in tiles."""
 
     def _whole(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
@@ -89,20 +93,13 @@ def swiglu(dim: int, *, mlp_ratio: float = 4.0, multiple_of: int = 256, drop: fl
     return _SwiGlu(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False, **dd)
 
 
-class _SwiGlu(GluMlp):
+class _SwiGlu(_InTiles, GluMlp):
     """timm's gated feed-forward with one tensor of the hidden width less, and none during the last projection.
 
     The C library hands memory back to the system once about twice the largest tensor is free. The first projection's
     output and two tensors of half its width came to that in every block: vig_t met 93,000 page faults an image of 1024
     pixels, and 20,000 to 50,000 with one tensor less.
     """
-
-    entry = "fc1"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._whole(x)
-        return _in_tiles(self, x)
 
     def _whole(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(self._gated(self.fc1(x)))))

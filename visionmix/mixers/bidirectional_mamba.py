@@ -1,7 +1,7 @@
 """Mamba in both directions along a sequence: Vim's mixer."""
 
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ class BidirectionalMamba(nn.Module):
         ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such
             `order`, or it joins several.
     """
-
-    in_raster: Final[bool]
 
     def __init__(
         self,

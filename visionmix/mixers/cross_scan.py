@@ -1,6 +1,6 @@
 """Selective scans of a map in four directions: VMamba's mixer."""
 
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,8 +38,6 @@ class CrossScan(nn.Module):
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such `order`.
     """
-
-    gate: Final[bool]
 
     def __init__(
         self,

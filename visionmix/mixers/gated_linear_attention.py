@@ -1,6 +1,6 @@
 """Bidirectional gated linear attention with a local branch: ViG's mixer."""
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from timm.layers import RmsNorm
@@ -47,9 +47,6 @@ class GatedLinearAttention(nn.Module):
     Raises:
         ValueError: `num_heads` does not divide `dim` or the key width, or there is no such `order`.
     """
-
-    eval_scale: Final[float]
-    in_raster: Final[bool]
 
     def __init__(
         self,

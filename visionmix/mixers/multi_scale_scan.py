@@ -1,6 +1,6 @@
 """Selective scans at two resolutions: MSVMamba's mixer."""
 
-from typing import Any, Final
+from typing import Any
 
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
@@ -45,8 +45,6 @@ class MultiScaleScan(nn.Module):
             not four directions.
     """
 
-    has_se: Final[bool]
-
     def __init__(
         self,
         dim: int,
@@ -72,7 +70,7 @@ class MultiScaleScan(nn.Module):
         self.full_scan = SelectiveScan2d(inner, (full,), dt_rank=rank, d_state=d_state, **dd)
         self.low_scan = SelectiveScan2d(inner, (low,), dt_rank=rank, d_state=d_state, merge="none", **dd)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
-        self.has_se = se_reduction is not None
+        self.se = nn.Identity()
         if se_reduction is not None:
             self.se = SqueezeExcite(inner, rd_channels=max(1, inner // se_reduction), bias=False, **dd)
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -85,6 +83,4 @@ class MultiScaleScan(nn.Module):
         low = self.norm(self.low_scan(self.act(self.low_conv(x)).permute(0, 2, 3, 1))).to(x.dtype)
         low = low.sum(dim=3).permute(0, 3, 1, 2)
         y = y + F.interpolate(low, size=[height, width], mode="bilinear")
-        if self.has_se:
-            y = self.se(y)
-        return self.proj(y.permute(0, 2, 3, 1) * self.act(z))
+        return self.proj(self.se(y).permute(0, 2, 3, 1) * self.act(z))

@@ -60,17 +60,8 @@ class PlainScan(nn.Module):
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
         self.conv = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, **dd)
         self.act = nn.SiLU()
-        self.scan = SelectiveScan2d(
-            inner,
-            direction_names(order),
-            dt_rank=rank,
-            d_state=d_state,
-            shared=True,
-            permute=permute,
-            moves=True,
-            bias_scale=bias_scale,
-            **dd,
-        )
+        options = {"shared": True, "permute": permute, "moves": True, "bias_scale": bias_scale}
+        self.scan = SelectiveScan2d(inner, direction_names(order), dt_rank=rank, d_state=d_state, **options, **dd)
         self.proj = nn.Linear(inner, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

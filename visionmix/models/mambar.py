@@ -50,10 +50,8 @@ class RegisterHead(TokenHead):
         count: int = 1,
         place: str = "first",
         reduce: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
         super().__init__(in_features, 0, pool_type, drop_rate, count=count, place=place, **dd)
         if reduce < 1 or in_features % reduce:
             raise ValueError(f"reduce={reduce} does not divide in_features={in_features}; give a divisor, or 1")

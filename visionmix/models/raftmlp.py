@@ -47,11 +47,9 @@ class RaftBlock(nn.Module):
         norm_layer: Callable[..., nn.Module],
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.norm1, self.norm2, self.norm3 = (norm_layer(dim, **dd) for _ in range(3))
         self.scale1, self.scale2, self.scale3 = (Residual(dim, drop_path, layer_scale, **dd) for _ in range(3))
         self.vertical, self.horizontal = mixer(axis="vertical"), mixer(axis="horizontal")
