@@ -22,7 +22,7 @@ from visionmix.layers import (
     patch_stem,
     swiglu,
 )
-from visionmix.layers.layout import channels_first
+from visionmix.layers.maps import channels_first
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])

@@ -10,8 +10,9 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.graphs import may_branch_on_sizes
 from visionmix.layers.fold import fold_before, fold_behind
-from visionmix.layers.layout import channels_first
+from visionmix.layers.maps import channels_first
 from visionmix.layers.stem import Stem
 
 _NORM = partial(LayerNorm, eps=1e-5)
@@ -86,8 +87,7 @@ class ConvsDownsample(Stem):
 @torch.fx.wrap
 def _pad_to_two(x: Tensor) -> Tensor:
     """Return x (batch, height, width, dim), with a row or a column of zeros behind it where it has just one."""
-    # A compiled graph takes the size as it is: a branch on it would compile once more.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if may_branch_on_sizes():
         if x.shape[1] < 2 or x.shape[2] < 2:
             return F.pad(x, [0, 0, 0, max(0, 2 - x.shape[2]), 0, max(0, 2 - x.shape[1])])
     return x
@@ -96,8 +96,7 @@ def _pad_to_two(x: Tensor) -> Tensor:
 @torch.fx.wrap
 def _pad_if_odd(x: Tensor) -> Tensor:
     """Return x (batch, height, width, dim), with a row and a column of zeros behind it unless both sides are even."""
-    # A compiled graph pads always: a branch on the size would compile once more for every parity.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if may_branch_on_sizes():
         if x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             return x
     return F.pad(x, [0, 0, 0, 1, 0, 1])

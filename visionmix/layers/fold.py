@@ -8,7 +8,7 @@ layer or block that holds a norm beside a linear layer folds the one into the ot
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers.precision import at_least_float32
+from visionmix.layers.half_precision import at_least_float32
 from visionmix.private_api import AnyBatchNorm
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers.layout import channels_first
-from visionmix.layers.resample import resample_map
+from visionmix.layers.maps import channels_first, resample_map
 
 
 class MultiScalePatches(nn.Module):

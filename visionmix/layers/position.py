@@ -7,7 +7,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from visionmix.layers.resample import resample_map
+from visionmix.layers.maps import resample_map
 
 
 class PositionEmbedding(nn.Module):

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.layers.half_precision import at_least_float32, scan_dtype
 from visionmix.layers.order import scan_order
-from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.scans import move_codes
 from visionmix.scans.order_names import join_orders, split_orders
 

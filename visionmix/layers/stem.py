@@ -10,8 +10,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from visionmix.layers.fold import fold_behind
-from visionmix.layers.layout import channels_first
-from visionmix.layers.padding import pad
+from visionmix.layers.maps import channels_first, pad
 from visionmix.private_api import AnyBatchNorm
 
 _NORM = partial(LayerNorm, eps=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import Grid, SelectiveScan1d, gated, projected, scan_sizes
+from visionmix.layers import Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 
@@ -70,8 +70,8 @@ class BidirectionalMamba(nn.Module):
             index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
             forward, backward = self._scan(take(x, index), None)
             y = take(forward + backward, inverse)
-        y, scale = gated(y, 0.5 * self.act(z))
-        return projected(self.proj(y), scale)
+        y, scale = scaled_gate(y, 0.5 * self.act(z))
+        return unscaled(self.proj(y), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape

@@ -7,6 +7,7 @@ import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from visionmix.graphs import may_branch_on_sizes
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
@@ -82,8 +83,7 @@ class _Neighborhood(nn.Module):
 def _padding(x: Tensor, span: int) -> Tensor:
     """Return zeros (1, dim), or (0, dim) where the map x (batch, height, width, dim) is as large as a window's span."""
     count = 1
-    # A compiled graph has the token always: a branch on the size would compile once more.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if may_branch_on_sizes():
         if not torch.jit.is_tracing():
             count = int(x.shape[1] < span or x.shape[2] < span)
     return x.new_zeros([count, x.shape[3]])

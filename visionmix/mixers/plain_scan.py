@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d, gated, projected, scan_sizes, zero_token
+from visionmix.layers import SelectiveScan2d, scaled_gate, scan_sizes, unscaled, zero_token
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -67,5 +67,5 @@ class PlainScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        y, scale = gated(y, self.act(z))
-        return projected(self.proj(y), scale, self.proj(zero_token(y)))
+        y, scale = scaled_gate(y, self.act(z))
+        return unscaled(self.proj(y), scale, self.proj(zero_token(y)))

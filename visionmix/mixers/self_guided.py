@@ -9,7 +9,7 @@ from timm.layers import LayerNorm, use_fused_attn
 from torch import Tensor, nn
 
 from visionmix.layers import pad
-from visionmix.layers.layout import channels_first
+from visionmix.layers.maps import channels_first
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
 from visionmix.mixers.window import into_windows, out_of_windows

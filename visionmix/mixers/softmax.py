@@ -7,7 +7,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import Grid, RotaryMap, gated, projected, zero_token
+from visionmix.layers import Grid, RotaryMap, scaled_gate, unscaled, zero_token
 from visionmix.mixers.registry import register_mixer
 
 
@@ -83,8 +83,8 @@ class Attention(nn.Module):
             # Onto the convolution's output, of which its gradient needs nothing.
             out = self.lepe(around).add_(cells).permute(0, 2, 3, 1).flatten(1, 2)
         if self.gate:
-            out, scale = gated(out, parts[2])
-            return projected(self.proj(out), scale, self.proj(zero_token(out)))
+            out, scale = scaled_gate(out, parts[2])
+            return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
         return self.proj(out)
 
 
