@@ -83,7 +83,7 @@ def test_set_grid_size_equals_resampling_at_every_call():
 
 
 def test_agent_names_mistakes():
-    with pytest.raises(ValueError, match="num_agents=8 is no square number"):
+    with pytest.raises(ValueError, match="num_agents=8 is not a square number"):
         create_mixer("agent", 12, num_agents=8)
     with pytest.raises(ValueError, match="num_heads=5 does not divide dim=12"):
         create_mixer("agent", 12, num_heads=5)

@@ -14,7 +14,7 @@ from visionmix.layers.grid import Grid, join_prefix, split_prefix
 class Residual(nn.Module):
     """The end of a branch y of x: ``x + gamma * drop_path(y)``.
 
-    A block calls it behind every branch, and puts its norm before the branch or behind it:
+    A block calls it after every branch, and puts its norm before the branch or after it:
     ``self.scale1(x, self.mixer(self.norm1(x)))``, ``self.scale1(x, self.norm1(self.mixer(x)))``.
 
     Shapes: x and y (..., dim) to the same.
@@ -22,7 +22,7 @@ class Residual(nn.Module):
     Args:
         dim: Channels.
         drop_path: Rate of stochastic depth.
-        layer_scale: Initial value of gamma, one a channel; None for no gamma.
+        layer_scale: Initial value of gamma, one number per channel; None for no gamma.
     """
 
     has_gamma: Final[bool]
@@ -37,7 +37,7 @@ class Residual(nn.Module):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set gamma to what it begins as."""
+        """Set gamma to its initial value."""
         if self.has_gamma:
             nn.init.constant_(self.gamma, self.initial)
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
         mlp_layer: Makes the feed-forward from `dim`; None for a block without one.
         norm_layer: Makes a norm over channels from `dim`.
         drop_path: Rate of stochastic depth of both branches.
-        layer_scale: Initial value of a learned scale a channel on both branches, or None for none.
+        layer_scale: Initial value of a learned scale per channel on both branches, or None for none.
         pos_layer: Makes the position encoding from `dim`; None for none.
     """
 
@@ -125,7 +125,7 @@ class TokenBlock(Block):
         ValueError: the mixer reads maps and `prefix` is "mix", or the feed-forward reads maps.
     """
 
-    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
+    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
     has_pos: Final[bool]
     passes: Final[bool]
 

@@ -140,7 +140,7 @@ class Backbone(nn.Module):
             ValueError: `done` is not between 0 and 1.
         """
         if not 0 <= done <= 1:
-            raise ValueError(f"done={done} is no share of training; give steps done / steps in all, from 0 to 1")
+            raise ValueError(f"done={done} is not a share of training; give steps done / steps in all, from 0 to 1")
         for module in self.modules():
             if module is not self and hasattr(module, "set_progress"):
                 module.set_progress(done)

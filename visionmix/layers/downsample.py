@@ -30,7 +30,7 @@ class ConvDownsample(nn.Module):
     Args:
         dim: Channels in.
         out_dim: Channels out.
-        kernel_size: Rows and columns of the kernel: 2, or an odd number, which is padded by half of it.
+        kernel_size: Rows and columns of the kernel: 2, or an odd number, with padding of half as many.
         bias: Whether the convolution has a bias.
         norm_layer: Makes the norm from `out_dim`.
     """
@@ -69,7 +69,7 @@ class ConvDownsample(nn.Module):
 
 
 class ConvsDownsample(Stem):
-    """Convolutions one behind the other, as in a `Stem`, whose arguments this class takes, on maps.
+    """Convolutions one after another on maps, with the arguments of `Stem`.
 
     Shapes: (batch, height, width, dim) to (batch, rows, columns, channels of the last convolution).
 
@@ -86,7 +86,7 @@ class ConvsDownsample(Stem):
 
 @torch.fx.wrap
 def _pad_to_two(x: Tensor) -> Tensor:
-    """Return x (batch, height, width, dim), with a row or a column of zeros behind it where it has just one."""
+    """Return x (batch, height, width, dim), with a row or a column of zeros added where it has only one."""
     if may_branch_on_sizes():
         if x.shape[1] < 2 or x.shape[2] < 2:
             return F.pad(x, [0, 0, 0, max(0, 2 - x.shape[2]), 0, max(0, 2 - x.shape[1])])
@@ -95,7 +95,7 @@ def _pad_to_two(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _pad_if_odd(x: Tensor) -> Tensor:
-    """Return x (batch, height, width, dim), with a row and a column of zeros behind it unless both sides are even."""
+    """Return x (batch, height, width, dim), with a row and a column of zeros added unless both sides are even."""
     if may_branch_on_sizes():
         if x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             return x

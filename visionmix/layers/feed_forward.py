@@ -7,7 +7,7 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
-_LARGE = 2**25  # bytes; what is larger the C library takes from the system anew every time
+_LARGE = 2**25  # bytes; the C library takes larger tensors from the system every time
 _TILE = 1024  # tokens a thread, whose hidden channels stay in its cache
 
 
@@ -86,7 +86,7 @@ def swiglu(dim: int, *, mlp_ratio: float = 4.0, multiple_of: int = 256, drop: fl
     Args:
         dim: Channels.
         mlp_ratio: Hidden width over `dim` of the ungated feed-forward with as many parameters.
-        multiple_of: What the hidden width is rounded up to.
+        multiple_of: Number whose next multiple the hidden width is rounded up to.
         drop: Dropout rate after the gate and after the last projection.
     """
     hidden = -(-int(dim * mlp_ratio * 2 / 3) // multiple_of) * multiple_of
@@ -125,7 +125,7 @@ class ConvMlp(nn.Module):
         mlp_ratio: Hidden width over `dim`.
         residual: Whether the convolution's input is added to its output.
         act_layer: The activation.
-        act_first: Whether it comes before the convolution rather than behind it.
+        act_first: Whether it comes before the convolution rather than after it.
         drop: Dropout rate after each projection.
     """
 
@@ -162,7 +162,7 @@ class ConvMlp(nn.Module):
         x = x.permute(0, 3, 1, 2)
         y = self.conv(x)
         if self.residual:
-            y = y.add_(x)  # onto the convolution's output, of which its gradient needs nothing
+            y = y.add_(x)  # in place on the convolution's output, which no gradient needs
         y = y.permute(0, 2, 3, 1)
         if not self.act_first:
             y = self.act(y)

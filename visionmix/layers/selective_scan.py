@@ -1,4 +1,4 @@
-"""Selective scans with what they learn: the projection to their inputs, decay rates, step sizes, skip."""
+"""Selective scans with their parameters: the projection to their inputs, decay rates, step sizes, skip."""
 
 import math
 from collections.abc import Sequence
@@ -76,8 +76,8 @@ class _ScanParameters(nn.Module):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set the parameters to what they begin as."""
-        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))  # a linear layer's own, not the backbones' normal
+        """Initialise the parameters."""
+        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))  # as `nn.Linear`, not as the backbones draw
         bound = self.delta_weight.shape[-1] ** -0.5
         nn.init.uniform_(self.delta_weight, -bound, bound)
         with torch.no_grad():
@@ -102,7 +102,7 @@ class SelectiveScan2d(_ScanParameters):
     0.1; optimisers do not decay these three.
 
     Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``. The
-    result is float32 where the map is of half precision, for the norm or gate behind it.
+    result is float32 where the map is of half precision, for the norm or gate that follows.
 
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752); over several orders, VMamba (Liu et al. 2024, arXiv 2401.10166);
     `shared`, `permute` and `moves`, PlainMamba (Yang et al. 2024, arXiv 2403.17695).
@@ -111,14 +111,14 @@ class SelectiveScan2d(_ScanParameters):
         dim: Channels.
         orders: Names of the orders, as `visionmix.scans.order` takes them; those joined by "+" are one sequence.
         dt_rank: Rank of the projection to the steps.
-        d_state: States a channel.
+        d_state: States per channel.
         merge: "sum" or "mean" of the orders' outputs, or "none" for all of them.
         shared: Whether the orders share one set of parameters.
-        permute: What is read in the orders: "all", or "input" for x alone, where step t takes ``dt``, B and C from cell
-            t in raster order, or zeros beyond the last cell.
+        permute: "all" reads everything in the orders; "input" reads x alone in them, while step t takes ``dt``, B and C
+            from cell t in raster order, or zeros beyond the last cell.
         moves: Whether a learned vector is added to B at each step, for the move that led there: start, right, left, up
             or down, as `visionmix.scans.move_codes` numbers them.
-        bias_scale: What ``b`` is multiplied by.
+        bias_scale: Factor of ``b``.
 
     Raises:
         ValueError: `dt_rank` or `d_state` is below 1, or `permute` is unknown.
@@ -177,28 +177,28 @@ class SelectiveScan2d(_ScanParameters):
         )
 
     def _each(self, x: Tensor) -> Tensor:
-        """Return x (batch, height, width, 1, features) as it is for each of the orders."""
+        """Return x (batch, height, width, 1, features) repeated for each of the orders, without a copy."""
         return x.expand(-1, -1, -1, self.count, -1)
 
 
 class SelectiveScan1d(_ScanParameters):
-    """A causal convolution along a sequence, SiLU, and the selective scan of it: what stands inside Mamba.
+    """A causal convolution along a sequence, SiLU and a selective scan, as inside Mamba.
 
     ``x = silu(conv(x))``, a depthwise convolution over the token and the ``d_conv - 1`` before it, then the
     recurrence of `SelectiveScan2d` in the sequence's order.
 
     Shapes: (batch, length, dim) to the same, in float32 where they come in half precision.
 
-    The second argument of a call, `positions`, is for tokens that were left of a longer sequence: their places in it,
-    int64 (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of
-    zeros would bring there, ``exp(softplus(b) A)`` each; the convolution sees the tokens that are left.
+    The second argument of a call, `positions`, is for tokens kept from a longer sequence: their places in it, int64
+    (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of zeros
+    would bring there, ``exp(softplus(b) A)`` each; the convolution sees the kept tokens.
 
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752).
 
     Args:
         dim: Channels.
         dt_rank: Rank of the projection to the steps.
-        d_state: States a channel.
+        d_state: States per channel.
         d_conv: Tokens that the convolution sees.
 
     Raises:

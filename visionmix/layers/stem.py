@@ -17,7 +17,7 @@ _NORM = partial(LayerNorm, eps=1e-5)
 
 
 class StemConv(NamedTuple):
-    """A convolution of a stem, with the norm and the activation behind it.
+    """A convolution of a stem, with the norm and the activation after it.
 
     Attributes:
         channels: Channels out.
@@ -44,7 +44,7 @@ class StemConv(NamedTuple):
 
 
 class Stem(nn.Sequential):
-    """Convolutions one behind the other: for each of `convs`, in turn, ``x = act(norm(conv(x)))``.
+    """Convolutions one after another: for each of `convs`, in turn, ``x = act(norm(conv(x)))``.
 
     The children are called conv1, norm1, act1, conv2 and so on.
 
@@ -214,7 +214,7 @@ def patch_stem(
 
 
 def deep_conv_stem(in_chans: int = 3, embed_dim: int = 64, patch_size: int = 4, **dd: Any) -> Stem:
-    """Return four 3x3 convolutions with batch norms, GELU behind each but the last; the first and last have stride 2.
+    """Return four 3x3 convolutions with batch norms, GELU after each but the last; the first and last have stride 2.
 
     The first three have half of the channels. All have biases.
 

@@ -13,14 +13,14 @@ from visionmix.mixers.registry import register_mixer
 
 @register_mixer("bidirectional_mamba")
 class BidirectionalMamba(nn.Module):
-    """Two selective scans of the tokens, one from each end, with parameters of their own, and a gate for both.
+    """Two selective scans of the tokens, one from each end, with their own parameters and a common gate.
 
     With ``x, z = W_in u`` and the convolution and scan S of `visionmix.layers.SelectiveScan1d`:
 
         out = W_out ((S_1(x) + reverse(S_2(reverse(x)))) / 2 * silu(z))
 
     Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
-    (batch, tokens, dim). Tokens that are no cells (a class token) keep their places in the sequence and the cells are
+    (batch, tokens, dim). Tokens that are not cells (a class token) keep their places in the sequence, and the cells are
     read in the order around them.
 
     Source: Vim (Zhu et al. 2024, arXiv 2401.09417).
@@ -28,7 +28,7 @@ class BidirectionalMamba(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
         d_conv: Tokens that the causal convolutions see.
         order: The scan order of the cells; the other direction is its reverse. A padded step of an order is a token of
@@ -84,7 +84,8 @@ class BidirectionalMamba(nn.Module):
 
         Args:
             x: Tokens (batch, tokens, dim), read as they lie, whatever the order.
-            positions: Where they lay in the sequence that they are left of; see `visionmix.layers.SelectiveScan1d`.
+            positions: Their places in the longer sequence that they were kept from; see
+                `visionmix.layers.SelectiveScan1d`.
         """
         x, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._scan(x, positions)

@@ -26,13 +26,13 @@ class CrossScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         gate: Whether half of the input's projection gates the output, as in Mamba and VMamba's first version.
         conv_bias: Whether the depthwise convolution has a bias.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
-        norm_eps: Epsilon of the norm behind the scans.
+        norm_eps: Epsilon of the norm after the scans.
         act_layer: Makes the activation; SiLU, but GELU in Mamba-YOLO (Wang et al. 2024, arXiv 2406.05835).
 
     Raises:

@@ -23,8 +23,8 @@ class MultiScaleScan(nn.Module):
         out  = W_out (se(full + low) * silu(z))
 
     The full map is read in the first of the order's four directions. The small one is read in the other three, one
-    behind the other as one sequence with one set of parameters, so that the state crosses from each into the next, as
-    the published code has it. It is enlarged bilinearly.
+    after another as one sequence with one set of parameters, so that the state crosses from each into the next, as in
+    the published code. It is enlarged bilinearly.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -33,16 +33,16 @@ class MultiScaleScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
-        se_reduction: What the squeeze-and-excitation divides its channels by; None for none.
+        se_reduction: Divisor of the squeeze-and-excitation's channels; None for no squeeze-and-excitation.
         order: A scan order, whose directions are the order, the reverse, its transpose and the reverse of that, or one
             of the `visionmix.scans.direction_sets()` with four directions.
         norm_eps: Epsilon of the norm.
 
     Raises:
-        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it has
-            not four directions.
+        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it does
+            not have four directions.
     """
 
     def __init__(

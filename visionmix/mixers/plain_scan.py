@@ -25,16 +25,16 @@ class PlainScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         d_conv: Rows and columns of the depthwise convolution, an odd number.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
-        permute: What is read in the orders. "all" is everything, as the paper has it. "input" is what the published
-            code does and its weights were trained with: step t takes its pixel from the order, but step size, B and C
-            from cell t in raster order.
-        bias_scale: What the steps' bias is multiplied by. The published code adds it twice, once in the projection and
-            once in the scan, so its weights are run with 2.0.
+        permute: "all" reads everything in the orders, as in the paper. "input" reads x alone in them, as the published
+            code does and its weights need: step t takes its pixel from the order, but step size, B and C from cell t in
+            raster order.
+        bias_scale: Factor of the steps' bias. The published code adds it twice, once in the projection and once in the
+            scan, so its weights are run with 2.0.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, `d_conv` is even, `permute` is

@@ -51,7 +51,7 @@ class _Block(Block):
     ranks them reads it, any other leaves it as it is.
     """
 
-    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
+    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
     gives: Final[bool]
     reads: Final[bool]
 
