@@ -82,7 +82,7 @@ def test_models_take_mixers():
         timm.create_model("test_vig", mixer="nothing")
     with pytest.raises(ValueError, match="3 entries for 4 stages"):
         timm.create_model("test_vig_h", mixer=[spec] * 3)
-    with pytest.raises(TypeError, match="mixer=3 is no mixer"):
+    with pytest.raises(TypeError, match="mixer=3 is not a mixer"):
         timm.create_model("test_vig", mixer=3)
     with pytest.raises(ValueError, match="has no 'name'"):
         timm.create_model("test_vig", mixer={"gate_rank": 8})

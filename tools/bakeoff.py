@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
     made = recipe.read(args.recipe, {}, args.set)
     unknown = sorted(set(args.mixers) - set(list_mixers()))
     if unknown:
-        raise ValueError(f"--mixers {unknown[0]} is no mixer; the mixers are {list_mixers()}")
+        raise ValueError(f"--mixers {unknown[0]} is not a mixer; the mixers are {list_mixers()}")
     base = made.model.kwargs.get("mlp_ratio", 4.0)
     num_classes = len(data.check_folders(args.data))
     wanted = count_parameters(made.model, num_classes, made.model.kwargs.get("mixer", "softmax"), base)

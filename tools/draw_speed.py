@@ -48,7 +48,7 @@ PEERS = {
 
 
 def measure(path: Path) -> None:
-    """Time every model, and write a row a model to the CSV file `path` when all are done.
+    """Time every model, and write a row per model to the CSV file `path` when all are done.
 
     Raises:
         NoisyMachine: the machine is too busy; the file stays as it was.

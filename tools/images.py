@@ -57,7 +57,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"{getattr(image, 'filename', '') or 'the image'} has mode {image.mode!r} and values from "
             f"{values.min():g} to {values.max():g}, of which only [0, {white}] has a known meaning; "
-            "scale it and save it with 8 or 16 bits a channel"
+            "scale it and save it with 8 or 16 bits per channel"
         )
     grey = np.rint(values * np.float32(255 / white)).astype(np.uint8)
     if tags.get(Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow inverts 8 bits only

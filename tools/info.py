@@ -1,7 +1,7 @@
 """Facts of a model: `python tools/info.py vig_s` (or `visionmix info vig_s`, with a tag: `agent_swin_base.in1k_384`).
 
 Prints parameters, multiply-adds by op, activations, published figures, the licence of the weights and where they lie.
-`--all` prints a row a model and tag, `--write` writes them to docs/models.md, and `--families README.md` puts a row a
+`--all` prints a row per model and tag, `--write` writes them to docs/models.md, and `--families README.md` puts a row a
 family between the markers in that file.
 """
 
@@ -203,7 +203,7 @@ def markdown() -> str:
 
 
 def family_rows() -> str:
-    """Return a table with a row a family, in Markdown: what it is, its sizes, best accuracy, licence and paper."""
+    """Return a table with a row per family, in Markdown: what it is, its sizes, best accuracy, licence and paper."""
     rows = [
         "| family | token mixing | parameters, M | best ImageNet top-1 | licence of the weights | paper |",
         f"|{' --- |' * 6}",
@@ -255,12 +255,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = argparse.ArgumentParser(prog="visionmix info", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="*", help="names of models; see timm.list_models after importing visionmix")
-    parser.add_argument("--img-size", type=int, help="count at this size, in pixels a side, instead of the built one")
+    parser.add_argument("--img-size", type=int, help="count at this size, in pixels per side, instead of the built one")
     parser.add_argument("--all", action="store_true", help="print a row for every model and tag, as Markdown")
     parser.add_argument(
         "--write", type=Path, nargs="?", const=_MODELS, metavar="FILE", help="write those rows to FILE: docs/models.md"
     )
-    parser.add_argument("--families", type=Path, metavar="FILE", help="put a row a family between the markers in FILE")
+    parser.add_argument("--families", type=Path, metavar="FILE", help="put a row per family between FILE's markers")
     args = parser.parse_args(argv)
     if not (args.model or args.all or args.write or args.families):
         parser.error("name a model, or give --all")

@@ -322,7 +322,7 @@ def _unknown(key: str, value: object, owner: str, known: list[str], source: str)
     leaf = key.rsplit(".", 1)[-1]
     elsewhere = [name for name in _KEYS if name.endswith(f".{leaf}")]
     hint = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else nearest(key, _KEYS if "." in key else known)
-    return ValueError(f"{source}: {key}={value!r} is no key of a recipe{hint}; {owner} has {', '.join(known)}")
+    return ValueError(f"{source}: {key}={value!r} is not a key of a recipe{hint}; {owner} has {', '.join(known)}")
 
 
 def _refused(error: Exception, key: str, value: object, source: str) -> Exception:

@@ -6,8 +6,8 @@ start, its keys decayed to its end and its total decay; joining two blocks takes
 and one product with the other's total decay. Every factor is a product of decays, so it lies in [0, 1]: nothing
 overflows, and no two large sums are subtracted, so that tokens which follow a strong decay keep their precision.
 
-Chunks then pass their states, (dk, dv) a head, in a loop over chunks. Memory is a few times the inputs plus
-length x chunk weights and length / chunk states a head.
+Chunks then pass their states, (dk, dv) per head, in a loop over chunks. Memory is a few times the inputs plus
+length x chunk weights and length / chunk states per head.
 """
 
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def _interleave(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
 
 
 def _chunk_size(length: int) -> int:
-    """Return how many tokens a chunk takes: a power of two, of the usual ones that which pads least."""
+    """Return how many tokens a chunk takes: the usual power of two that pads least."""
     # At least 2, so that a single token's gate is part of autograd's graph and its gradient zero, not None.
     return min(max(2, 1 << (length - 1).bit_length()), min(CHUNKS, key=lambda chunk: -length % chunk))
 

@@ -36,13 +36,13 @@ def neighborhood_attention_op(
     key_padding: Tensor | None = None,
     value_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry an axis of the map.
+    """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry per axis of the map.
 
     `is_causal` holds 0 or 1: PyTorch cannot trace a list of bools.
 
-    A map smaller than ``kernel_size * dilation``, unless the window is circular, is treated as if it went on to that
-    size at the end of each axis, with keys `key_padding` (key heads, dim) and values `value_padding`
-    (key heads, value dim), or zeros: its queries see these tokens, which have no output of their own.
+    A map smaller than ``kernel_size * dilation``, unless the window is circular, is extended to that size at the end of
+    each axis, with keys `key_padding` (key heads, dim) and values `value_padding` (key heads, value dim), or zeros: its
+    queries see these tokens, which have no output of their own.
     """
     if not torch.jit.is_scripting():
         if dispatch.bypassed():
@@ -73,7 +73,7 @@ _AXES = {1: ("tokens",), 2: ("rows", "columns"), 3: ("levels", "rows", "columns"
 
 
 def _per_axis(name: str, value: int | Sequence[int], axes: int, kind: type, least: int) -> list:
-    """Return one value an axis.
+    """Return one value per axis.
 
     Raises:
         TypeError: a value is not of `kind`.
@@ -83,7 +83,7 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int, kind: type, leas
     for x in values:
         if not isinstance(x, kind) or (kind is int and isinstance(x, bool)):
             raise TypeError(
-                f"{name}={value!r} holds a {type(x).__name__}; it must be {kind.__name__}, one or one an axis"
+                f"{name}={value!r} holds a {type(x).__name__}; it must be {kind.__name__}, one or one per axis"
             )
     if len(values) != axes:
         raise ValueError(f"{name}={value!r} has {len(values)} values; na{axes}d takes one, or {axes}")
@@ -232,7 +232,7 @@ Returns:
     (batch, height, width, heads), float32, or float64 if any input is. So is the computation.
 
 Raises:
-    TypeError: a tensor argument is no real floating-point tensor, or a window argument no integer or bool.
+    TypeError: a tensor argument is not a real floating-point tensor, or a window argument no integer or bool.
     ValueError: shapes or devices do not fit together, or the window does not fit the map.
 """,
 )

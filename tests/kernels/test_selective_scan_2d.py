@@ -175,7 +175,7 @@ def test_tables_made_in_inference_mode_serve_training():
             ValueError,
             r"'raster\+snake' has 24 steps",
         ),
-        ({"orders": "raster"}, TypeError, r"orders='raster' is no sequence of names"),
+        ({"orders": "raster"}, TypeError, r"orders='raster' is not a sequence of names"),
         ({"orders": ()}, ValueError, r"orders is empty"),
         ({"orders": ("raster", "rastr", "snake", "snake")}, ValueError, r"'rastr'.*raster"),
     ],

@@ -146,7 +146,7 @@ def test_refusals_are_value_errors(published, name, other):
 
 def test_sources_that_are_none(tmp_path):
     model = timm.create_model("test_vig")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         load_checkpoint(model, tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         load_checkpoint(model, tmp_path)

@@ -55,16 +55,16 @@ class Plain(Backbone):
         depth: Number of blocks.
         num_heads: Heads of every mixer that has heads; None for heads about 32 channels wide.
         mixer: Token mixer of the blocks: a name of `visionmix.list_mixers()`, ``dict(name=..., options)``, a list of
-            those with an entry a block, or ``dict(cycle=[...])``, whose entries the blocks take in turn.
+            those with an entry per block, or ``dict(cycle=[...])``, whose entries the blocks take in turn.
         stem_layer: Makes the stem from (in_chans, embed_dim, patch_size).
         block_layer: Makes a block, as `visionmix.backbones.Block` is made, or with prefix tokens as
-            `visionmix.backbones.TokenBlock`; None for these; or a list with an entry a block.
+            `visionmix.backbones.TokenBlock`; None for these; or a list with an entry per block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
-        mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
+        mlp_ratio: Hidden width of the feed-forwards over the width; None for the default of `mlp_layer`.
         norm_layer: Makes a norm over channels from the width.
-        final_norm_layer: Makes the norm behind the last block; "same" for `norm_layer`, None for none.
+        final_norm_layer: Makes the norm after the last block; "same" for `norm_layer`, None for none.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
-        prefix_tokens: Tokens that are no cells: where one class token goes, "first", "middle" or "last", or
+        prefix_tokens: Tokens that are not cells: the place of one class token, "first", "middle" or "last", or
             ``dict(count=..., place=...)``, where a place may be "evenly" too; None for none. See
             `visionmix.layers.PrefixTokens`.
         prefix: How mixers treat prefix tokens: "mix" mixes them with the cells, which takes a mixer with
@@ -229,7 +229,7 @@ class Plain(Backbone):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Tensor]:
-        """Return the cells behind the last `n` blocks, or those numbered `n`, as timm's VisionTransformer does.
+        """Return the cells after the last `n` blocks, or after those numbered `n`, as timm's VisionTransformer does.
 
         Args:
             x: Images (batch, in_chans, height, width).

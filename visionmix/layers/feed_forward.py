@@ -8,7 +8,7 @@ from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
 _LARGE = 2**25  # bytes; the C library takes larger tensors from the system every time
-_TILE = 1024  # tokens a thread, whose hidden channels stay in its cache
+_TILE = 1024  # tokens per thread, whose hidden channels stay in its cache
 
 
 def _in_tiles(module: nn.Module, x: Tensor) -> Tensor:

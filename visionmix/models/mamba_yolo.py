@@ -22,7 +22,7 @@ _EPS = 1e-3  # of every batch norm
 
 
 class _Pyramid(Hierarchical):
-    """`Hierarchical`, of whose stages a detector reads all but the first."""
+    """`Hierarchical` whose stages, all but the first, a detector reads."""
 
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> tuple[int, ...]:
