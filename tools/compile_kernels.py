@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and report what they take of each target.
+"""Compile the Triton kernels ahead of time, without a GPU, and report the resources they use on each target.
 
     python tools/compile_kernels.py
     python tools/compile_kernels.py --op gated_linear_attention --target sm_90 gfx942 --csv kernels.csv
@@ -40,11 +40,11 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Device:
-    """What bounds a program on a target, and how many run at once on one of its processors (SM or CU).
+    """The limits of a program on a target, and of the programs that run at once on one of its processors (SM or CU).
 
     Attributes:
         target: what Triton compiles for.
-        warp: threads a warp.
+        warp: threads per warp.
         shared_program: bytes of shared memory that one program may use.
         shared_processor: bytes of shared memory of a processor.
         registers_thread: 32-bit registers that a thread may use.
@@ -88,7 +88,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel variant takes on one target.
+    """The resources that one kernel variant uses on one target.
 
     `spills` counts bytes of spill loads and stores on NVIDIA, spilled vector registers on AMD; `shared` is
     in bytes.
@@ -107,7 +107,7 @@ class Report:
     occupancy: float
 
     def fault(self) -> str | None:
-        """Return what is wrong with it, or None."""
+        """Return a description of its problem, or None."""
         if self.spills:
             return f"{self.spills} spilled"
         limit = DEVICES[self.target].shared_program

@@ -56,7 +56,7 @@ _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddb
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward pass of one image takes.
+    """The cost of a forward pass of one image.
 
     Attributes:
         params: Parameters.
@@ -94,7 +94,8 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _add(self, op: str, steps: int, A: Tensor, D: Tensor | None, delta_weight: Tensor | None = None) -> None:
-        """Add 9 a step, channel and state, 1 a step and channel for D, and the product that widens a low-rank delta."""
+        """Add 9 per step, channel and state, 1 per step and channel for D, and the product that widens a low-rank
+        delta."""
         products = 0 if delta_weight is None else delta_weight.numel()
         skip = 0 if D is None else A.shape[0]
         self.scans[op] = self.scans.get(op, 0) + steps * (9 * A.numel() + skip + products)
@@ -142,7 +143,7 @@ def _file(name: str) -> str:
 
 
 def _equality(name: str) -> str:
-    """Return at which image sizes the model's outputs are compared with those of the published code."""
+    """Return the image sizes at which the model's outputs are compared with those of the published code."""
     goldens = [path.stem.partition("__") for path in sorted(_GOLDENS.glob(f"{name}*.npz"))]
     return ", ".join(size or "built size" for stem, _, size in goldens if stem == name) or "not compared"
 
@@ -171,7 +172,7 @@ def _claim(value: float | None, unit: str) -> str:
 
 
 def published_columns(name: str) -> list[str]:
-    """Return what a row of `markdown` says of the model or tag called `name` besides what is counted."""
+    """Return the published facts of the model or tag called `name` for its row of `markdown`."""
     facts, weights = published(name), weights_of(name)
     size = weights.input_size or variant_of(name).layout.options.get("img_size", 224)
     claims = [facts.params, facts.gmacs, facts.top1]
