@@ -59,11 +59,6 @@ def test_class_tokens_keep_their_places(order, prefix):
     assert torch.allclose(mixer.forward_tokens(x, Grid(3, 5, prefix, None)), expected, atol=1e-12)
 
 
-def test_a_joined_order_is_refused():
-    with pytest.raises(ValueError, match="more than once"):
-        visionmix.create_mixer("bidirectional_mamba", 6, order="msvmamba_lowres")
-
-
 def test_the_class_token_and_its_position_stand_in_the_middle():
     tensors = golden.state_dict(golden.load("vim_tiny")[0])
     model = timm.create_model("vim_tiny")
