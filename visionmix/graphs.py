@@ -1,4 +1,4 @@
-"""What code minds so that PyTorch can make graphs of it: script, fx, compile, export.
+"""Rules of code that PyTorch turns into graphs: script, fx, compile, export.
 
 - `torch.fx.wrap` keeps a function whole in a traced graph and finds it by its name, in its own module alone. A function
   for other modules therefore calls a wrapped one beside it, whose name begins with an underscore.

@@ -1,4 +1,4 @@
-"""What models in half precision compute in float32, and how a gated product stays in float16's range."""
+"""Half precision: computing in float32 where it needs more digits, and gated products within float16's range."""
 
 import torch
 import torch.fx
