@@ -1,4 +1,4 @@
-"""What every fused op refuses, in one place: one message style for a wrong argument."""
+"""Checks of the arguments of every fused op, with one style of message."""
 
 from collections.abc import Collection
 
@@ -9,7 +9,8 @@ from torch import Tensor
 def check_tensors(
     tensors: dict[str, Tensor | None], ranks: dict[str, tuple[int, ...]], required: Collection[str] = ()
 ) -> None:
-    """Refuse what is no real floating-point tensor, has another rank than `ranks` allows, or lies on another device.
+    """Refuse what is not a real floating-point tensor, has a rank that `ranks` does not allow, or lies on another
+    device.
 
     Args:
         tensors: argument names and values, None for an option not given; the first names the op's device.
@@ -17,7 +18,7 @@ def check_tensors(
         required: the names of the arguments that must not be None.
 
     Raises:
-        TypeError: an argument is no tensor, or its dtype is not floating point.
+        TypeError: an argument is not a tensor, or its dtype is not floating point.
         ValueError: an argument's rank or device does not fit.
     """
     device_name, device = "", None
@@ -61,10 +62,10 @@ def check_sizes(name: str, x: Tensor) -> None:
 
 
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:
-    """Refuse an output type that is none.
+    """Refuse an output type that is not a real floating-point dtype.
 
     Raises:
-        TypeError: `out_dtype` is no torch.dtype.
+        TypeError: `out_dtype` is not a torch.dtype.
         ValueError: it is of integers, bools or complex numbers.
     """
     if out_dtype is None:
@@ -73,7 +74,7 @@ def check_out_dtype(out_dtype: torch.dtype | None) -> None:
         kind = type(out_dtype).__name__
         raise TypeError(f"out_dtype={out_dtype!r} is a {kind}; pass a torch.dtype, as torch.float32, or None")
     if not out_dtype.is_floating_point:
-        raise ValueError(f"out_dtype={out_dtype} is no real floating-point type; pass torch.float32 or None")
+        raise ValueError(f"out_dtype={out_dtype} is not a real floating-point type; pass torch.float32 or None")
 
 
 def check_merge(merge: str, choices: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ _FAST = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Unavailable(RuntimeError):
-    """An implementation cannot run here: `reason` says why, `remedy` what would help."""
+    """An implementation cannot run here: `reason` says why, and `remedy` how to change that."""
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(f"{reason}; {remedy}")
@@ -37,8 +37,8 @@ class Unavailable(RuntimeError):
 class Implementation:
     """The two functions of an op's implementation.
 
-    `forward` takes the op's arguments as one tuple, `backward` these and what its schema names beside them as another
-    (`Schema.Arguments` and `Schema.Gradients`); both return what the schemas say.
+    `forward` takes the op's arguments as one tuple (`Schema.Arguments`); `backward` takes these and a second tuple
+    (`Schema.Gradients`). Both return what the schemas say.
     """
 
     forward: Callable
@@ -96,7 +96,7 @@ class use:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Return a context without autocast on `device`: what an op casts, and when, is its own affair."""
+    """Return a context without autocast on `device`: an op decides itself what it casts, and when."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -109,7 +109,7 @@ def call_reference(function: Callable, arguments: tuple):
 
 
 def bypassed() -> bool:
-    """Return whether the ops are to call their PyTorch reference in place of the registered op."""
+    """Return whether ops call their PyTorch reference in place of the registered op."""
     return _choice == "reference"
 
 
@@ -153,7 +153,7 @@ def resolve(op: str, implementation: str, device: torch.device) -> str:
     reference where that is not ready; the reason is logged once.
 
     Raises:
-        ValueError: `implementation` is no choice, or belongs to another kind of device.
+        ValueError: `implementation` is not a choice, or belongs to another kind of device.
         Unavailable: the implementation asked for does not exist or cannot run here.
     """
     wanted = _choice if _validated(implementation, "implementation") == "auto" else implementation

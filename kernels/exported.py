@@ -1,4 +1,4 @@
-"""What the PyTorch references do in an exported graph whose sizes are symbols: no loop may depend on a length.
+"""PyTorch references for exported graphs whose sizes are symbols, where no loop may depend on a length.
 
 The references proper cut a length into chunks and loop over them, as Python numbers. A graph that serves every length
 has one loop with as many rounds as the longest sequence needs.
@@ -19,8 +19,8 @@ def is_symbolic(*sizes: int) -> bool:
 def scan_states(decay: Tensor, added: Tensor) -> Tensor:
     """Return all states of `h_t = decay_t h_(t-1) + added_t` along axis 1, from h_0 = 0, by doubling.
 
-    `decay` broadcasts to `added` behind axis 1. After round i each place holds what the 2^i steps up to it make of the
-    state before them (Hillis and Steele, 1986, Data Parallel Algorithms).
+    `decay` broadcasts to `added` after axis 1. After round i each place holds the effect of the 2^i steps up to it on
+    the state before them (Hillis and Steele, 1986, Data Parallel Algorithms).
     """
     place = torch.arange(added.shape[1], device=added.device)
     for round_number in range(_ROUNDS):

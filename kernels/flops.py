@@ -1,4 +1,4 @@
-"""FLOP formulas of fused ops and of softmax attention, for counters that know nothing of PyTorch's registry."""
+"""FLOP formulas of fused ops and of softmax attention, for counters that do not read PyTorch's registry."""
 
 import math
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from visionmix.private_api import is_traced_tensor
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
-    """Return a handle an op for fvcore's `FlopCountAnalysis`, which counts a multiply-add as one.
+    """Return a handle per op for fvcore's `FlopCountAnalysis`, which counts a multiply-add as one.
 
     `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())`
 
     A handle takes the traced graph's input and output values and returns half of what the op's formula in
-    `torch.utils.flop_counter` gives for their shapes. PyTorch's own fused softmax attention, of which fvcore knows
-    nothing either, counts as its two matrix products.
+    `torch.utils.flop_counter` gives for their shapes. PyTorch's own fused softmax attention, which fvcore does not know
+    either, counts as its two matrix products.
     """
     from torch.utils.flop_counter import flop_registry
 

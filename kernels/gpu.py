@@ -24,7 +24,7 @@ _logger = logging.getLogger("visionmix.kernels")
 
 TUNE_VARIABLE = "VISIONMIX_TUNE"
 
-# What a thread can have on NVIDIA.
+# Registers that a thread can have on NVIDIA.
 _MOST_REGISTERS = 255
 
 # Candidates of (num_warps, num_stages) where tuning is asked for; tiles are not tuned, since scratch depends on them.
@@ -33,7 +33,7 @@ _CANDIDATES = tuple((warps, stages) for warps in (1, 2, 4, 8) for stages in (1, 
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are compiled for: `backend` "cuda" or "hip", or "interpreter"; `arch` as Triton names it."""
+    """The target of compilation: `backend` "cuda", "hip" or "interpreter"; `arch` as Triton names it."""
 
     backend: str
     arch: int | str
@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel: what `kernel[grid](**arguments)` takes, and what it costs.
+    """One call of a kernel, `kernel[grid](**arguments)`, and its cost.
 
     Attributes:
         kernel: the jitted function.

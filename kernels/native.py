@@ -66,7 +66,8 @@ def leaves_to_reference(op: str, *tensors: torch.Tensor | None) -> bool:
 
 
 # The stride of an axis of length 1 means nothing: views leave any number there, and `contiguous()` keeps it. Kernels
-# only ever multiply a stride by an index, which is 0 there; what else is read from strides is read in these functions.
+# only ever multiply a stride by an index, which is 0 there; anything else that depends on strides is in these
+# functions.
 
 
 def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,7 @@ def load(source: Path, *structures: type[ctypes.Structure]) -> ctypes.CDLL:
 
 
 def _check_structure(source: Path, library: ctypes.CDLL, structure: type[ctypes.Structure]) -> None:
-    """Refuse a structure that differs from its C++ twin: calls would read and write other memory than they should."""
+    """Refuse a structure that differs from its C++ twin, since calls would read and write the wrong memory."""
     name = structure.__name__.lstrip("_")
     ours, theirs = [field[0] for field in structure._fields_], _fields("\n".join(_texts(source)), name)
     size = getattr(library, f"size_of_{name}")
@@ -118,7 +119,7 @@ def _check_structure(source: Path, library: ctypes.CDLL, structure: type[ctypes.
     difference = next((f"{mine} stands where C++ has {other}; " for mine, other in pairs if mine != other), "")
     raise RuntimeError(
         f"{name} of {source.parent.name} has {bytes_ours} bytes in cpu.py and {bytes_theirs} in C++: {difference}"
-        "change both alike, or install visionmix anew if neither was changed"
+        "change both alike, or reinstall visionmix if neither was changed"
     )
 
 
@@ -172,7 +173,7 @@ def _options() -> tuple[list[str], list[str]]:
         runtime = Path(torch.__file__).parent / "lib"
         target = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
         return [*FLAGS, target, "-Xclang", "-fopenmp"], [f"-L{runtime}", f"-Wl,-rpath,{runtime}", "-lomp"]
-    # torch's own runtime, which some wheels give a name of its own: a second one would have threads of its own.
+    # torch's own runtime, which some wheels rename: a second runtime would start its own threads.
     return [*FLAGS, "-march=native", "-fopenmp"], ["-Wl,--as-needed", *_loaded_openmp()]
 
 
@@ -200,7 +201,7 @@ def _loaded_openmp() -> list[str]:
 
 @cache
 def _cpu() -> str:
-    """Return what the compiler's native target depends on."""
+    """Return the facts that the compiler's native target depends on."""
     if sys.platform == "darwin":
         name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         return platform.machine() + name.stdout
@@ -316,6 +317,6 @@ def _compile(library: Path, command: list[str]) -> None:
             )
         digest = Path(folder) / "digest"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
-        # With another process's digest in between, the library only looks broken and is built once more.
+        # If another process's digest comes in between, the library only looks broken and is built once more.
         digest.replace(library.with_suffix(".sha256"))
         built.replace(library)

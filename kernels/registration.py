@@ -55,7 +55,7 @@ def register_op(
     Args:
         schema: the arguments; all functions here take them as one tuple.
         fake: the outputs' shapes, dtypes and strides, as empty tensors, from the arguments.
-        flops: floating-point operations, from the arguments with shapes in the place of tensors.
+        flops: floating-point operations, from the arguments with shapes in place of tensors.
         backward_flops: the same for the backward op, from (arguments, gradients).
         reference: loader of the PyTorch implementation.
     """
@@ -112,7 +112,7 @@ def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
 
     def setup_context(ctx, inputs, output) -> None:
         arguments, outputs = schema.Arguments(*inputs), outputs_by_name(output)
-        # The backward op runs what ran forward.
+        # The backward op runs the implementation that ran forward.
         implementation = dispatch.resolve(schema.name, arguments.implementation, inputs[0].device)
         ctx.save_for_backward(*schema.input_tensors(arguments), *(outputs[name] for name in kept))
         ctx.others = [None if place in schema.tensors else x for place, x in enumerate(arguments)]
@@ -151,15 +151,15 @@ def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
 def register_reference_op(name: str, schema: str, function: Callable, flops: Callable[..., int]) -> None:
     """Register `visionmix::name`, an op that is one PyTorch function, with PyTorch's own gradients.
 
-    The cheap kind of op, for recurrences whose speed nobody waits for: it scripts, is one node of a graph that is
-    compiled or exported, and counts as its formula says. The backward pass computes the function anew.
+    This is the cheap kind of op, for recurrences whose speed does not matter: it scripts, is one node of compiled and
+    exported graphs, and counts FLOPs by its formula. The backward pass computes the function again.
 
     Args:
         name: the op's name.
         schema: its arguments and outputs, as `torch.library.define` takes them.
         function: computes the outputs, new tensors that share no memory with the inputs; it must run on fake tensors,
-            so no value may decide what it does.
-        flops: floating-point operations, from the arguments with shapes in the place of tensors.
+            so it must not depend on values.
+        flops: floating-point operations, from the arguments with shapes in place of tensors.
     """
 
     parsed = parse_schema(f"{NAMESPACE}::{name}{schema}")
@@ -177,7 +177,7 @@ def register_reference_op(name: str, schema: str, function: Callable, flops: Cal
 
     def backward(ctx, *grads):
         tensors = iter(ctx.saved_tensors)
-        # Arguments left out have their defaults among the inputs, but no flag.
+        # Arguments left out have their defaults among the inputs, but not among the flags.
         flags = (*ctx.needs_input_grad, *[False] * len(ctx.others))
         needed = [other is None and flag for other, flag in zip(ctx.others, flags, strict=False)]
         again = torch.is_grad_enabled()  # a second derivative is asked for

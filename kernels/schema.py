@@ -1,4 +1,4 @@
-"""The one statement of an op's arguments: its schema, from which the tuples that implementations take are made."""
+"""The one statement of an op's arguments: its schema, and the tuples for implementations made from it."""
 
 from collections import namedtuple
 from operator import itemgetter
@@ -26,7 +26,7 @@ class Schema:
         text: The schema, whose first argument is a tensor on the op's device; it has `str implementation="auto"`.
         backward_text: The backward op's schema.
         Arguments: The op's arguments, a named tuple with the schema's defaults.
-        Gradients: What the backward op takes beside them, a named tuple.
+        Gradients: The backward op's further arguments, a named tuple.
         outputs: The names of the outputs.
         tensors: The places of the tensors among the arguments.
         input_tensors: A function of the arguments, which returns their tensors, None for an option not given.

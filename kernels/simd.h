@@ -17,6 +17,13 @@ constexpr int lanes = 8;
 constexpr int lanes = 4;
 #endif
 
+// Vector registers that a loop can hold its sums in.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int registers = 32;
+#else
+constexpr int registers = 16;
+#endif
+
 typedef float vec __attribute__((vector_size(lanes * sizeof(float))));
 typedef std::int32_t ivec __attribute__((vector_size(lanes * sizeof(std::int32_t))));
 

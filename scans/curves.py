@@ -87,7 +87,7 @@ def _bits(*sizes: int) -> int:
 def morton(height: int, width: int, depth: int = 1) -> torch.Tensor:
     """Return the Z-order curve: cells by the interleaved binary digits of row, column and (if depth > 1) level.
 
-    On grids whose sides are no equal powers of two, the curve of the enclosing one is walked and the cells outside the
+    On grids whose sides are not equal powers of two, the curve of the enclosing one is walked and the cells outside the
     grid are left out (G. M. Morton, A computer oriented geodetic data base, 1966).
     """
     coordinates = _axes(height, width, depth)[: 3 if depth > 1 else 2]

@@ -1,4 +1,4 @@
-"""The names of scan orders: which there are, and how one is read.
+"""The names of scan orders: which exist, and how one is read.
 
     name      = part {"+" part}                      parts joined with + are read one after the other, as one sequence
     part      = base {"_" number} {"_" modifier}     "hilbert", "window_7", "window_snake_7_transposed_reversed"
@@ -28,7 +28,7 @@ class Base(NamedTuple):
 
     build: Callable[..., torch.Tensor]
     numbers: tuple[str, ...] = ()  # what the numbers in the name mean
-    steps: Callable[..., int] | None = None  # None: one step a cell
+    steps: Callable[..., int] | None = None  # None: one step per cell
     volumetric: bool = False  # takes a depth
     recursive: bool = False  # built of pieces whose number depends on the size
     self_inverse: bool = False  # the published inverse is the index itself, true or not
@@ -116,7 +116,7 @@ def _parse_part(part: str, name: str) -> Part:
 
 
 def check_name(name: str) -> None:
-    """Raise TypeError if the name is no str."""
+    """Raise TypeError if the name is not a str."""
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} is a {type(name).__name__}; the name of a scan order or direction set is a str")
 
@@ -136,7 +136,7 @@ def num_steps(name: str, height: int, width: int, depth: int = 1) -> int:
         height, width, depth: the grid's size in cells; symbolic integers give a symbolic number.
 
     Raises:
-        TypeError: the name is no str.
+        TypeError: the name is not a str.
         ValueError: no order has that name, or it is two-dimensional and depth is not 1.
     """
     check_name(name)

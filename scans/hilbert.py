@@ -20,7 +20,7 @@ import torch
 def _walk(length: int, breadth: int, known: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
     """Return the place along the major and the minor side at each step, int64 (2, length * breadth).
 
-    Cuts give few different shapes, each of which is walked once and then looked up in `known`.
+    Cuts give few different shapes: each is walked once and then looked up in `known`.
     """
     if (length, breadth) in known:
         return known[length, breadth]

@@ -18,11 +18,16 @@ def join_orders(names: Sequence[str]) -> str:
 
 def split_orders(orders: str) -> list[str]:
     """Undo `join_orders`."""
-    return orders.split(",")
+    return orders.split(",")  # SEPARATOR, which TorchScript cannot read
+
+
+def join_order(names: Sequence[str]) -> str:
+    """Return the name of the order that reads several orders one after the other, as one sequence."""
+    return JOINT.join(names)
 
 
 def split_order(name: str) -> list[str]:
-    """Return the names of the orders that are joined to one sequence."""
+    """Undo `join_order`."""
     return name.split(JOINT)
 
 

@@ -121,7 +121,7 @@ def _check_sizes(**sizes: int) -> None:
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"{axis}={size!r} is a {type(size).__name__}; the grid's {axis} must be an int")
         if size < 1:
-            raise ValueError(f"{axis}={size} is no grid; {axis} must be at least 1")
+            raise ValueError(f"{axis}={size} is not a size of a grid; {axis} must be at least 1")
 
 
 torch.library.define(
@@ -161,13 +161,13 @@ def order(name: str, height: int, width: int, depth: int = 1, *, device: torch.d
     Args:
         name: the order. "raster", "column", "snake", "morton" and "u_order" also order grids with a depth.
         height, width, depth: the grid's size in cells, from 1 up.
-        device: where the tensors shall lie; None is the CPU.
+        device: device of the tensors; None for the CPU.
 
     Returns:
         index, int64 (steps,), and inverse, int64 (cells,): see `ScanOrder`.
 
     Raises:
-        TypeError: the name is no str, or a size is no int.
+        TypeError: the name is not a str, or a size is not an int.
         ValueError: no order has that name (the message names the nearest), a size is below 1, or the order is
             two-dimensional and depth is not 1.
     """

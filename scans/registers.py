@@ -23,7 +23,7 @@ def insert_registers(order: ScanOrder, num_registers: int) -> ScanOrder:
         positions of the registers in the sequence.
 
     Raises:
-        TypeError: num_registers is no int.
+        TypeError: num_registers is not an int.
         ValueError: num_registers is negative.
     """
     if isinstance(num_registers, bool) or not isinstance(num_registers, int):
@@ -36,7 +36,7 @@ def insert_registers(order: ScanOrder, num_registers: int) -> ScanOrder:
     register = torch.arange(num_registers, device=index.device)
     positions = (register + 1) * stride + register
     step = torch.arange(index.shape[0], device=index.device)
-    # Where each old step goes: behind the registers that come before it.
+    # Where each old step goes: after the registers that come before it.
     moved = step + (step // max(stride, 1)).clamp(max=num_registers) if num_registers else step
     moved = moved if stride else step + num_registers
     joined = index.new_empty(index.shape[0] + num_registers)

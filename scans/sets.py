@@ -18,13 +18,13 @@ def _both_ways(*names: str) -> tuple[str, ...]:
 SETS = {
     # Vim (2024, arXiv:2401.09417), ViG (2024, arXiv:2405.18425)
     "bidirectional": ("raster", "raster_reversed"),
-    # VMamba (2024, arXiv:2401.10166), and what stands in the place of its four directions in its ablations
+    # VMamba (2024, arXiv:2401.10166), and what replaces its four directions in its ablations
     "cross": _routes("raster"),
     "vmamba_bidirectional": ("raster", "raster", "raster_reversed", "raster_reversed"),
     "vmamba_unidirectional": ("raster",) * 4,
     # EfficientVMamba (2024, arXiv:2403.09977): every cell in one of the four only
     "efficientvmamba": ("skip_2_0_0", "skip_2_0_1_transposed", "skip_2_0_1", "skip_2_1_1_transposed"),
-    # LocalMamba (2024, arXiv:2403.09338): h, v, w2 and w7 with their flips, of which each layer takes three or four
+    # LocalMamba (2024, arXiv:2403.09338): h, v, w2 and w7 with their flips; each layer takes three or four of them
     "localmamba": _both_ways("raster", "column", "window_2", "window_7"),
     # MHS-VM (2024, arXiv:2406.05992): four heads (C, X, S, Z) of four routes each, head by head
     "mhs_vm": _both_ways(
@@ -53,7 +53,7 @@ def direction_names(name: str) -> tuple[str, ...]:
             both: "cross" and "raster" are the same.
 
     Raises:
-        TypeError: the name is no str.
+        TypeError: the name is not a str.
         ValueError: there is no such set or order, or it is a joined sequence ("a+b").
     """
     check_name(name)
@@ -83,8 +83,8 @@ def directions(
 def move_codes(index: torch.Tensor, width: int) -> torch.Tensor:
     """Return the code of the move that led into each step: 1 right, 2 left, 3 up, 4 down, 0 start.
 
-    PlainMamba (2024, arXiv:2403.17695) adds a learned vector for each code to its scan. A step that is no move to one
-    of the 4 neighbours starts anew: its code is 0, as are those of padded steps and of the steps after them.
+    PlainMamba (2024, arXiv:2403.17695) adds a learned vector for each code to its scan. A step that is not a move to
+    one of the 4 neighbours has code 0, like padded steps and the steps after them.
 
     Args:
         index: an order's index, int64 (steps,).

@@ -82,10 +82,25 @@ def test_models_take_mixers():
         timm.create_model("test_vig", mixer="nothing")
     with pytest.raises(ValueError, match="3 entries for 4 stages"):
         timm.create_model("test_vig_h", mixer=[spec] * 3)
-    with pytest.raises(TypeError, match="mixer=3 is no mixer"):
+    with pytest.raises(TypeError, match="mixer=3 is not a mixer"):
         timm.create_model("test_vig", mixer=3)
     with pytest.raises(ValueError, match="has no 'name'"):
         timm.create_model("test_vig", mixer={"gate_rank": 8})
+
+
+@pytest.mark.parametrize("name", [n for n in visionmix.list_mixers() if "dt_rank" in mixer_options(n)])
+def test_scans_size_themselves_by_the_width(name):
+    mixer = visionmix.create_mixer(name, 40, expand=0.5)
+    sizes = {tuple(value.shape[-2:]) for key, value in mixer.named_parameters() if key.endswith("delta_weight")}
+    assert sizes == {(20, 3)}  # half of the channels, and a rank of ceil(40 / 16)
+    with pytest.raises(ValueError, match=r"expand=0.01 leaves no channel of dim=40 for the scan"):
+        visionmix.create_mixer(name, 40, expand=0.01)
+
+
+@pytest.mark.parametrize("name", ["bidirectional_mamba", "gated_linear_attention"])
+def test_mixers_of_one_sequence_refuse_joined_orders(name):
+    with pytest.raises(ValueError, match="order='msvmamba_lowres' reads cells more than once"):
+        visionmix.create_mixer(name, 24, order="msvmamba_lowres")
 
 
 def test_scan_options_have_mambas_names():

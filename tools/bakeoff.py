@@ -4,10 +4,9 @@
     visionmix bakeoff imagenet/bakeoff.yaml --data /data/imagenet --nproc-per-node 8 --seeds 0 1 2
 
 The recipe's model is the skeleton; the parameters of the mixer that it names are the measure. The hidden width of the
-feed-forwards is set so that every other mixer's model has as many within 3 %; where even narrow ones leave too many,
-the mixer's own `expand` is halved first. Each run is one of tools/train.py, in a folder of its own under --output, and
-is gone on with where it stopped. Leaves results.csv (a row a run), results.md, accuracy_time.png and
-accuracy_memory.png.
+feed-forwards is set so that every other mixer's model has as many within 3 %; where even narrow ones have too many, the
+mixer's own `expand` is halved first. Each run is one of tools/train.py, in its own folder under --output, and resumes
+where it stopped. Leaves results.csv (a row per run), results.md, accuracy_time.png and accuracy_memory.png.
 """
 
 import argparse
@@ -107,7 +106,7 @@ def cost(made: recipe.Recipe, num_classes: int, kwargs: dict) -> dict[str, objec
 
 
 def train(args: argparse.Namespace, folder: Path, kwargs: dict, seed: int) -> list[dict[str, str]]:
-    """Run tools/train.py in `folder`, or go on with it; return its summary, a row an epoch.
+    """Run or resume tools/train.py in `folder`; return its summary, a row per epoch.
 
     Raises:
         RuntimeError: the run failed.
@@ -121,7 +120,7 @@ def train(args: argparse.Namespace, folder: Path, kwargs: dict, seed: int) -> li
     for setting in settings:
         command += ["--set", setting]
     if (status := subprocess.run(command).returncode) != 0:
-        raise RuntimeError(f"training in {folder} ended with status {status}; run this again to go on with it")
+        raise RuntimeError(f"training in {folder} ended with status {status}; run this again to resume it")
     with (folder / "summary.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -182,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
     made = recipe.read(args.recipe, {}, args.set)
     unknown = sorted(set(args.mixers) - set(list_mixers()))
     if unknown:
-        raise ValueError(f"--mixers {unknown[0]} is no mixer; the mixers are {list_mixers()}")
+        raise ValueError(f"--mixers {unknown[0]} is not a mixer; the mixers are {list_mixers()}")
     base = made.model.kwargs.get("mlp_ratio", 4.0)
     num_classes = len(data.check_folders(args.data))
     wanted = count_parameters(made.model, num_classes, made.model.kwargs.get("mixer", "softmax"), base)

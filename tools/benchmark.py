@@ -5,11 +5,11 @@
     python tools/benchmark.py vmamba_tiny swin_tiny_patch4_window7_224 --device cuda --batch 128 --amp bfloat16
     python tools/benchmark.py vig_s --profile
 
-Appends a row a model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
+Appends a row per model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
 float32 unless `--amp` is given and in eval mode unless `--train` is, which times a forward and backward pass.
 `--reduce` adds each model with that token reduction, as NAME+METHOD:OPTIONS. `--profile` records nothing but shows
 where time goes, by op and shape, and how often memory was fetched from the system: a page fault costs some
-microseconds, and a model that allocates and frees more than the C library keeps meets a thousand an image.
+microseconds, and a model that allocates and frees more than the C library keeps meets a thousand per image.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Time and memory of the fused ops beside their peers and the least possible: `python tools/benchmark_kernels.py`.
 
-Appends a row an op, pass and implementation to benchmarks/kernels.csv. Each op and its peers are measured in one run,
-with the threads given. The floor is what the bytes that must move and the FLOPs that must be done take at the speed at
-which this machine copies and multiplies matrices, measured at the start. A GPU is given batches, so that launches do
-not count: `--device cuda --batch 16 --dtype bfloat16`. mamba_ssm is a peer there where it is installed.
+Appends a row per op, pass and implementation to benchmarks/kernels.csv. Each op and its peers are measured in one run,
+with the threads given. The floor is the time of the bytes that must move and the FLOPs that must be done, at the speeds
+of copying and of matrix products that are measured at the start. A GPU gets batches, so that launches do not count:
+`--device cuda --batch 16 --dtype bfloat16`. mamba_ssm is a peer there where it is installed.
 """
 
 import argparse

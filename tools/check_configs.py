@@ -52,7 +52,7 @@ def detection_batch(config: Any, images: list[torch.Tensor]) -> dict[str, list]:
 
 
 def segmentation_batch(config: Any, images: list[torch.Tensor]) -> dict[str, list]:
-    """Return `images` with a class a pixel, as mmseg's loaders give them."""
+    """Return `images` with a class per pixel, as mmseg's loaders give them."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 

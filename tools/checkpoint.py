@@ -8,7 +8,7 @@ A checkpoint is a dictionary of tensors and plain values, written by torch.save:
     input       image_size, interpolation, crop_pct, mean, std of the test images
     epoch       finished epochs
     step        finished steps
-    history     one dictionary an epoch: the rows of summary.csv
+    history     one dictionary per epoch: the rows of summary.csv
     model       state dict
     ema         state dict of the moving average, or None
     optimizer   state dict

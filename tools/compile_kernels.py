@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and report what they take of each target.
+"""Compile the Triton kernels ahead of time, without a GPU, and report the resources they use on each target.
 
     python tools/compile_kernels.py
     python tools/compile_kernels.py --op gated_linear_attention --target sm_90 gfx942 --csv kernels.csv
@@ -40,16 +40,16 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Device:
-    """What bounds a program on a target, and how many run at once on one of its processors (SM or CU).
+    """The limits of a program on a target, and of the programs that run at once on one of its processors (SM or CU).
 
     Attributes:
         target: what Triton compiles for.
-        warp: threads a warp.
+        warp: threads per warp.
         shared_program: bytes of shared memory that one program may use.
         shared_processor: bytes of shared memory of a processor.
         registers_thread: 32-bit registers that a thread may use.
         registers_processor: 32-bit registers of a processor.
-        granule: registers a thread are given out in multiples of this.
+        granule: registers per thread are given out in multiples of this.
         warps_processor: warps that a processor holds at most.
         programs_processor: programs that a processor holds at most.
     """
@@ -88,7 +88,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel variant takes on one target.
+    """The resources that one kernel variant uses on one target.
 
     `spills` counts bytes of spill loads and stores on NVIDIA, spilled vector registers on AMD; `shared` is
     in bytes.
@@ -107,7 +107,7 @@ class Report:
     occupancy: float
 
     def fault(self) -> str | None:
-        """Return what is wrong with it, or None."""
+        """Return a description of its problem, or None."""
         if self.spills:
             return f"{self.spills} spilled"
         limit = DEVICES[self.target].shared_program
@@ -115,7 +115,7 @@ class Report:
 
 
 def _specialised(value: Any) -> tuple[str, list]:
-    """Return the type and attributes that Triton's launcher gives an argument that is no constant."""
+    """Return the type and attributes that Triton's launcher gives an argument that is not constant."""
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype], [["tt.divisibility", 16]]
     if isinstance(value, float):
@@ -151,15 +151,15 @@ def launches(problem: Problem, dtype: torch.dtype, target: Target) -> list[Launc
 
 
 def _nvidia_usage(log: str) -> tuple[int, int]:
-    """Return registers a thread and bytes spilled, as the assembler reports them."""
+    """Return registers per thread and bytes spilled, as the assembler reports them."""
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
     return int(re.search(r"Used (\d+) registers", log)[1]), spills
 
 
 def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
-    """Return vector registers a thread (accumulation registers included) and those spilled, from the metadata.
+    """Return vector registers per thread (accumulation registers included) and those spilled, from the metadata.
 
-    Scalar registers that do not fit are kept in lanes of vector registers, not in memory: they are no spill.
+    Scalar registers that do not fit are kept in lanes of vector registers, not in memory: they are not spilled.
     """
     text = asm["amdgcn"]
 
@@ -170,7 +170,7 @@ def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
 
 
 def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
-    """Compile a launch for a target; return registers a thread, spills and bytes of shared memory."""
+    """Compile a launch for a target; return registers per thread, spills and bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -246,7 +246,7 @@ def _cell(variants: list[Report]) -> str:
 def table(found: list[Report]) -> list[str]:
     """Return the lines of a Markdown table, a row for each kernel and dtype.
 
-    A cell holds the variants compiled for a target, their registers a thread, spills and bytes of shared memory.
+    A cell holds the variants compiled for a target, their registers per thread, spills and bytes of shared memory.
     """
     targets = [target for target in DEVICES if any(report.target == target for report in found)]
     lines = [f"| op | kernel | dtype | {' | '.join(targets)} |", "| --- | --- | --- |" + " --- |" * len(targets)]

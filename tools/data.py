@@ -178,7 +178,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class FolderSet(Dataset):
-    """The images of one split, by (epoch, image index). Files that are no images are left out and logged.
+    """The images of one split, by (epoch, image index). Files that are not images are left out and logged.
 
     Args:
         folder: of class folders.

@@ -128,8 +128,8 @@ def make_photos(out: Path, *, patch: int = 48, train: int = 240, val: int = 60, 
     Args:
         out: the folder to make.
         patch: side of a patch in pixels.
-        train: train patches a class.
-        val: test patches a class.
+        train: train patches per class.
+        val: test patches per class.
         seed: of the patches' places.
 
     Raises:
@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
 
     photos = add("photos", "classification: patches of photographs, one class a photograph", _photos, "data/photos")
     photos.add_argument("--patch", type=int, default=48, help="side of a patch in pixels (default: %(default)s)")
-    photos.add_argument("--train", type=int, default=240, help="train patches a class (default: %(default)s)")
-    photos.add_argument("--val", type=int, default=60, help="test patches a class (default: %(default)s)")
+    photos.add_argument("--train", type=int, default=240, help="train patches per class (default: %(default)s)")
+    photos.add_argument("--val", type=int, default=60, help="test patches per class (default: %(default)s)")
     photos.add_argument("--seed", type=int, default=0, help="of the patches' places (default: %(default)s)")
     for name, text, make, out, tile in (
         ("detection", "COCO: trees in aerial photographs", make_trees, "data/trees", 256),

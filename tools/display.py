@@ -33,7 +33,7 @@ class Display:
 
     Args:
         epochs: of the whole run.
-        steps: training steps an epoch.
+        steps: training steps per epoch.
         quiet: show nothing.
         console: where to; standard output by default.
         log_seconds: between two plain lines, where there is no terminal.

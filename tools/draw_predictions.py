@@ -47,7 +47,7 @@ def predict(config: Any, checkpoint: Path, count: int) -> list[tuple[np.ndarray,
 
 
 def draw(drawn: list[tuple[np.ndarray, Any]], path: Path, title: str) -> None:
-    """Draw a column an image: the truth above, the prediction below."""
+    """Draw a column per image: the truth above, the prediction below."""
     columns = len(drawn)
     figure = new_figure(2.4 * columns, 5.2)
     axes = figure.subplots(2, columns, squeeze=False)

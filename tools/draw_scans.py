@@ -1,4 +1,4 @@
-"""Draw scan orders as pictures, one panel an order, each path coloured by time.
+"""Draw scan orders as pictures, one panel per order, each path coloured by time.
 
     python tools/draw_scans.py hilbert snake window_7 --height 13 --width 9 --out scans.png
     python tools/draw_scans.py cross                             # the directions of a published set, a panel each

@@ -3,8 +3,8 @@
     python tools/draw_speed.py --measure benchmarks/speed.csv --out docs/images/speed.png    # measure, then draw
     python tools/draw_speed.py benchmarks/speed.csv --out docs/images/speed.png              # draw what was measured
 
-Accuracies are published ones; none is measured here. Each model sees images of the size that its accuracy is of, one at
-a time, in float32. --measure takes about five minutes and refuses a busy machine; it writes the file anew, with the
+Accuracies are published ones; none is measured here. Each model sees images of the size of its published accuracy, one
+at a time, in float32. --measure takes about five minutes and refuses a busy machine; it rewrites the file, with the
 columns of tools/benchmark.py.
 """
 
@@ -48,10 +48,10 @@ PEERS = {
 
 
 def measure(path: Path) -> None:
-    """Time every model, and write a row a model to the CSV file `path` when all are done.
+    """Time every model, and write a row per model to the CSV file `path` when all are done.
 
     Raises:
-        NoisyMachine: the machine is too busy; the file stays as it was.
+        NoisyMachine: the machine is too busy; the file does not change.
     """
     sizes = {**dict.fromkeys(OURS, 224), **{name: peer.img_size for name, peer in PEERS.items()}}
     options = {"batch": 1, "train": False, "device": "cpu", "amp": "", "memory": False}

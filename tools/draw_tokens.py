@@ -3,9 +3,9 @@
     python tools/draw_tokens.py picture.jpg --model deit_small_patch16_224 --pretrained --reduce tome:r=13
     python tools/draw_tokens.py astronaut cat --reduce tome:r=8 --reduce evit:keep_rate=0.5 --out tokens.png
 
-A row an image, a panel a reduction. Each region is the cells of one token of the last block in their mean colour, with
-a border where the token changes; cells whose token was dropped are dark. An image is a file, or the name of one of the
-photographs that come with scikit-image. Without --pretrained or --checkpoint the model is untrained.
+A row per image, a panel per reduction. Each region is the cells of one token of the last block in their mean colour,
+with a border where the token changes; cells whose token was dropped are dark. An image is a file, or the name of one of
+the photographs that come with scikit-image. Without --pretrained or --checkpoint the model is untrained.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def sources(model: nn.Module, images: Tensor, spec: str) -> tuple[np.ndarray, in
 
 
 def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list[str], path: Path, title: str) -> None:
-    """Write a picture with a row for each of `images`: the image itself, then a panel a reduction.
+    """Write a picture with a row for each of `images`: the image itself, then a panel per reduction.
 
     Args:
         images: Normalised images (batch, 3, height, width).

@@ -33,7 +33,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return `image`, of any of Pillow's modes, in 8-bit RGB.
 
     Integers of 16 bits are scaled from [0, 65535] to [0, 255], or from the own range of a TIFF with fewer bits. So is
-    mode I, in which Pillow gives 16-bit PGM. Floats (mode F) are scaled from [0, 1]. As in torchvision and timm, alpha
+    mode I, which Pillow uses for 16-bit PGM. Floats (mode F) are scaled from [0, 1]. As in torchvision and timm, alpha
     is dropped, not composed, and the EXIF orientation is not applied.
 
     Raises:
@@ -57,7 +57,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"{getattr(image, 'filename', '') or 'the image'} has mode {image.mode!r} and values from "
             f"{values.min():g} to {values.max():g}, of which only [0, {white}] has a known meaning; "
-            "scale it and save it with 8 or 16 bits a channel"
+            "scale it and save it with 8 or 16 bits per channel"
         )
     grey = np.rint(values * np.float32(255 / white)).astype(np.uint8)
     if tags.get(Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow inverts 8 bits only
@@ -93,7 +93,7 @@ def is_image(path: Path) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is passed over without a word: .DS_Store, __MACOSX."""
+    """Return whether a file or folder of this name is skipped silently: .DS_Store, __MACOSX."""
     return name.startswith(".") or name in LITTER
 
 

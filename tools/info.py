@@ -1,7 +1,7 @@
 """Facts of a model: `python tools/info.py vig_s` (or `visionmix info vig_s`, with a tag: `agent_swin_base.in1k_384`).
 
 Prints parameters, multiply-adds by op, activations, published figures, the licence of the weights and where they lie.
-`--all` prints a row a model and tag, `--write` writes them to docs/models.md, and `--families README.md` puts a row a
+`--all` prints a row per model and tag, `--write` writes them to docs/models.md, and `--families README.md` puts a row a
 family between the markers in that file.
 """
 
@@ -56,7 +56,7 @@ _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddb
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward pass of one image takes.
+    """The cost of a forward pass of one image.
 
     Attributes:
         params: Parameters.
@@ -94,7 +94,8 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _add(self, op: str, steps: int, A: Tensor, D: Tensor | None, delta_weight: Tensor | None = None) -> None:
-        """Add 9 a step, channel and state, 1 a step and channel for D, and the product that widens a low-rank delta."""
+        """Add 9 per step, channel and state, 1 per step and channel for D, and the product that widens a low-rank
+        delta."""
         products = 0 if delta_weight is None else delta_weight.numel()
         skip = 0 if D is None else A.shape[0]
         self.scans[op] = self.scans.get(op, 0) + steps * (9 * A.numel() + skip + products)
@@ -142,7 +143,7 @@ def _file(name: str) -> str:
 
 
 def _equality(name: str) -> str:
-    """Return at which image sizes the model's outputs are compared with those of the published code."""
+    """Return the image sizes at which the model's outputs are compared with those of the published code."""
     goldens = [path.stem.partition("__") for path in sorted(_GOLDENS.glob(f"{name}*.npz"))]
     return ", ".join(size or "built size" for stem, _, size in goldens if stem == name) or "not compared"
 
@@ -171,7 +172,7 @@ def _claim(value: float | None, unit: str) -> str:
 
 
 def published_columns(name: str) -> list[str]:
-    """Return what a row of `markdown` says of the model or tag called `name` besides what is counted."""
+    """Return the published facts of the model or tag called `name` for its row of `markdown`."""
     facts, weights = published(name), weights_of(name)
     size = weights.input_size or variant_of(name).layout.options.get("img_size", 224)
     claims = [facts.params, facts.gmacs, facts.top1]
@@ -203,7 +204,7 @@ def markdown() -> str:
 
 
 def family_rows() -> str:
-    """Return a table with a row a family, in Markdown: what it is, its sizes, best accuracy, licence and paper."""
+    """Return a table with a row per family, in Markdown: what it is, its sizes, best accuracy, licence and paper."""
     rows = [
         "| family | token mixing | parameters, M | best ImageNet top-1 | licence of the weights | paper |",
         f"|{' --- |' * 6}",
@@ -261,12 +262,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = argparse.ArgumentParser(prog="visionmix info", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="*", help="names of models; see timm.list_models after importing visionmix")
-    parser.add_argument("--img-size", type=int, help="count at this size, in pixels a side, instead of the built one")
+    parser.add_argument("--img-size", type=int, help="count at this size, in pixels per side, instead of the built one")
     parser.add_argument("--all", action="store_true", help="print a row for every model and tag, as Markdown")
     parser.add_argument(
         "--write", type=Path, nargs="?", const=_MODELS, metavar="FILE", help="write those rows to FILE: docs/models.md"
     )
-    parser.add_argument("--families", type=Path, metavar="FILE", help="put a row a family between the markers in FILE")
+    parser.add_argument("--families", type=Path, metavar="FILE", help="put a row per family between FILE's markers")
     args = parser.parse_args(argv)
     if not (args.model or args.all or args.write or args.families):
         parser.error("name a model, or give --all")

@@ -34,7 +34,7 @@ class Layer:
 
 
 def vig(pixels: int) -> list[Layer]:
-    """Return vig_s's op: 12 blocks of 6 heads, dk 32, dv 64, on a map of a sixteenth of the pixels a side."""
+    """Return vig_s's op: 12 blocks of 6 heads, dk 32, dv 64, on a map of a sixteenth of the pixels per side."""
     tokens, heads, dk, dv = (pixels // 16) ** 2, 6, 32, 64
     read = tokens * heads * (4 * dk + dv) * _ELEMENT
     out = tokens * heads * dv * _ELEMENT

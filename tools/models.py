@@ -52,7 +52,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
 
 def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
-    """Return `model` reduced as `spec` says: a method, then behind a colon its options, ``tome:r=(13, -1.0)``.
+    """Return `model` reduced as `spec` says: a method and, after a colon, its options, ``tome:r=(13, -1.0)``.
 
     Args:
         model: A model that `visionmix.reduction.apply` takes.

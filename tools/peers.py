@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def selective_scan_token_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Return the selective scan by its definition, as mamba_ssm's `selective_scan_ref` computes it: a step a token.
+    """Return the selective scan by its definition, as mamba_ssm's `selective_scan_ref` computes it: a step per token.
 
     u, delta (batch, dim, length); A (dim, states); B, C (batch, states, length); D (dim,). Softplus is applied.
     """
@@ -42,7 +42,7 @@ def selective_scan_mamba_ssm(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: 
 
 
 def gated_linear_attention_token_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Return gated linear attention by its definition, a step a token; (batch, length, heads, dim)."""
+    """Return gated linear attention by its definition, a step per token; (batch, length, heads, dim)."""
     batch, length, heads, dk = q.shape
     state = q.new_zeros(batch, heads, dk, v.shape[-1])
     decay, outputs = g.exp(), []

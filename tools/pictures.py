@@ -63,7 +63,7 @@ def draw_trade_off(
     path: Path,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Draw accuracy over cost, a point with its name an entry.
+    """Draw accuracy over cost, a named point per entry.
 
     Args:
         accuracy: percent, by name.

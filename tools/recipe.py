@@ -43,7 +43,7 @@ class DataRecipe:
     Attributes:
         path: folder with train/CLASS/* and val/CLASS/*.
         image_size: side of the model's input in pixels.
-        batch_size: images a process takes at each step.
+        batch_size: images that a process takes at each step.
         workers: data-loading processes of each training process.
         interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
         crop_pct: at test the shorter side is resized to image_size / crop_pct, then the centre is cut out.
@@ -78,7 +78,7 @@ class AugmentRecipe:
         cutmix: alpha of CutMix; 0 for none.
         mix_prob: probability that a batch is mixed at all.
         mix_switch_prob: probability of CutMix where both are on.
-        mix_mode: one mixing strength a "batch", "pair" or "elem".
+        mix_mode: one mixing strength per "batch", "pair" or "elem".
     """
 
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
@@ -135,7 +135,7 @@ class TrainRecipe:
     """The other settings of a run.
 
     Attributes:
-        seed: data order, augmentation and weights are functions of it.
+        seed: determines data order, augmentation and weights.
         label_smoothing: of the cross entropy.
         ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
         ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
@@ -322,7 +322,7 @@ def _unknown(key: str, value: object, owner: str, known: list[str], source: str)
     leaf = key.rsplit(".", 1)[-1]
     elsewhere = [name for name in _KEYS if name.endswith(f".{leaf}")]
     hint = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else nearest(key, _KEYS if "." in key else known)
-    return ValueError(f"{source}: {key}={value!r} is no key of a recipe{hint}; {owner} has {', '.join(known)}")
+    return ValueError(f"{source}: {key}={value!r} is not a key of a recipe{hint}; {owner} has {', '.join(known)}")
 
 
 def _refused(error: Exception, key: str, value: object, source: str) -> Exception:

@@ -85,7 +85,7 @@ def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None,
         if "recipe" not in content:
             raise ValueError(f"{last} is not a checkpoint of train.py; it holds no recipe to go on with")
     elif (output / "last.pt").exists() and not args.overwrite:
-        raise FileExistsError(f"{output} holds a run; --resume goes on with it, --overwrite starts anew")
+        raise FileExistsError(f"{output} holds a run; --resume goes on with it, --overwrite starts again")
     if args.recipe:
         made = recipe.read(args.recipe, overrides, args.set)
     else:

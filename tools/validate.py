@@ -65,11 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         class_map = read_class_map(args.class_map) if args.class_map else None
         device = models.choose_device(args.device)
         trained = models.load_trained(
-            args.checkpoint,
-            name=args.model,
-            pretrained=args.pretrained,
-            image_size=args.img_size,
-            device=device,
+            args.checkpoint, name=args.model, pretrained=args.pretrained, image_size=args.img_size, device=device
         )
         if folder is None:
             if trained.data is None:

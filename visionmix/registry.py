@@ -1,4 +1,4 @@
-"""Classes by name, modules found by themselves, and the nearest known name to one that a user mistyped.
+"""Classes by name, modules found by themselves, and the known name nearest to a mistyped one.
 
 Every room may import this file; it imports none of them.
 """
@@ -39,8 +39,8 @@ class Registry(Generic[_T]):
     """Classes by name, with the options that each of their constructors takes.
 
     Args:
-        kind: What they are, for messages: "mixer".
-        besides: Parameters of the constructors that are no options.
+        kind: Their kind, for messages: "mixer".
+        besides: Parameters of the constructors that are not options.
     """
 
     def __init__(self, kind: str, besides: Iterable[str]) -> None:
@@ -89,7 +89,7 @@ class Registry(Generic[_T]):
         }
 
     def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
-        """Return the class called `name`, which knows all of `options` and needs no others.
+        """Return the class called `name`, which must know all of `options` and need no others.
 
         Raises:
             ValueError: no class has this name, or it does not know one of `options` or needs another.

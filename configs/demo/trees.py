@@ -38,32 +38,18 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs"),
 ]
+dataset = dict(type="CocoDataset", data_root=data_root, data_prefix=dict(img="images/"), metainfo=metainfo)
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
-        ann_file="train.json",
-        data_prefix=dict(img="images/"),
-        metainfo=metainfo,
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(ann_file="train.json", pipeline=train_pipeline, **dataset),
 )
 val_dataloader = dict(
     batch_size=8,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
-        ann_file="val.json",
-        data_prefix=dict(img="images/"),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(ann_file="val.json", test_mode=True, pipeline=test_pipeline, **dataset),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file="data/trees/val.json", metric="bbox")

@@ -78,7 +78,7 @@ def gated_linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention: a matrix state a head, decayed per key channel by a gate that depends on the token.
+    """Gated linear attention: a matrix state per head, decayed per key channel by a gate that depends on the token.
 
     `h_t = diag(exp(g_t)) h_(t-1) + k_t^T v_t`, `o_t = scale q_t h_t`: the current token counts, undecayed. The
     arguments are those of flash-linear-attention. Yang et al., 2023, Gated Linear Attention Transformers with
@@ -88,8 +88,8 @@ def gated_linear_attention(
         q: queries (batch, length, heads, dk), of any floating-point dtype, as the others.
         k: keys (batch, length, heads, dk).
         v: values (batch, length, heads, dv).
-        g: logarithms of the decays (batch, length, heads, dk), at most 0. Values are not looked at: a positive one
-            makes the state grow.
+        g: logarithms of the decays (batch, length, heads, dk), at most 0. Values are not checked: a positive one makes
+            the state grow.
         scale: factor of the queries; dk^-0.5 if None.
         initial_state: h_0 (batch, heads, dk, dv); zeros if None.
         output_final_state: whether to return the state after the last token.
@@ -99,7 +99,7 @@ def gated_linear_attention(
         state is float32, or float64 if any input is; so is the computation.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor.
+        TypeError: an argument is not a real floating-point tensor.
         ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
     """
     _check(q, k, v, {"g": g}, initial_state)
@@ -128,19 +128,19 @@ def bidirectional_gated_linear_attention(
         q: queries (batch, length, heads, dk), of any floating-point dtype, as the others.
         k: keys (batch, length, heads, dk).
         v: values (batch, length, heads, dv).
-        g_forward: logarithms of the forward decays (batch, length, heads, dk), at most 0 (not looked at).
+        g_forward: logarithms of the forward decays (batch, length, heads, dk), at most 0 (not checked).
         g_backward: the same for the backward direction, in the order of the tokens: token t's gate decays the state
             that comes from token t + 1.
         scale: factor of the queries; dk^-0.5 if None.
         merge: "mean" or "sum" of the directions.
         out_dtype: type of the output, v's if None. Under mixed precision torch.float32 keeps outputs that half
-            precision cannot hold, or would round, until the norm behind the attention brings them back to its range.
+            precision cannot hold, or would round, until the norm after the attention brings them back to its range.
 
     Returns:
         The output (batch, length, heads, dv) in `out_dtype`; computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor, or `out_dtype` no dtype.
+        TypeError: an argument is not a real floating-point tensor, or `out_dtype` is not a dtype.
         ValueError: shapes or devices do not fit together, an axis but the batch is empty, `merge` is unknown, or
             `out_dtype` is not of floating-point numbers.
     """

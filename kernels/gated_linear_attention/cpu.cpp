@@ -10,14 +10,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
+#include "../memory.h"
 #include "../simd.h"
 #include "../structures.h"
 
 namespace {
 
+using memory::Arena;
+using memory::round_up;
+using memory::Scratch;
 using simd::lanes;
 using simd::load;
 using simd::store;
@@ -25,18 +28,11 @@ using simd::vec;
 using std::int64_t;
 
 // Registers hold the state's tile: 16 of 32, or 8 of 16.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int rows = 8;          // forward: rows of a tile, of 2 vectors each
-constexpr int row_vectors = 2;   // backward: vectors of a tile's columns
-#else
-constexpr int rows = 4;
-constexpr int row_vectors = 1;
-#endif
-constexpr int columns = 4;  // backward: columns of a tile
+constexpr int rows = simd::registers / 4;                   // forward: rows of a tile, of 2 vectors each
+constexpr int row_vectors = simd::registers == 32 ? 2 : 1;  // backward: vectors of a tile's columns
+constexpr int columns = 4;                                  // backward: columns of a tile
 constexpr int forward_chunk = 32;
 constexpr int backward_chunk = 32;
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 }  // namespace
 
@@ -103,28 +99,6 @@ void scatter(const float* from, int64_t pitch, int64_t width, float factor, bool
   }
 }
 
-// Scratch memory of one thread, handed out in pieces that fill whole cache lines.
-struct Arena {
-  float* next;
-  float* take(int64_t size) {
-    float* piece = next;
-    next += round_up(size, 16);
-    return piece;
-  }
-};
-
-struct Scratch {
-  int64_t each;
-  float* data;
-
-  Scratch(int64_t floats, int threads)
-      : each(round_up(floats, 16)), data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
-  ~Scratch() { std::free(data); }
-  Arena of(int thread) const { return Arena{data + thread * each}; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
-
 // Starting a thread costs as much as some 10^5 updates of an element of the state.
 int useful_threads(int threads, const Sizes& s, int passes) {
   const int64_t updates = s.batch * s.heads * s.length * s.dk * s.dv * passes;
@@ -171,12 +145,12 @@ struct Forward {
   // Columns [from, from + width) of one head's output.
   void run(int64_t batch, int64_t head, int64_t from, int64_t width, Arena arena) const {
     const int64_t pitch = dk_pitch(), v_pitch = round_up(width, lanes);
-    float* queries = arena.take(forward_chunk * pitch);
-    float* keys = arena.take(forward_chunk * pitch);
-    float* decays = arena.take(forward_chunk * pitch);
-    float* values = arena.take(forward_chunk * v_pitch);
-    float* sums = arena.take(forward_chunk * v_pitch);
-    float* state = arena.take(pitch * v_pitch);
+    float* queries = arena.floats(forward_chunk * pitch);
+    float* keys = arena.floats(forward_chunk * pitch);
+    float* decays = arena.floats(forward_chunk * pitch);
+    float* values = arena.floats(forward_chunk * v_pitch);
+    float* sums = arena.floats(forward_chunk * v_pitch);
+    float* state = arena.floats(pitch * v_pitch);
     for (int direction = 0; direction < directions; ++direction) {
       const auto rows_of = [&](const View& x) { return Rows(x, batch, head, sizes.length, direction == 1); };
       const Rows query = rows_of(q), key = rows_of(k), value = rows_of(v), gate = rows_of(g[direction]);
@@ -344,12 +318,12 @@ struct Backward {
     chunk.pitch = block;
     chunk.v_pitch = v_pitch();
     for (float** rows : {&chunk.q, &chunk.k, &chunk.decay, &chunk.to_end, &chunk.grad_q, &chunk.grad_k, &chunk.grad_g})
-      *rows = arena.take(backward_chunk * block);
-    for (float** rows : {&chunk.v, &chunk.grad_out, &chunk.grad_v}) *rows = arena.take(backward_chunk * v_pitch());
-    chunk.total = arena.take(block);
-    chunk.states = arena.take(backward_chunk * block * columns);
-    float* grad_state = arena.take(block * v_pitch());
-    float* states = arena.take(chunks() * block * v_pitch());
+      *rows = arena.floats(backward_chunk * block);
+    for (float** rows : {&chunk.v, &chunk.grad_out, &chunk.grad_v}) *rows = arena.floats(backward_chunk * v_pitch());
+    chunk.total = arena.floats(block);
+    chunk.states = arena.floats(backward_chunk * block * columns);
+    float* grad_state = arena.floats(block * v_pitch());
+    float* states = arena.floats(chunks() * block * v_pitch());
     for (int direction = 0; direction < directions; ++direction)
       for (int64_t from = 0; from < sizes.dk; from += block)
         run_block(chunk, batch, head, direction, from, states, grad_state);

@@ -21,7 +21,8 @@ def _fake(a: Arguments):
 
 
 def _flops(a: Arguments | BidirectionalArguments) -> int:
-    """k^T v into the state and q into the output, 2 dk dv each a token and head, plus the decay of the state, dk dv."""
+    """k^T v into the state and q into the output, 2 dk dv each per token and head, plus the decay of the state, dk
+    dv."""
     batch, length, heads, dk = a.q
     return 5 * batch * length * heads * dk * a.v[-1]
 

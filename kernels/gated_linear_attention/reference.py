@@ -6,8 +6,8 @@ start, its keys decayed to its end and its total decay; joining two blocks takes
 and one product with the other's total decay. Every factor is a product of decays, so it lies in [0, 1]: nothing
 overflows, and no two large sums are subtracted, so that tokens which follow a strong decay keep their precision.
 
-Chunks then pass their states, (dk, dv) a head, in a loop over chunks. Memory is a few times the inputs plus
-length x chunk weights and length / chunk states a head.
+Chunks then pass their states, (dk, dv) per head, in a loop over chunks. Memory is a few times the inputs plus
+length x chunk weights and length / chunk states per head.
 """
 
 from dataclasses import dataclass
@@ -95,18 +95,26 @@ def _weights(diagonal: Tensor, forward: _Direction, backward: _Direction | None)
     return weights
 
 
+def _carry(added: Tensor, decay: Tensor, state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Carry a state (rows, dk, dv) over the chunks, in each of which it becomes ``added + decay * state``.
+
+    Returns:
+        The state that each chunk found, (rows, chunks, dk, dv), and the last one.
+    """
+    if state is None:
+        state = torch.zeros_like(added[:, 0])
+    found: list[Tensor] = []
+    chunks = range(added.shape[1])
+    for chunk in reversed(chunks) if reverse else chunks:
+        found.append(state)
+        state = torch.addcmul(added[:, chunk], decay[:, chunk], state)
+    return torch.stack(found[::-1] if reverse else found, dim=1), state
+
+
 def _pass_states(tree: _Direction, value: Tensor, state: Tensor | None) -> Tensor:
     """Carry the state (rows, dk, dv) over the chunks; fill `tree.entering` and return the last one."""
     added = tree.keys[-1].transpose(-1, -2) @ value
-    decay = tree.decays[-1].transpose(-1, -2)
-    chunks = range(value.shape[1])
-    entering: list[Tensor] = []
-    if state is None:
-        state = torch.zeros_like(added[:, 0])
-    for chunk in reversed(chunks) if tree.reverse else chunks:
-        entering.append(state)
-        state = torch.addcmul(added[:, chunk], decay[:, chunk], state)
-    tree.entering = torch.stack(entering[::-1] if tree.reverse else entering, dim=1)
+    tree.entering, state = _carry(added, tree.decays[-1].transpose(-1, -2), state, tree.reverse)
     return state
 
 
@@ -115,15 +123,7 @@ def _pass_states_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the chunks' queries, keys, decays, of the values and of the first state."""
     used = tree.queries[-1].transpose(-1, -2) @ grad_out
-    decay = tree.decays[-1].transpose(-1, -2)
-    chunks = range(value.shape[1])
-    leaving: list[Tensor] = []
-    if grad_state is None:
-        grad_state = torch.zeros_like(used[:, 0])
-    for chunk in chunks if tree.reverse else reversed(chunks):
-        leaving.append(grad_state)
-        grad_state = torch.addcmul(used[:, chunk], decay[:, chunk], grad_state)
-    grad_leaving = torch.stack(leaving if tree.reverse else leaving[::-1], dim=1)
+    grad_leaving, grad_state = _carry(used, tree.decays[-1].transpose(-1, -2), grad_state, not tree.reverse)
     return (
         grad_out @ tree.entering.transpose(-1, -2),
         value @ grad_leaving.transpose(-1, -2),
@@ -168,7 +168,7 @@ def _interleave(early: Tensor, late: Tensor, reverse: bool) -> Tensor:
 
 
 def _chunk_size(length: int) -> int:
-    """Return how many tokens a chunk takes: a power of two, of the usual ones that which pads least."""
+    """Return how many tokens a chunk takes: the usual power of two that pads least."""
     # At least 2, so that a single token's gate is part of autograd's graph and its gradient zero, not None.
     return min(max(2, 1 << (length - 1).bit_length()), min(CHUNKS, key=lambda chunk: -length % chunk))
 

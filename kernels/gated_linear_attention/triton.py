@@ -1,7 +1,7 @@
 """Gated linear attention in Triton: states at the chunks' ends, then every chunk by itself.
 
 The length is cut into chunks of up to 64 tokens. `states_kernel` walks over the chunks with a tile of the state in
-registers and writes the state that enters each; `mix_kernel` then forms, a program a chunk, the weights between the
+registers and writes the state that enters each; `mix_kernel` then forms, a program per chunk, the weights between the
 chunk's tokens and the output, for both directions from one read of q, k and v. In backward `states_kernel` runs once
 more for the gradients of the states, `mix_kernel` (transposed) gives the gradient of v, and `gradients_kernel` those of
 q, k and the gates.
@@ -163,7 +163,7 @@ class _Problem:
         )
 
     def _within(self, states: list[Tensor | None], directions: int) -> int:
-        """Operations a token of the chunk's weights, their product with the values and that with the states."""
+        """Operations per token of the chunk's weights, their product with the values and that with the states."""
         far = sum(2 * self.dk * self.dv for x in states if x is not None)
         return self.chunk * (directions * 2 * self.dk + 2 * self.dv) // (1 if directions > 1 else 2) + far
 

@@ -52,7 +52,7 @@ def neighborhood_attention(
     relative_position_bias: Tensor | None = None,
     circular: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return (output, log-sum-exp); arguments and shapes as `visionmix.kernels.na2d`, one window entry an axis."""
+    """Return (output, log-sum-exp); arguments and shapes as `visionmix.kernels.na2d`, one window entry per axis."""
     grid = query.shape[1:-2]
     tokens = math.prod(grid)
     groups = query.shape[-2] // key.shape[-2]

@@ -1,7 +1,7 @@
 """Neighborhood attention on maps smaller than the window spans: the map is extended before and cropped after.
 
-Both happen inside the op, so that compiled graphs hold tensors of the map's own size alone. The extended size is a
-maximum of two, and where strides depend on one, Inductor guards on them and compiles anew from size to size.
+Both happen inside the op, so that compiled graphs hold only tensors of the map's own size. The extended size is a
+maximum of two, and where strides depend on one, Inductor guards on them and compiles again from size to size.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ def reference_forward(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def padded(load: Callable[[], Implementation]) -> Callable[[], Implementation]:
-    """Return a loader of what `load` loads, with the padding around it."""
+    """Return a loader of `load`'s implementation with the padding around it."""
 
     def load_padded() -> Implementation:
         inner = load()

@@ -1,7 +1,7 @@
 """Neighborhood attention in tiled PyTorch: dense products of a tile of queries with the slab of keys it sees.
 
-Queries see keys of their own residue class alone, so a dilated map is taken apart into one map a class; every class is
-padded to the longest one's length. On such a map, a tile of queries (8 x 8 or so) sees a slab, the union of its
+Queries see only keys of their own residue class, so a dilated map is taken apart into one map per class; every class is
+padded to the length of the longest. On such a map, a tile of queries (8 x 8 or so) sees a slab, the union of its
 windows, which is a slice. Scores of the slab outside a query's own window are masked. Slices and matmuls only: no
 (queries, window) copies of keys, and memory is bounded by one tile's scores over as many maps as fit in `_SCORES`.
 
@@ -24,13 +24,13 @@ from visionmix.kernels.neighborhood_attention.windows import axis_window, class_
 
 # Scores held at once (4 bytes each), unless one map's tile has more.
 _SCORES = 1 << 22
-# Queries a tile along each axis, at least and at most, by the number of axes.
+# Queries per tile along each axis, at least and at most, by the number of axes.
 _TILE = {1: (64, 256), 2: (8, 16), 3: (4, 6)}
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The arguments that are no tensors."""
+    """The arguments that are not tensors."""
 
     grid: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -50,7 +50,7 @@ class _Problem:
         return tuple(-(-n // c) for n, c in zip(self.grid, self.classes, strict=True))
 
     def windows(self, axis: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Starts and stops of one axis, a pair a residue class, or one if all are alike."""
+        """Starts and stops of one axis, a pair per residue class, or one if all are alike."""
         windows = []
         for length in class_lengths(self.grid[axis], self.dilation[axis]):
             starts, stops = axis_window(
@@ -261,7 +261,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value and the three options (empty where there is none), in their dtypes.
 
-    The probabilities are computed anew, so `out` and `lse` are not looked at.
+    The probabilities are computed again, so `out` and `lse` are not read.
     """
     attention = _Attention(a)
     problem, query, key, value = attention.problem, a.query, a.key, a.value

@@ -10,10 +10,12 @@
 #include <cstring>
 #include <utility>
 
+#include "../memory.h"
 #include "../simd.h"
 
 namespace tile {
 
+using memory::round_up;
 using simd::broadcast;
 using simd::ivec;
 using simd::lanes;
@@ -24,17 +26,9 @@ using std::int64_t;
 
 // Rows a tile, offsets a block of scores and channels a block of sums: rows x offsets, and rows x channels, are the
 // accumulators, of 32 registers or 16.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int rows = 3;
-constexpr int offsets = 7;
-constexpr int channels = 8;
-#else
-constexpr int rows = 2;
-constexpr int offsets = 5;
-constexpr int channels = 4;
-#endif
-
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int rows = simd::registers == 32 ? 3 : 2;
+constexpr int offsets = simd::registers == 32 ? 7 : 5;
+constexpr int channels = simd::registers / 4;
 
 // Hold a loaded vector in a register: GCC would rather load it again as an operand of each of its uses, and unaligned
 // loads are what these loops are short of.

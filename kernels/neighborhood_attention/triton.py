@@ -256,7 +256,7 @@ def _warps(rows: int, channels: int, precision: str) -> int:
     if precision == "tf32x3" and channels >= 64:
         return 2
     here = target()
-    # AMD's warps are twice as wide, and programs of 8 have half the registers a thread.
+    # AMD's warps are twice as wide, and programs of 8 have half the registers per thread.
     if rows < 64 or here.backend == "hip":
         return 4
     return 8 if channels >= 64 or here.arch == 80 else 4

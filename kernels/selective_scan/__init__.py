@@ -47,7 +47,7 @@ def selective_scan_op(
             )
             out, state, _ = dispatch.call_reference(reference.forward, arguments)
             return out, state
-    # A graph that torch.jit.trace makes shall not depend on the mode: its backward pass finds the states anew.
+    # A graph made by torch.jit.trace must not depend on the mode: its backward pass finds the states again.
     keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
     out, state, _ = torch.ops.visionmix.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, gap, keep_states, "auto", out_dtype
@@ -88,9 +88,9 @@ def selective_scan(
     Arguments and layouts are those of mamba_ssm. Gu and Dao, 2023, Mamba: Linear-Time Sequence Modeling with Selective
     State Spaces (arXiv 2312.00752).
 
-    Where tokens were taken out of the sequence, `gap` lets the state cross their places: it decays by
-    `exp((delta_t + gap_t) A)` on its way to token t, with gap_t the steps of those between t and its predecessor added
-    up. That is the scan of the whole sequence with an input of 0 in the gaps, read at the tokens that are there.
+    Where tokens were taken out of the sequence, `gap` lets the state cross their places: it decays by `exp((delta_t +
+    gap_t) A)` on its way to token t, where gap_t is the sum of the steps of the tokens taken out between t and its
+    predecessor. That is the scan of the whole sequence with an input of 0 in the gaps, read at the remaining tokens.
 
     Args:
         u: input (batch, dim, length), of any floating-point dtype, as the others.
@@ -104,17 +104,18 @@ def selective_scan(
         delta_bias: added to delta (dim,).
         delta_softplus: whether delta goes through softplus.
         return_last_state: whether to return the state after the last token.
-        gap: steps that no token is there for, since the token before (batch, dim, length), of the size that delta has
-            behind the softplus. On a GPU the PyTorch reference runs for it.
+        gap: steps of the places without a token since the token before, added up (batch, dim, length), on the scale of
+            delta after the softplus. On a GPU the PyTorch reference runs for it.
         out_dtype: type of the output, u's if None. Under mixed precision torch.float32 keeps outputs that half
-            precision cannot hold, or would round, until the norm behind the scan brings them back to its range.
+            precision cannot hold, or would round, until the norm after the scan brings them back to its range.
 
     Returns:
         The output (batch, dim, length) in `out_dtype`, or (output, state) with the state (batch, dim, states). The
         state is float32, or float64 if any input is; so is the computation.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor (complex A is not supported), or `out_dtype` no dtype.
+        TypeError: an argument is not a real floating-point tensor (complex A is not supported), or `out_dtype` is not a
+            dtype.
         ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `out_dtype` is not of
             floating-point numbers.
     """

@@ -3,8 +3,6 @@
 // A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
 // (transposed where time is dense), so that everything is read and written once. The forward pass notes the state at
 // each chunk's start for the backward pass, which goes through the chunks from the last, all tiles of a task side by side.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -374,23 +372,13 @@ int64_t selective_scan_parts(const Arguments* arguments) { return Job(*arguments
 // Returns 0, or 1 where memory is short.
 int selective_scan_forward(const Arguments* arguments) {
   const Job job(*arguments, false);
-  const int threads = static_cast<int>(arguments->threads);
-  const scan::Scratch scratch(job.floats(), threads);
-  if (!scratch.data) return 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < job.tasks(); ++i)
-    job.forward(job.task(i), Arena{scratch.data + omp_get_thread_num() * scratch.each});
-  return 0;
+  const auto run = [&](const auto& task, Arena arena) { job.forward(task, arena); };
+  return scan::run_tasks(job, static_cast<int>(arguments->threads), run);
 }
 
 int selective_scan_backward(const Arguments* arguments) {
   const Job job(*arguments, true);
-  const int threads = static_cast<int>(arguments->threads);
-  const scan::Scratch scratch(job.floats(), threads);
-  if (!scratch.data) return 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < job.tasks(); ++i)
-    job.backward(job.task(i), Arena{scratch.data + omp_get_thread_num() * scratch.each});
-  return 0;
+  const auto run = [&](const auto& task, Arena arena) { job.backward(task, arena); };
+  return scan::run_tasks(job, static_cast<int>(arguments->threads), run);
 }
 }

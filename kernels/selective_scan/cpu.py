@@ -58,7 +58,7 @@ def _library() -> ctypes.CDLL:
 
 
 def chunk_steps(states: int) -> int:
-    """Return after how many steps the states are kept: they are about as large as an input."""
+    """Return the number of steps between states that are kept: together they are about as large as an input."""
     return 64 if states <= 4 else 32 if states <= 8 else 16
 
 
@@ -127,7 +127,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None.
 
-    The states entering the chunks are found anew where the forward pass did not keep them.
+    The states entering the chunks are found again where the forward pass did not keep them.
     """
     tensors = SCHEMA.input_tensors(a)
     if native.leaves_to_reference("selective_scan", *tensors):
@@ -142,7 +142,7 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         if x is None:
             grads.append(None)
             continue
-        # What several tasks add to comes in parts with an axis of its own, summed here in one order.
+        # Gradients that several tasks add to come in parts along an axis of their own, summed here in one order.
         leading = () if name in _SIGNALS else (parts,) if x.dim() == 4 else (a.u.shape[0],)
         grads.append(torch.empty((*leading, *x.shape), dtype=torch.float32))
         call.set(f"grad_{name}", grads[-1])

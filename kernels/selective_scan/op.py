@@ -18,7 +18,7 @@ def _fake(a: Arguments):
 
 
 def _flops(a: Arguments) -> int:
-    """7 a token, channel and state (delta A, exp, decay h, delta u B, their sum, C h and its sum), and 1 a token and
+    """7 per token, channel and state (delta A, exp, decay h, delta u B, their sum, C h and its sum); 1 per token and
     channel for delta u, 2 more with D, 3 more with z."""
     batch, dim, length = a.u
     return batch * dim * length * (7 * a.A[1] + 1 + 2 * (a.D is not None) + 3 * (a.z is not None))
@@ -26,8 +26,8 @@ def _flops(a: Arguments) -> int:
 
 def _backward_flops(a: Arguments, gradients: Gradients) -> int:
     """The states again (5), and their gradients: 2 for C dy, 1 for the decay, 2 each for the gradients of x = delta u,
-    B and C, 1 + 2 + 2 for those of the decay rate, delta and A; a token and channel 4 for u and delta, 4 more with D, 7
-    with z."""
+    B and C, 1 + 2 + 2 for those of the decay rate, delta and A; per token and channel 4 for u and delta, 4 more with D,
+    7 with z."""
     batch, dim, length = a.u
     return batch * dim * length * (19 * a.A[1] + 4 + 4 * (a.D is not None) + 7 * (a.z is not None))
 

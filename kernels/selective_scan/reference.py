@@ -161,7 +161,7 @@ def _activate(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) ->
 
 
 def _exported(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return what C reads of the states, and the last state, in a graph that serves every length."""
+    """Return the states as C reads them, and the last state, in a graph that serves every length."""
     u, dim = a.u.to(dtype), a.u.shape[1]
 
     def per_channel(x: Tensor) -> Tensor:

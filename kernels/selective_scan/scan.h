@@ -6,10 +6,12 @@
 // read as scalars. The states stay in registers over the chunk. Decays are powers of two: A comes times 1 / ln 2.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
-#include <cstdlib>
 #include <utility>
 
+#include "../memory.h"
 #include "../simd.h"
 
 #if defined(__AVX512F__)
@@ -18,6 +20,9 @@
 
 namespace scan {
 
+using memory::Arena;
+using memory::round_up;
+using memory::Scratch;
 using simd::broadcast;
 using simd::lanes;
 using simd::vec;
@@ -25,13 +30,7 @@ using std::int64_t;
 
 constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945f;
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int widest = 16;  // states in registers at a time, of 32
-#else
-constexpr int widest = 8;
-#endif
-
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int widest = simd::registers / 2;  // states in registers at a time
 
 // ---- Elementary functions --------------------------------------------------------------------------------------------
 
@@ -226,31 +225,17 @@ inline void sum_lanes(const vec* x, int64_t count, float* sums) {
   }
 }
 
-// ---- Memory ----------------------------------------------------------------------------------------------------------
+// ---- Tasks -----------------------------------------------------------------------------------------------------------
 
-// Scratch memory of one thread, handed out in pieces that fill whole cache lines.
-struct Arena {
-  float* next;
-  float* floats(int64_t size) {
-    float* piece = next;
-    next += round_up(size, 16);
-    return piece;
-  }
-  vec* vectors(int64_t size) { return reinterpret_cast<vec*>(floats(size * lanes)); }
-};
-
-struct Scratch {
-  int64_t each;
-  float* data;
-
-  // Room is made for 64 pieces' rounding.
-  Scratch(int64_t floats, int threads)
-      : each(round_up(floats + 64 * 16, 16)),
-        data(static_cast<float*>(std::aligned_alloc(64, each * threads * sizeof(float)))) {}
-  ~Scratch() { std::free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
+// Runs `run(task, arena)` for every task of a job, threads side by side. Returns 0, or 1 where memory is short.
+template <class Job, class Run>
+int run_tasks(const Job& job, int threads, Run run) {
+  const Scratch scratch(job.floats(), threads);
+  if (!scratch.data) return 1;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t i = 0; i < job.tasks(); ++i) run(job.task(i), scratch.of(omp_get_thread_num()));
+  return 0;
+}
 
 // How many tiles of channels one task walks through side by side: they share what is read of B and C and the sums over
 // lanes of their gradients. It depends on the sizes alone, so that the sums have one order whatever the threads.

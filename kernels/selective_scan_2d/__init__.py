@@ -50,7 +50,7 @@ def selective_scan_2d_op(
             arguments = Arguments(x, delta, delta_weight, A, B, C, D, delta_bias, *options, out_dtype=out_dtype)
             out, _ = dispatch.call_reference(reference.forward, arguments)
             return out
-    # A graph that torch.jit.trace makes shall not depend on the mode: its backward pass finds the states anew.
+    # A graph made by torch.jit.trace must not depend on the mode: its backward pass finds the states again.
     keep_states = torch.is_grad_enabled() and not torch.jit.is_tracing()
     out, _ = torch.ops.visionmix.selective_scan_2d(
         x,
@@ -74,15 +74,15 @@ def selective_scan_2d_op(
 
 def _check_orders(orders: Sequence[str], permute: str, height: int, width: int) -> None:
     if isinstance(orders, str) or not all(isinstance(name, str) for name in orders):
-        raise TypeError(f"orders={orders!r} is no sequence of names; pass for instance ('raster', 'raster_reversed')")
+        raise TypeError(f"orders={orders!r} is not a sequence of names; pass them as ('raster', 'raster_reversed')")
     if not orders:
         raise ValueError("orders is empty; pass the name of at least one scan order")
     for name in orders:
         steps = scans.num_steps(name, height, width)
         if permute == "input" and steps != height * width:
             raise ValueError(
-                f"permute='input' takes orders of one step a cell, but {name!r} has {steps} steps on a {height}x{width}"
-                " grid; choose an order that reads each cell once, or permute='all'"
+                f"permute='input' takes orders of one step per cell, but {name!r} has {steps} steps on a "
+                f"{height}x{width} grid; choose an order that reads each cell once, or permute='all'"
             )
 
 
@@ -100,7 +100,7 @@ def selective_scan_2d(
     permute: str = "all",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The selective scan of a map in K orders, each with parameters of its own, brought back to the map and merged.
+    """The selective scan of a map in K orders, each with its own parameters, brought back to the map and merged.
 
     Each order is a `selective_scan` of the sequence of cells that it reads; the output of a step goes to the cell that
     was read there. A padded step of an order reads zeros (x, B, C and delta before the bias), so that the state still
@@ -128,21 +128,21 @@ def selective_scan_2d(
         delta_softplus: whether delta goes through softplus.
         orders: the names of the K orders, as `visionmix.scans.order` takes them; the default is VMamba's cross scan.
         merge: "sum" or "mean" of the directions, or "none" for all of them.
-        permute: what is read in the orders: "all" of x, delta, B and C, or "input", x alone.
+        permute: "all" reads x, delta, B and C in the orders, "input" x alone.
         out_dtype: type of the output, x's if None. Under mixed precision torch.float32 keeps outputs that half
-            precision cannot hold, or would round, until the norm behind the scan brings them back to its range.
+            precision cannot hold, or would round, until the norm after the scan brings them back to its range.
 
     Returns:
         (batch, height, width, channels) in `out_dtype`; for `merge="none"` (batch, height, width, routes, channels), a
         route for each order and for each of those joined by "+". A cell that an order does not read gets zero from it,
-        and "mean" divides by the number of routes all the same. Computed in float32, or float64 if any input is.
+        and "mean" divides by the number of all routes. Computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is no real floating-point tensor, `orders` is no sequence of names, or `out_dtype` no
-            dtype.
+        TypeError: an argument is not a real floating-point tensor, `orders` is not a sequence of names, or `out_dtype`
+            is not a dtype.
         ValueError: shapes or devices do not fit together, an axis but the batch is empty, or an order, `merge` or
-            `permute` is unknown, or an order has not one step a cell for `permute="input"`, or `out_dtype` is not of
-            floating-point numbers.
+            `permute` is unknown, or an order does not have one step per cell for `permute="input"`, or `out_dtype` is
+            not of floating-point numbers.
     """
     check_out_dtype(out_dtype)
     delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)

@@ -404,13 +404,8 @@ EXPORT_SIZE(Arguments)
 // Returns 0, or 1 where memory is short.
 int selective_scan_2d_forward(const Arguments* arguments) {
   const Job job(*arguments, false);
-  const int threads = static_cast<int>(arguments->threads);
-  const scan::Scratch scratch(job.floats(), threads);
-  if (!scratch.data) return 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < job.tasks(); ++i)
-    job.forward(job.task(i), Arena{scratch.data + omp_get_thread_num() * scratch.each});
-  return 0;
+  const auto run = [&](const auto& task, Arena arena) { job.forward(task, arena); };
+  return scan::run_tasks(job, static_cast<int>(arguments->threads), run);
 }
 
 int selective_scan_2d_backward(const Arguments* arguments) {
@@ -431,7 +426,7 @@ int selective_scan_2d_backward(const Arguments* arguments) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
       for (int64_t i = 0; i < job.tasks(); ++i)
         for (int64_t k = 0; k < together; ++k)
-          job.backward(job.task(i), order + k, Arena{scratch.data + omp_get_thread_num() * scratch.each},
+          job.backward(job.task(i), order + k, scratch.of(omp_get_thread_num()),
                        sums.data + k * of_order + i * job.sums(a.counts[order + k]));
     }
     const int64_t pieces = (each + piece - 1) / piece;

@@ -107,14 +107,14 @@ def _covers(table: np.ndarray, size: int) -> bool:
 
 
 def _padded(table: np.ndarray) -> np.ndarray:
-    """Return the table as int32, with memory for a chunk behind its end, where the library looks for cells to fetch."""
+    """Return the table as int32, with memory for one more chunk after its end, where the library prefetches cells."""
     padded = np.zeros(table.size + _CHUNK, np.int32)
     padded[: table.size] = table.reshape(-1)
     return padded[: table.size].reshape(table.shape)
 
 
 def entering_shape(x: Tensor, A: Tensor, steps: int) -> tuple[int, ...]:
-    """Return the shape of what is kept for the backward pass, the states entering the chunks of each order.
+    """Return the shape of the states entering the chunks of each order, which are kept for the backward pass.
 
     `steps` are those of the longest order; (batch, orders * chunks * states * channels), since a graph with an axis of
     chunks would serve either one chunk or more.
@@ -194,7 +194,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None.
 
-    The states entering the chunks are found anew where the forward pass did not keep them.
+    The states entering the chunks are found again where the forward pass did not keep them.
     """
     tensors = SCHEMA.input_tensors(a)
     if native.leaves_to_reference("selective_scan_2d", *tensors):
@@ -214,7 +214,7 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         if name in ("rank", "B", "C"):  # added to
             grads.append(torch.zeros(y.shape, dtype=torch.float32))
         else:
-            # Parameters' come with an axis of images, summed here in one order.
+            # Gradients of parameters come with an axis of images, summed here in one order.
             leading = () if name in ("x", "delta") else x.shape[:1]
             grads.append(torch.empty((*leading, *y.shape), dtype=torch.float32))
         set_grad = call.set_map if name in ("x", "delta") else call.set_dense

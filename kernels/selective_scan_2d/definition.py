@@ -1,4 +1,4 @@
-"""The selective scan over several orders of a map as its definition is written: one scan an order, cell by cell."""
+"""The selective scan over several orders of a map as its definition is written: one scan per order, cell by cell."""
 
 import torch
 from torch import Tensor

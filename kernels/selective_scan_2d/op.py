@@ -22,19 +22,20 @@ def _fake(a: Arguments):
 
 
 def _scans(a: Arguments) -> int:
-    """Return the tokens and channels of all orders, each with one step a cell."""
+    """Return the tokens and channels of all orders, each with one step per cell."""
     batch, height, width, channels = a.x
     return batch * height * width * channels * a.A[0]
 
 
 def _flops(a: Arguments) -> int:
-    """As `selective_scan`, once an order, 2 rank more a token and channel for a low-rank delta, 1 to merge."""
+    """As `selective_scan`, for each order, and per token and channel 2 rank more for a low-rank delta, 1 to merge."""
     rank = 0 if a.delta_weight is None else a.delta_weight[-1]
     return _scans(a) * (7 * a.A[2] + 2 + 2 * (a.D is not None) + 2 * rank)
 
 
 def _backward_flops(a: Arguments, gradients: Gradients) -> int:
-    """As `selective_scan`, once an order, 6 rank more a token and channel for a low-rank delta, 1 to add up dx."""
+    """As `selective_scan`, for each order, and per token and channel 6 rank more for a low-rank delta, 1 to add up
+    dx."""
     rank = 0 if a.delta_weight is None else a.delta_weight[-1]
     return _scans(a) * (19 * a.A[2] + 5 + 4 * (a.D is not None) + 6 * rank)
 

@@ -14,7 +14,7 @@ from visionmix.scans.orders import symbolic_order
 
 
 def _sequences(maps: Tensor, table: Routes, dtype: torch.dtype) -> Tensor:
-    """(batch, height, width, K, features), one map an order, to (batch, K, steps, features)."""
+    """(batch, height, width, K, features), one map per order, to (batch, K, steps, features)."""
     flat = maps.to(dtype).flatten(1, 3)
     return take(flat, table.of_maps).unflatten(1, table.index.shape)
 

@@ -34,7 +34,7 @@ class Routes:
 
     @cached_property
     def of_maps(self) -> np.ndarray:
-        """(K x steps,): positions in maps of (cells x K), one map an order, -1 for a padded step."""
+        """(K x steps,): positions in maps of (cells x K), one map per order, -1 for a padded step."""
         orders = np.arange(len(self.place))[:, None]
         return np.where(self.place < 0, -1, self.place * len(self.place) + orders).reshape(-1)
 

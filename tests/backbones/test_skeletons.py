@@ -358,7 +358,7 @@ def test_a_recipe_rebuilds_its_model():
 def test_layers_that_nobody_knows(option, value, message):
     with pytest.raises(ValueError, match=message):
         Hierarchical(**PYRAMID | {option: value})
-    with pytest.raises(TypeError, match="norm_layer=3 is no layer"):
+    with pytest.raises(TypeError, match="norm_layer=3 is not a layer"):
         layer_maker("norm_layer", 3)
 
 

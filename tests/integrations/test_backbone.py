@@ -116,7 +116,7 @@ def test_options_reach_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "vmamba_tny"}, r"name='vmamba_tny' is no model.*vmamba_tiny"),
+        ({"name": "vmamba_tny"}, r"name='vmamba_tny' is not a model.*vmamba_tiny"),
         ({"out_indices": (0, 9)}, r"out_indices=\(0, 9\) does not fit test_vig_h"),
         ({"out_indices": (1, 0)}, r"out_indices=\(1, 0\) must be stage numbers in rising order"),
         ({"out_indices": ()}, r"out_indices=\(\) must be"),
@@ -131,5 +131,5 @@ def test_mistakes(options, message):
 
 
 def test_a_missing_file():
-    with pytest.raises(FileNotFoundError, match=r"pretrained='no/such.pth' is no file"):
+    with pytest.raises(FileNotFoundError, match=r"pretrained='no/such.pth' is not a file"):
         Backbone("test_vig_h", pretrained="no/such.pth")

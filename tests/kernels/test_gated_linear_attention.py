@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from choices import CHOICES, EACH_CHOICE, choose
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import sizes
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import bidirectional_gated_linear_attention, gated_linear_attention
@@ -56,20 +57,16 @@ def test_one_direction_with_states(length):
     assert_gradients_close(gradients(actual, [*inputs, state]), gradients(expected, [*inputs, state]))
 
 
-@example(1, 1, 1, 2, 2, "mean", "reference", 0)
+@example((1, 1, 1, 2, 2), "mean", "reference", 0)
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 3),
-    st.integers(1, 70),
-    st.integers(1, 3),
-    st.integers(1, 5),
-    st.integers(1, 5),
+    sizes(3, 70, 3, 5, 5),
     st.sampled_from(["mean", "sum"]),
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_both_directions(batch, length, heads, dk, dv, merge, choice, seed):
-    inputs = make(batch, length, heads, dk, dv, 2, seed)
+def test_both_directions(size, merge, choice, seed):
+    inputs, dk = make(*size, 2, seed), size[3]
     expected = definition.bidirectional_gated_linear_attention(*inputs, dk**-0.5, merge)
     with choose(choice):
         actual = bidirectional_gated_linear_attention(*inputs, merge=merge)

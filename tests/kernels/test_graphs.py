@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from profiled import by_reference_and_by_op
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -191,8 +192,13 @@ def op_cases(dtype=torch.float32, batch=2, length=7):
     u, delta, z = make(batch, 4, length), make(batch, 4, length), make(batch, 4, length)
     B, C, D, bias = make(batch, 2, 3, length), make(batch, 2, 3, length), make(4), make(4)
     grid = (batch, 2, 3)
-    orders = "raster,window_2"
-    maps = (make(*grid, 2, 2), make(*grid, 2, 2))
+    low_rank = (make(*grid, 2, 1), make(2, 4, 1))
+
+    def scan_2d(delta, weight, D, bias, orders, merge, permute):
+        maps = (make(*grid, 2, 2), make(*grid, 2, 2))
+        arguments = (make(*grid, 4), delta, weight, rates(2, 4, 2), *maps, D, bias, True, orders, merge, permute)
+        return ops.selective_scan_2d, arguments
+
     return {
         "attention": (ops.gated_linear_attention, (q, k, v, gate(), 0.5, None, False)),
         "attention_states": (ops.gated_linear_attention, (q, k, v, gate(), 0.5, make(batch, 2, 3, 4), True)),
@@ -200,53 +206,10 @@ def op_cases(dtype=torch.float32, batch=2, length=7):
         "scan": (ops.selective_scan, (u, delta, rates(4, 3), B, C, D, z, bias, True, True)),
         "scan_bare": (ops.selective_scan, (u, delta, rates(4, 3), B, C, None, None, None, False, False)),
         "scan_constant": (ops.selective_scan, (u, delta, rates(4, 3), make(4, 3), C, None, None, None, False, False)),
-        "scan_2d": (
-            ops.selective_scan_2d,
-            (
-                make(*grid, 4),
-                make(*grid, 2, 4),
-                None,
-                rates(2, 4, 2),
-                *maps,
-                make(2, 4),
-                make(2, 4),
-                True,
-                orders,
-                "sum",
-                "all",
-            ),
-        ),
-        "scan_2d_low_rank": (
-            ops.selective_scan_2d,
-            (
-                make(*grid, 4),
-                make(*grid, 2, 1),
-                make(2, 4, 1),
-                rates(2, 4, 2),
-                *maps,
-                None,
-                None,
-                True,
-                orders,
-                "none",
-                "all",
-            ),
-        ),
-        "scan_2d_input_permuted": (
-            ops.selective_scan_2d,
-            (
-                make(*grid, 4),
-                make(*grid, 2, 1),
-                make(2, 4, 1),
-                rates(2, 4, 2),
-                *maps,
-                make(2, 4),
-                None,
-                True,
-                "raster_reversed,snake_transposed",
-                "mean",
-                "input",
-            ),
+        "scan_2d": scan_2d(make(*grid, 2, 4), None, make(2, 4), make(2, 4), "raster,window_2", "sum", "all"),
+        "scan_2d_low_rank": scan_2d(*low_rank, None, None, "raster,window_2", "none", "all"),
+        "scan_2d_input_permuted": scan_2d(
+            *low_rank, make(2, 4), None, "raster_reversed,snake_transposed", "mean", "input"
         ),
     }
 
@@ -334,20 +297,7 @@ def test_onnx_under_reference(module, tmp_path):
 def test_reference_is_called_in_place_of_the_op(module):
     model, x = build(module), sample(module)
     parameters = list(model.parameters())
-
-    def run():
-        with torch.profiler.profile() as profile:
-            results = outputs_and_gradients(model, parameters, x)
-        # The reference reads the order of its scan from an op too, the first time.
-        ops = {event.key for event in profile.key_averages()} - {"visionmix::scan_order"}
-        return results, any(op.startswith("visionmix::") for op in ops)
-
-    with use("reference"):
-        results, called = run()
-    assert not called
-    expected, called = run()
-    assert called
-    assert_same(results, expected)
+    assert_same(*by_reference_and_by_op(lambda: outputs_and_gradients(model, parameters, x)))
 
 
 # Counted by hand: batch 2; attention 7 tokens, 2 heads, dk 3, dv 4; scan 4 channels, 3 states; 2D 6 cells, 2 orders.

@@ -1,4 +1,6 @@
+import inspect
 import itertools
+import pickle
 
 import golden
 import pytest
@@ -16,6 +18,7 @@ from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 ARGUMENTS = ("query", "key", "value", "additional_keys", "additional_values", "relative_position_bias")
+WINDOW = ("kernel_size", "stride", "dilation", "is_causal", "scale")  # in NATTEN's order
 
 
 def compiled_choices():
@@ -427,6 +430,16 @@ def test_empty_batch_of_neighborhood_attention(choice):
     assert lse.shape == (0, 5, 6, 2)
     assert [grad.shape for grad in grads] == [x.shape for x in tensors.values()]
     assert not grads[-1].any()
+
+
+@pytest.mark.parametrize("axes", FUNCTIONS)
+def test_functions_describe_themselves(axes):
+    """They are made of one function, by which help, pickle and editors must not be led astray."""
+    function = FUNCTIONS[axes]
+    assert function.__name__ == f"na{axes}d"
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert [*inspect.signature(function).parameters][:8] == [*ARGUMENTS[:3], *WINDOW]
+    assert f"relative_position_bias: (heads, {', '.join(['2 k - 1'] * axes)})" in inspect.getdoc(function)
 
 
 def test_without_lse_the_output_alone():

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from profiled import by_reference_and_by_op
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,18 +152,7 @@ def test_onnx_under_reference(tmp_path):
 
 def test_reference_is_called_in_place_of_the_op():
     model, x = build(), sample()
-
-    def run():
-        with torch.profiler.profile() as profile:
-            results = outputs_and_gradients(model, x)
-        return results, any(event.key.startswith("visionmix::") for event in profile.key_averages())
-
-    with use("reference"):
-        results, called = run()
-    assert not called
-    expected, called = run()
-    assert called
-    assert_same(results, expected)
+    assert_same(*by_reference_and_by_op(lambda: outputs_and_gradients(model, x)))
 
 
 def op_cases(dtype=torch.float32):

@@ -1,9 +1,6 @@
-"""Neighborhood attention in Triton: interpreted and, where there is a GPU, run on it; how it is launched."""
-
-from pathlib import Path
+"""How the Triton kernels of neighborhood attention are launched; test_triton.py runs them."""
 
 import pytest
-from accelerator import needs_gpu, run_triton_cases
 
 pytest.importorskip("triton")
 
@@ -12,22 +9,6 @@ from visionmix.kernels.neighborhood_attention import triton as implementation
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 from visionmix.tools import compile_kernels
 from visionmix.tools.kernel_problems import neighborhood_attention
-
-CASES = Path(__file__).with_name("triton_neighborhood_attention_cases.py")
-
-
-def test_interpreted():
-    run_triton_cases(CASES, "not long", interpreted=True)
-
-
-@pytest.mark.long
-def test_interpreted_sweep():
-    run_triton_cases(CASES, "long", interpreted=True)
-
-
-@needs_gpu
-def test_on_the_gpu():
-    run_triton_cases(CASES, "", interpreted=False)
 
 
 def test_launches_cover_the_map_and_count_what_they_read():

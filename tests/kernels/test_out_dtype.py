@@ -186,5 +186,5 @@ def test_bad_out_dtype(case):
     halves, _ = _inputs(case, torch.float16, 1.0)
     with pytest.raises(TypeError, match=r"out_dtype='float32' is a str; pass a torch.dtype, as torch.float32, or None"):
         op(**halves, **options, out_dtype="float32")
-    with pytest.raises(ValueError, match=r"out_dtype=torch.int32 is no real floating-point type; pass torch.float32"):
+    with pytest.raises(ValueError, match=r"out_dtype=torch.int32 is not a real floating-point type; pass"):
         op(**halves, **options, out_dtype=torch.int32)

@@ -7,42 +7,13 @@ from choices import CHOICES, EACH_CHOICE, choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import PeakMemory
+from selective_scans import assert_strides_are_read, doubles, scan_inputs
+from strategies import sizes
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, selective_scan
 from visionmix.kernels.selective_scan import definition, reference
 from visionmix.kernels.selective_scan.schema import Arguments, Gradients
-
-
-def make(batch=2, dim=4, length=20, states=3, *, B="1", C="1", options="D z delta_bias", seed=0, dtype=torch.float64):
-    """Arguments by name; B and C are "constant", "ungrouped" or a number of groups."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def projection(kind):
-        if kind == "constant":
-            return random(dim, states)
-        return random(batch, states, length) if kind == "ungrouped" else random(batch, int(kind), states, length)
-
-    arguments = {
-        "u": random(batch, dim, length),
-        "delta": random(batch, dim, length).abs() * 0.5,
-        "A": -random(dim, states).exp(),
-        "B": projection(B),
-        "C": projection(C),
-        "D": random(dim),
-        "z": random(batch, dim, length),
-        "delta_bias": random(dim).abs(),  # steps stay positive without softplus: the state decays
-    }
-    names = ["u", "delta", "A", "B", "C", *options.split()]
-    return {name: arguments[name].to(dtype).requires_grad_() for name in names}
-
-
-def doubles(arguments):
-    return {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
-
 
 _META, _ARRAYS = golden.load("op_selective_scan")
 
@@ -68,10 +39,7 @@ def test_golden_of_selective_scan(case, dtype, choice):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 60),
-    st.integers(1, 4),
+    sizes(3, 3, 60, 4),
     st.sampled_from(["constant", "ungrouped", "1", "2"]),
     st.sampled_from(["constant", "same"]),
     st.sampled_from(["", "D", "z", "delta_bias", "D z delta_bias"]),
@@ -80,9 +48,10 @@ def test_golden_of_selective_scan(case, dtype, choice):
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_selective_scan_equals_definition(batch, pairs, length, states, B, C, options, softplus, last, choice, seed):
+def test_selective_scan_equals_definition(size, B, C, options, softplus, last, choice, seed):
+    batch, pairs, length, states = size
     C = B if C == "same" else C
-    arguments = make(batch, 2 * pairs, length, states, B=B, C=C, options=options, seed=seed)
+    arguments = scan_inputs(batch, 2 * pairs, length, states, B, C, options, seed)
     expected = definition.selective_scan(**arguments, delta_softplus=softplus)
     with choose(choice):
         actual = selective_scan(**arguments, delta_softplus=softplus, return_last_state=last)
@@ -104,7 +73,7 @@ def test_selective_scan_equals_definition(batch, pairs, length, states, B, C, op
     st.integers(0, 9),
 )
 def test_gaps_against_definition(length, B, options, softplus, choice, seed):
-    arguments = make(2, 4, length, B=B, C=B, options=options, seed=seed)
+    arguments = scan_inputs(2, 4, length, B=B, C=B, options=options, seed=seed)
     gap = torch.rand(2, 4, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gap = (gap * (gap > 0.4)).requires_grad_()
     arguments["gap"] = gap
@@ -119,7 +88,7 @@ def test_gaps_against_definition(length, B, options, softplus, choice, seed):
 
 def test_gaps_are_tokens_without_input():
     """The tokens that stay see the state that the whole sequence would have brought, had the others been silent."""
-    arguments = {name: x.detach() for name, x in make(2, 4, 40, 3, B="2", C="2").items()}
+    arguments = {name: x.detach() for name, x in scan_inputs(2, 4, 40, 3, B="2", C="2").items()}
     stays = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.4
     whole = selective_scan(**arguments | {"u": arguments["u"] * stays}, delta_softplus=True)
     step = torch.nn.functional.softplus(arguments["delta"] + arguments["delta_bias"][:, None])
@@ -135,7 +104,7 @@ def test_gaps_leave_triton(caplog):
     pytest.importorskip("triton")
     module = importlib.import_module("visionmix.kernels.selective_scan.triton")
     dispatch.log_slow_path.cache_clear()
-    tensors = [x.detach() for x in make().values()]
+    tensors = [x.detach() for x in scan_inputs().values()]
     arguments = Arguments(*tensors, True, True, torch.rand_like(tensors[0]))
     out, state, _ = module.forward(arguments)
     assert all(map(torch.equal, (out, state), reference.forward(arguments)[:2]))
@@ -147,7 +116,7 @@ def test_gaps_leave_triton(caplog):
 @EACH_CHOICE
 def test_no_gap_and_no_step(choice):
     """A gap of 0 changes nothing, and steps so small that they are 0 have finite gradients."""
-    arguments = {name: x.detach().requires_grad_() for name, x in make(1, 2, 9, dtype=torch.float32).items()}
+    arguments = {name: x.detach().requires_grad_() for name, x in scan_inputs(1, 2, 9, dtype=torch.float32).items()}
     gap = torch.zeros(1, 2, 9, requires_grad=True)
     with choose(choice):
         expected = selective_scan(**arguments, delta_softplus=True)
@@ -158,13 +127,13 @@ def test_no_gap_and_no_step(choice):
 
 
 def test_one_channel_one_token():
-    arguments = make(1, 1, 1, 1)
+    arguments = scan_inputs(1, 1, 1, 1)
     assert_close(selective_scan(**arguments), definition.selective_scan(**arguments)[0])
 
 
 def test_backward_in_several_parts(monkeypatch):
     """A small limit makes the backward op recompute the states chunk by chunk."""
-    arguments = make(2, 4, 50, 3, B="constant", C="2")
+    arguments = scan_inputs(2, 4, 50, 3, B="constant", C="2")
     inputs = list(arguments.values())
     with choose("op"):
         whole = gradients(selective_scan(**arguments), inputs)
@@ -176,7 +145,7 @@ def test_backward_in_several_parts(monkeypatch):
 def test_memory_is_bounded(monkeypatch):
     """Forward and backward together never hold the states of all tokens, half of them even."""
     batch, dim, length, states = 1, 64, 4096, 64
-    arguments = [x.detach() for x in make(batch, dim, length, states, dtype=torch.float32).values()]
+    arguments = [x.detach() for x in scan_inputs(batch, dim, length, states, dtype=torch.float32).values()]
     monkeypatch.setattr(reference, "_BACKWARD_STATES", batch * dim * length * states // 20)
     all_states = 4 * batch * dim * length * states
     with PeakMemory() as memory:
@@ -186,7 +155,7 @@ def test_memory_is_bounded(monkeypatch):
 
 
 def test_softplus_is_linear_above_20():
-    arguments = make(1, 2, 12, 2, options="")
+    arguments = scan_inputs(1, 2, 12, 2, options="")
     with torch.no_grad():
         arguments["delta"] += torch.tensor([19.0, 20.5])[:, None]
         arguments["A"] *= 0.01
@@ -199,7 +168,7 @@ def test_softplus_is_linear_above_20():
 
 @pytest.mark.parametrize("rate", [-50.0, -1e4])
 def test_strong_decay(rate):
-    arguments = make(1, 2, 30, 2, dtype=torch.float32)
+    arguments = scan_inputs(1, 2, 30, 2, dtype=torch.float32)
     with torch.no_grad():
         arguments["A"][0] = rate
     twins = doubles(arguments)
@@ -210,7 +179,7 @@ def test_strong_decay(rate):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_of_selective_scan(dtype):
-    arguments = make(2, 4, 49, 4, B="2", C="2", dtype=dtype)
+    arguments = scan_inputs(2, 4, 49, 4, B="2", C="2", dtype=dtype)
     twins = doubles(arguments)
     expected, expected_state = definition.selective_scan(**twins, delta_softplus=True)
     actual, state = selective_scan(**arguments, delta_softplus=True, return_last_state=True)
@@ -225,7 +194,7 @@ def test_dtypes_of_selective_scan(dtype):
 
 def test_mixed_dtypes_compute_in_float32():
     """Under autocast the activations come in bfloat16, the parameters in float32."""
-    arguments = make(dtype=torch.float32)
+    arguments = scan_inputs(dtype=torch.float32)
     halves = {name: x.bfloat16() if name in ("u", "delta", "B", "C", "z") else x for name, x in arguments.items()}
     with torch.autocast("cpu", torch.bfloat16):
         actual = selective_scan(**halves, delta_softplus=True)
@@ -236,24 +205,17 @@ def test_mixed_dtypes_compute_in_float32():
 
 def test_strides_of_selective_scan():
     tokens = torch.randn(2, 30, 4, dtype=torch.float64)
-    arguments = {name: x.detach() for name, x in make(2, 4, 30, 3).items()}
+    arguments = {name: x.detach() for name, x in scan_inputs(2, 4, 30, 3).items()}
     arguments["u"] = tokens.transpose(1, 2)
     arguments["delta"] = arguments["delta"][:, :1].expand(-1, 4, -1)
     arguments["A"] = -torch.rand(3, 4, dtype=torch.float64).t()
     arguments["B"] = torch.randn(2, 30, 9, dtype=torch.float64)[..., 2:5].transpose(1, 2).unsqueeze(1)
     arguments["D"] = torch.randn(8, dtype=torch.float64)[::2]
-    copies = {name: x.clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in arguments.items()}
-    arguments = {name: x.requires_grad_() for name, x in arguments.items()}
-    actual, expected = selective_scan(**arguments), selective_scan(**copies)
-    assert torch.equal(actual, expected)
-    assert actual.is_contiguous()
-    assert all(
-        map(torch.equal, gradients(actual, list(arguments.values())), gradients(expected, list(copies.values())))
-    )
+    assert_strides_are_read(selective_scan, arguments)
 
 
 def test_bitwise_repeatable_of_selective_scan():
-    arguments = make(2, 8, 100, 4, B="2", C="2", dtype=torch.float32)
+    arguments = scan_inputs(2, 8, 100, 4, B="2", C="2", dtype=torch.float32)
     inputs = list(arguments.values())
     runs = [selective_scan(**arguments) for _ in range(2)]
     assert torch.equal(*runs)
@@ -261,7 +223,7 @@ def test_bitwise_repeatable_of_selective_scan():
 
 
 def test_empty_batch_of_selective_scan():
-    arguments = make(0, 4, 10, 3)
+    arguments = scan_inputs(0, 4, 10, 3)
     out, state = selective_scan(**arguments, return_last_state=True)
     assert out.shape == (0, 4, 10)
     assert state.shape == (0, 4, 3)
@@ -292,4 +254,4 @@ def test_empty_batch_of_selective_scan():
 )
 def test_bad_inputs_of_selective_scan(changes, error, message):
     with pytest.raises(error, match=message):
-        selective_scan(**(make(dtype=torch.float32) | changes))
+        selective_scan(**(scan_inputs(dtype=torch.float32) | changes))

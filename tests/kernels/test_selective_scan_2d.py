@@ -5,6 +5,8 @@ import torch
 from choices import CHOICES, choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selective_scans import CROSS, ORDERS, assert_strides_are_read, call_2d, scan_2d_inputs
+from strategies import sizes
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix import scans
@@ -12,52 +14,14 @@ from visionmix.kernels import dispatch, selective_scan_2d, use
 from visionmix.kernels.selective_scan_2d import definition, reference
 from visionmix.kernels.selective_scan_2d.schema import Arguments, Gradients
 
-CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 PLAIN = ("snake", "snake_transposed", "raster_reversed", "hilbert")
-ORDERS = {
-    "cross": CROSS,
-    "one": ("hilbert",),
-    "windows": ("raster", "column", "window_2", "window_3_reversed"),  # padded steps, unequal lengths
-    "skip": ("skip_2_0_0", "skip_2_0_1_transposed", "skip_2_0_1", "skip_2_1_1_transposed"),  # each cell in one order
-    "joined": ("raster_reversed+raster_transposed+raster_transposed_reversed", "snake"),  # a cell read three times
-    "unswapped": ("column_unswapped", "raster"),  # the inverse is not that of the index
-}
-
-
-def make(batch=2, height=3, width=4, channels=3, states=2, orders=CROSS, rank=None, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    maps, count = (batch, height, width, len(orders)), len(orders)
-    arguments = {
-        "x": random(batch, height, width, channels),
-        "delta": random(*maps, rank or channels),
-        "A": -random(count, channels, states).exp(),
-        "B": random(*maps, states),
-        "C": random(*maps, states),
-        "D": random(count, channels),
-        "delta_bias": random(count, channels).abs(),
-        "weight": random(count, channels, rank or 1),
-    }
-    if rank is None:
-        del arguments["weight"]
-    return {name: x.to(dtype).requires_grad_() for name, x in arguments.items()}
-
-
-def call(function, arguments, **options):
-    arguments = dict(arguments)
-    if "weight" in arguments:
-        arguments["delta"] = (arguments["delta"], arguments.pop("weight"))
-    return function(**arguments, **options)
 
 
 def check(arguments, twins=None, **options):
     twins = arguments if twins is None else twins
     actual, expected = (
-        call(selective_scan_2d, arguments, **options),
-        call(definition.selective_scan_2d, twins, **options),
+        call_2d(selective_scan_2d, arguments, **options),
+        call_2d(definition.selective_scan_2d, twins, **options),
     )
     assert actual.dtype == arguments["x"].dtype
     assert_close(actual, expected)
@@ -67,11 +31,7 @@ def check(arguments, twins=None, **options):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 2),
-    st.integers(1, 5),
-    st.integers(1, 5),
-    st.integers(1, 3),
-    st.integers(1, 3),
+    sizes(2, 5, 5, 3, 3),
     st.sampled_from(sorted(ORDERS)),
     st.sampled_from([None, 1, 2]),
     st.sampled_from(["sum", "mean", "none"]),
@@ -79,11 +39,9 @@ def check(arguments, twins=None, **options):
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_selective_scan_2d_equals_definition(
-    batch, height, width, channels, states, orders, rank, merge, softplus, choice, seed
-):
+def test_selective_scan_2d_equals_definition(size, orders, rank, merge, softplus, choice, seed):
     orders = ORDERS[orders]
-    arguments = make(batch, height, width, channels, states, orders, rank, seed)
+    arguments = scan_2d_inputs(*size, orders, rank, seed)
     with choose(choice):
         check(arguments, orders=orders, merge=merge, delta_softplus=softplus)
 
@@ -91,29 +49,28 @@ def test_selective_scan_2d_equals_definition(
 @pytest.mark.parametrize("merge", ["sum", "none"])
 @pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
 def test_every_set_of_orders(orders, merge):
-    check(make(orders=orders), orders=orders, merge=merge, delta_softplus=True)
+    check(scan_2d_inputs(orders=orders), orders=orders, merge=merge, delta_softplus=True)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 5),
-    st.integers(1, 5),
-    st.integers(1, 3),
+    sizes(5, 5, 3),
     st.sampled_from([None, 1, 2]),
     st.sampled_from(["sum", "mean", "none"]),
     st.booleans(),
     st.sampled_from(CHOICES),
     st.integers(0, 9),
 )
-def test_input_alone_permuted(height, width, states, rank, merge, softplus, choice, seed):
-    arguments = make(2, height, width, 3, states, PLAIN, rank, seed)
+def test_input_alone_permuted(size, rank, merge, softplus, choice, seed):
+    height, width, states = size
+    arguments = scan_2d_inputs(2, height, width, 3, states, PLAIN, rank, seed)
     with choose(choice):
         check(arguments, orders=PLAIN, merge=merge, delta_softplus=softplus, permute="input")
 
 
 def test_input_alone_permuted_is_the_scan_of_permuted_maps():
     """Steps read x in the order, the rest as it lies: the scan in raster order of x permuted beforehand, undone."""
-    arguments = make(1, 4, 5, 3, 2, ("snake_transposed",), seed=1)
+    arguments = scan_2d_inputs(1, 4, 5, 3, 2, ("snake_transposed",), seed=1)
     index, inverse = scans.order("snake_transposed", 4, 5)
     permuted = arguments | {"x": arguments["x"].flatten(1, 2)[:, index].unflatten(1, (4, 5))}
     expected = selective_scan_2d(**permuted, orders=("raster",)).flatten(1, 2)[:, inverse].unflatten(1, (4, 5))
@@ -128,7 +85,7 @@ def test_input_alone_permuted_leaves_triton(caplog):
     pytest.importorskip("triton")
     module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
     dispatch.log_slow_path.cache_clear()
-    arguments = [x.detach() for x in make(orders=PLAIN).values()]
+    arguments = [x.detach() for x in scan_2d_inputs(orders=PLAIN).values()]
     arguments = Arguments(*arguments[:2], None, *arguments[2:], True, ",".join(PLAIN), "sum", "input")
     assert torch.equal(module.forward(arguments)[0], reference.forward(arguments)[0])
     given = Gradients(torch.randn_like(arguments.x), None)
@@ -137,13 +94,13 @@ def test_input_alone_permuted_leaves_triton(caplog):
 
 
 def test_default_is_the_cross_scan():
-    arguments = make()
+    arguments = scan_2d_inputs()
     assert torch.equal(selective_scan_2d(**arguments), selective_scan_2d(**arguments, orders=CROSS, merge="sum"))
 
 
 def test_padded_steps_decay_the_state():
     """In windows of 2, a 1 x 3 grid has two padded steps before its third cell: they are not skipped."""
-    arguments = make(1, 1, 3, 1, 1, ("window_2",))
+    arguments = scan_2d_inputs(1, 1, 3, 1, 1, ("window_2",))
     check(arguments, orders=("window_2",), merge="sum", delta_softplus=True)
     padded = selective_scan_2d(**arguments, orders=("window_2",), delta_softplus=True)
     unpadded = selective_scan_2d(**arguments, orders=("raster",), delta_softplus=True)
@@ -153,29 +110,22 @@ def test_padded_steps_decay_the_state():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_of_selective_scan_2d(dtype):
-    arguments = make(2, 6, 5, 4, 2, rank=2, dtype=dtype)
+    arguments = scan_2d_inputs(2, 6, 5, 4, 2, rank=2, dtype=dtype)
     twins = {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
     check(arguments, twins, orders=CROSS, merge="mean", delta_softplus=True)
 
 
 def test_strides_of_selective_scan_2d():
-    arguments = {name: x.detach() for name, x in make().items()}
+    arguments = {name: x.detach() for name, x in scan_2d_inputs().items()}
     arguments["x"] = torch.randn(2, 3, 3, 4, dtype=torch.float64).permute(0, 2, 3, 1)
     arguments["delta"] = torch.randn(2, 3, 4, 1, 3, dtype=torch.float64).expand(-1, -1, -1, 4, -1)
     arguments["A"] = -torch.rand(2, 3, 4, dtype=torch.float64).permute(2, 1, 0)
     arguments["B"] = torch.randn(2, 3, 4, 4, 7, dtype=torch.float64)[..., 3:5]
-    copies = {name: x.clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in arguments.items()}
-    arguments = {name: x.requires_grad_() for name, x in arguments.items()}
-    actual, expected = selective_scan_2d(**arguments), selective_scan_2d(**copies)
-    assert torch.equal(actual, expected)
-    assert actual.is_contiguous()
-    assert all(
-        map(torch.equal, gradients(actual, list(arguments.values())), gradients(expected, list(copies.values())))
-    )
+    assert_strides_are_read(selective_scan_2d, arguments)
 
 
 def test_bitwise_repeatable_of_selective_scan_2d():
-    arguments = make(2, 7, 9, 8, 2, dtype=torch.float32)
+    arguments = scan_2d_inputs(2, 7, 9, 8, 2, dtype=torch.float32)
     runs = [selective_scan_2d(**arguments, delta_softplus=True) for _ in range(2)]
     assert torch.equal(*runs)
     assert all(map(torch.equal, *(gradients(run, list(arguments.values())) for run in runs)))
@@ -183,7 +133,7 @@ def test_bitwise_repeatable_of_selective_scan_2d():
 
 @pytest.mark.parametrize("merge", ["sum", "none"])
 def test_empty_batch_of_selective_scan_2d(merge):
-    arguments = make(0)
+    arguments = scan_2d_inputs(0)
     out = selective_scan_2d(**arguments, merge=merge)
     assert out.shape == ((0, 3, 4, 4, 3) if merge == "none" else (0, 3, 4, 3))
     inputs = list(arguments.values())
@@ -191,7 +141,7 @@ def test_empty_batch_of_selective_scan_2d(merge):
 
 
 def test_tables_made_in_inference_mode_serve_training():
-    arguments = make(1, 5, 3)
+    arguments = scan_2d_inputs(1, 5, 3)
     with torch.inference_mode():
         selective_scan_2d(**{name: x.detach() for name, x in arguments.items()}, orders=CROSS)
     with use("reference"):
@@ -225,11 +175,11 @@ def test_tables_made_in_inference_mode_serve_training():
             ValueError,
             r"'raster\+snake' has 24 steps",
         ),
-        ({"orders": "raster"}, TypeError, r"orders='raster' is no sequence of names"),
+        ({"orders": "raster"}, TypeError, r"orders='raster' is not a sequence of names"),
         ({"orders": ()}, ValueError, r"orders is empty"),
         ({"orders": ("raster", "rastr", "snake", "snake")}, ValueError, r"'rastr'.*raster"),
     ],
 )
 def test_bad_inputs_of_selective_scan_2d(changes, error, message):
     with pytest.raises(error, match=message):
-        selective_scan_2d(**(make(dtype=torch.float32) | changes))
+        selective_scan_2d(**(scan_2d_inputs(dtype=torch.float32) | changes))

@@ -1,27 +1,20 @@
 """The compiled selective scans against their definitions in float64: outputs and every gradient."""
 
 import math
+from functools import partial
 
 import golden
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selective_scans import CROSS, ORDERS, assert_strides_are_read, call_2d, doubles, scan_2d_inputs, scan_inputs
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import backends, selective_scan, selective_scan_2d, use
 from visionmix.kernels.selective_scan import definition, reference
 from visionmix.kernels.selective_scan.schema import Arguments
 from visionmix.kernels.selective_scan_2d import definition as definition_2d
-
-CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
-ORDERS = {
-    "cross": CROSS,
-    "windows": ("raster", "column", "window_2", "window_3_reversed"),  # padded steps, unequal lengths
-    "skip": ("skip_2_0_0", "skip_2_0_1_transposed", "skip_2_0_1", "skip_2_1_1_transposed"),  # each cell in one order
-    "joined": ("raster_reversed+raster_transposed+raster_transposed_reversed", "snake"),  # a cell read three times
-    "unswapped": ("column_unswapped", "raster"),  # the inverse is not that of the index
-}
 
 
 @pytest.fixture(autouse=True)
@@ -32,62 +25,12 @@ def compiled():
         yield
 
 
-def make(batch, dim, length, states, B="1", C="1", options="D z delta_bias", seed=0, dtype=torch.float32):
-    """Arguments by name; B and C are "constant", "ungrouped" or a number of groups."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def projection(kind):
-        if kind == "constant":
-            return random(dim, states)
-        return random(batch, states, length) if kind == "ungrouped" else random(batch, int(kind), states, length)
-
-    arguments = {
-        "u": random(batch, dim, length),
-        "delta": random(batch, dim, length).abs() * 0.5,
-        "A": -random(dim, states).exp(),
-        "B": projection(B),
-        "C": projection(C),
-        "D": random(dim),
-        "z": random(batch, dim, length),
-        "delta_bias": random(dim).abs(),
-    }
-    names = ["u", "delta", "A", "B", "C", *options.split()]
-    return {name: arguments[name].to(dtype).requires_grad_() for name in names}
+make = partial(scan_inputs, dtype=torch.float32)
+make_2d = partial(scan_2d_inputs, dtype=torch.float32)
 
 
-def make_2d(batch, height, width, channels, states, orders=CROSS, rank=None, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    maps, count = (batch, height, width, len(orders)), len(orders)
-    arguments = {
-        "x": random(batch, height, width, channels),
-        "delta": random(*maps, rank or channels),
-        "A": -random(count, channels, states).exp(),
-        "B": random(*maps, states),
-        "C": random(*maps, states),
-        "D": random(count, channels),
-        "delta_bias": random(count, channels),
-    }
-    if rank:
-        arguments["weight"] = random(count, channels, rank)
-    return {name: x.to(dtype).requires_grad_() for name, x in arguments.items()}
-
-
-def call_2d(function, arguments, **options):
-    arguments = dict(arguments)
-    if "weight" in arguments:
-        arguments["delta"] = (arguments["delta"], arguments.pop("weight"))
-    return function(**arguments, delta_softplus=True, **options)
-
-
-def doubles(arguments):
-    return {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
+def scan_2d(arguments, **options):
+    return call_2d(selective_scan_2d, arguments, delta_softplus=True, **options)
 
 
 def check(arguments, softplus=True, last=False, expect=definition.selective_scan):
@@ -102,7 +45,7 @@ def check(arguments, softplus=True, last=False, expect=definition.selective_scan
 
 def check_2d(arguments, **options):
     twins = doubles(arguments)
-    actual, expected = call_2d(selective_scan_2d, arguments, **options), call_2d(_naive_2d, twins, **options)
+    actual, expected = scan_2d(arguments, **options), call_2d(_naive_2d, twins, delta_softplus=True, **options)
     assert_close(actual, expected)
     assert_gradients_close(gradients(actual, list(arguments.values())), gradients(expected, list(twins.values())))
 
@@ -231,9 +174,9 @@ def test_2d_orders_one_by_one():
     arguments = make_2d(1, 24, 23, 240, 33, orders)
     twins = doubles(arguments)
     with use("auto"):  # float64 takes the reference
-        expected = call_2d(selective_scan_2d, twins, orders=orders)
+        expected = scan_2d(twins, orders=orders)
         expected_grads = gradients(expected, list(twins.values()))
-    actual = call_2d(selective_scan_2d, arguments, orders=orders)
+    actual = scan_2d(arguments, orders=orders)
     assert_close(actual, expected)
     assert_gradients_close(gradients(actual, list(arguments.values())), expected_grads)
 
@@ -299,15 +242,6 @@ def test_dtypes(dtype):
     check_2d(make_2d(2, 6, 5, 20, 2, rank=2, dtype=dtype), merge="mean")
 
 
-def _same(function, arguments, copies):
-    actual, expected = function(**arguments, delta_softplus=True), function(**copies, delta_softplus=True)
-    assert torch.equal(actual, expected)
-    assert actual.is_contiguous()
-    assert all(
-        map(torch.equal, gradients(actual, list(arguments.values())), gradients(expected, list(copies.values())))
-    )
-
-
 @pytest.mark.parametrize("dim", [32, 7])
 def test_strides(dim):
     arguments = {name: x.detach() for name, x in make(2, dim, 70, 16).items()}
@@ -318,8 +252,7 @@ def test_strides(dim):
     arguments["B"] = torch.randn(2, 70, 20)[..., 2:18].transpose(1, 2).unsqueeze(1)
     arguments["C"] = torch.randn(2, 1, 16, 140)[..., ::2]
     arguments["D"] = torch.randn(2 * dim)[::2]
-    copies = {name: x.clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in arguments.items()}
-    _same(selective_scan, {name: x.requires_grad_() for name, x in arguments.items()}, copies)
+    assert_strides_are_read(selective_scan, arguments, delta_softplus=True)
 
 
 def test_2d_strides():
@@ -328,8 +261,7 @@ def test_2d_strides():
     arguments["delta"] = torch.randn(2, 5, 4, 1, 20).expand(-1, -1, -1, 4, -1)
     arguments["B"] = torch.randn(2, 5, 4, 4, 7)[..., 3:5]
     arguments["C"] = torch.randn(2, 5, 9, 4, 2)[:, :, 3:7]
-    copies = {name: x.clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in arguments.items()}
-    _same(selective_scan_2d, {name: x.requires_grad_() for name, x in arguments.items()}, copies)
+    assert_strides_are_read(selective_scan_2d, arguments, delta_softplus=True)
 
 
 def test_same_bits_with_any_number_of_threads():
@@ -338,7 +270,7 @@ def test_same_bits_with_any_number_of_threads():
     try:
         for threads in (1, 3, 3):
             torch.set_num_threads(threads)
-            out, out_2d = selective_scan(**arguments), call_2d(selective_scan_2d, maps)
+            out, out_2d = selective_scan(**arguments), scan_2d(maps)
             runs.append(
                 [out, *gradients(out, list(arguments.values())), out_2d, *gradients(out_2d, list(maps.values()))]
             )
@@ -369,5 +301,5 @@ def test_empty_batch():
     assert out.shape == (0, 4, 10)
     assert [g.shape for g in gradients(out, list(arguments.values()))] == [x.shape for x in arguments.values()]
     maps = make_2d(0, 3, 4, 5, 2)
-    out = call_2d(selective_scan_2d, maps)
+    out = scan_2d(maps)
     assert [g.shape for g in gradients(out, list(maps.values()))] == [x.shape for x in maps.values()]

@@ -9,21 +9,24 @@ pytest.importorskip("triton")
 
 from visionmix.kernels import gpu
 
-CASES = Path(__file__).with_name("triton_cases.py")
+EACH_FILE = pytest.mark.parametrize("cases", ["triton_cases.py", "triton_neighborhood_attention_cases.py"])
 
 
-def test_interpreted():
-    run_triton_cases(CASES, "not long", interpreted=True)
+@EACH_FILE
+def test_interpreted(cases):
+    run_triton_cases(Path(__file__).with_name(cases), "not long", interpreted=True)
 
 
 @pytest.mark.long
-def test_interpreted_sweep():
-    run_triton_cases(CASES, "long", interpreted=True)
+@EACH_FILE
+def test_interpreted_sweep(cases):
+    run_triton_cases(Path(__file__).with_name(cases), "long", interpreted=True)
 
 
 @needs_gpu
-def test_on_the_gpu():
-    run_triton_cases(CASES, "", interpreted=False)
+@EACH_FILE
+def test_on_the_gpu(cases):
+    run_triton_cases(Path(__file__).with_name(cases), "", interpreted=False)
 
 
 def test_launches_are_tuned_where_asked_for(monkeypatch):

@@ -1,6 +1,6 @@
 """Neighborhood attention in Triton's interpreter or on a GPU, against the float64 reference: outputs, every gradient.
 
-Run by test_neighborhood_attention_triton.py in a process of its own: TRITON_INTERPRET must be set before the kernels
+Run by test_triton.py in a process of its own: TRITON_INTERPRET must be set before the kernels
 are imported.
 """
 

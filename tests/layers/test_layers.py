@@ -22,7 +22,7 @@ from visionmix.layers import (
     patch_stem,
     swiglu,
 )
-from visionmix.layers.layout import channels_first
+from visionmix.layers.maps import channels_first
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
@@ -119,7 +119,7 @@ def test_options_of_stems_and_downsamplers():
     assert ConvDownsample(4, 8, bias=False).conv.bias is None
 
 
-def test_selective_scan_is_its_formula():
+def test_selective_scan_equals_formula():
     torch.manual_seed(0)
     orders = ("snake", "raster_transposed_reversed")
     scan = SelectiveScan2d(4, orders, dt_rank=2, d_state=3).double()
@@ -220,7 +220,7 @@ FIRST = [in_inference_mode, under_a_transform, with_fake_tensors, beside_the_met
 
 
 @pytest.mark.parametrize(("number", "first"), list(enumerate(FIRST)))
-def test_what_rotary_map_keeps_serves_training(number, first):
+def test_kept_rotary_angles_serve_training(number, first):
     layer, size = RotaryMap(), (6, 11 + number)  # a size that no other test has made
     x = torch.randn(1, size[0] * size[1], 2, 8, requires_grad=True)
     first(layer, x.detach(), size)
@@ -235,7 +235,7 @@ def test_what_rotary_map_keeps_serves_training(number, first):
     [torch.jit.script, lambda layer: torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")],
     ids=["script", "compile"],
 )
-def test_rotary_map_in_graphs_is_the_eager_one(graph):
+def test_rotary_map_in_graphs_equals_eager(graph):
     layer = RotaryMap()
     inside = graph(layer)
     for size in [(4, 6), (5, 3)]:
@@ -250,7 +250,7 @@ def test_rotary_map_maps_over_a_batch():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_channels_first_copies_on_a_cpu_alone(device):
+def test_channels_first_copies_only_on_a_cpu(device):
     x = torch.randn(2, 5, 3, 4, device=device)
     out = channels_first(x)
     assert out.shape == (2, 4, 5, 3)

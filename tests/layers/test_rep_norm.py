@@ -44,7 +44,7 @@ def rep_bn(norm, x, training=False):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 7, 4), (2, 1, 1, 4), (6, 4, 2)], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_batch_norm_and_alpha_times_the_input(shape, training):
+def test_rep_bn_is_a_batch_norm_plus_alpha_times_the_input(shape, training):
     norm = drawn(RepBN(shape[-1])).train(training)
     x = torch.randn(shape, dtype=torch.float64)
     expected = rep_bn(norm, x, training)
@@ -63,7 +63,7 @@ def test_a_map_whose_channels_lie_first_in_memory():
 
 
 @pytest.mark.parametrize(("done", "part"), [(0, 1.0), (0.1, 0.75), (0.3, 0.25), (0.4, 0.0), (0.7, 0.0), (1, 0.0)])
-def test_the_layer_norm_fades(done, part):
+def test_linear_norm_fades_from_layer_norm_to_rep_bn(done, part):
     norm = drawn(LinearNorm(4, share=0.4, eps=1e-3))
     norm.set_progress(done)
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_the_layer_norm_fades(done, part):
     assert torch.equal(norm.eval()(x), norm.norm2(x))
 
 
-def test_untold_and_without_a_share_it_is_a_batch_norm():
+def test_linear_norm_without_progress_or_share_is_a_rep_bn():
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     untold, without = drawn(LinearNorm(4)), drawn(LinearNorm(4, share=0))
     without.set_progress(0)
@@ -124,7 +124,7 @@ def test_sync_batch_norm_sees_channels(make):
 
 
 @pytest.mark.parametrize("make", NORMS)
-def test_one_affine_map_a_channel(make):
+def test_norms_fuse_to_one_affine_map_per_channel(make):
     norm = drawn(make(4)).eval()
     x = torch.randn(3, 7, 4, dtype=torch.float64)
     folded = reparameterize_model(nn.Sequential(norm))
@@ -134,7 +134,7 @@ def test_one_affine_map_a_channel(make):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("make", [*NORMS, nn.BatchNorm1d])
-def test_folded_into_the_linear_layer_behind(make, bias):
+def test_norm_folds_into_the_linear_layer_after_it(make, bias):
     norm, linear = drawn(make(4)).eval(), drawn(nn.Linear(4, 6, bias=bias))
     x = torch.randn(5, 4, dtype=torch.float64).unsqueeze(1)
     x = x.squeeze(1) if make is nn.BatchNorm1d else x
@@ -145,7 +145,7 @@ def test_folded_into_the_linear_layer_behind(make, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("make", [*NORMS, nn.BatchNorm2d])
-def test_folded_into_the_convolution_before(make, bias):
+def test_norm_folds_into_the_convolution_before_it(make, bias):
     norm, conv = drawn(make(6)).eval(), drawn(nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=bias))
     x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
     y = conv(x)
@@ -154,7 +154,7 @@ def test_folded_into_the_convolution_before(make, bias):
     assert torch.allclose(conv(x), expected, atol=1e-12)
 
 
-def test_what_is_not_exact_is_left_alone():
+def test_norms_that_cannot_fold_exactly_stay():
     linear, norm = nn.Linear(4, 6), RepBN(4)
     before = linear.weight.clone()
     layer_norm, without = nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False)

@@ -37,14 +37,14 @@ def test_a_graph_of_one_size_holds_no_needless_resampling(dynamic, graphs):
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 11), (7, 9), (20, 2)])
-def test_compiled_resampling_is_the_eager_one(size, mode):
+def test_compiled_resampling_equals_eager(size, mode):
     x = torch.randn(2, 5, 7, 3, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: resample_map(x, *size, mode), fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), resample_map(x, *size, mode), atol=1e-12)
 
 
-def test_scripted_and_traced_it_follows_the_size():
+def test_scripted_and_traced_resampling_follows_the_size():
     class Resample(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return resample_map(x, 6, 8)

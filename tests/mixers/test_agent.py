@@ -1,20 +1,17 @@
 """Agent attention against its definition, on maps and on sequences with class tokens."""
 
+from functools import partial
+
 import pytest
 import torch
+from drawn import drawn_mixer
 from torch import nn
 from torch.nn import functional as F
 
 from visionmix import create_mixer
 from visionmix.layers import Grid
 
-
-def agent(**options):
-    torch.manual_seed(0)
-    mixer = create_mixer("agent", 12, num_heads=3, num_agents=9, grid_size=(5, 6), **options)
-    for value in mixer.parameters():
-        nn.init.normal_(value, std=0.3)
-    return mixer
+agent = partial(drawn_mixer, "agent", num_heads=3, num_agents=9, grid_size=(5, 6))
 
 
 def defined(mixer, x, height, width, prefix=0):
@@ -47,7 +44,7 @@ def defined(mixer, x, height, width, prefix=0):
 
 
 @pytest.mark.parametrize("grid", [(5, 6), (1, 1), (2, 7), (9, 4)])
-def test_what_the_definition_says(grid):
+def test_agent_equals_definition(grid):
     mixer = agent()
     x = torch.randn(2, *grid, 12)
     expected = defined(mixer, x.flatten(1, 2), *grid)
@@ -56,14 +53,14 @@ def test_what_the_definition_says(grid):
 
 @pytest.mark.parametrize("class_bias", [False, True])
 @pytest.mark.parametrize("prefix", [1, 2])
-def test_tokens_that_are_no_cells(prefix, class_bias):
+def test_class_tokens_take_part_in_agent_attention(prefix, class_bias):
     mixer = agent(class_bias=class_bias)
     x = torch.randn(2, prefix + 4 * 7, 12)
     out = mixer.forward_tokens(x, Grid(4, 7, list(range(prefix)), None))
     assert torch.allclose(out, defined(mixer, x, 4, 7, prefix), atol=1e-5)
 
 
-def test_a_class_token_in_the_middle_is_the_same_token():
+def test_place_of_the_class_token_does_not_matter():
     mixer = agent(class_bias=True)
     x = torch.randn(2, 1 + 4 * 7, 12)
     first = mixer.forward_tokens(x, Grid(4, 7, [0], None))
@@ -72,7 +69,7 @@ def test_a_class_token_in_the_middle_is_the_same_token():
     assert torch.allclose(middle, first[:, order], atol=1e-6)
 
 
-def test_resampled_once_or_at_every_call():
+def test_set_grid_size_equals_resampling_at_every_call():
     mixer, again = agent(), agent()
     x = torch.randn(1, 5, 6, 12)
     before = again(x)
@@ -85,8 +82,8 @@ def test_resampled_once_or_at_every_call():
     assert torch.allclose(again(other), mixer(other), atol=1e-6)
 
 
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="num_agents=8 is no square number"):
+def test_agent_names_mistakes():
+    with pytest.raises(ValueError, match="num_agents=8 is not a square number"):
         create_mixer("agent", 12, num_agents=8)
     with pytest.raises(ValueError, match="num_heads=5 does not divide dim=12"):
         create_mixer("agent", 12, num_heads=5)

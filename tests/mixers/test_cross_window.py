@@ -46,7 +46,7 @@ def defined(mixer, x):
 
 @pytest.mark.parametrize("split_size", [1, 2, 3, 7, None])
 @pytest.mark.parametrize("grid", [(6, 9), (5, 7), (1, 1), (8, 4)])
-def test_what_the_definition_says(grid, split_size):
+def test_cross_window_equals_definition(grid, split_size):
     mixer = cross_window(split_size=split_size)
     x = torch.randn(2, *grid, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -75,6 +75,6 @@ def test_a_half_has_half_of_the_heads_and_at_least_one():
     ({"num_heads": 5, "split_size": None}, "num_heads=5 does not divide dim=12"),
     ({"split_size": 0}, "split_size=0 is too small"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused(options, message):
+def test_cross_window_refuses_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         create_mixer("cross_window", 12, **options)

@@ -72,7 +72,7 @@ def test_linear_attention_in_half_precision(name, deviation, dtype):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_rala_overflows_with_its_result_alone(half):
+def test_rala_overflows_only_where_its_result_does(half):
     """Its error grows with its scores, as that of any softmax; its products stay in range."""
     mixer, x = build("rala"), inputs(30).half()
     with torch.no_grad():

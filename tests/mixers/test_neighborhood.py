@@ -29,7 +29,7 @@ def grid(height, width):
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize(("height", "width"), GRIDS)
-def test_zeros_are_added_before_the_projection(height, width, qkv_bias):
+def test_small_maps_are_padded_before_the_projection(height, width, qkv_bias):
     mixer = build(qkv_bias=qkv_bias)
 
     def padded(x):

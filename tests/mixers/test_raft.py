@@ -30,7 +30,7 @@ def mixed(mixer, x):
 
 @pytest.mark.parametrize("axis", ["vertical", "horizontal"])
 @pytest.mark.parametrize(("raft_size", "mlp_ratio"), [(1, 1.5), (2, 2.0), (3, 2.0), (6, 1.0)])
-def test_the_mixer_is_its_definition(axis, raft_size, mlp_ratio):
+def test_raft_equals_definition(axis, raft_size, mlp_ratio):
     torch.manual_seed(0)
     options = {"axis": axis, "raft_size": raft_size, "mlp_ratio": mlp_ratio, "grid_size": (4, 5)}
     mixer = visionmix.create_mixer("raft", 6, **options, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_the_mixer_is_its_definition(axis, raft_size, mlp_ratio):
     ({"raft_size": 4}, "raft_size=4 does not divide dim=6"),
     ({"raft_size": 0}, "raft_size=0 does not divide dim=6"),
 ])  # fmt: skip
-def test_options_that_do_not_fit(options, message):
+def test_raft_refuses_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         visionmix.create_mixer("raft", 6, **options)
 
@@ -99,7 +99,7 @@ def loaded(tensors, **options):
     return model
 
 
-def test_the_first_layer_takes_grey_images(tensors):
+def test_patches_load_weights_for_grey_images(tensors):
     grey = golden.image(64, 96, channels=1)
     with torch.no_grad():
         expected = loaded(tensors)(grey.expand(-1, 3, -1, -1))
@@ -107,7 +107,7 @@ def test_the_first_layer_takes_grey_images(tensors):
 
 
 @pytest.mark.parametrize("in_chans", [2, 5])
-def test_the_first_layer_takes_other_channels(tensors, in_chans):
+def test_patches_load_weights_for_other_channels(tensors, in_chans):
     """They are the published ones in turn, and the sum over them stays, in patches of either size."""
     small, large = tensors["levels.0.fn.0.fc.weight"].split([3 * 16, 3 * 64], dim=1)
     weight = torch.cat([small.unflatten(1, (3, 16)), large.unflatten(1, (3, 64))], dim=2)
@@ -115,7 +115,7 @@ def test_the_first_layer_takes_other_channels(tensors, in_chans):
     assert torch.allclose(loaded(tensors, in_chans=in_chans).stem.weight, expected)
 
 
-def test_a_checkpoint_of_one_size_serves_another(tensors):
+def test_raftmlp_loads_at_another_size(tensors):
     natural, later = loaded(tensors), loaded(tensors)
     built = loaded(tensors, img_size=(96, 130))
     later.set_input_size((96, 130))
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_one_size_serves_another(tensors):
         assert torch.equal(natural(image), later(image))
 
 
-def test_other_mixers_and_lists_of_grids():
+def test_raft_block_takes_other_mixers_and_lists_of_grids():
     with pytest.raises(ValueError, match="has no option axis='vertical'"):
         timm.create_model("test_raftmlp", mixer="conv")
     grids = [{"name": "raft", "grid_size": (side, 2 * side)} for side in (16, 8, 4, 2)]

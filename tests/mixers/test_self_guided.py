@@ -3,22 +3,13 @@
 import pytest
 import timm
 import torch
-from torch import nn
+from drawn import drawn_mixer
 
 import visionmix
-from visionmix import create_mixer
 from visionmix.mixers import SelfGuidedAttention
 from visionmix.mixers.self_guided import _ranks
 
 GRIDS = [(6, 9), (5, 7), (1, 1), (3, 4)]
-
-
-def drawn(name, **options):
-    torch.manual_seed(0)
-    mixer = create_mixer(name, 12, dtype=torch.float64, **options)
-    for value in mixer.parameters():
-        nn.init.normal_(value, std=0.3)
-    return mixer
 
 
 def local(mixer, x):
@@ -35,9 +26,9 @@ def attended(q, k, v, heads):
 @pytest.mark.parametrize("num_heads", [4, 3])
 @pytest.mark.parametrize("grid", GRIDS)
 @torch.no_grad()
-def test_hybrid_scale_is_what_its_definition_says(grid, num_heads):
+def test_hybrid_scale_equals_definition(grid, num_heads):
     height, width = grid
-    mixer = drawn("hybrid_scale", num_heads=num_heads, sr_ratio=2, window_size=3)
+    mixer = drawn_mixer("hybrid_scale", dtype=torch.float64, num_heads=num_heads, sr_ratio=2, window_size=3)
     heads = {4: 2, 3: 3}[num_heads]
     x = torch.randn(1, height, width, 12, dtype=torch.float64)
     rows, columns = -(-height // 6) * 6, -(-width // 6) * 6  # what both 2 and 3 divide
@@ -66,8 +57,8 @@ def test_hybrid_scale_is_what_its_definition_says(grid, num_heads):
 @pytest.mark.parametrize("sizes", [(4, 3, 2), (3, 1), (5,), ()])
 @pytest.mark.parametrize("grid", [*GRIDS, (4, 12)])
 @torch.no_grad()
-def test_self_guided_is_what_its_definition_says(grid, sizes):
-    mixer = drawn("self_guided", num_heads=3, group_sizes=sizes)
+def test_self_guided_equals_definition(grid, sizes):
+    mixer = drawn_mixer("self_guided", dtype=torch.float64, num_heads=3, group_sizes=sizes)
     x = torch.randn(1, *grid, 12, dtype=torch.float64)
     cells = x.flatten(0, 2)
     for significance in (torch.randn(1, *grid, dtype=torch.float64), None):
@@ -114,7 +105,7 @@ def test_a_stage_hands_significance_from_block_to_block():
     assert torch.allclose(stage(x), stage.norm(y + second.mlp(second.norm2(y))))
 
 
-def test_other_mixers_serve_in_its_blocks():
+def test_sgformer_blocks_take_other_mixers():
     model = timm.create_model("test_sgformer", mixer=["conv", {"cycle": ["self_guided", "conv"]}, "na", "softmax"])
     assert isinstance(model.stages[1].blocks[0].mixer, SelfGuidedAttention)
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 1000)
@@ -139,6 +130,6 @@ def test_positions_begin_as_waves_of_columns_and_rows():
     ("self_guided", {"group_sizes": (4, 0)}, r"group_sizes=\(4, 0\)"),
     ("self_guided", {"group_sizes": (1,) * 5}, "group_sizes="),
 ])  # fmt: skip
-def test_options_that_do_not_fit(name, options, message):
+def test_self_guided_refuses_options_that_do_not_fit(name, options, message):
     with pytest.raises(ValueError, match=message):
         visionmix.create_mixer(name, **{"dim": 12} | options)

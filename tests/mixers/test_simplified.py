@@ -1,43 +1,27 @@
 """Simplified linear attention against its definition."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from drawn import drawn_mixer
+from naive_linear_attention import attended, convolved, projected
 
 from visionmix import create_mixer
-from visionmix.layers import resample_map
 
-
-def simplified(**options):
-    torch.manual_seed(0)
-    mixer = create_mixer("simplified", 12, num_heads=3, grid_size=(4, 5), **options)
-    for value in mixer.parameters():
-        nn.init.normal_(value, std=0.5)
-    return mixer
+simplified = partial(drawn_mixer, "simplified", std=0.5, num_heads=3, grid_size=(4, 5))
 
 
 def defined(mixer, x):
     """The definition: every query weighs every key by itself, and every head is convolved apart."""
-    batch, height, width, dim = x.shape
-    heads = mixer.num_heads
-    q, k, v = F.linear(x, mixer.qkv.weight, mixer.qkv.bias).chunk(3, dim=-1)
-    k = k + resample_map(mixer.pos_embed.weight, height, width, "bilinear")
-    q, k, values = (each.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q.relu(), k.relu(), v))
-    scores = q @ k.transpose(-2, -1)
-    y = (scores @ values) / (scores.sum(dim=-1, keepdim=True) + 1e-6)
-    y = y.transpose(1, 2).reshape(batch, height, width, dim)
-    size = mixer.lepe.weight.shape[-1]
-    local = [
-        F.conv2d(head.permute(0, 3, 1, 2), mixer.lepe.weight, mixer.lepe.bias, padding=size // 2, groups=dim // heads)
-        for head in v.chunk(heads, dim=-1)
-    ]
-    return mixer.proj(y + torch.cat(local, dim=1).permute(0, 2, 3, 1))
+    q, k, v = projected(mixer, x)
+    y = attended(q.relu(), k.relu(), v, mixer.num_heads, epsilon=1e-6).reshape(x.shape)
+    return mixer.proj(y + convolved(v, mixer.lepe, mixer.num_heads))
 
 
 @pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "qkv_bias": False}])
 @pytest.mark.parametrize("grid", [(4, 5), (1, 1), (7, 3)])
-def test_what_the_definition_says(grid, options):
+def test_simplified_equals_definition(grid, options):
     mixer = simplified(**options).double()
     x = torch.randn(2, *grid, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -75,11 +59,11 @@ def test_half_precision_carries_channels_without_a_positive_entry(dtype, autocas
     assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_begins_without_positions():
+def test_simplified_begins_without_positions():
     assert not create_mixer("simplified", 12).pos_embed.weight.any()
 
 
-def test_what_does_not_fit_is_refused():
+def test_simplified_refuses_heads_and_kernels_that_do_not_fit():
     with pytest.raises(ValueError, match="kernel_size=4 is even"):
         create_mixer("simplified", 12, kernel_size=4)
     with pytest.raises(ValueError, match="num_heads=5 does not divide dim=12"):

@@ -50,7 +50,7 @@ def defined(mixer, x):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("grid", [(6, 9), (5, 7), (1, 1), (3, 4)])
-def test_what_the_definition_says(grid, shift):
+def test_window_equals_definition(grid, shift):
     mixer = window(window_size=3, shift=shift)
     x = torch.randn(1, *grid, 12)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_what_the_definition_says(grid, shift):
 
 
 @pytest.mark.parametrize("shift", [0, 3])
-def test_timm_has_the_same_on_whole_windows(shift):
+def test_window_equals_timm_on_whole_windows(shift):
     mixer = window(window_size=7, shift=shift > 0)
     block = SwinTransformerBlock(12, (14, 21), num_heads=3, window_size=7, shift_size=shift)
     block.attn.load_state_dict({
@@ -94,7 +94,7 @@ def test_tables_of_files_are_resampled_to_the_window():
     assert mixer.fit_tensor("bias_table", torch.ones(169, 4)).shape == (169, 4)
 
 
-def test_mistakes_are_named():
+def test_window_names_mistakes():
     with pytest.raises(ValueError, match="window_size=0 is no size"):
         create_mixer("window", 12, window_size=0)
     with pytest.raises(ValueError, match="grid_size, which is None"):

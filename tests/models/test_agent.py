@@ -43,7 +43,7 @@ def test_windows_follow_the_built_size(size, side):
     assert blocks[4:] == [(side, 0), (side, side // 2)] * 9 + [(side, 0)] * 2
 
 
-def test_setting_the_size_is_building_at_it():
+def test_set_input_size_equals_building_at_the_size():
     torch.manual_seed(0)
     built = timm.create_model("test_agent_swin", img_size=288)
     set_later = timm.create_model("test_agent_swin")
@@ -76,7 +76,7 @@ def test_files_load_at_another_size(name):
     assert model(golden.image(288, 288)).shape == (1, 5)
 
 
-def test_another_hosts_file_is_refused():
+def test_file_of_another_host_is_refused():
     tensors = golden.state_dict(golden.load("agent_pvt_tiny")[0])
     with torch.device("meta"):
         model = timm.create_model("agent_swin_tiny")

@@ -144,9 +144,9 @@ def test_refusals_are_value_errors(published, name, other):
         load_checkpoint(timm.create_model(name), published[other])
 
 
-def test_sources_that_are_none(tmp_path):
+def test_what_is_no_source_is_refused(tmp_path):
     model = timm.create_model("test_vig")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         load_checkpoint(model, tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         load_checkpoint(model, tmp_path)

@@ -163,7 +163,7 @@ def test_damaged_and_missing_files(tmp_path):
         read_checkpoint(tmp_path / "half.pth")
     with pytest.raises(ValueError, match="fetch it again"):
         read_checkpoint(tmp_path / "half.safetensors")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         read_checkpoint(tmp_path / "none.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="no tensors"):

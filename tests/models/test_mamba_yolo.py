@@ -22,7 +22,7 @@ def detector(tmp_path_factory):
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
 
 
-def test_a_detectors_file_loads_without_a_word(detector, caplog):
+def test_detector_file_loads_without_a_warning(detector, caplog):
     with caplog.at_level(logging.WARNING):
         model = timm.create_model(NAME, **detector).eval()
     assert not caplog.records

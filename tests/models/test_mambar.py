@@ -82,12 +82,12 @@ def test_a_pruned_model_takes_a_classifier_again():
 
 
 @pytest.mark.parametrize("reduce", [0, -2, 5])
-def test_what_does_not_divide_is_refused(reduce):
+def test_reduce_must_divide_the_width(reduce):
     with pytest.raises(ValueError, match=f"reduce={reduce} does not divide in_features=12"):
         RegisterHead(**SIZES, reduce=reduce)
 
 
-def test_a_checkpoint_of_one_size_serves_another():
+def test_mambar_loads_at_another_size():
     tensors = golden.state_dict(golden.load("mambar_tiny")[0])
     options = {"num_classes": 10, "in_chans": 1}
     natural = timm.create_model("mambar_tiny", **options).eval()

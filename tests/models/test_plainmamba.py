@@ -44,7 +44,7 @@ def test_the_stem_pads_until_patches_fit():
 
 @pytest.mark.parametrize("permute", ["all", "input"])
 @pytest.mark.parametrize("order", ["plainmamba", "window_2", "skip_2_0_0"])
-def test_the_scan_is_its_formula(order, permute):
+def test_plain_scan_equals_formula(order, permute):
     """One set of parameters in every direction, a vector of the move added to B; padded steps read zeros."""
     torch.manual_seed(0)
     height, width, dim, states = 3, 5, 4, 3
@@ -75,7 +75,7 @@ def test_the_scan_is_its_formula(order, permute):
     assert torch.allclose(scan.float()(x.float()).flatten(1, 2).double(), expected, atol=1e-5)
 
 
-def test_options_that_do_not_fit():
+def test_plain_scan_refuses_options_that_do_not_fit():
     for option, value in (("d_conv", 4), ("permute", "x"), ("order", "rastr"), ("d_state", 0)):
         with pytest.raises(ValueError, match=rf"{option}=|{value!r}"):
             visionmix.create_mixer("plain_scan", 8, **{option: value})

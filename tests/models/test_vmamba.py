@@ -42,7 +42,7 @@ def tensors():
 
 
 @pytest.mark.parametrize("rename", [old, latest])
-def test_names_of_other_times(tensors, rename):
+def test_files_with_former_names_load(tensors, rename):
     expected = load(tensors)
     again = load({rename(key): value for key, value in tensors.items()})
     assert all(torch.equal(value, expected[key]) for key, value in again.items())

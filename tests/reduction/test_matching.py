@@ -10,7 +10,7 @@ SIZES = [(7, 2, 0), (8, 3, 1), (9, 4, 2), (33, 5, 1), (33, 16, 3), (20, 9, 5), (
 
 
 @pytest.mark.parametrize(("tokens", "r", "prefix"), SIZES)
-def test_merges_what_the_definition_merges(tokens, r, prefix):
+def test_matching_equals_definition(tokens, r, prefix):
     torch.manual_seed(tokens)
     metric, x = torch.randn(3, tokens, 6), torch.randn(3, tokens, 5)
     size = torch.rand(3, tokens, 1) + 0.5

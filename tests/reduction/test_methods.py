@@ -69,7 +69,7 @@ def test_bad_options_are_refused(method, options, error, text):
         (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "class DiffAttention"),
         (lambda: timm.create_model("eva02_tiny_patch14_224"), "class Eva"),
         (lambda: timm.create_model("test_resnet"), "class ResNet"),
-        (lambda: timm.create_model("vig_t"), "GatedLinearAttention is no softmax attention"),
+        (lambda: timm.create_model("vig_t"), "GatedLinearAttention is not softmax attention"),
         (
             lambda: timm.create_model("test_plain", mixer={"name": "softmax", "rotary": True}),
             "SoftmaxAttention reads a map",

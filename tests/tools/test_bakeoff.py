@@ -43,7 +43,7 @@ def test_results(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo/bakeoff.yaml", "--data", "x", "--mixers", "nothing"], "--mixers nothing is no mixer"),
+        (["demo/bakeoff.yaml", "--data", "x", "--mixers", "nothing"], "--mixers nothing is not a mixer"),
         (["demo/nothing.yaml", "--data", "x"], "nothing"),
     ],
 )

@@ -73,6 +73,6 @@ def test_only_nvidia_takes_a_limit_of_registers():
 
 def test_occupancy():
     device = compile_kernels.DEVICES["sm_90"]
-    # 65,536 registers: 2 programs of 8 warps at 128 registers a thread, of 64 warps.
+    # 65,536 registers: 2 programs of 8 warps at 128 registers per thread, of 64 warps.
     assert device.occupancy(128, 0, 8) == 2 * 8 / 64
     assert device.occupancy(32, 100 << 10, 4) == 2 * 4 / 64

@@ -119,7 +119,7 @@ def test_every_mode_of_pillow_has_a_case():
 
 
 def png16(channels: np.ndarray, colour_type: int) -> bytes:
-    """Return a PNG of 16 bits a channel, written by hand: Pillow does not write those of several channels."""
+    """Return a PNG of 16 bits per channel, written by hand: Pillow does not write those of several channels."""
     height, width = channels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in channels)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]

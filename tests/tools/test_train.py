@@ -123,7 +123,7 @@ def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_saved(recipe_file, t
 def test_a_finished_run_is_not_overwritten_by_mistake(finished, recipe_file, tree, capsys):
     before = (finished / "last.pt").read_bytes()
     assert run(recipe_file, tree, finished) == 2
-    assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
+    assert "--resume goes on with it, --overwrite starts again" in capsys.readouterr().err
     assert run(recipe_file, tree, finished, "--resume") == 0  # nothing left to train: tested and drawn again
     assert (finished / "last.pt").read_bytes() == before
     assert run(recipe_file, tree, finished, "--overwrite", "--epochs", "2") == 0

@@ -14,7 +14,7 @@ from visionmix.layers.grid import Grid, join_prefix, split_prefix
 class Residual(nn.Module):
     """The end of a branch y of x: ``x + gamma * drop_path(y)``.
 
-    A block calls it behind every branch, and puts its norm before the branch or behind it:
+    A block calls it after every branch, and puts its norm before the branch or after it:
     ``self.scale1(x, self.mixer(self.norm1(x)))``, ``self.scale1(x, self.norm1(self.mixer(x)))``.
 
     Shapes: x and y (..., dim) to the same.
@@ -22,29 +22,22 @@ class Residual(nn.Module):
     Args:
         dim: Channels.
         drop_path: Rate of stochastic depth.
-        layer_scale: Initial value of gamma, one a channel; None for no gamma.
+        layer_scale: Initial value of gamma, one number per channel; None for no gamma.
     """
 
     has_gamma: Final[bool]
 
-    def __init__(
-        self,
-        dim: int,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None, **dd: Any) -> None:
         super().__init__()
         self.has_gamma = layer_scale is not None
         if layer_scale is not None:
             self.initial = layer_scale
-            self.gamma = nn.Parameter(torch.full((dim,), layer_scale, device=device, dtype=dtype))
+            self.gamma = nn.Parameter(torch.full((dim,), layer_scale, **dd))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set gamma to what it begins as."""
+        """Set gamma to its initial value."""
         if self.has_gamma:
             nn.init.constant_(self.gamma, self.initial)
 
@@ -66,7 +59,7 @@ class Block(nn.Module):
         mlp_layer: Makes the feed-forward from `dim`; None for a block without one.
         norm_layer: Makes a norm over channels from `dim`.
         drop_path: Rate of stochastic depth of both branches.
-        layer_scale: Initial value of a learned scale a channel on both branches, or None for none.
+        layer_scale: Initial value of a learned scale per channel on both branches, or None for none.
         pos_layer: Makes the position encoding from `dim`; None for none.
     """
 
@@ -83,11 +76,9 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         pos_layer: Callable[..., nn.Module] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.has_pos = pos_layer is not None
         if pos_layer is not None:
             self.pos = pos_layer(dim, **dd)
@@ -134,7 +125,7 @@ class TokenBlock(Block):
         ValueError: the mixer reads maps and `prefix` is "mix", or the feed-forward reads maps.
     """
 
-    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
+    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
     has_pos: Final[bool]
     passes: Final[bool]
 

@@ -1,7 +1,7 @@
 """The model contract of timm, once, for every skeleton."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,9 +23,9 @@ _HEAD_DIM = 32
 
 @torch.fx.wrap
 def check_images(x: Tensor, in_chans: int, min_size: int) -> Tensor:
-    """Return `x`, or raise ValueError where it is no batch of images (batch, in_chans, height, width) that fits.
+    """Return `x`, or raise ValueError where it is not a fitting batch of images (batch, in_chans, height, width).
 
-    Scripted and compiled graphs skip the check: there it would cost a recompilation a size.
+    Scripted and compiled graphs skip the check: there it would cost a recompilation per size.
     """
     # Two conditions, since scripting drops a branch only where is_scripting stands alone.
     if not torch.jit.is_scripting():
@@ -49,14 +49,14 @@ def _check_images(x: Tensor, in_chans: int, min_size: int) -> None:
 
 
 class Backbone(nn.Module):
-    """A stem, units one behind the other (stages or blocks), a norm and a head: what every skeleton shares.
+    """A stem, units one after another (stages or blocks), a norm and a head: the base of every skeleton.
 
     A skeleton builds its layers, then calls `_finish`. It gives `feature_info`, `forward_features`, `group_matcher`,
     and the four steps of a pass that keeps intermediate maps: `_enter`, `_advance`, `_cells`, `_leave`.
 
     Attributes:
         units: Name of the list of units.
-        norms_every_unit: Whether the last norm fits the output of every unit, or of the last one alone.
+        norms_every_unit: Whether the last norm fits the output of every unit, or of the last one only.
     """
 
     units: ClassVar[str]
@@ -67,24 +67,20 @@ class Backbone(nn.Module):
     def _finish(
         self,
         num_features: int,
-        *,
         head_layer: Callable[..., nn.Module],
+        min_size: int,
         in_chans: int,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
-        min_size: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **dd: Any,
     ) -> None:
         self.in_chans = in_chans
         self.min_size = min_size
         self.num_classes = num_classes
         self.num_features = num_features
         self.grad_checkpointing = False
-        self.head = head_layer(
-            num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
-        )
+        self.head = head_layer(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self._note_hidden_size()
         if num_classes == 0 and global_pool:
             self.num_features = self.head_hidden_size  # the width of the result, as timm has it
@@ -92,14 +88,14 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def _note_hidden_size(self) -> None:
-        # A head that projects before the classifier says to what width.
+        # A head that projects before the classifier has that width as `hidden_size`.
         self.head_hidden_size = getattr(self.head, "hidden_size", self.num_features)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Draw every linear layer's weight from a truncated normal of deviation 0.02, its bias 0.
 
-        A module with a method `init_layer_weights` then sets what it wants otherwise.
+        A module with a method `init_layer_weights` then initialises its own parameters.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -114,8 +110,8 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that optimisers should not decay.
 
-        These are position embeddings, prefix tokens, and of any module with a class attribute `undecayed` the
-        parameters that it names. An attribute of the parameters themselves would not outlive a copy.
+        These are position embeddings, prefix tokens, and the parameters that a module names in its class attribute
+        `undecayed`. An attribute of the parameters themselves would be lost in copies.
         """
         named = {
             f"{prefix}.{leaf}" if prefix else leaf
@@ -133,7 +129,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_progress(self, done: float) -> None:
-        """Tell every layer with a schedule of its own that a share `done` of the training steps is done.
+        """Tell every layer that has a schedule which share of the training steps is done.
 
         The trainer calls it before every step. A layer with a schedule has a method `set_progress` too.
 
@@ -144,7 +140,7 @@ class Backbone(nn.Module):
             ValueError: `done` is not between 0 and 1.
         """
         if not 0 <= done <= 1:
-            raise ValueError(f"done={done} is no share of training; give steps done / steps in all, from 0 to 1")
+            raise ValueError(f"done={done} is not a share of training; give steps done / steps in all, from 0 to 1")
         for module in self.modules():
             if module is not self and hasattr(module, "set_progress"):
                 module.set_progress(done)
@@ -166,7 +162,7 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one of `num_classes` outputs (0: none), and the pooling if one is given.
 
-        It is made where the model's first convolution lies, of the same type.
+        It has the device and type of the model's first convolution.
         """
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
@@ -175,14 +171,14 @@ class Backbone(nn.Module):
         self.head.fc.to(like.device, like.dtype)
 
     def check(self, x: Tensor) -> Tensor:
-        """Return `x`, images (batch, in_chans, height, width); raise ValueError where it is anything else."""
+        """Return `x`, images (batch, in_chans, height, width); raise ValueError for anything else."""
         return check_images(x, self.in_chans, self.min_size)
 
     def forward_features(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (batch, num_classes) of normalised features, or what the classifier would receive."""
+        """Return the logits (batch, num_classes) of normalised features, or the classifier's input."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,12 +186,12 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def _enter(self, x: Tensor) -> Any:
-        """Return, for images, the state of a pass before the first unit."""
+        """Return the state of a pass over images before the first unit."""
         raise NotImplementedError
 
     @torch.jit.ignore
     def _advance(self, unit: nn.Module, state: Any, index: int) -> Any:
-        """Return the state behind `unit`, number `index`."""
+        """Return the state after `unit`, number `index`."""
         raise NotImplementedError
 
     @torch.jit.ignore
@@ -205,7 +201,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def _leave(self, state: Any) -> Tensor:
-        """Return the result of `forward_features` from the state behind the last unit."""
+        """Return the result of `forward_features` from the state after the last unit."""
         raise NotImplementedError
 
     @torch.jit.ignore
@@ -219,14 +215,14 @@ class Backbone(nn.Module):
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps behind the chosen stages (of a plain model: blocks), alone or behind `forward_features`.
+        """Return the maps after the chosen stages (of a plain model: blocks), alone or with `forward_features`' result.
 
         Args:
             x: Images (batch, in_chans, height, width).
             indices: Which stages or blocks: their numbers, how many of the last, or None for all.
-            norm: Whether to apply the last norm: in a plain model to every map, else to the last stage's alone, since
-                the others have widths of their own.
-            stop_early: Whether to skip what stands behind the last chosen one.
+            norm: Whether to apply the last norm: in a plain model to every map, else only to the last stage's, since
+                the others have other widths.
+            stop_early: Whether to skip everything after the last chosen one.
             output_fmt: Axes of the maps: "NCHW", "NHWC", or "NLC" with cells in row-major order.
             intermediates_only: Whether to return the maps alone.
             return_prefix_tokens: Whether each map comes in a pair with the prefix tokens (batch, count, channels).
@@ -251,7 +247,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers that `indices` are."""
+        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers of the chosen units."""
         units = getattr(self, self.units)
         take, last = feature_take_indices(len(units), indices)
         setattr(self, self.units, units[: last + 1])
@@ -313,6 +309,41 @@ def build_mixer(
     return create_mixer(name, dim, device=device, dtype=dtype, **options)
 
 
+def build_blocks(
+    dim: int,
+    block_layer: Any,
+    mixer: Any,
+    rates: Sequence[float],
+    *,
+    where: str = "",
+    num_heads: int,
+    grid_size: tuple[int, int],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> list[nn.Module]:
+    """Return a block of `dim` channels for each of the drop path rates.
+
+    Args:
+        dim: Channels.
+        block_layer: Makes a block; one for all, or as `per_block` takes several.
+        mixer: The mixer of all, or as `per_block` takes several.
+        rates: Rates of stochastic depth.
+        where: Which blocks these are, for messages.
+        num_heads: Heads of mixers that have heads.
+        grid_size: Rows and columns of the map at the built image size.
+        **options: More options of the blocks.
+    """
+    dd = {"device": device, "dtype": dtype}
+    layers = per_block(block_layer, len(rates), "block_layer", where=where)
+    specs = per_block(mixer, len(rates), "mixer", where=where)
+    maker = partial(build_mixer, dim=dim, num_heads=num_heads, grid_size=grid_size, **dd)
+    return [
+        layer(dim, mixer=partial(maker, spec), drop_path=rate, **options, **dd)
+        for layer, spec, rate in zip(layers, specs, rates, strict=True)
+    ]
+
+
 def heads_for(dim: int) -> int:
     """Return the number of heads whose width is nearest to 32 among multiples of 4, of 2, or of 1 that divide `dim`."""
     for step in (4, 2, 1):
@@ -323,7 +354,7 @@ def heads_for(dim: int) -> int:
 
 
 def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
-    """Return one entry a block: `value` itself for all, those of a list, or those of ``dict(cycle=[...])`` in turn.
+    """Return one entry per block: `value` itself for all, those of a list, or those of ``dict(cycle=[...])`` in turn.
 
     Raises:
         ValueError: a list has another length than there are blocks, or a cycle is empty.
@@ -335,7 +366,7 @@ def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
         return [cycle[index % len(cycle)] for index in range(depth)]
     if isinstance(value, list | tuple) and len(value) != depth:
         raise ValueError(
-            f"{name} has {len(value)} entries for the {depth} blocks{where}; give one a block, one for all, or "
+            f"{name} has {len(value)} entries for the {depth} blocks{where}; give one per block, one for all, or "
             "dict(cycle=[...]) to go through a list again and again"
         )
     return list(value) if isinstance(value, list | tuple) else [value] * depth
@@ -350,14 +381,14 @@ def per_stage(value: Any, count: int, name: str) -> list:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} stages; give one a stage, or one for all")
+        raise ValueError(f"{name} has {len(value)} entries for {count} stages; give one per stage, or one for all")
     return list(value)
 
 
 def check_mixer(mixer: Any) -> None:
     """Raise TypeError unless `mixer` is a mixer's name, a dict, or a list of those."""
     if not isinstance(mixer, str | dict | list | tuple) or not mixer:
-        raise TypeError(f"mixer={mixer!r} is no mixer; give a name, dict(name=..., options), or a list of those")
+        raise TypeError(f"mixer={mixer!r} is not a mixer; give a name, dict(name=..., options), or a list of those")
 
 
 def mlp_maker(mlp_layer: LayerSpec, mlp_ratio: float | None) -> Callable[..., nn.Module] | None:

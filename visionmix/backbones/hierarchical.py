@@ -13,12 +13,11 @@ from visionmix.backbones.block import Block
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_mixer,
+    build_blocks,
     check_image_size,
     check_mixer,
     heads_for,
     mlp_maker,
-    per_block,
     per_stage,
     set_grid_size,
 )
@@ -32,18 +31,18 @@ _EachStage = LayerSpec | Sequence[LayerSpec]
 
 
 class Stage(nn.Module):
-    """A downsampler, a position embedding and blocks, on maps: the unit that a family may replace as a whole.
+    """A downsampler, a position embedding and blocks, on maps: a unit that a family may replace as a whole.
 
     Shapes: (batch, height, width, in_dim) to (batch, rows, columns, dim).
 
-    Every stage of a pass receives the same list, `carry`, empty before the first: a stage of a family's own may leave
+    Every stage of a pass receives the same list, `carry`, empty before the first: a family's own stage may leave
     tensors in it for later stages.
 
     Args:
         downsample: Reduces the map and sets its width; None in the first stage.
         blocks: The blocks, each from and to (batch, rows, columns, dim).
-        pos_embed: Added behind the downsampler; None for none.
-        norm: Behind the last block; None for none.
+        pos_embed: Added after the downsampler; None for none.
+        norm: Applied after the last block; None for none.
     """
 
     def __init__(
@@ -73,8 +72,8 @@ class Stage(nn.Module):
 class Hierarchical(Backbone):
     """Stem, stages, norm, average over the last map, classifier.
 
-    A stage is a downsampler (none in the first), a position embedding, blocks and a norm. An option that says "one a
-    stage" takes one for all stages or a list with an entry a stage. A layer is given by name, by ``dict(name=...,
+    A stage is a downsampler (none in the first), a position embedding, blocks and a norm. An option that says "one per
+    stage" takes one for all stages or a list with an entry per stage. A layer is given by name, by ``dict(name=...,
     options)`` or as a callable; the names are those of `visionmix.layers.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the last stage's map
@@ -93,20 +92,20 @@ class Hierarchical(Backbone):
         depths: Blocks of each stage.
         num_heads: Heads, in each stage, of mixers that have heads; None for heads about 32 channels wide.
         mixer: Token mixer: a name of `visionmix.list_mixers()` or ``dict(name=..., options)`` for all stages, or a list
-            with an entry a stage: one of those, a list of those with an entry a block, or ``dict(cycle=[...])``, whose
-            entries the blocks take in turn.
+            with an entry per stage: one of those, a list of those with an entry per block, or ``dict(cycle=[...])``,
+            whose entries the blocks take in turn.
         stem_layer: Makes the stem from (in_chans, embed_dims[0], patch_size).
-        downsample_layer: Makes a downsampler from (dim, out_dim). One a stage; the first stage has none.
-        pos_embed: Makes a position embedding from (dim, grid_size), added behind stem and downsampler; None for none.
-            One a stage.
-        stage_layer: Makes a stage, as `Stage` is made. One a stage.
-        block_layer: Makes a block, as `visionmix.backbones.Block` is made. One a stage, or a list with one a block.
-        mlp_layer: Makes a feed-forward from the width; None for blocks without one. One a stage.
-        mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
-        norm_layer: Makes a norm over channels from the width. One a stage.
-        stage_norm_layer: Makes what every stage ends in from the width; "same" for the stage's `norm_layer`, None for
-            nothing. One a stage.
-        final_norm_layer: Makes the norm behind the last stage; "same" for the last stage's `norm_layer`, None for none.
+        downsample_layer: Makes a downsampler from (dim, out_dim). One per stage; the first stage has none.
+        pos_embed: Makes a position embedding from (dim, grid_size), added after stem and downsampler; None for none.
+            One per stage.
+        stage_layer: Makes a stage, as `Stage` is made. One per stage.
+        block_layer: Makes a block, as `visionmix.backbones.Block` is made. One per stage, or a list with one per block.
+        mlp_layer: Makes a feed-forward from the width; None for blocks without one. One per stage.
+        mlp_ratio: Hidden width of the feed-forwards over the width; None for the default of `mlp_layer`.
+        norm_layer: Makes a norm over channels from the width. One per stage.
+        stage_norm_layer: Makes the layer that every stage ends in from the width; "same" for the stage's `norm_layer`,
+            None for nothing. One per stage.
+        final_norm_layer: Makes the norm after the last stage; "same" for the last stage's `norm_layer`, None for none.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; one that projects before the
             classifier has that width as `hidden_size`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
@@ -157,7 +156,7 @@ class Hierarchical(Backbone):
         if not len(embed_dims) == len(num_heads) == stages:
             raise ValueError(
                 f"embed_dims={tuple(embed_dims)}, depths={tuple(depths)} and num_heads={tuple(num_heads)} differ in "
-                "length; give one entry a stage"
+                "length; give one entry per stage"
             )
         check_mixer(mixer)
         height, width = to_2tuple(img_size)
@@ -183,28 +182,13 @@ class Hierarchical(Backbone):
         grid_size, reduction = self.stem.grid_size(height, width), self.stem.stride
         self.stages = nn.ModuleList()
         self.feature_info = []
-        for index, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        for index, dim in enumerate(embed_dims):
             downsample = downsamplers[index](embed_dims[index - 1], dim, **dd) if index else None
             if downsample is not None:
                 grid_size, reduction = downsample.grid_size(*grid_size), reduction * downsample.stride
-            where = f" of stage {index}"
-            blocks = [
-                layer(
-                    dim,
-                    mixer=partial(build_mixer, spec, dim, num_heads=heads, grid_size=grid_size, **dd),
-                    mlp_layer=mlps[index],
-                    norm_layer=norms[index],
-                    drop_path=rate,
-                    layer_scale=layer_scale,
-                    **dd,
-                )
-                for layer, spec, rate in zip(
-                    per_block(block_layers[index], depth, "block_layer", where=where),
-                    per_block(mixers[index], depth, "mixer", where=where),
-                    rates[index],
-                    strict=True,
-                )
-            ]
+            options = {"mlp_layer": mlps[index], "norm_layer": norms[index], "layer_scale": layer_scale, **dd}
+            places = {"num_heads": num_heads[index], "grid_size": grid_size, "where": f" of stage {index}"}
+            blocks = build_blocks(dim, block_layers[index], mixers[index], rates[index], **places, **options)
             embedding = embeddings[index]
             norm = norms[index] if stage_norms[index] == "same" else stage_norms[index]
             self.stages.append(
@@ -220,16 +204,8 @@ class Hierarchical(Backbone):
             norms[-1] if final_norm_layer == "same" else layer_maker("norm_layer", final_norm_layer, "final_norm_layer")
         )
         self.norm = final(embed_dims[-1], **dd) if final else nn.Identity()
-        self._finish(
-            embed_dims[-1],
-            head_layer=layer_maker("head_layer", head_layer),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            min_size=patch_size,
-            **dd,
-        )
+        head = layer_maker("head_layer", head_layer)
+        self._finish(embed_dims[-1], head, patch_size, in_chans, num_classes, global_pool, drop_rate, **dd)
 
     @staticmethod
     def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:

@@ -14,12 +14,11 @@ from visionmix.backbones.block import Block, TokenBlock
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_mixer,
+    build_blocks,
     check_image_size,
     check_mixer,
     heads_for,
     mlp_maker,
-    per_block,
     set_grid_size,
 )
 from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
@@ -56,16 +55,16 @@ class Plain(Backbone):
         depth: Number of blocks.
         num_heads: Heads of every mixer that has heads; None for heads about 32 channels wide.
         mixer: Token mixer of the blocks: a name of `visionmix.list_mixers()`, ``dict(name=..., options)``, a list of
-            those with an entry a block, or ``dict(cycle=[...])``, whose entries the blocks take in turn.
+            those with an entry per block, or ``dict(cycle=[...])``, whose entries the blocks take in turn.
         stem_layer: Makes the stem from (in_chans, embed_dim, patch_size).
         block_layer: Makes a block, as `visionmix.backbones.Block` is made, or with prefix tokens as
-            `visionmix.backbones.TokenBlock`; None for these; or a list with an entry a block.
+            `visionmix.backbones.TokenBlock`; None for these; or a list with an entry per block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
-        mlp_ratio: Hidden width of the feed-forwards over the width; None for what `mlp_layer` takes by itself.
+        mlp_ratio: Hidden width of the feed-forwards over the width; None for the default of `mlp_layer`.
         norm_layer: Makes a norm over channels from the width.
-        final_norm_layer: Makes the norm behind the last block; "same" for `norm_layer`, None for none.
+        final_norm_layer: Makes the norm after the last block; "same" for `norm_layer`, None for none.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
-        prefix_tokens: Tokens that are no cells: where one class token goes, "first", "middle" or "last", or
+        prefix_tokens: Tokens that are not cells: the place of one class token, "first", "middle" or "last", or
             ``dict(count=..., place=...)``, where a place may be "evenly" too; None for none. See
             `visionmix.layers.PrefixTokens`.
         prefix: How mixers treat prefix tokens: "mix" mixes them with the cells, which takes a mixer with
@@ -137,31 +136,17 @@ class Plain(Backbone):
         self.output_fmt = "NHWC"
         default, head = Block, layer_maker("head_layer", head_layer) or _HEAD
         if prefix_tokens is not None:
-            options = {"place": prefix_tokens} if isinstance(prefix_tokens, str) else dict(prefix_tokens)
-            self.class_token = PrefixTokens(embed_dim, **options, **dd)
+            tokens = {"place": prefix_tokens} if isinstance(prefix_tokens, str) else dict(prefix_tokens)
+            self.class_token = PrefixTokens(embed_dim, **tokens, **dd)
             self.num_prefix_tokens = self.class_token.count
             self.output_fmt = "NLC"
             default = partial(TokenBlock, prefix=prefix)
             where = {"count": self.class_token.count, "place": self.class_token.place}
             head = partial(layer_maker("head_layer", head_layer) or TokenHead, **where)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(
-            layer(
-                embed_dim,
-                mixer=partial(build_mixer, spec, embed_dim, num_heads=heads, grid_size=grid_size, **dd),
-                mlp_layer=mlp,
-                norm_layer=norm,
-                drop_path=rate,
-                layer_scale=layer_scale,
-                **dd,
-            )
-            for layer, spec, rate in zip(
-                per_block(block_layer or default, depth, "block_layer"),
-                per_block(mixer, depth, "mixer"),
-                rates,
-                strict=True,
-            )
-        )
+        options = {"mlp_layer": mlp, "norm_layer": norm, "layer_scale": layer_scale, **dd}
+        places = {"num_heads": heads, "grid_size": grid_size}
+        self.blocks = nn.ModuleList(build_blocks(embed_dim, block_layer or default, mixer, rates, **places, **options))
         for index, block in enumerate(self.blocks):
             if self.has_prefix and len(inspect.signature(block.forward).parameters) < 2:
                 raise ValueError(
@@ -173,16 +158,7 @@ class Plain(Backbone):
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": self.stem.stride, "module": f"blocks.{index}"} for index in range(depth)
         ]
-        self._finish(
-            embed_dim,
-            head_layer=head,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            min_size=patch_size,
-            **dd,
-        )
+        self._finish(embed_dim, head, patch_size, in_chans, num_classes, global_pool, drop_rate, **dd)
 
     @staticmethod
     def last_grid(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
@@ -253,7 +229,7 @@ class Plain(Backbone):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Tensor]:
-        """Return the cells behind the last `n` blocks, or those numbered `n`, as timm's VisionTransformer does.
+        """Return the cells after the last `n` blocks, or after those numbered `n`, as timm's VisionTransformer does.
 
         Args:
             x: Images (batch, in_chans, height, width).

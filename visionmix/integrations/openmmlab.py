@@ -1,8 +1,8 @@
 """The models as backbones of mmdet 3, mmseg 1 and mmpretrain 1.
 
 A config that holds ``custom_imports = dict(imports=["visionmix.integrations.openmmlab"])`` may then say
-``backbone=dict(type="visionmix.Backbone", name="vmamba_tiny")``. ``sh tools/install_openmmlab.sh`` installs all that
-OpenMMLab needs beside current PyTorch.
+``backbone=dict(type="visionmix.Backbone", name="vmamba_tiny")``. ``sh tools/install_openmmlab.sh`` installs everything
+that OpenMMLab needs with current PyTorch.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ class Backbone(BaseModule):
 
     Shapes: (batch, in_chans, height, width), of any height and width, to a tuple of maps (batch, channels, rows,
     columns), one for each of `out_indices`. `channels` and `strides` hold each map's width, which a neck or head takes
-    as its `in_channels`, and the pixels a side that one of its cells stands for.
+    as its `in_channels`, and the pixels per side that one of its cells stands for.
 
     Hierarchical models give a pyramid, of strides 4, 8, 16 and 32 for most. Plain models have one resolution: their
-    `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would take for
-    a pyramid without a word; so a plain model with several maps is built only if `one_stride` says that the neck or
-    head takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
+    `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would silently
+    take for a pyramid; so a plain model with several maps is built only if `one_stride` says that the neck or head
+    takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
 
     Args:
         name: Model, one of `visionmix.models.list_family_models()`.
@@ -78,7 +78,7 @@ class Backbone(BaseModule):
         if not isinstance(pretrained, bool):
             path = Path(pretrained).expanduser()
             if not path.is_file():
-                raise FileNotFoundError(f"pretrained={str(pretrained)!r} is no file; give True, False or a path")
+                raise FileNotFoundError(f"pretrained={str(pretrained)!r} is not a file; give True, False or a path")
             options["pretrained_cfg_overlay"] = {"file": str(path)}
         if out_indices is not None:
             options["out_indices"] = _check_indices(out_indices)
@@ -93,8 +93,8 @@ class Backbone(BaseModule):
         self.strides: list[int] = self.features.feature_info.reduction()
         if len(set(self.strides)) < len(self.strides) and not one_stride:
             raise ValueError(
-                f"name={name!r} gives maps of strides {self.strides}, which are no pyramid; choose a hierarchical "
-                "model or one map, or set one_stride=True where the neck or head takes maps of one size"
+                f"name={name!r} gives maps of strides {self.strides}, which do not form a pyramid; choose a "
+                "hierarchical model or one map, or set one_stride=True where the neck or head takes maps of one size"
             )
         self.frozen_stages = frozen_stages
         self._frozen = self._layers_to_freeze(name)

@@ -7,18 +7,17 @@ are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
-from visionmix.layers.gate import ChannelGate, LogSigmoid, gated, projected, zero_token
+from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
+from visionmix.layers.half_precision import at_least_float32, scaled_gate, scan_dtype, unscaled, zero_token
 from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.maps import pad, resample_map
 from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
-from visionmix.layers.padding import pad
 from visionmix.layers.position import ConvPosition, PositionEmbedding
-from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.layers.rep_norm import LinearNorm, RepBN
-from visionmix.layers.resample import resample_map
 from visionmix.layers.rotary import RotaryMap
-from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d
+from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, scan_sizes
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
 __all__ = [
@@ -51,16 +50,17 @@ __all__ = [
     "conv_stem",
     "deep_conv_stem",
     "deep_patch_stem",
-    "gated",
     "join_prefix",
     "mlp",
     "pad",
     "patch_stem",
     "prefix_positions",
-    "projected",
     "resample_map",
+    "scaled_gate",
     "scan_dtype",
+    "scan_sizes",
     "split_prefix",
     "swiglu",
+    "unscaled",
     "zero_token",
 ]

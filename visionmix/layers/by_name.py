@@ -1,4 +1,4 @@
-"""Layers by name, so that a recipe in YAML says all: ``mlp_layer: swiglu`` or ``{name: swiglu, multiple_of: 32}``."""
+"""Layers by name, for recipes in YAML: ``mlp_layer: swiglu`` or ``{name: swiglu, multiple_of: 32}``."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from visionmix.registry import nearest
 Layer = Callable[..., nn.Module]
 LayerSpec = str | Mapping[str, Any] | Layer | None
 
-# Norms over the last axis, as timm calls them; its batch norm wants channels first, so that the one here stands in.
+# Norms over the last axis, as timm calls them; its batch norm wants channels first, so ours replaces it.
 _NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32", "simplenorm", "simplenormfp32")
 _ACTIVATIONS = (
     "elu", "gelu", "gelu_tanh", "hard_sigmoid", "hard_swish", "identity", "leaky_relu", "mish", "relu", "relu6",
@@ -70,7 +70,7 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
         return spec
     option, known = option or kind, _LAYERS[kind]
     if not isinstance(spec, str | Mapping):
-        raise TypeError(f"{option}={spec!r} is no layer; give a name, dict(name=..., options) or a callable")
+        raise TypeError(f"{option}={spec!r} is not a layer; give a name, dict(name=..., options) or a callable")
     options = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else options.pop("name", None)
     if name is None:

@@ -22,12 +22,7 @@ class DepthwiseConvNormAct(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        kernel_size: int = 3,
-        *,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        **dd: Any,
+        self, dim: int, kernel_size: int = 3, *, act_layer: Callable[[], nn.Module] = nn.GELU, **dd: Any
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False, **dd)
@@ -56,13 +51,7 @@ class SharedDepthwiseConv(nn.Module):
         kernel_size: Rows and columns of the kernel, an odd number.
     """
 
-    def __init__(
-        self,
-        head_dim: int,
-        heads: int,
-        kernel_size: int,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, head_dim: int, heads: int, kernel_size: int, **dd: Any) -> None:
         super().__init__()
         one = nn.Conv2d(head_dim, head_dim, kernel_size, groups=head_dim, **dd)
         self.weight, self.bias = one.weight, one.bias

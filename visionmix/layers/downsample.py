@@ -10,8 +10,9 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.graphs import may_branch_on_sizes
 from visionmix.layers.fold import fold_before, fold_behind
-from visionmix.layers.layout import channels_first
+from visionmix.layers.maps import channels_first
 from visionmix.layers.stem import Stem
 
 _NORM = partial(LayerNorm, eps=1e-5)
@@ -29,7 +30,7 @@ class ConvDownsample(nn.Module):
     Args:
         dim: Channels in.
         out_dim: Channels out.
-        kernel_size: Rows and columns of the kernel: 2, or an odd number, which is padded by half of it.
+        kernel_size: Rows and columns of the kernel: 2, or an odd number, with padding of half as many.
         bias: Whether the convolution has a bias.
         norm_layer: Makes the norm from `out_dim`.
     """
@@ -68,7 +69,7 @@ class ConvDownsample(nn.Module):
 
 
 class ConvsDownsample(Stem):
-    """Convolutions one behind the other, as in a `Stem`, whose arguments this class takes, on maps.
+    """Convolutions one after another on maps, with the arguments of `Stem`.
 
     Shapes: (batch, height, width, dim) to (batch, rows, columns, channels of the last convolution).
 
@@ -85,9 +86,8 @@ class ConvsDownsample(Stem):
 
 @torch.fx.wrap
 def _pad_to_two(x: Tensor) -> Tensor:
-    """Return x (batch, height, width, dim), with a row or a column of zeros behind it where it has just one."""
-    # A compiled graph takes the size as it is: a branch on it would compile once more.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    """Return x (batch, height, width, dim), with a row or a column of zeros added where it has only one."""
+    if may_branch_on_sizes():
         if x.shape[1] < 2 or x.shape[2] < 2:
             return F.pad(x, [0, 0, 0, max(0, 2 - x.shape[2]), 0, max(0, 2 - x.shape[1])])
     return x
@@ -95,9 +95,8 @@ def _pad_to_two(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _pad_if_odd(x: Tensor) -> Tensor:
-    """Return x (batch, height, width, dim), with a row and a column of zeros behind it unless both sides are even."""
-    # A compiled graph pads always: a branch on the size would compile once more for every parity.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    """Return x (batch, height, width, dim), with a row and a column of zeros added unless both sides are even."""
+    if may_branch_on_sizes():
         if x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             return x
     return F.pad(x, [0, 0, 0, 1, 0, 1])
@@ -119,14 +118,7 @@ class PatchMerging(nn.Module):
         norm_layer: Makes the norm from ``4 * dim``.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        *,
-        norm_layer: Callable[..., nn.Module] = _NORM,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, out_dim: int, *, norm_layer: Callable[..., nn.Module] = _NORM, **dd: Any) -> None:
         super().__init__()
         self.stride = 2
         self.norm = norm_layer(4 * dim, **dd)

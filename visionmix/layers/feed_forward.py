@@ -7,8 +7,8 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
-_LARGE = 2**25  # bytes; what is larger the C library takes from the system anew every time
-_TILE = 1024  # tokens a thread, whose hidden channels stay in its cache
+_LARGE = 2**25  # bytes; the C library takes larger tensors from the system every time
+_TILE = 1024  # tokens per thread, whose hidden channels stay in its cache
 
 
 def _in_tiles(module: nn.Module, x: Tensor) -> Tensor:
@@ -38,12 +38,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    dim: int,
-    *,
-    mlp_ratio: float = 4.0,
-    act_layer: Callable[[], nn.Module] = nn.GELU,
-    drop: float = 0.0,
-    **dd: Any,
+    dim: int, *, mlp_ratio: float = 4.0, act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0, **dd: Any
 ) -> Mlp:
     """Return the feed-forward ``fc2(act(fc1(x)))`` of ViT, with biases and ``int(dim * mlp_ratio)`` hidden channels.
 
@@ -60,8 +55,8 @@ def mlp(
     return _Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
 
-class _Mlp(Mlp):
-    """timm's feed-forward; a large one in tiles."""
+class _InTiles:
+    """The forward pass of a feed-forward that computes `_whole` for all tokens at once; a large one in tiles."""
 
     entry = "fc1"
 
@@ -70,18 +65,15 @@ class _Mlp(Mlp):
             return self._whole(x)
         return _in_tiles(self, x)
 
+
+class _Mlp(_InTiles, Mlp):
+    """timm's feed-forward; a large one in tiles."""
+
     def _whole(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
-def swiglu(
-    dim: int,
-    *,
-    mlp_ratio: float = 4.0,
-    multiple_of: int = 256,
-    drop: float = 0.0,
-    **dd: Any,
-) -> GluMlp:
+def swiglu(dim: int, *, mlp_ratio: float = 4.0, multiple_of: int = 256, drop: float = 0.0, **dd: Any) -> GluMlp:
     """Return a gated feed-forward ``fc2(silu(a) * b)`` with ``a, b = fc1(x).chunk(2, dim=-1)`` and no biases.
 
     The hidden width is two thirds of ``dim * mlp_ratio``, so that the parameters number what an ungated feed-forward of
@@ -94,27 +86,20 @@ def swiglu(
     Args:
         dim: Channels.
         mlp_ratio: Hidden width over `dim` of the ungated feed-forward with as many parameters.
-        multiple_of: What the hidden width is rounded up to.
+        multiple_of: Number whose next multiple the hidden width is rounded up to.
         drop: Dropout rate after the gate and after the last projection.
     """
     hidden = -(-int(dim * mlp_ratio * 2 / 3) // multiple_of) * multiple_of
     return _SwiGlu(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False, **dd)
 
 
-class _SwiGlu(GluMlp):
+class _SwiGlu(_InTiles, GluMlp):
     """timm's gated feed-forward with one tensor of the hidden width less, and none during the last projection.
 
     The C library hands memory back to the system once about twice the largest tensor is free. The first projection's
     output and two tensors of half its width came to that in every block: vig_t met 93,000 page faults an image of 1024
     pixels, and 20,000 to 50,000 with one tensor less.
     """
-
-    entry = "fc1"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._whole(x)
-        return _in_tiles(self, x)
 
     def _whole(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(self._gated(self.fc1(x)))))
@@ -140,7 +125,7 @@ class ConvMlp(nn.Module):
         mlp_ratio: Hidden width over `dim`.
         residual: Whether the convolution's input is added to its output.
         act_layer: The activation.
-        act_first: Whether it comes before the convolution rather than behind it.
+        act_first: Whether it comes before the convolution rather than after it.
         drop: Dropout rate after each projection.
     """
 
@@ -177,7 +162,7 @@ class ConvMlp(nn.Module):
         x = x.permute(0, 3, 1, 2)
         y = self.conv(x)
         if self.residual:
-            y = y.add_(x)  # onto the convolution's output, of which its gradient needs nothing
+            y = y.add_(x)  # in place on the convolution's output, which no gradient needs
         y = y.permute(0, 2, 3, 1)
         if not self.act_first:
             y = self.act(y)

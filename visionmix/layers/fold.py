@@ -1,19 +1,19 @@
-"""Norms that in inference are one factor and one summand a channel, folded into the layers beside them.
+"""Folding norms, which in inference are a factor and a summand per channel, into the layers beside them.
 
 timm's `reparameterize_model` replaces a module by what its `fuse()` returns, and else calls its `reparameterize()`. A
-layer or block that holds a norm beside a linear layer folds the one into the other there; a norm that is left becomes a
+layer or block that holds a norm beside a linear layer folds the one into the other there; a norm that remains becomes a
 `ChannelAffine`.
 """
 
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers.precision import at_least_float32
+from visionmix.layers.half_precision import at_least_float32
 from visionmix.private_api import AnyBatchNorm
 
 
 class ChannelAffine(nn.Module):
-    """``weight * x + bias``, with a number a channel for each.
+    """``weight * x + bias``, with a number per channel for each.
 
     Shapes: (..., dim) to the same.
 
@@ -31,9 +31,9 @@ class ChannelAffine(nn.Module):
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return (weight, bias), both (dim,), with which `norm` is ``weight * x + bias`` in inference; None if with none.
+    """Return (weight, bias), both (dim,), if `norm` computes ``weight * x + bias`` in inference; else None.
 
-    Batch norms with running statistics are known; any other norm says so by a method `as_affine`.
+    Batch norms with running statistics are known; any other norm gives its own by a method `as_affine`.
     """
     if not isinstance(norm, AnyBatchNorm):
         return norm.as_affine() if hasattr(norm, "as_affine") else None
@@ -47,7 +47,7 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def fused(norm: nn.Module) -> nn.Module:
-    """Return a `ChannelAffine` that computes what `norm` does in inference, or `norm` where there is none."""
+    """Return a `ChannelAffine` that computes what `norm` does in inference, or `norm` if it is not affine there."""
     affine = affine_of(norm)
     if affine is None:
         return norm
@@ -56,7 +56,7 @@ def fused(norm: nn.Module) -> nn.Module:
 
 
 def entry_of(layer: nn.Module) -> nn.Module | None:
-    """Return the linear layer through which alone, cell by cell, `layer` reads its input; None if there is none.
+    """Return the linear layer that alone reads the input of `layer`, cell by cell; None if there is no such layer.
 
     A class names it in its attribute `entry`. A layer that pads its input first, or reads it once more, has none.
     """
@@ -67,7 +67,7 @@ def entry_of(layer: nn.Module) -> nn.Module | None:
 def fold_before(norm: nn.Module, linear: nn.Module | None) -> nn.Module:
     """Fold `norm` into the linear layer that reads its output; return what then stands in the norm's place.
 
-    That is the identity, or `norm` where it is not affine in inference or `linear` is None or no plain linear layer.
+    That is the identity, or `norm` where it is not affine in inference or `linear` is not a plain linear layer.
     """
     affine = affine_of(norm)
     if affine is None or type(linear) is not nn.Linear:
@@ -82,7 +82,7 @@ def fold_before(norm: nn.Module, linear: nn.Module | None) -> nn.Module:
 def fold_behind(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """Fold `norm` into the convolution or linear layer whose output it reads; return what then stands in its place.
 
-    That is the identity, or `norm` where it is not affine in inference or `layer` is no plain `Conv2d` or `Linear`.
+    That is the identity, or `norm` where it is not affine in inference or `layer` is not a plain `Conv2d` or `Linear`.
     """
     affine = affine_of(norm)
     if affine is None or type(layer) not in (nn.Conv2d, nn.Linear):

@@ -15,7 +15,7 @@ class Grid(NamedTuple):
     Attributes:
         height: Rows of the map that the image was cut into.
         width: Columns of that map.
-        prefix_positions: Positions, rising, of the tokens that are no cells of the map (class tokens, registers).
+        prefix_positions: Positions, rising, of the tokens that are not cells of the map (class tokens, registers).
         indices: Row-major cell of each remaining token, int64 (batch, tokens), or None where every cell is there, in
             row-major order.
     """
@@ -29,8 +29,8 @@ class Grid(NamedTuple):
 def prefix_positions(cells: int, count: int, place: str) -> list[int]:
     """Return where `count` prefix tokens stand in a sequence with `cells` other tokens.
 
-    "first": 0, 1, ...; "middle": from ``cells // 2`` on; "last": behind all cells; "evenly": one behind every
-    ``cells // (count + 1)`` cells, the cells that are left over behind the last of them.
+    "first": 0, 1, ...; "middle": from ``cells // 2`` on; "last": after all cells; "evenly": one after every
+    ``cells // (count + 1)`` cells, with the remaining cells after the last token.
     """
     positions: list[int] = []
     for index in range(count):
@@ -91,13 +91,7 @@ class PrefixTokens(nn.Module):
         ValueError: `count` is below 1 or `place` is unknown.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        count: int = 1,
-        place: str = "first",
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, count: int = 1, place: str = "first", **dd: Any) -> None:
         super().__init__()
         if place not in PLACES:
             raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")

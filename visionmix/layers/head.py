@@ -69,13 +69,13 @@ class TokenHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def pool_prefix(self, prefix: Tensor) -> Tensor:
-        """Return what the pooling "token" makes of the prefix tokens (batch, count, channels): (batch, features)."""
+        """Return the pooling "token" of prefix tokens (batch, count, channels), (batch, features)."""
         # A slice, since an index would compile a graph for every size.
         return prefix[:, :1].flatten(1)
 
 
 class ProjectionHead(ClassifierHead):
-    """timm's `ClassifierHead` on maps, behind a projection: ``fc(dropout(pool(silu(batch_norm(W x + b)))))``.
+    """timm's `ClassifierHead` on maps, after a projection: ``fc(dropout(pool(silu(batch_norm(W x + b)))))``.
 
     Shapes: (batch, height, width, in_features) to (batch, num_classes); without pooling to (batch, height, width,
     num_classes), and without a classifier the last axis is `hidden_size`.
@@ -108,7 +108,7 @@ class ProjectionHead(ClassifierHead):
 
     @torch.jit.ignore
     def drop_projection(self) -> None:
-        """Let maps pass as they come: for a model that gives features alone."""
+        """Remove the projection, for a model that returns features alone."""
         self.proj = self.norm = self.act = nn.Identity()
 
     @torch.jit.ignore

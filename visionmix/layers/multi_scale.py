@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers.layout import channels_first
-from visionmix.layers.resample import resample_map
+from visionmix.layers.maps import channels_first, resample_map
 
 
 class MultiScalePatches(nn.Module):
     """Square patches of several sizes around the same centres, and one linear map of all their pixels together.
 
-    The centres lie `stride` apart, and so wide are the smallest patches; larger ones reach into zeros around the map. A
-    map that `stride` does not divide is enlarged first (bicubic) until it does. All is computed as one convolution: its
-    kernel is the sum of the kernels of the sizes, each in the middle of zeros.
+    The centres lie `stride` apart, the width of the smallest patches; larger ones reach into zeros around the map. A
+    map that `stride` does not divide is enlarged first (bicubic) until it does. One convolution computes everything:
+    its kernel is the sum of the kernels of all sizes, each padded with zeros.
 
     Shapes: (batch, height, width, dim), or with `images` (batch, dim, height, width), to (batch,
     ceil(height / stride), ceil(width / stride), out_dim).
@@ -59,7 +58,7 @@ class MultiScalePatches(nn.Module):
         self.images = images
         self.stride = stride
         self.sizes = [scale * stride for scale in scales]
-        # The pixels of a patch of every size, one size behind the other.
+        # The pixels of a patch of every size, one size after another.
         pixels = sum(size * size for size in self.sizes)
         self.weight = nn.Parameter(torch.empty(out_dim, dim, pixels, **dd))
         self.bias = nn.Parameter(torch.empty(out_dim, **dd))

@@ -13,7 +13,7 @@ from visionmix.layers.fold import affine_of, fused
 
 @torch.fx.wrap
 def _no_narrower(parameter: Tensor, x: Tensor) -> Tensor:
-    """Return `parameter`, in the type of `x` where that is the wider."""
+    """Return `parameter`, in the type of `x` where that is wider."""
     return parameter.to(x.dtype) if x.element_size() > parameter.element_size() else parameter
 
 
@@ -21,8 +21,8 @@ class ScanLayerNorm(LayerNorm):
     """timm's `LayerNorm` for the result of a scan, float32 even where the model is of half precision.
 
     Computes in the wider type of input and parameters and returns that of the parameters. Sums over a sequence may lie
-    above 65504, float16's largest number, so a scan's result is rounded behind the norm. timm's fast norm would round
-    it before, and is left aside.
+    above 65504, float16's largest number, so a scan's result is rounded after the norm. timm's fast norm would round it
+    before, and is not used.
 
     Shapes: (..., dim) to the same.
     """
@@ -44,7 +44,7 @@ class ScanRmsNorm(RmsNorm):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of every channel: `torch.nn.BatchNorm2d`, its `bn`, where channels come last.
+    """Batch normalisation of every channel where channels come last, by a `torch.nn.BatchNorm2d` called `bn`.
 
     Shapes: (batch, ..., dim) to the same: maps and sequences.
 
@@ -55,12 +55,7 @@ class BatchNorm(nn.Module):
         eps: Added to the variance.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(dim, eps=eps, **dd)
 
@@ -75,8 +70,8 @@ class BatchNorm(nn.Module):
 
     def normalised(self, x: Tensor) -> Tensor:
         """Return the batch norm of x (batch, ..., dim)."""
-        # One axis of all cells, since maps have two and sequences one; a last axis of 1, with which the norm's fast
-        # paths see a map whose channels come last.
+        # One axis of all cells, since maps have two and sequences one. With a last axis of 1, the norm's fast paths see
+        # a map whose channels come last.
         y = self.bn(x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2))
         return y.permute(0, 2, 3, 1).reshape(x.shape)
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
 from visionmix.private_api import outside_of_tracing
-from visionmix.scans import order
+from visionmix.scans import direction_names, order
+from visionmix.scans.order_names import split_order
 from visionmix.scans.orders import symbolic_order
 
 
@@ -21,6 +22,18 @@ def _constant_order(name: str, height: int, width: int) -> tuple[np.ndarray, np.
     with outside_of_tracing(), torch.inference_mode(False):
         index, inverse = order(name, height, width)
         return index.numpy(), inverse.numpy()
+
+
+def sequence_order(order: str) -> str:
+    """Return the first direction of `order`, a scan order or a set of directions: one that reads each cell once.
+
+    Raises:
+        ValueError: there is no such order, or it joins several.
+    """
+    name = direction_names(order)[0]
+    if len(split_order(name)) > 1:
+        raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+    return name
 
 
 def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from visionmix.layers.resample import resample_map
+from visionmix.layers.maps import resample_map
 
 
 class PositionEmbedding(nn.Module):
@@ -15,7 +15,7 @@ class PositionEmbedding(nn.Module):
 
     Shapes: (batch, height, width, dim) to the same.
 
-    Source: what ViT's fine-tuning at other sizes does (Dosovitskiy et al. 2020, arXiv 2010.11929).
+    Source: ViT's fine-tuning at other sizes (Dosovitskiy et al. 2020, arXiv 2010.11929).
 
     Args:
         dim: Channels.
@@ -23,14 +23,7 @@ class PositionEmbedding(nn.Module):
         mode: How it is resampled, "bicubic" or "bilinear".
     """
 
-    def __init__(
-        self,
-        dim: int,
-        grid_size: tuple[int, int],
-        *,
-        mode: str = "bicubic",
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, grid_size: tuple[int, int], *, mode: str = "bicubic", **dd: Any) -> None:
         super().__init__()
         self.mode = mode
         self.weight = nn.Parameter(torch.zeros(1, *grid_size, dim, **dd))
@@ -50,7 +43,7 @@ class PositionEmbedding(nn.Module):
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """Return a file's embedding at the built size: (1, rows, columns, dim), or flat (1, rows * columns, dim).
 
-        A flat one of another size is taken to be square. What is no embedding of `dim` channels stays as it is.
+        A flat one of another size is taken to be square. Any other tensor comes back unchanged.
         """
         _, rows, columns, dim = self.weight.shape
         if tensor.ndim == 3 and tensor.shape[-1] == dim:

@@ -1,4 +1,4 @@
-"""Batch norms that stand where transformers have layer norms, and fold into linear layers after training."""
+"""Batch norms in place of a transformer's layer norms, which fold into linear layers after training."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from visionmix.layers.norm import BatchNorm
 
 
 class RepBN(BatchNorm):
-    """Batch normalisation beside a scaled identity: ``batch_norm(x) + alpha * x`` with a learned number alpha, first 1.
+    """Batch normalisation beside a scaled identity: ``batch_norm(x) + alpha * x``, alpha a learned number, first 1.
 
     In inference that is one factor and one summand a channel, which timm's `reparameterize_model` folds into a linear
     layer beside it: see `visionmix.layers.fold`.
@@ -25,12 +25,7 @@ class RepBN(BatchNorm):
         eps: Added to the variance.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__(dim, eps, **dd)
         self.alpha = nn.Parameter(torch.ones(1, **dd))
 
@@ -46,16 +41,16 @@ class RepBN(BatchNorm):
 class LinearNorm(nn.Module):
     """A layer norm that over training becomes a `RepBN`: ``lambda * layer_norm(x) + (1 - lambda) * rep_bn(x)``.
 
-    ``lambda = max(0, 1 - done / share)`` in training, where `done` is the share of training steps done, which
-    `set_progress` is told (and through it a whole model: `visionmix.backbones.Backbone.set_progress`); in evaluation it
-    is 0. As long as nothing tells it, lambda is 0 too, so that training and evaluation agree: weights that were trained
-    to the end go on as they are.
+    In training, ``lambda = max(0, 1 - done / share)``, where `done` is the share of training steps done, which
+    `set_progress` sets (for a whole model, `visionmix.backbones.Backbone.set_progress`). In evaluation lambda is 0. It
+    is also 0 until `set_progress` is called, so that training and evaluation agree when finished weights are trained
+    further.
 
     The published code counts forward passes instead, ``lambda = 1 - passes / 60000`` in its Swins: 60000 of the 375000
     that 300 epochs of ImageNet-1k have in batches of 1024, a share of 0.16.
 
-    Lambda is a buffer that state dicts leave out, since a run that goes on is told its progress anew. Both norms
-    compute at every step, so that all parameters have gradients, zeros at the ends of the schedule.
+    Lambda is a buffer that state dicts leave out, since a resumed run sets its progress again. Both norms run at every
+    step, so that all parameters have gradients; at the ends of the schedule some are zeros.
 
     Shapes: (batch, ..., dim) to the same: maps and sequences.
 
@@ -63,33 +58,26 @@ class LinearNorm(nn.Module):
 
     Args:
         dim: Channels.
-        share: Share of training after which the layer norm has no part; 0 for none at any time.
+        share: Share of training after which the layer norm has no part; 0 to leave it out from the start.
         eps: Added to the layer norm's variance.
 
     Raises:
         ValueError: `share` is not between 0 and 1.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        share: float = 0.16,
-        eps: float = 1e-5,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, share: float = 0.16, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__()
         if not 0 <= share <= 1:
-            raise ValueError(f"share={share} is no share of training; give a number from 0 to 1")
+            raise ValueError(f"share={share} is not a share of training; give a number from 0 to 1")
         self.share = share
         self.norm1 = LayerNorm(dim, eps=eps, **dd)
         self.norm2 = RepBN(dim, **dd)
-        # A tensor, which compiled graphs read anew at every step.
+        # A tensor, which compiled graphs read again at every step.
         self.register_buffer("layer_norm_part", torch.zeros((), **dd), persistent=False)
 
     @torch.jit.ignore
     def set_progress(self, done: float) -> None:
-        """Set lambda to what it is when a share `done` of the training steps, from 0 to 1, is done."""
+        """Set lambda for a share `done` of the training steps done, from 0 to 1."""
         self.layer_norm_part.fill_(1 - done / self.share if done < self.share else 0.0)
 
     def as_affine(self) -> tuple[Tensor, Tensor] | None:

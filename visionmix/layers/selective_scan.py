@@ -1,4 +1,4 @@
-"""Selective scans with what they learn: the projection to their inputs, decay rates, step sizes, skip."""
+"""Selective scans with their parameters: the projection to their inputs, decay rates, step sizes, skip."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.layers.half_precision import at_least_float32, scan_dtype
 from visionmix.layers.order import scan_order
-from visionmix.layers.precision import at_least_float32, scan_dtype
 from visionmix.scans import move_codes
 from visionmix.scans.order_names import join_orders, split_orders
 
@@ -42,20 +42,26 @@ def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> 
     return torch.stack(maps, dim=-1)
 
 
+def scan_sizes(dim: int, expand: float, dt_rank: int | None) -> tuple[int, int]:
+    """Return what a mixer of `dim` channels gives its scan: ``int(dim * expand)`` channels, and the steps' rank.
+
+    The rank is `dt_rank`, or ``ceil(dim / 16)`` for None.
+
+    Raises:
+        ValueError: `expand` leaves no channel.
+    """
+    width = int(dim * expand)
+    if width < 1:
+        raise ValueError(f"expand={expand} leaves no channel of dim={dim} for the scan; give 1 / dim or more")
+    return width, math.ceil(dim / 16) if dt_rank is None else dt_rank
+
+
 class _ScanParameters(nn.Module):
     """`count` sets of a selective scan's parameters; see `SelectiveScan2d`."""
 
     undecayed = ("A_log", "D", "delta_bias")
 
-    def __init__(
-        self,
-        dim: int,
-        count: int,
-        *,
-        dt_rank: int,
-        d_state: int,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, count: int, *, dt_rank: int, d_state: int, **dd: Any) -> None:
         super().__init__()
         for name, value in (("dt_rank", dt_rank), ("d_state", d_state)):
             if value < 1:
@@ -70,8 +76,8 @@ class _ScanParameters(nn.Module):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set the parameters to what they begin as."""
-        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))  # a linear layer's own, not the backbones' normal
+        """Initialise the parameters."""
+        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))  # as `nn.Linear`, not as the backbones draw
         bound = self.delta_weight.shape[-1] ** -0.5
         nn.init.uniform_(self.delta_weight, -bound, bound)
         with torch.no_grad():
@@ -96,7 +102,7 @@ class SelectiveScan2d(_ScanParameters):
     0.1; optimisers do not decay these three.
 
     Shapes: (batch, height, width, dim) to the same; to (batch, height, width, routes, dim) for ``merge="none"``. The
-    result is float32 where the map is of half precision, for the norm or gate behind it.
+    result is float32 where the map is of half precision, for the norm or gate that follows.
 
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752); over several orders, VMamba (Liu et al. 2024, arXiv 2401.10166);
     `shared`, `permute` and `moves`, PlainMamba (Yang et al. 2024, arXiv 2403.17695).
@@ -105,14 +111,14 @@ class SelectiveScan2d(_ScanParameters):
         dim: Channels.
         orders: Names of the orders, as `visionmix.scans.order` takes them; those joined by "+" are one sequence.
         dt_rank: Rank of the projection to the steps.
-        d_state: States a channel.
+        d_state: States per channel.
         merge: "sum" or "mean" of the orders' outputs, or "none" for all of them.
         shared: Whether the orders share one set of parameters.
-        permute: What is read in the orders: "all", or "input" for x alone, where step t takes ``dt``, B and C from cell
-            t in raster order, or zeros beyond the last cell.
+        permute: "all" reads everything in the orders; "input" reads x alone in them, while step t takes ``dt``, B and C
+            from cell t in raster order, or zeros beyond the last cell.
         moves: Whether a learned vector is added to B at each step, for the move that led there: start, right, left, up
             or down, as `visionmix.scans.move_codes` numbers them.
-        bias_scale: What ``b`` is multiplied by.
+        bias_scale: Factor of ``b``.
 
     Raises:
         ValueError: `dt_rank` or `d_state` is below 1, or `permute` is unknown.
@@ -171,43 +177,35 @@ class SelectiveScan2d(_ScanParameters):
         )
 
     def _each(self, x: Tensor) -> Tensor:
-        """Return x (batch, height, width, 1, features) as it is for each of the orders."""
+        """Return x (batch, height, width, 1, features) repeated for each of the orders, without a copy."""
         return x.expand(-1, -1, -1, self.count, -1)
 
 
 class SelectiveScan1d(_ScanParameters):
-    """A causal convolution along a sequence, SiLU, and the selective scan of it: what stands inside Mamba.
+    """A causal convolution along a sequence, SiLU and a selective scan, as inside Mamba.
 
     ``x = silu(conv(x))``, a depthwise convolution over the token and the ``d_conv - 1`` before it, then the
     recurrence of `SelectiveScan2d` in the sequence's order.
 
     Shapes: (batch, length, dim) to the same, in float32 where they come in half precision.
 
-    The second argument of a call, `positions`, is for tokens that were left of a longer sequence: their places in it,
-    int64 (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of
-    zeros would bring there, ``exp(softplus(b) A)`` each; the convolution sees the tokens that are left.
+    The second argument of a call, `positions`, is for tokens kept from a longer sequence: their places in it, int64
+    (batch, length), rising. The state then crosses the places between two tokens with the decay that tokens of zeros
+    would bring there, ``exp(softplus(b) A)`` each; the convolution sees the kept tokens.
 
     Source: Mamba (Gu and Dao 2023, arXiv 2312.00752).
 
     Args:
         dim: Channels.
         dt_rank: Rank of the projection to the steps.
-        d_state: States a channel.
+        d_state: States per channel.
         d_conv: Tokens that the convolution sees.
 
     Raises:
         ValueError: `dt_rank`, `d_state` or `d_conv` is below 1.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        dt_rank: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, dt_rank: int, d_state: int = 16, d_conv: int = 4, **dd: Any) -> None:
         super().__init__(dim, 1, dt_rank=dt_rank, d_state=d_state, **dd)
         if d_conv < 1:
             raise ValueError(f"d_conv={d_conv} is too small; give 1 or more")

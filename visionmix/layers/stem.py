@@ -10,15 +10,14 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from visionmix.layers.fold import fold_behind
-from visionmix.layers.layout import channels_first
-from visionmix.layers.padding import pad
+from visionmix.layers.maps import channels_first, pad
 from visionmix.private_api import AnyBatchNorm
 
 _NORM = partial(LayerNorm, eps=1e-5)
 
 
 class StemConv(NamedTuple):
-    """A convolution of a stem, with the norm and the activation behind it.
+    """A convolution of a stem, with the norm and the activation after it.
 
     Attributes:
         channels: Channels out.
@@ -45,7 +44,7 @@ class StemConv(NamedTuple):
 
 
 class Stem(nn.Sequential):
-    """Convolutions one behind the other: for each of `convs`, in turn, ``x = act(norm(conv(x)))``.
+    """Convolutions one after another: for each of `convs`, in turn, ``x = act(norm(conv(x)))``.
 
     The children are called conv1, norm1, act1, conv2 and so on.
 
@@ -58,12 +57,7 @@ class Stem(nn.Sequential):
         convs: The convolutions.
     """
 
-    def __init__(
-        self,
-        in_chans: int,
-        convs: Sequence[StemConv],
-        **dd: Any,
-    ) -> None:
+    def __init__(self, in_chans: int, convs: Sequence[StemConv], **dd: Any) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         last = False  # whether channels come last
         for number, conv in enumerate(convs, 1):
@@ -219,13 +213,8 @@ def patch_stem(
     return Stem(in_chans, [conv], **dd)
 
 
-def deep_conv_stem(
-    in_chans: int = 3,
-    embed_dim: int = 64,
-    patch_size: int = 4,
-    **dd: Any,
-) -> Stem:
-    """Return four 3x3 convolutions with batch norms, GELU behind each but the last; the first and last have stride 2.
+def deep_conv_stem(in_chans: int = 3, embed_dim: int = 64, patch_size: int = 4, **dd: Any) -> Stem:
+    """Return four 3x3 convolutions with batch norms, GELU after each but the last; the first and last have stride 2.
 
     The first three have half of the channels. All have biases.
 
@@ -247,13 +236,7 @@ def deep_conv_stem(
 
 
 def deep_patch_stem(
-    in_chans: int = 3,
-    embed_dim: int = 192,
-    patch_size: int = 16,
-    *,
-    depth: int = 1,
-    width: int = 64,
-    **dd: Any,
+    in_chans: int = 3, embed_dim: int = 192, patch_size: int = 16, *, depth: int = 1, width: int = 64, **dd: Any
 ) -> Stem:
     """Return convolutions with batch norms at half the resolution, then one over patches that do not overlap.
 

@@ -26,8 +26,8 @@ class AgentAttention(nn.Module):
         gathered = softmax(a k^T * head_dim^-0.5 + B_k) v
         out      = W_o (softmax(q a^T * head_dim^-0.5 + B_q) gathered + depthwise3x3(v))
 
-    B_k and B_q are learned biases of agent and cell: a 7x7 table resampled bilinearly to the map, plus one term a row
-    and one a column, stored at the built map's size and resampled linearly to any other. Tokens that are no cells
+    B_k and B_q are learned biases of agent and cell: a 7x7 table resampled bilinearly to the map, plus one term per row
+    and one per column, stored at the built map's size and resampled linearly to any other. Tokens that are not cells
     (class tokens) take part in both attentions, with a bias of their own, but neither in the agents nor in the
     convolution.
 
@@ -39,13 +39,13 @@ class AgentAttention(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
-        num_agents: Agents: a square number.
+        num_agents: Number of agents, a square number.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        class_bias: Whether there are learned biases for tokens that are no cells; else those are 0.
+        class_bias: Whether tokens that are not cells have learned biases; otherwise theirs are 0.
         grid_size: Rows and columns of the map that the biases are built for.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or `num_agents` is no square number.
+        ValueError: `num_heads` does not divide `dim`, or `num_agents` is not a square number.
     """
 
     class_bias: Final[bool]
@@ -64,7 +64,7 @@ class AgentAttention(nn.Module):
         check_heads(dim, num_heads)
         side = math.isqrt(max(num_agents, 0))
         if num_agents < 1 or side * side != num_agents:
-            raise ValueError(f"num_agents={num_agents} is no square number; give 1, 4, 9, 16 and so on")
+            raise ValueError(f"num_agents={num_agents} is not a square number; give 1, 4, 9, 16 and so on")
         self.num_heads = num_heads
         self.side = side
         self.class_bias = class_bias
@@ -132,7 +132,7 @@ class AgentAttention(nn.Module):
 
     @torch.jit.ignore
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a file's biases of the rows or columns at the built size; what is none stays as it is."""
+        """Return a file's biases of rows or columns resampled to the built size; other tensors come back unchanged."""
         own = getattr(self, name)
         if name.endswith(("_rows", "_columns")) and tensor.ndim == 3 and tensor.shape[:2] == own.shape[:2]:
             return _resample_line(tensor, own.shape[2])
@@ -141,7 +141,8 @@ class AgentAttention(nn.Module):
 
 def _resample_line(bias: Tensor, length: int) -> Tensor:
     """Return `bias` (heads, agents, cells) resampled linearly to (heads, agents, length)."""
-    # As a map of one column: on a GPU, PyTorch has a deterministic gradient of the bilinear mode, of the linear none.
+    # As a map of one column: on a GPU, PyTorch's gradient of the bilinear mode is deterministic, that of the linear
+    # mode is not.
     return F.interpolate(bias.unsqueeze(3), size=[length, 1], mode="bilinear").squeeze(3)
 
 

@@ -16,7 +16,7 @@ class AtrousScan(CrossScan):
     Shapes and errors are those of `CrossScan`.
 
     Source: AtrousMamba (Wang et al. 2025, arXiv 2507.16172), which has no public code. From the paper: a selective scan
-    in windows sampled at adjustable atrous rates, which bring far cells close in the sequence and near ones into it.
+    in windows sampled at adjustable atrous rates, which bring distant cells close together in the sequence.
     Decided here: all else as in VMamba, the order of the windows, and four directions.
 
     Args:
@@ -24,9 +24,9 @@ class AtrousScan(CrossScan):
         window: Rows and columns of a window, in cells.
         rate: Rows and columns from one cell of a window to the next.
         expand: Channels of the scan over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
-        order: Another scan order or set of directions in place of the atrous windows; None for these.
+        order: A scan order or set of directions that replaces the atrous windows; None for the windows.
     """
 
     def __init__(

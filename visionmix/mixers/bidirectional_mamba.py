@@ -1,28 +1,26 @@
 """Mamba in both directions along a sequence: Vim's mixer."""
 
-import math
-from typing import Any, Final
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import Grid, SelectiveScan1d, gated, projected
-from visionmix.layers.order import take, token_order
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
-from visionmix.scans import direction_names
 
 
 @register_mixer("bidirectional_mamba")
 class BidirectionalMamba(nn.Module):
-    """Two selective scans of the tokens, one from each end, with parameters of their own, and a gate for both.
+    """Two selective scans of the tokens, one from each end, with their own parameters and a common gate.
 
     With ``x, z = W_in u`` and the convolution and scan S of `visionmix.layers.SelectiveScan1d`:
 
         out = W_out ((S_1(x) + reverse(S_2(reverse(x)))) / 2 * silu(z))
 
     Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
-    (batch, tokens, dim). Tokens that are no cells (a class token) keep their places in the sequence and the cells are
+    (batch, tokens, dim). Tokens that are not cells (a class token) keep their places in the sequence, and the cells are
     read in the order around them.
 
     Source: Vim (Zhu et al. 2024, arXiv 2401.09417).
@@ -30,7 +28,7 @@ class BidirectionalMamba(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
         d_conv: Tokens that the causal convolutions see.
         order: The scan order of the cells; the other direction is its reverse. A padded step of an order is a token of
@@ -40,8 +38,6 @@ class BidirectionalMamba(nn.Module):
         ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such
             `order`, or it joins several.
     """
-
-    in_raster: Final[bool]
 
     def __init__(
         self,
@@ -54,19 +50,13 @@ class BidirectionalMamba(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
-        options = {
-            "dt_rank": math.ceil(dim / 16) if dt_rank is None else dt_rank,
-            "d_state": d_state,
-            "d_conv": d_conv,
-        }
-        self.order = direction_names(order)[0]
-        if "+" in self.order:
-            raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+        inner, rank = scan_sizes(dim, expand, dt_rank)
+        scan = partial(SelectiveScan1d, inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
+        self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.forward_scan = SelectiveScan1d(inner, **options, **dd)
-        self.backward_scan = SelectiveScan1d(inner, **options, **dd)
+        self.forward_scan = scan()
+        self.backward_scan = scan()
         self.act = nn.SiLU()
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
@@ -80,8 +70,8 @@ class BidirectionalMamba(nn.Module):
             index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
             forward, backward = self._scan(take(x, index), None)
             y = take(forward + backward, inverse)
-        y, scale = gated(y, 0.5 * self.act(z))
-        return projected(self.proj(y), scale)
+        y, scale = scaled_gate(y, 0.5 * self.act(z))
+        return unscaled(self.proj(y), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -94,7 +84,8 @@ class BidirectionalMamba(nn.Module):
 
         Args:
             x: Tokens (batch, tokens, dim), read as they lie, whatever the order.
-            positions: Where they lay in the sequence that they are left of; see `visionmix.layers.SelectiveScan1d`.
+            positions: Their places in the longer sequence that they were kept from; see
+                `visionmix.layers.SelectiveScan1d`.
         """
         x, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._scan(x, positions)

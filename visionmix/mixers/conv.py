@@ -1,4 +1,4 @@
-"""A depthwise convolution: the control beside the mixers that look further."""
+"""A depthwise convolution: the baseline for mixers that look further."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from visionmix.mixers.registry import register_mixer
 
 @register_mixer("conv")
 class DepthwiseConv(nn.Module):
-    """``W_o act(depthwise(x))``: each channel sees the `kernel_size` x `kernel_size` cells around.
+    """``W_o act(depthwise(x))``: each channel sees the `kernel_size` x `kernel_size` cells around a cell.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
-    Source: ConvNeXt's depthwise convolutions (Liu et al. 2022, arXiv 2201.03545), in a mixer's place.
+    Source: ConvNeXt's depthwise convolutions (Liu et al. 2022, arXiv 2201.03545), used as a mixer.
 
     Args:
         dim: Channels.
@@ -23,12 +23,7 @@ class DepthwiseConv(nn.Module):
         ValueError: `kernel_size` is even.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        kernel_size: int = 7,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, kernel_size: int = 7, **dd: Any) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; give an odd number, so that a window has a middle")

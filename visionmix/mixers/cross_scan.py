@@ -1,11 +1,10 @@
 """Selective scans of a map in four directions: VMamba's mixer."""
 
-import math
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import ScanLayerNorm, SelectiveScan2d
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d, scan_sizes
 from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -27,20 +26,18 @@ class CrossScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         gate: Whether half of the input's projection gates the output, as in Mamba and VMamba's first version.
         conv_bias: Whether the depthwise convolution has a bias.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
-        norm_eps: Epsilon of the norm behind the scans.
+        norm_eps: Epsilon of the norm after the scans.
         act_layer: Makes the activation; SiLU, but GELU in Mamba-YOLO (Wang et al. 2024, arXiv 2406.05835).
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such `order`.
     """
-
-    gate: Final[bool]
 
     def __init__(
         self,
@@ -56,18 +53,12 @@ class CrossScan(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=conv_bias, **dd)
         self.act = layer_maker("act_layer", act_layer)()
-        self.scan = SelectiveScan2d(
-            inner,
-            direction_names(order),
-            dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank,
-            d_state=d_state,
-            **dd,
-        )
+        self.scan = SelectiveScan2d(inner, direction_names(order), dt_rank=rank, d_state=d_state, **dd)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
@@ -80,11 +71,3 @@ class CrossScan(nn.Module):
         if self.gate:
             y = y * self.act(z)
         return self.proj(y)
-
-
-def scan_width(dim: int, expand: float) -> int:
-    """Return ``int(dim * expand)``, the channels of a scan; raise ValueError where that is less than one."""
-    width = int(dim * expand)
-    if width < 1:
-        raise ValueError(f"expand={expand} leaves no channel of dim={dim} for the scan; give 1 / dim or more")
-    return width

@@ -9,7 +9,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers.padding import pad
+from visionmix.layers.maps import pad
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import softmax_attention
 

@@ -1,4 +1,4 @@
-"""Scans that share the cells among them, beside a convolution: EfficientVMamba's mixers."""
+"""Scans that divide the cells among themselves, beside a convolution: EfficientVMamba's mixers."""
 
 from collections import OrderedDict
 from typing import Any
@@ -14,13 +14,13 @@ from visionmix.mixers.registry import register_mixer
 
 @register_mixer("efficient_scan")
 class EfficientScan(nn.Module):
-    """Selective scans and a convolution side by side, each behind the same channel gate, added.
+    """Selective scans and a convolution side by side, each followed by the same channel gate, added.
 
         out = gate(scan(x)) + gate(W gelu(batch_norm(depthwise3x3(x))))
 
     The scan is `CrossScan` with gates. In the default set of directions each scan reads a quarter of the cells, every
-    other row and column, and each cell is read once. A map of odd height or width is padded by zeros, which let the
-    states decay: what the published code does.
+    other row and column, and each cell is read once. A map of odd height or width is padded with zeros, over which the
+    states decay, as in the published code.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -29,7 +29,7 @@ class EfficientScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: A scan order or a set of directions, as `CrossScan` takes it.
 
@@ -66,7 +66,8 @@ class InvertedResidualMixer(nn.Module):
     """The convolutions of a MobileNet block: 1x1 to four times the channels, 3x3 depthwise, a squeeze, 1x1 back.
 
     ``bn(W_o se(relu(bn(depthwise3x3(relu(bn(W_i x)))))))`` with ``se(y) = y * sigmoid(W_2 relu(W_1 mean(y)))``, which
-    is timm's `InvertedResidual` without its skip connection, the block's own, and without activations inside of norms.
+    is timm's `InvertedResidual` with activations apart from the norms, and without the skip connection, which the block
+    has.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -76,16 +77,10 @@ class InvertedResidualMixer(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the depthwise convolution over `dim`.
-        se_ratio: Hidden channels of the squeeze-and-excitation over those.
+        se_ratio: Hidden channels of the squeeze-and-excitation over those of the depthwise convolution.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        expand: float = 4.0,
-        se_ratio: float = 0.125,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, expand: float = 4.0, se_ratio: float = 0.125, **dd: Any) -> None:
         super().__init__()
         inner = make_divisible(dim * expand)
         self.block = nn.Sequential(

@@ -77,7 +77,7 @@ class FocusedLinearAttention(nn.Module):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set scale and positions to 0, as the published code has them at first."""
+        """Set scale and positions to 0, as the published code does."""
         nn.init.zeros_(self.scale)
         nn.init.zeros_(self.pos_embed.weight)
 

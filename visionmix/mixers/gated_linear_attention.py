@@ -1,6 +1,6 @@
 """Bidirectional gated linear attention with a local branch: ViG's mixer."""
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from timm.layers import RmsNorm
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
 from visionmix.layers import LogSigmoid, ScanRmsNorm, scan_dtype
-from visionmix.layers.order import take, token_order
+from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
-from visionmix.scans import direction_names
 
 
 @register_mixer("gated_linear_attention")
@@ -20,7 +19,7 @@ class GatedLinearAttention(nn.Module):
     With ``y = depthwise3x3(x)`` and, per head, ``q, k, v = W y``:
 
         forward_t  = scale * q_t S_t,  S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t    (backward likewise, from the end)
-        g          = logsigmoid(W_2 W_1 y + b) / gate_divisor                 (one gate a direction and key channel)
+        g          = logsigmoid(W_2 W_1 y + b) / gate_divisor             (one gate per direction and key channel)
         o          = sigmoid(W_g y + b_g)
         out        = W_o act(rms(mean(forward, backward)) * o + rms(y) * (1 - o))
 
@@ -33,12 +32,12 @@ class GatedLinearAttention(nn.Module):
 
     Args:
         dim: Channels.
-        num_heads: Heads; the key and value widths are multiples of it.
+        num_heads: Number of heads; a divisor of the key and value widths.
         key_ratio: Width of q and k over `dim`.
         gate_rank: Rank of the gate's projection.
-        gate_divisor: What the gates' logarithms are divided by, so that a state outlives many tokens.
-        conv_act: SiLU after the depthwise convolution.
-        out_act: SiLU before the output projection.
+        gate_divisor: Divisor of the gates' logarithms, by which a state outlives many tokens.
+        conv_act: Whether SiLU follows the depthwise convolution.
+        out_act: Whether SiLU comes before the output projection.
         eval_scale: Factor on the merged directions in eval mode only. The published plain ViG halves twice there, once
             in its kernel and once outside, so its weights are evaluated with 0.5; only the norm's epsilon sees it.
         order: The scan order in which the tokens are read; see `visionmix.scans`. A padded step of an order is a token
@@ -48,9 +47,6 @@ class GatedLinearAttention(nn.Module):
     Raises:
         ValueError: `num_heads` does not divide `dim` or the key width, or there is no such `order`.
     """
-
-    eval_scale: Final[float]
-    in_raster: Final[bool]
 
     def __init__(
         self,
@@ -70,11 +66,10 @@ class GatedLinearAttention(nn.Module):
         key_dim = int(dim * key_ratio)
         if num_heads < 1 or dim % num_heads or key_dim < 1 or key_dim % num_heads:
             raise ValueError(
-                f"num_heads={num_heads} does not divide dim={dim} and the key width {key_dim} (key_ratio={key_ratio})"
+                f"num_heads={num_heads} does not divide dim={dim} and the key width {key_dim} (key_ratio={key_ratio}); "
+                "give a divisor of both"
             )
-        self.order = direction_names(order)[0]
-        if "+" in self.order:
-            raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined of several")
+        self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.num_heads = num_heads
         self.key_dim = key_dim

@@ -15,7 +15,7 @@ _FEATURE_MAPS = ("elu", "relu", "softplus")
 
 
 def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
-    """Return by what `averages` divides keys, from their mean over all tokens (batch, 1, heads, dk).
+    """Return the levels that `averages` divides keys by, from the keys' mean over all tokens (batch, 1, heads, dk).
 
     A rotation mixes the two channels of a pair, which therefore share one level.
     """
@@ -45,7 +45,7 @@ def dot(q: Tensor, k: Tensor) -> Tensor:
 
 def _elu_plus_one(x: Tensor) -> Tensor:
     """Return ``elu(x) + 1``, exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs."""
-    # In place on what no gradient needs. F.threshold is relu, which would keep its result for its gradient.
+    # In place, since no gradient needs the old values. F.threshold stands for relu, which would keep its result for it.
     return F.threshold(x, 0.0, 0.0).add_(torch.clamp(x, max=0.0).exp_())
 
 
@@ -53,8 +53,8 @@ def _elu_plus_one(x: Tensor) -> Tensor:
 class LinearAttention(Attention):
     """``out = phi(q) (phi(k)^T v) / (phi(q) sum(phi(k)))`` per head, projected as in `Attention`.
 
-    The feature map phi is ``elu(x) + 1``, ``relu(x)`` or ``softplus(x)``. With `rotary`, q and k are turned in the
-    numerator alone.
+    The feature map phi is ``elu(x) + 1``, ``relu(x)`` or ``softplus(x)``. With `rotary`, q and k are rotated
+    in the numerator alone.
 
     Shapes and errors are those of `Attention`; ValueError also for an unknown `feature_map`.
 
@@ -65,7 +65,7 @@ class LinearAttention(Attention):
         num_heads: Heads; a divisor of `dim`.
         feature_map: "elu", "relu" or "softplus".
         qkv_bias: See `Attention`, as for all that follow.
-        rotary: Whether q and k are turned.
+        rotary: Whether q and k have rotary position encodings.
         lepe: Kernel size of a depthwise convolution of v that is added, or None.
         gate: Whether a fourth projection multiplies the result.
     """
@@ -104,7 +104,7 @@ class LinearAttention(Attention):
 
 
 class _Rotary(Attention):
-    """What the published magnitude-aware and rank-augmented attention share: their arguments and ``elu + 1``."""
+    """The arguments and ``elu + 1`` that the published magnitude-aware and rank-augmented attention share."""
 
     def __init__(
         self,
@@ -123,12 +123,12 @@ class _Rotary(Attention):
 class MagnitudeAwareLinearAttention(_Rotary):
     """Linear attention whose weights sharpen as q grows, as a softmax's do.
 
-    Per head of n tokens, with ``q, k`` behind ``elu(x) + 1``, s = head_dim^-0.5 and z = s q mean(k):
+    Per head of n tokens, with ``q, k`` after ``elu(x) + 1``, s = head_dim^-0.5 and z = s q mean(k):
 
         out = (1 + 1 / (z + 1e-6)) s / n * rot(q) (rot(k)^T v) - z mean(v)
 
-    projected, with a depthwise convolution of v and a gate, as in `Attention`, whose shapes, arguments and errors these
-    are.
+    projected, with a depthwise convolution of v and a gate, as in `Attention`. Shapes, arguments and errors are those
+    of `Attention`.
 
     Source: MALA (Fan et al. 2025, arXiv 2507.00698).
     """
@@ -148,15 +148,15 @@ class MagnitudeAwareLinearAttention(_Rotary):
 
 @register_mixer("rala")
 class RankAugmentedLinearAttention(_Rotary):
-    """Linear attention whose keys are weighted by what the average query makes of them.
+    """Linear attention whose keys are weighted by the attention of the average query to them.
 
-    Per head of n tokens, with ``q, k`` behind ``elu(x) + 1`` and s = head_dim^-0.5:
+    Per head of n tokens, with ``q, k`` after ``elu(x) + 1`` and s = head_dim^-0.5:
 
         k   = n softmax_n(s mean(q) k^T) k
         out = rot(q) (rot(k)^T v) / (n q mean(k) + 1e-6 n)
 
-    projected, with a depthwise convolution of v and a gate, as in `Attention`, whose shapes, arguments and errors these
-    are.
+    projected, with a depthwise convolution of v and a gate, as in `Attention`. Shapes, arguments and errors are those
+    of `Attention`.
 
     Source: RALA (Fan et al. 2024, arXiv 2411.07635).
     """

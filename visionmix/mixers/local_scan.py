@@ -1,13 +1,11 @@
-"""Selective scans in directions of choice, windows among them: LocalMamba's mixer."""
+"""Selective scans in chosen directions, windows among them: LocalMamba's mixer."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d, scan_sizes
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -16,7 +14,7 @@ _DIRECTIONS = ("raster", "raster_reversed", "window_7", "window_7_reversed")
 
 @register_mixer("local_scan")
 class LocalScan(nn.Module):
-    """A selective scan in each of several directions, each behind the same channel gate, added.
+    """A selective scan in each of several directions, each followed by the same channel gate, added.
 
     With ``x, z = W_in u`` and the scans S of `visionmix.layers.SelectiveScan2d`:
 
@@ -30,12 +28,13 @@ class LocalScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scan over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         directions: Names of scan orders, as `visionmix.scans.order` takes them. The published models have four in each
             block, found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
-        order: A scan order or a set of directions in place of `directions`, as other mixers take it; None for these.
-        norm_eps: Epsilon of the norm behind the scans.
+        order: A scan order or a set of directions that replaces `directions`, as other mixers take it; None for
+            `directions`.
+        norm_eps: Epsilon of the norm after the scans.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such order.
@@ -53,13 +52,14 @@ class LocalScan(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         if isinstance(directions, str) or not directions:
-            raise ValueError(f"directions={directions!r} are no names of scan orders; give a sequence of them")
+            raise ValueError(
+                f"directions={directions!r} must be a sequence of scan orders; give at least one name in it"
+            )
         for name in directions:
             direction_names(name)  # raises where there is no such order
         names = tuple(directions) if order is None else direction_names(order)
-        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()

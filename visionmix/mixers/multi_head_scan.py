@@ -1,4 +1,4 @@
-"""Selective scans in heads, each of which reads a part of the channels along routes of its own: MHS-VM's mixer."""
+"""Selective scans in heads, each with its own channels and its own routes: MHS-VM's mixer."""
 
 import math
 from typing import Any
@@ -26,15 +26,15 @@ def _fuse(routes: Tensor, threshold: float) -> Tensor:
 
 @register_mixer("multi_head_scan")
 class MultiHeadScan(nn.Module):
-    """Heads of channels, each scanned along four routes, whose outputs count by how much the routes differ.
+    """Heads of channels, each scanned along four routes and weighted by how much its routes differ.
 
     With ``x, z = W_in u``, heads ``x_i`` of ``W_x silu(depthwise3x3(x))`` and the scans S of
-    `visionmix.layers.SelectiveScan2d`, one a route r:
+    `visionmix.layers.SelectiveScan2d`, one per route r:
 
         y_i = relu(std_r(S_r(x_i)) / (mean_r(S_r(x_i) - min_r S_r(x_i)) + 1e-5) - threshold) * sum_r S_r(x_i)
         out = norm(W_y norm(concat(y_i))) * silu(z)
 
-    element by element, the deviation with n - 1 in its divisor.
+    element by element, the deviation with the divisor n - 1.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -43,10 +43,10 @@ class MultiHeadScan(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
-        d_state: States a channel.
-        threshold: What the coefficient of variation must pass for an element to count.
-        order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, a pair a head; a fifth head reads
-            snakes again), or a scan order, whose four directions all heads then read.
+        d_state: States per channel.
+        threshold: Coefficient of variation above which an element counts.
+        order: "mhs_vm" for the published routes (snakes, zigzags, spirals, rasters, one pair per head; a fifth head
+            reads snakes again), or a scan order, whose four directions all heads then read.
         norm_eps: Epsilon of the norms.
 
     Raises:
@@ -89,7 +89,7 @@ class MultiHeadScan(nn.Module):
         self.norm = LayerNorm(dim, eps=norm_eps, **dd)
 
     def scan(self, x: Tensor) -> Tensor:
-        """Return what the heads make of (batch, height, width, dim), in the same shape."""
+        """Return the heads' outputs from (batch, height, width, dim), in the same shape."""
         parts = self.x_proj(x).unflatten(-1, (len(self.heads), -1))
         fused = [_fuse(head(parts[:, :, :, index]), self.threshold) for index, head in enumerate(self.heads)]
         return self.y_proj(self.head_norm(torch.cat(fused, dim=-1)).to(x.dtype))

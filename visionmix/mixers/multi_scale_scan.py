@@ -1,16 +1,15 @@
 """Selective scans at two resolutions: MSVMamba's mixer."""
 
-import math
-from typing import Any, Final
+from typing import Any
 
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import ScanLayerNorm, SelectiveScan2d
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import ScanLayerNorm, SelectiveScan2d, scan_sizes
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
+from visionmix.scans.order_names import join_order
 
 
 @register_mixer("multi_scale_scan")
@@ -24,8 +23,8 @@ class MultiScaleScan(nn.Module):
         out  = W_out (se(full + low) * silu(z))
 
     The full map is read in the first of the order's four directions. The small one is read in the other three, one
-    behind the other as one sequence with one set of parameters, so that the state crosses from each into the next, as
-    the published code has it. It is enlarged bilinearly.
+    after another as one sequence with one set of parameters, so that the state crosses from each into the next, as in
+    the published code. It is enlarged bilinearly.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -34,19 +33,17 @@ class MultiScaleScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
-        se_reduction: What the squeeze-and-excitation divides its channels by; None for none.
+        se_reduction: Divisor of the squeeze-and-excitation's channels; None for no squeeze-and-excitation.
         order: A scan order, whose directions are the order, the reverse, its transpose and the reverse of that, or one
             of the `visionmix.scans.direction_sets()` with four directions.
         norm_eps: Epsilon of the norm.
 
     Raises:
-        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it has
-            not four directions.
+        ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it does
+            not have four directions.
     """
-
-    has_se: Final[bool]
 
     def __init__(
         self,
@@ -60,13 +57,12 @@ class MultiScaleScan(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         names = direction_names(order)
         if len(names) != 4:
             raise ValueError(f"order={order!r} has {len(names)} directions; give one with four, such as 'raster'")
         full, transposed, backward, transposed_backward = names
-        low = "+".join((backward, transposed, transposed_backward))
-        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        low = join_order((backward, transposed, transposed_backward))
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.full_conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.low_conv = nn.Conv2d(inner, inner, kernel_size=7, stride=2, padding=3, groups=inner, **dd)
@@ -74,7 +70,7 @@ class MultiScaleScan(nn.Module):
         self.full_scan = SelectiveScan2d(inner, (full,), dt_rank=rank, d_state=d_state, **dd)
         self.low_scan = SelectiveScan2d(inner, (low,), dt_rank=rank, d_state=d_state, merge="none", **dd)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
-        self.has_se = se_reduction is not None
+        self.se = nn.Identity()
         if se_reduction is not None:
             self.se = SqueezeExcite(inner, rd_channels=max(1, inner // se_reduction), bias=False, **dd)
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -87,6 +83,4 @@ class MultiScaleScan(nn.Module):
         low = self.norm(self.low_scan(self.act(self.low_conv(x)).permute(0, 2, 3, 1))).to(x.dtype)
         low = low.sum(dim=3).permute(0, 3, 1, 2)
         y = y + F.interpolate(low, size=[height, width], mode="bilinear")
-        if self.has_se:
-            y = self.se(y)
-        return self.proj(y.permute(0, 2, 3, 1) * self.act(z))
+        return self.proj(self.se(y).permute(0, 2, 3, 1) * self.act(z))

@@ -7,13 +7,14 @@ import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from visionmix.graphs import may_branch_on_sizes
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
 
 class _Neighborhood(nn.Module):
-    """Projections, heads and position bias around neighborhood attention: what the mixers of this file share."""
+    """Projections, heads and position bias around neighborhood attention, shared by the mixers of this file."""
 
     undecayed = ("position_bias",)
 
@@ -49,14 +50,14 @@ class _Neighborhood(nn.Module):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set the position bias to what it begins as."""
+        """Draw the position bias from a truncated normal of deviation 0.02."""
         if self.position_bias is not None:
             trunc_normal_(self.position_bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        # Key and value of the padding are what the projection makes of a token of zeros. A sum of one or none: it drops
-        # the axis, and gives zeros, which nothing will read, where no cell is missing.
+        # Key and value of the padding are the projection of a token of zeros. The sum is over one token or none: it
+        # drops the axis, and where no cell is missing it gives zeros that nothing reads.
         padding = self.qkv(_padding(x, self.span)).sum(dim=0).unflatten(0, (3, self.num_heads, -1))
         _, key_padding, value_padding = padding.unbind(0)
         out, _ = neighborhood_attention_op(
@@ -82,8 +83,7 @@ class _Neighborhood(nn.Module):
 def _padding(x: Tensor, span: int) -> Tensor:
     """Return zeros (1, dim), or (0, dim) where the map x (batch, height, width, dim) is as large as a window's span."""
     count = 1
-    # A compiled graph has the token always: a branch on the size would compile once more.
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if may_branch_on_sizes():
         if not torch.jit.is_tracing():
             count = int(x.shape[1] < span or x.shape[2] < span)
     return x.new_zeros([count, x.shape[3]])
@@ -95,10 +95,10 @@ class NeighborhoodAttention(_Neighborhood):
 
         out = W_o softmax(q k^T * head_dim^-0.5 + bias) v  over the window,  with q, k, v = W x
 
-    The window of a token near the border is shifted inwards, so that it always holds as many. With a dilation only
-    every dilation-th row and column counts. A map smaller than ``kernel_size * dilation`` is padded by zeros at the
-    bottom and on the right before the projection, so that padded tokens are attended to, with the projection's bias
-    for key and value: what the published weights were trained with.
+    The window of a token near the border is shifted inwards, so that it always holds the same number of tokens. With a
+    dilation only every dilation-th row and column counts. A map smaller than ``kernel_size * dilation`` is padded with
+    zeros at the bottom and on the right before the projection. Padded tokens are attended to, with the projection's
+    bias for key and value, as when the published weights were trained.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -165,7 +165,7 @@ class DilatedNeighborhoodAttention(_Neighborhood):
 class CircularNeighborhoodAttention(_Neighborhood):
     """Softmax attention of every token to the tokens less than ``(kernel_size + 1) / 2`` away from it.
 
-    The window is round, and at the border cut off rather than shifted.
+    The window is round; at the border it is cut off rather than shifted.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 

@@ -1,12 +1,10 @@
 """Selective scans along continuous paths, with one set of parameters: PlainMamba's mixer."""
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d, gated, projected, zero_token
-from visionmix.mixers.cross_scan import scan_width
+from visionmix.layers import SelectiveScan2d, scaled_gate, scan_sizes, unscaled, zero_token
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -27,16 +25,16 @@ class PlainScan(nn.Module):
     Args:
         dim: Channels.
         expand: Channels of the scans over `dim`.
-        d_state: States a channel.
+        d_state: States per channel.
         dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         d_conv: Rows and columns of the depthwise convolution, an odd number.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
-        permute: What is read in the orders. "all" is everything, as the paper has it. "input" is what the published
-            code does and its weights were trained with: step t takes its pixel from the order, but step size, B and C
-            from cell t in raster order.
-        bias_scale: What the steps' bias is multiplied by. The published code adds it twice, once in the projection and
-            once in the scan, so its weights are run with 2.0.
+        permute: "all" reads everything in the orders, as in the paper. "input" reads x alone in them, as the published
+            code does and its weights need: step t takes its pixel from the order, but step size, B and C from cell t in
+            raster order.
+        bias_scale: Factor of the steps' bias. The published code adds it twice, once in the projection and once in the
+            scan, so its weights are run with 2.0.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, `d_conv` is even, `permute` is
@@ -58,25 +56,16 @@ class PlainScan(nn.Module):
         super().__init__()
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv={d_conv} is even; give an odd number, so that a window has a middle")
-        inner = scan_width(dim, expand)
+        inner, rank = scan_sizes(dim, expand, dt_rank)
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
         self.conv = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, **dd)
         self.act = nn.SiLU()
-        self.scan = SelectiveScan2d(
-            inner,
-            direction_names(order),
-            dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank,
-            d_state=d_state,
-            shared=True,
-            permute=permute,
-            moves=True,
-            bias_scale=bias_scale,
-            **dd,
-        )
+        options = {"shared": True, "permute": permute, "moves": True, "bias_scale": bias_scale}
+        self.scan = SelectiveScan2d(inner, direction_names(order), dt_rank=rank, d_state=d_state, **options, **dd)
         self.proj = nn.Linear(inner, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        y, scale = gated(y, self.act(z))
-        return projected(self.proj(y), scale, self.proj(zero_token(y)))
+        y, scale = scaled_gate(y, self.act(z))
+        return unscaled(self.proj(y), scale, self.proj(zero_token(y)))

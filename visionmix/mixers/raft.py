@@ -18,8 +18,8 @@ class RaftMixing(nn.Module):
 
         u_wc = (X[h, w, r, c] for all r and h),  v_wc = W_2 gelu(W_1 u_wc + b_1) + b_2
 
-    and v_wc is laid back to where u_wc came from. With `axis` "horizontal", rows and columns change places. A map of
-    another size is resampled to the built one, and what comes out is resampled back (bicubic).
+    and v_wc takes the place of u_wc. With `axis` "horizontal", rows and columns change places. A map of another size is
+    resampled to the built one, and the result is resampled back (bicubic).
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -27,9 +27,9 @@ class RaftMixing(nn.Module):
 
     Args:
         dim: Channels.
-        axis: Along which cells are mixed: "vertical", those of a column, or "horizontal", those of a row.
-        grid_size: Rows and columns of the built map. The size belongs to the weights, which no resampling fits to
-            another one, so that setting a model's input size leaves it as it is.
+        axis: Which cells are mixed: "vertical" for those of a column, "horizontal" for those of a row.
+        grid_size: Rows and columns of the built map. The weights belong to this size and cannot be resampled to
+            another, so setting a model's input size does not change it.
         raft_size: Channels that are mixed together; a divisor of `dim`.
         mlp_ratio: Hidden width over ``raft_size`` times the rows (or columns).
 

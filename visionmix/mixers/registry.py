@@ -41,12 +41,7 @@ def mixer_options(name: str) -> dict[str, inspect.Parameter]:
 
 
 def create_mixer(
-    name: str,
-    dim: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **options: Any,
+    name: str, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **options: Any
 ) -> nn.Module:
     """Return the mixer called `name`, a module from (batch, height, width, dim) to the same shape.
 

@@ -9,7 +9,7 @@ from timm.layers import LayerNorm, use_fused_attn
 from torch import Tensor, nn
 
 from visionmix.layers import pad
-from visionmix.layers.layout import channels_first
+from visionmix.layers.maps import channels_first
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
 from visionmix.mixers.window import into_windows, out_of_windows
@@ -34,7 +34,7 @@ class _LocallyEnhanced(nn.Module):
 
 @register_mixer("hybrid_scale")
 class HybridScaleAttention(_LocallyEnhanced):
-    """Softmax attention at two scales, which also says how much every cell is attended to.
+    """Softmax attention at two scales, which also returns how much attention every cell receives.
 
     Half of the channels attend to the whole map at a lower resolution, half to the cells of their own window:
 
@@ -43,12 +43,12 @@ class HybridScaleAttention(_LocallyEnhanced):
         y_local  = softmax(q_2 k_2^T * head_dim^-0.5) v_2 inside windows,  q_2, k_2, v_2 = W_3 x
         out      = W_o ([y_global, y_local] + depthwise3x3(W_l x))
 
-    The significance of a cell is the mean weight, over heads and queries, that the cell of p over it receives, plus the
-    mean weight that it receives itself in its window.
+    The significance of a cell is the mean weight, over heads and queries, of the cell of p that covers it, plus its own
+    mean weight in its window.
 
-    A map that `sr_ratio` or `window_size` does not divide is continued by zeros at the bottom and on the right: in x
-    before the convolution, in q_2, k_2 and v_2 inside windows. They are attended to, so that the weights in a window
-    that lies half outside do not grow, and significance stays comparable between windows.
+    A map that `sr_ratio` or `window_size` does not divide is padded with zeros at the bottom and on the right: in x
+    before the convolution, in q_2, k_2 and v_2 inside windows. The zeros are attended to: weights do not grow in a
+    window that lies half outside, and significance stays comparable between windows.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
@@ -56,7 +56,8 @@ class HybridScaleAttention(_LocallyEnhanced):
 
     Args:
         dim: Channels, an even number.
-        num_heads: Heads. Each half has half of them; of an odd number it has all, half as wide.
+        num_heads: Number of heads. Each half of the channels has half of them or, if the number is odd, all of them at
+            half the width.
         sr_ratio: Rows and columns of cells that one cell of p stands for.
         window_size: Rows and columns of a window.
         qkv_bias: Whether W_1, W_2 and W_3 have biases.
@@ -66,13 +67,7 @@ class HybridScaleAttention(_LocallyEnhanced):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        sr_ratio: int = 2,
-        window_size: int = 7,
-        qkv_bias: bool = True,
-        **dd: Any,
+        self, dim: int, num_heads: int = 4, sr_ratio: int = 2, window_size: int = 7, qkv_bias: bool = True, **dd: Any
     ) -> None:
         heads = num_heads if num_heads % 2 else num_heads // 2
         if dim % 2 or heads < 1 or dim // 2 % heads:
@@ -120,7 +115,7 @@ class HybridScaleAttention(_LocallyEnhanced):
     def _attend_in_windows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         batch, height, width, dim = x.shape
         side = self.window_size
-        # Windows of all images in one axis: a graph would be made anew where an image is one window.
+        # Windows of all images share one axis, or a graph would be compiled again where an image is one window.
         cells = into_windows(self.local_qkv(x), side).flatten(0, 1)
         q, k, v = cells.reshape(-1, side * side, 3, self.heads, dim // 2 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (windows, heads, queries, keys)
@@ -131,7 +126,7 @@ class HybridScaleAttention(_LocallyEnhanced):
 
 @register_mixer("self_guided")
 class SelfGuidedAttention(_LocallyEnhanced):
-    """Softmax attention of all cells to few keys, each made of cells that are about equally significant.
+    """Softmax attention of all cells to few keys, each merged from cells of about the same significance.
 
     Cells are ranked by their significance, the lowest first, and the ranking is cut into parts. In a part of group size
     g, every g cells that follow in rank are merged to one, with a weight for each place in the group:
@@ -140,14 +135,14 @@ class SelfGuidedAttention(_LocallyEnhanced):
         k, v = W_2 u,   q = W_1 x
         out = W_o (softmax(q k^T * head_dim^-0.5) v + depthwise3x3(W_l x))
 
-    With three group sizes the parts are the lowest quarter, the middle half and the highest quarter of the ranking,
-    with two its halves, with four its quarters, with one all of it. Without group sizes, k and v are made of all cells
-    as they are.
+    With three group sizes the parts are the lowest quarter, the middle half and the highest quarter of the ranking;
+    with two they are its halves, with four its quarters, and with one the whole ranking. Without group sizes no cells
+    are merged.
 
-    Group sizes are the same for maps of all sizes, so that larger maps have more keys. A part whose cells do not fill
-    whole groups, or not even one, is stretched to the next number of whole groups: of s places, place t takes the cell
-    of rank ``floor(t n / s)`` among the part's n, so that some cells stand in two places that follow each other, and
-    every key is made of a whole group. In a map of few cells a part may be empty, and makes no key.
+    Group sizes are the same for maps of all sizes, so larger maps have more keys. A part whose n cells do not fill
+    whole groups is stretched to the s places that do: place t takes the cell of rank ``floor(t n / s)``. Some cells
+    then stand in two places in a row, and every key is merged from a whole group. In a map of few cells a part may be
+    empty, and makes no key.
 
     The call's second argument is the significance (batch, height, width), as `HybridScaleAttention` gives it; without
     it, cells are ranked by the length of x. It has no gradient.
@@ -170,18 +165,11 @@ class SelfGuidedAttention(_LocallyEnhanced):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        group_sizes: Sequence[int] = (49, 14, 7),
-        qkv_bias: bool = True,
-        **dd: Any,
+        self, dim: int, num_heads: int = 4, group_sizes: Sequence[int] = (49, 14, 7), qkv_bias: bool = True, **dd: Any
     ) -> None:
         check_heads(dim, num_heads)
         if len(group_sizes) not in _QUARTERS or min(group_sizes, default=1) < 1:
-            raise ValueError(
-                f"group_sizes={group_sizes!r} are no sizes of parts; give up to four numbers, each 1 or more"
-            )
+            raise ValueError(f"group_sizes={group_sizes!r} do not fit; give at most four numbers, each 1 or more")
         super().__init__(dim, **dd)
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
@@ -200,7 +188,7 @@ class SelfGuidedAttention(_LocallyEnhanced):
         return self._project(y, x)
 
     def _merged(self, tokens: Tensor, significance: Tensor | None) -> Tensor:
-        """Return what keys and values are made of, (batch, keys, dim), from the cells (batch, cells, dim)."""
+        """Return the merged cells (batch, keys, dim), to be projected to k and v, of all cells (batch, cells, dim)."""
         if len(self.merges) == 0:
             return tokens
         if significance is None:
@@ -219,8 +207,9 @@ class SelfGuidedAttention(_LocallyEnhanced):
 
 @torch.fx.wrap
 def _enlarged(x: Tensor, height: int, width: int, side: int) -> Tensor:
-    """Return (batch, height, width) of x (batch, rows, columns), whose every cell stands for side x side cells."""
-    # By index: a slice of what is repeated would compile a graph for sizes that `side` divides, another for the others.
+    """Return x (batch, rows, columns) with side x side cells for each of its cells, cut to (batch, height, width)."""
+    # By index: a slice of a repeated map would compile one graph for sizes that `side` divides and another for the
+    # rest.
     row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     return x.index_select(1, row // side).index_select(2, column // side)
 

@@ -57,7 +57,7 @@ class SimplifiedLinearAttention(Attention):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        """Set the positions to 0, as the published code has them at first."""
+        """Set the positions to 0, as the published code does."""
         nn.init.zeros_(self.pos_embed.weight)
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
@@ -67,5 +67,5 @@ class SimplifiedLinearAttention(Attention):
         q, k = F.relu(at_least_float32(q)), F.relu(at_least_float32(k))
         mean = k.mean(dim=1, keepdim=True)
         normaliser = dot(q, mean) + 1e-6 / k.shape[1]
-        # A channel whose keys are all 0 has no level, and nothing to be divided by it.
+        # A channel whose keys are all 0 has no level, and nothing to divide.
         return averages(q, k, at_least_float32(v), normaliser, mean.detach().clamp_min(1e-30))

@@ -1,4 +1,4 @@
-"""Softmax attention over all tokens: ViT's mixer, the one that the others stand beside."""
+"""Softmax attention over all tokens: ViT's mixer, to which the others are compared."""
 
 from typing import Any, Final
 
@@ -7,7 +7,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import Grid, RotaryMap, gated, projected, zero_token
+from visionmix.layers import Grid, RotaryMap, scaled_gate, unscaled, zero_token
 from visionmix.mixers.registry import register_mixer
 
 
@@ -27,9 +27,9 @@ class Attention(nn.Module):
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        rotary: Whether q and k are turned by rotary position encodings of rows and columns.
-        lepe: Kernel size, an odd number, of a depthwise convolution of v that is added; None for none.
-        gate: Whether a fourth projection multiplies the result, as it is, without an activation.
+        rotary: Whether q and k have rotary position encodings of rows and columns.
+        lepe: Odd kernel size of a depthwise convolution of v that is added; None for no convolution.
+        gate: Whether a fourth projection multiplies the result, without an activation.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, `lepe` is even, or `rotary` meets heads whose width is no
@@ -42,14 +42,7 @@ class Attention(nn.Module):
     has_lepe: Final[bool]
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool,
-        rotary: bool,
-        lepe: int | None,
-        gate: bool,
-        **dd: Any,
+        self, dim: int, num_heads: int, qkv_bias: bool, rotary: bool, lepe: int | None, gate: bool, **dd: Any
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -87,11 +80,11 @@ class Attention(nn.Module):
         out = self.attend(qk, v.unflatten(-1, (self.num_heads, -1)), height, width).flatten(2).to(v.dtype)
         if self.has_lepe:
             cells, around = _cells(out, height, width), _cells(v, height, width)
-            # Onto the convolution's output, of which its gradient needs nothing.
+            # In place on the convolution's output, which no gradient needs.
             out = self.lepe(around).add_(cells).permute(0, 2, 3, 1).flatten(1, 2)
         if self.gate:
-            out, scale = gated(out, parts[2])
-            return projected(self.proj(out), scale, self.proj(zero_token(out)))
+            out, scale = scaled_gate(out, parts[2])
+            return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
         return self.proj(out)
 
 
@@ -140,15 +133,15 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, fuse
         k: Keys.
         v: Values.
         bias: Added to the scores, (..., heads, queries, keys), or None.
-        fused: Whether PyTorch's fused attention computes it, else it is written out: what timm's `use_fused_attn()`
-            said when a mixer was built.
+        fused: Whether PyTorch's fused attention computes it; otherwise it is written out. Mixers pass what timm's
+            `use_fused_attn()` returned when they were built.
     """
     if not fused:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias
         return scores.softmax(dim=-1) @ v
-    # PyTorch fuses no mask of three axes; with one of four Inductor failed on a graph for every size (torch 2.14.1).
+    # PyTorch does not fuse a mask of three axes; with four, Inductor failed on graphs for all sizes (torch 2.14.1).
     if bias is not None and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):
         bias = bias.unsqueeze(0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -157,4 +150,4 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, fuse
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless `num_heads` divides `dim`."""
     if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide dim={dim}; give a divisor of it")
+        raise ValueError(f"num_heads={num_heads} does not divide dim={dim}; give a divisor of dim")

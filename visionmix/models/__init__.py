@@ -1,4 +1,4 @@
-"""One file a published family; importing this package registers every model with timm."""
+"""One file per published family; importing this package registers every model with timm."""
 
 from visionmix.models.family import Published, Variant, list_family_models, published
 from visionmix.models.keys import Join, KeyMap

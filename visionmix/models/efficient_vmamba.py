@@ -1,4 +1,4 @@
-"""EfficientVMamba: scans that share the cells in the first two stages, MobileNet blocks in the last two.
+"""EfficientVMamba: scans that divide the cells in the first two stages, MobileNet blocks in the last two.
 
 Source: EfficientVMamba (Pei et al. 2024, arXiv 2403.09977). The mixers are `visionmix.mixers.EfficientScan` and
 `InvertedResidualMixer`.

@@ -1,4 +1,4 @@
-"""Families as tables: what a variant is, and what is known of the model of a name."""
+"""Families as tables: their variants, and the published facts of every model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Variant:
     """A row of a family's table.
 
     Attributes:
-        layout: What is built, and how its published files are read.
+        layout: How it is built, and how its published files are read.
         weights: Its published weights by tag, the default first: ``{"in1k": Weights(...), "in1k_384": Weights(...)}``;
             empty where there are none.
         params: Parameters in millions, as its authors round them, or None.
@@ -28,7 +28,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Published:
-    """What its authors say of a model with certain weights.
+    """The published facts of a model with certain weights.
 
     Attributes:
         params: Parameters, as its authors round them, in millions.
@@ -47,10 +47,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Family:
-    """What the variants of a family share: see `visionmix.models.register_family`.
+    """The facts that the variants of a family share; see `visionmix.models.register_family`.
 
     Attributes:
-        module: Name of the family's module, whose docstring says what it is.
+        module: Name of the family's module, whose docstring describes the family.
         paper: Where the family is described.
         license: Licence of weights that do not name another.
         variants: The family's table, by model name.
@@ -66,7 +66,7 @@ _FAMILIES: dict[str, Family] = {}  # by the name of each of their models
 
 
 def add_family(family: Family) -> None:
-    """Make the models of `family` known by their names."""
+    """Add the models of `family` to those known by name."""
     _FAMILIES.update(dict.fromkeys(family.variants, family))
 
 
@@ -89,7 +89,7 @@ def family_of(name: str) -> Family:
     model = name.partition(".")[0]
     if model not in _FAMILIES:
         hint = nearest(model, _FAMILIES)
-        raise ValueError(f"name={name!r} is no model of visionmix{hint}; its models are {sorted(_FAMILIES)}")
+        raise ValueError(f"name={name!r} is not a model of visionmix{hint}; its models are {sorted(_FAMILIES)}")
     return _FAMILIES[model]
 
 
@@ -118,7 +118,7 @@ def weights_of(name: str) -> Weights:
 
 
 def published(name: str) -> Published:
-    """Return what its authors say of the model called `name`, with the weights of its tag or the default ones.
+    """Return the published facts of the model called `name`, with the weights of its tag or the default ones.
 
     Example:
         ``published("agent_swin_base.in1k_384").top1``

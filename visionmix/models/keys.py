@@ -14,7 +14,7 @@ _Transform = Callable[[str, Tensor], Tensor | Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Join:
-    """Several tensors of a file that are one in the model.
+    """Several tensors of a file that are one tensor in the model.
 
     Every key in which the dotted name `parts[0]` stands has siblings with the other `parts` in its place; together they
     become the tensor whose key has `whole` there.
@@ -26,7 +26,7 @@ class Join:
     Attributes:
         parts: Names of the file's tensors or modules, in order.
         whole: Name of the model's one.
-        by: Makes one tensor of those of `parts`; one behind the other along the first axis by default.
+        by: Joins the tensors of `parts`; by default one after another along the first axis.
     """
 
     parts: Sequence[str]
@@ -34,7 +34,7 @@ class Join:
     by: Callable[[Sequence[Tensor]], Tensor] = torch.cat
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        """Put the wholes in the place of their parts in `tensors`; parts whose siblings are missing stay."""
+        """Replace the parts in `tensors` by the joined tensors; parts whose siblings are missing stay."""
         first = re.compile(rf"(?<![^.]){re.escape(self.parts[0])}(?![^.])")
         for key in [key for key in tensors if first.search(key)]:
             keys = [first.sub(part, key, count=1) for part in self.parts]
@@ -47,7 +47,7 @@ class KeyMap:
     """How the keys and tensors of a published file become the model's.
 
     Every key of the file is renamed (or kept) to a key of the model, or dropped by a rule that says why; every tensor
-    of the model comes from the file, or is lacking there by a rule that says why. ``first + second`` is `first`, then
+    of the model comes from the file, or is missing there by a rule that says why. ``first + second`` is `first`, then
     `second`.
 
     Attributes:
@@ -57,8 +57,8 @@ class KeyMap:
             none.
         tied: Reason by pattern; several keys of the file may become a key of the model that a pattern matches, if their
             tensors are equal.
-        transform: Makes of a renamed key and its tensor the tensor to load, or several by key.
-        join: Tensors of the file that are one in the model; they are joined last.
+        transform: Makes the tensor to load, or several by key, from a renamed key and its tensor.
+        join: Tensors of the file that are one tensor in the model; they are joined last.
         reshape: Whether tensors take the model's shape where only the grouping of the axes differs: a linear layer
             saved as a 1x1 convolution, or directions stacked along the channels.
     """
@@ -142,7 +142,7 @@ NEXT_STAGE = (r"^(?:layers|levels)\.(\d+)\.downsample\.", shifted("stages.{}.dow
 
 
 def regrouped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return `tensor` in `shape` where only the grouping of its axes differs, and as it is anywhere else.
+    """Return `tensor` in `shape` where only the grouping of its axes differs, and unchanged otherwise.
 
     Neighbouring axes may be joined, one axis split, axes of length 1 added or dropped.
     """

@@ -1,4 +1,4 @@
-"""How the models of a family are built and what their files call each part."""
+"""How the models of a family are built, and how their files name each part."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,9 +28,9 @@ class Layout:
     classifier: str | tuple[str, ...] = "head.fc"
 
     def with_options(self, **options: Any) -> "Layout":
-        """Return this layout with `options` in the place of its own of the same names."""
+        """Return this layout with `options` replacing its own of the same names."""
         return replace(self, options={**self.options, **options})
 
     def with_keys(self, keys: KeyMap) -> "Layout":
-        """Return this layout for files whose keys `keys` maps behind those that the layout knows."""
+        """Return this layout with `keys` applied after its own key map."""
         return replace(self, keys=self.keys + keys)

@@ -31,7 +31,7 @@ def load_checkpoint(
         ``load_checkpoint(timm.create_model("vmamba_tiny"), "vssm1_tiny_0230s_ckpt_epoch_264.pth")``
 
     Args:
-        model: A model of this library, or any that timm made; of the latter only its own keys are known.
+        model: A model of this library, or any other of timm's, for which only its own keys are known.
         source: A file (.pth, .ckpt, .safetensors), a folder that `timm.models.save_for_hf` wrote, or a state dict,
             wrapped or not.
         name: The model's name, for one that `timm.create_model` did not make.
@@ -66,14 +66,14 @@ def load_tensors(
 
     Only these may differ: the classifier, where `model` has another number of classes than `cfg` says, or where the
     file has no head at all; the first convolution, whose input channels are summed or repeated to fit; size-tied
-    tensors, which the modules that own them resample by their method ``fit_tensor(name, tensor)``; and what `keys` says
-    that files lack.
+    tensors, which the modules that own them resample by their method ``fit_tensor(name, tensor)``; and tensors that
+    files lack according to `keys`.
 
     Args:
         model: Receives the tensors.
-        tensors: What a file holds, by key.
+        tensors: The file's tensors, by key.
         keys: How a published file's keys become the model's.
-        cfg: Names the first convolution and the classifier, and says how many classes the file is taken to have.
+        cfg: Names the first convolution and the classifier, and says how many classes the file should have.
         name: The model's name, for messages.
 
     Returns:
@@ -109,7 +109,7 @@ def load_tensors(
         raise ValueError(f"these weights are not {name}'s ({shown}). Nothing was loaded; {remedy}")
     if reason:
         _logger.warning("%s: %s; the model's keeps its fresh weights", name, reason)
-    # Not strict: what stays fresh may share its storage with what is loaded.
+    # Not strict: a parameter that stays fresh may share storage with a loaded one.
     model.load_state_dict(mapped, strict=False)
     return fresh
 
@@ -117,7 +117,7 @@ def load_tensors(
 def _under_own_names(
     tensors: Mapping[str, Tensor], keys: KeyMap, own: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """Return `tensors` under the model's names: as they are, or by `keys`, whichever fits better."""
+    """Return `tensors` under the model's names: unchanged or renamed by `keys`, whichever fits better."""
 
     def fit(candidate: Mapping[str, Tensor]) -> tuple[int, int]:
         known = candidate.keys() & own.keys()
@@ -133,7 +133,7 @@ def _under_own_names(
 
 
 def _fitted(model: nn.Module, key: str, tensor: Tensor, own: Tensor, reshape: bool, name: str) -> Tensor:
-    """Return `tensor` regrouped or resampled to the shape of `own` where that is allowed, and as it is elsewhere."""
+    """Return `tensor` regrouped or resampled to the shape of `own` where that is allowed, and unchanged otherwise."""
     if tensor.is_floating_point():
         tensor = tensor.to(own.dtype)
     if reshape:
@@ -174,7 +174,7 @@ def _classifier_keys(cfg: PretrainedCfg) -> list[str]:
 def _settle_classifier(
     model: nn.Module, mapped: dict[str, Tensor], own: Mapping[str, Tensor], cfg: PretrainedCfg
 ) -> tuple[list[str], str]:
-    """Take a classifier that the model replaces on purpose out of `mapped`.
+    """Remove from `mapped` a classifier that the model replaces on purpose.
 
     Returns:
         Keys of the head that stay fresh, and why, or "".
@@ -182,7 +182,7 @@ def _settle_classifier(
     classifier = _classifier_keys(cfg)
     in_file = [key for key in classifier if key in mapped]
     if not in_file:
-        # What else belongs to the head, a projection for instance, is there whole or is missing with it.
+        # The head's other layers, such as a projection, are all there or missing with it.
         heads = tuple({f"{layer.partition('.')[0]}." for layer in _names(cfg.classifier)})
         around = [key for key in own if key.startswith(heads) and key not in classifier] if heads else []
         fresh = [] if any(key in mapped for key in around) else around
@@ -205,7 +205,7 @@ def _settle_classifier(
 def _classifier_remedy(
     model: nn.Module, mapped: Mapping[str, Tensor], own: Mapping[str, Tensor], cfg: PretrainedCfg, name: str
 ) -> str:
-    """Return which call loads a file of which the classifier alone differs, or "" where more does."""
+    """Return the call that loads a file that differs only in its classifier, or "" where more differs."""
     classifier = [key for key in _classifier_keys(cfg) if key in own]
     differing = [key for key, value in own.items() if key not in mapped or mapped[key].shape != value.shape]
     if not differing or not set(differing) <= set(classifier) or not mapped.keys() <= own.keys():

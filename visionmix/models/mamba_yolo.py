@@ -22,7 +22,7 @@ _EPS = 1e-3  # of every batch norm
 
 
 class _Pyramid(Hierarchical):
-    """`Hierarchical`, of whose stages a detector reads all but the first."""
+    """`Hierarchical` whose stages, all but the first, a detector reads."""
 
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class _GatedMlp(nn.Module):
 class _Block(Block):
     """``h = project(x)``, then ``x = h + mixer(norm1(h + local(h)))``, then ``x + mlp(norm2(x))``."""
 
-    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
+    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)

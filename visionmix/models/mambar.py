@@ -1,7 +1,6 @@
-"""Mamba-R (Mamba-Reg): Vim with registers evenly among the patches in the place of its class token.
+"""Mamba-R (Mamba-Reg): Vim with registers spread evenly among the patches instead of a class token.
 
-Source: Mamba-R (Wang et al. 2024, arXiv 2405.14858). The layout is Vim's; of the registers together a head makes the
-vector that is classified.
+Source: Mamba-R (Wang et al. 2024, arXiv 2405.14858). The layout is Vim's; the head classifies all registers together.
 """
 
 from functools import partial
@@ -19,8 +18,8 @@ from visionmix.models.hosts.vim import vim
 class RegisterHead(TokenHead):
     """The classifier of a sequence with registers: ``fc(dropout(pool(x)))``, where pool reads all registers.
 
-    The pooling "token" puts the registers r_1 ... r_n behind one another, each projected to fewer channels if `reduce`
-    is more than 1: ``norm(concat(W r_1, ..., W r_n))``, or ``concat(r_1, ..., r_n)``. The other poolings are those of
+    The pooling "token" concatenates the registers r_1 ... r_n, each projected to fewer channels if `reduce` is more
+    than 1: ``norm(concat(W r_1, ..., W r_n))``, or ``concat(r_1, ..., r_n)``. The other poolings are those of
     `visionmix.layers.TokenHead`, which read the cells; W and the norm are left out there.
 
     Shapes: (batch, tokens, in_features) to (batch, num_classes); to (batch, tokens, num_classes) without pooling.
@@ -50,10 +49,8 @@ class RegisterHead(TokenHead):
         count: int = 1,
         place: str = "first",
         reduce: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
         super().__init__(in_features, 0, pool_type, drop_rate, count=count, place=place, **dd)
         if reduce < 1 or in_features % reduce:
             raise ValueError(f"reduce={reduce} does not divide in_features={in_features}; give a divisor, or 1")
@@ -74,7 +71,7 @@ class RegisterHead(TokenHead):
 
     @torch.jit.ignore
     def drop_projection(self) -> None:
-        """Leave the registers' projection out: for a model that gives features alone."""
+        """Remove the registers' projection, for a model that returns features alone."""
         self.neck = self.norm = nn.Identity()
         self.width = self.count * self.num_features
 

@@ -43,7 +43,7 @@ _KEYS = KeyMap(
     drop={r"^ema_": "the averaging hook's other copy of the weights; the plain keys have the average"},
     reshape=True,
 )
-# permute, bias_scale: what the weights were trained with; see the mixer.
+# permute, bias_scale: as the weights were trained; see the mixer.
 _MIXER = {"name": "plain_scan", "permute": "input", "bias_scale": 2.0}
 
 
@@ -60,7 +60,7 @@ def _layout(dim: int, depth: int, convs: int, **options: Any) -> Layout:
 
 
 class _LocalBlock(nn.Module):
-    """A block without a feed-forward and, behind it, a convolution that the whole stream passes, without a residual."""
+    """A block without a feed-forward, followed by a convolution of the whole stream, without a residual."""
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def _in1k(file: str, top1: float) -> dict[str, Weights]:
     return {"in1k": Weights(url, top1=top1)}
 
 
-# The paper's 7.3, 25.7 and 50.5 M parameters are those without the classifier, cut and not rounded: 7.36, 25.76, 50.51.
+# The paper's 7.3, 25.7 and 50.5 M parameters leave out the classifier and are truncated: 7.36, 25.76, 50.51.
 VARIANTS = {
     "plainmamba_l1": Variant(_layout(192, 24, 1, block_layer=[_LocalBlock, *[Block] * 23]), _in1k("l1.pth", 77.9)),
     "plainmamba_l2": Variant(_layout(384, 24, 2), _in1k("l2.pth", 81.6)),

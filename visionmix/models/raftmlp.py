@@ -1,4 +1,4 @@
-"""RaftMLP: MLPs along the columns, along the rows and over the channels, behind patches of several sizes.
+"""RaftMLP: MLPs along the columns, along the rows and over the channels, after patches of several sizes.
 
 Source: RaftMLP (Tatsunami and Taki 2021, arXiv 2108.04384). The mixer is `visionmix.mixers.RaftMixing`. Its layers are
 those of 224-pixel images whatever `img_size` is, and maps of other sizes are resampled to them and back; to train at
@@ -25,7 +25,7 @@ class RaftBlock(nn.Module):
     """Columns, rows and channels in turn, each ``x = x + mlp(norm(x))``.
 
     The first two work at the size that their mixers are built at. A map of another size is resampled to it before them,
-    residual included, and back behind them (bicubic).
+    residual included, and back after them (bicubic).
 
     Shapes: (batch, height, width, dim) to the same.
 
@@ -35,7 +35,7 @@ class RaftBlock(nn.Module):
         mlp_layer: Makes the feed-forward from `dim`.
         norm_layer: Makes a norm over channels from `dim`.
         drop_path: Rate of stochastic depth of the branches.
-        layer_scale: Initial value of a learned scale a channel on the branches, or None for none.
+        layer_scale: Initial value of a learned scale per channel on the branches, or None for none.
     """
 
     def __init__(
@@ -47,11 +47,9 @@ class RaftBlock(nn.Module):
         norm_layer: Callable[..., nn.Module],
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.norm1, self.norm2, self.norm3 = (norm_layer(dim, **dd) for _ in range(3))
         self.scale1, self.scale2, self.scale3 = (Residual(dim, drop_path, layer_scale, **dd) for _ in range(3))
         self.vertical, self.horizontal = mixer(axis="vertical"), mixer(axis="horizontal")

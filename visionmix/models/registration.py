@@ -20,7 +20,7 @@ from visionmix.models.weights import Weights, fetch
 
 
 def register_family(module: str, variants: Mapping[str, Variant], *, paper: str, license: str = "unknown") -> None:
-    """Register `variants` with timm as models of the module named `module`: an entry point each, a cfg each tag.
+    """Register `variants` with timm as models of module `module`, each with an entry point and a cfg for every tag.
 
     Example:
         ``register_family(__name__, VARIANTS, paper="arXiv 2405.18425", license="mit")``
@@ -48,7 +48,7 @@ def register_family(module: str, variants: Mapping[str, Variant], *, paper: str,
 
 
 def _options(variant: Variant, weights: Weights) -> dict[str, Any]:
-    """Return what a model with `weights` is built with."""
+    """Return the options that a model with `weights` is built with."""
     size = {} if weights.input_size is None else {"img_size": weights.input_size}
     return {**variant.layout.options, **size, **weights.options}
 
@@ -78,7 +78,7 @@ def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
 
 
 def _resolved_cfg(name: str, pretrained_cfg: Any, pretrained_cfg_overlay: Mapping[str, Any] | None) -> PretrainedCfg:
-    """Return timm's cfg; a repository or address in the overlay does not keep the file or repository registered."""
+    """Return timm's cfg; a repository or address in the overlay replaces the registered file or repository."""
     overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get("hf_hub_id"):
         overlay.setdefault("hf_hub_filename", None)

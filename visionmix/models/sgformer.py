@@ -47,11 +47,11 @@ _JOINS = (Join(("q2", "kv2"), "local_qkv"), Join(("heads1", "heads2"), "kv", _ke
 
 
 class _Block(Block):
-    """`Block` with the significance of cells, (batch, height, width): a mixer that weighs cells gives it, one that
-    ranks them reads it, any other leaves it as it is.
+    """`Block` with the significance of cells, (batch, height, width): a mixer that weighs cells returns it, one that
+    ranks them reads it, any other leaves it unchanged.
     """
 
-    has_mlp: Final[bool]  # again: TorchScript knows the constants of the class itself alone
+    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
     gives: Final[bool]
     reads: Final[bool]
 

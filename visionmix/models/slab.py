@@ -1,4 +1,4 @@
-"""SLAB: simplified linear attention, and batch norms in the place of all layer norms, in Swin, PVT and DeiT.
+"""SLAB: simplified linear attention, and batch norms instead of all layer norms, in Swin, PVT and DeiT.
 
 Source: SLAB (Guo et al. 2024, arXiv 2405.11582). `slab_*` have `visionmix.mixers.SimplifiedLinearAttention` in every
 block, the Swins in those of their first two stages; they begin training with layer norms and end it with batch norms
@@ -41,7 +41,7 @@ def _pvt(depths: Sequence[int], dims: Sequence[int] = (64, 128, 320, 512)) -> La
 
 
 def _deit(dim: int, heads: int, depth: int = 12, **options: Any) -> Layout:
-    """Return the layout of DeiT with the mean of the cells in the place of a class token."""
+    """Return the layout of DeiT with the mean of the cells instead of a class token."""
     norm = partial(LinearNorm, eps=1e-6)
     layout = deit.deit(dim, heads, ["simplified"] * depth)
     layout = layout.with_options(prefix_tokens=None, global_pool="avg", norm_layer=norm, **options)

@@ -25,7 +25,7 @@ _ENDINGS = (".safetensors", ".pth", ".pth.tar", ".bin")
 
 @dataclass(frozen=True)
 class Weights:
-    """A published file of weights, and what a model is that has them.
+    """A published file of weights, and the facts of a model with them.
 
     Attributes:
         url: Direct address.
@@ -42,7 +42,7 @@ class Weights:
             size.
         license: Licence, as the hub spells it; None for the family's.
         paper: Where these weights are described; None for the family's.
-        options: Options that a model with these weights has in the place of the variant's.
+        options: Options that replace the variant's in a model with these weights.
     """
 
     url: str = ""
@@ -66,7 +66,7 @@ class Weights:
 
 
 class _Inert(dict):
-    """Stands in for whatever configuration object lies in a checkpoint; takes anything and does nothing."""
+    """Stands in for any configuration object in a checkpoint; takes anything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -78,9 +78,9 @@ class _Inert(dict):
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by key, unwrapped from {'model': ...}, 'module.' prefixes and the like.
 
-    Reads safetensors, or PyTorch files without running code of theirs: configuration objects inside (of yacs,
-    argparse, omegaconf, numpy) become inert stand-ins. Where a file holds an average of the weights beside them, the
-    average is taken. In a folder, the file is read that timm would read.
+    Reads safetensors, or PyTorch files without running code from them: configuration objects inside (of yacs, argparse,
+    omegaconf, numpy) become inert stand-ins. Where a file holds an average of the weights beside them, the average is
+    taken. In a folder, the file is read that timm would read.
 
     Raises:
         FileNotFoundError: there is no such file, or none in the folder.
@@ -90,12 +90,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path={str(path)!r} is no file; give a checkpoint (.pth, .ckpt, .safetensors)")
+        raise FileNotFoundError(f"path={str(path)!r} is not a file; give a checkpoint (.pth, .ckpt, .safetensors)")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except Exception as error:
-            raise ValueError(f"path={str(path)!r} is no whole safetensors file ({error}); fetch it again") from error
+            raise ValueError(f"path={str(path)!r} is not a whole safetensors file ({error}); fetch it again") from error
     try:
         with torch.serialization.safe_globals(_stand_ins(path)):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -77,7 +77,7 @@ def _attend(
     Args:
         q: Queries, (batch, heads, tokens, head channels); so are `k` and `v`.
         key_bias: Added to the logits of every query, (batch, tokens).
-        queries: Of how many of the first queries the weights are returned.
+        queries: Number of first queries whose weights are returned.
         fused: Whether PyTorch's fused attention is used.
         dropout: Of the weights.
     """
@@ -102,7 +102,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 def attention_block(block: nn.Module) -> AttentionBlock:
     """Return the branches of `block`.
 
-    Taken are timm's pre-norm and post-norm ViT blocks with its plain attention, and this library's blocks of tokens
+    These are timm's pre-norm and post-norm ViT blocks with its plain attention, and this library's blocks of tokens
     with the mixer "softmax" where it needs no map.
 
     Raises:
@@ -136,7 +136,7 @@ def attention_block(block: nn.Module) -> AttentionBlock:
 def _softmax_block(block: MapBlock) -> AttentionBlock:
     check_reads_tokens(block)
     if type(block.mixer) is not SoftmaxAttention or block.mixer.needs_map:
-        need = "reads a map" if type(block.mixer) is SoftmaxAttention else "is no softmax attention"
+        need = "reads a map" if type(block.mixer) is SoftmaxAttention else "is not softmax attention"
         raise TypeError(
             f"a mixer of class {type(block.mixer).__qualname__} {need}, so that this reduction cannot be applied; "
             f"SoftmaxAttention without rotary and lepe can be reduced"

@@ -1,4 +1,4 @@
-"""The forward paths of reduced models, one class a skeleton; each is mixed with the class of the model it reduces."""
+"""The forward paths of reduced models, one class per skeleton; each is mixed with the class of the model it reduces."""
 
 from collections.abc import Collection
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class ReducedBackbone(Reduced):
         raise NotImplementedError
 
     def forward_tokens(self, images: Tensor) -> Tokens:
-        """Return the tokens that are left behind the last block, normalised, with their sizes.
+        """Return the tokens that are left after the last block, normalised, with their sizes.
 
         With ``trace_source=True`` they say which token holds which cell, `Tokens.source`, and `Tokens.cells` gives one
         token a cell.
@@ -54,7 +54,7 @@ class ReducedBackbone(Reduced):
     def _run(
         self, images: Tensor, trace: bool, take: Collection[int] = (), last: int | None = None
     ) -> tuple[Tokens, list[Tokens]]:
-        """Return the tokens behind block `last` (None: the last one), and those behind each of the blocks `take`."""
+        """Return the tokens after block `last` (None: the last one), and those after each of the blocks `take`."""
         tokens = self._embed_tokens(images, trace)
         taken = []
         for index, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
@@ -73,7 +73,7 @@ class ReducedBackbone(Reduced):
         raise NotImplementedError
 
     def _features(self, tokens: Tokens) -> Tensor:
-        """Return what the head takes: the tokens, normalised; where it pools over them and sizes differ, one a cell."""
+        """Return the head's input: the normalised tokens, one per cell where it pools over those of several sizes."""
         raise NotImplementedError
 
     def _normalised(self, tokens: Tokens) -> Tokens:
@@ -93,8 +93,8 @@ class ReducedVisionTransformer(ReducedBackbone):
     """timm's VisionTransformer, VisionTransformerDistilled included, with fewer and fewer tokens.
 
     `forward_features` gives the tokens that are left, (batch, tokens, channels). Where the head pools over patches and
-    tokens have been merged, it gives one token a cell instead, so that each counts as often as it has cells.
-    Intermediate features are always dense: one value a cell.
+    tokens have been merged, it gives one token per cell instead, so that each counts as often as it has cells.
+    Intermediate features are always dense: one value per cell.
     """
 
     skeleton = VisionTransformer
@@ -154,7 +154,7 @@ class ReducedVisionTransformer(ReducedBackbone):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """Return dense features behind the chosen blocks, alone or behind the result of `forward_features`.
+        """Return dense features after the chosen blocks, alone or with the result of `forward_features`.
 
         Every cell has the value of the token that holds it; a cell whose token was dropped has its last value.
 
@@ -163,11 +163,11 @@ class ReducedVisionTransformer(ReducedBackbone):
             indices: Which blocks: their numbers, how many of the last, or None for all.
             return_prefix_tokens: Whether to return pairs of features and prefix tokens.
             norm: Whether to apply the last norm to all of them.
-            stop_early: Whether to skip the blocks behind the last chosen one.
+            stop_early: Whether to skip the blocks after the last chosen one.
             output_fmt: Axes of the features: "NCHW", "NHWC" or "NLC".
             intermediates_only: Whether to return the features alone.
             output_dict: Whether to return a dict with 'image_intermediates' and, where asked for,
-                'image_intermediates_prefix', 'image_features' and 'image_source' (`Tokens.source` behind each of the
+                'image_intermediates_prefix', 'image_features' and 'image_source' (`Tokens.source` after each of the
                 blocks, with ``trace_source=True``).
             attn_mask: Must be None.
             is_causal: Must be False.
@@ -198,10 +198,10 @@ class ReducedVisionTransformer(ReducedBackbone):
 
 
 class ReducedPlain(ReducedBackbone):
-    """This library's plain skeleton with fewer and fewer tokens; its maps are dense, one value a cell.
+    """This library's plain skeleton with fewer and fewer tokens; its maps are dense, one value per cell.
 
     With a class token `forward_features` gives the tokens that are left, (batch, tokens, embed_dim); where the head
-    pools over cells and tokens have been merged, one token a cell, so that each counts as often as it has cells.
+    pools over cells and tokens have been merged, one token per cell, so that each counts as often as it has cells.
     """
 
     skeleton = Plain
@@ -277,4 +277,4 @@ def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
 
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise ValueError("attn_mask and is_causal speak of tokens that a reduced model has not; leave them out")
+        raise ValueError("attn_mask and is_causal refer to tokens that a reduced model no longer has; leave them out")

@@ -15,26 +15,26 @@ from visionmix.reduction.tokens import Tokens, take
 class EViT(Method):
     """Keep the tokens that the class token attends to most, in some blocks, between attention and feed-forward.
 
-    A token's score is the attention weight that the class token gives it, averaged over the heads. Of N tokens that are
-    no prefix, ``ceil(keep_rate * N)`` with the highest scores stay, in falling order of them (equal ones by position).
-    The others are summed up, weighted by their scores, in one token at the end of the sequence, which from there on is
-    a token like any other; with ``fuse=False`` they are dropped. No parameters are added, but the published accuracies
-    are those of models trained with the method.
+    A token's score is the attention weight that the class token gives it, averaged over the heads. Of the N tokens
+    after the prefix, ``ceil(keep_rate * N)`` with the highest scores stay, in falling order of score (equal ones by
+    position). The others are summed up, weighted by their scores, in one token at the end of the sequence, which from
+    there on is a token like any other; with ``fuse=False`` they are dropped. No parameters are added, but the published
+    accuracies are those of models trained with the method.
 
     Source: EViT (Liang et al. 2022, arXiv 2202.07800).
 
     Args:
         blocks: The model's blocks.
         prefix_positions: Its prefix tokens, the class token first; they always stay.
-        keep_rate: Share of the tokens that stay in each of `layers`; or a list, of one for each of them or, where
-            `layers` is not given, of one a block.
+        keep_rate: Share of the tokens that stay in each of `layers`; or a list with one for each of them or, where
+            `layers` is not given, one per block.
         layers: Numbers of the blocks, from 0, that prune; None for those a quarter, a half and three quarters of the
             way (3, 6, 9 of 12).
-        fuse: Whether what does not stay is fused into one token.
+        fuse: Whether the tokens that do not stay are fused into one.
         trace_source: Whether every pass follows which token holds which cell.
 
     Raises:
-        TypeError: an option is of another type, or a block has no attention to look into.
+        TypeError: an option is of another type, or a block has no readable attention.
         ValueError: the model has no prefix token, a rate is outside (0, 1], or numbers of blocks do not fit.
     """
 
@@ -73,7 +73,7 @@ class EViT(Method):
 
 
 def pruned(tokens: Tokens, scores: Tensor, keep: int, fuse: bool) -> Tokens:
-    """Return `tokens` with those of the `keep` highest `scores`, (batch, tokens that are no leading prefix), alone.
+    """Return only the prefix and the tokens of the `keep` highest `scores`, (batch, tokens after the prefix).
 
     With `fuse` the others' sum, weighted by their scores, comes last.
     """

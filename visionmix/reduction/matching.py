@@ -1,4 +1,4 @@
-"""Bipartite soft matching: which tokens are most alike, and their mean."""
+"""Bipartite soft matching: finding the most similar tokens, and merging them to their mean."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
 
     Tokens at even positions are set A, those at odd positions set B. Every token of A points at the token of B whose
     `metric` is the most similar to its own by the cosine; the `r` tokens of A with the highest similarity are merged
-    into what they point at. Several may go to one token of B. Prefix tokens neither go nor receive.
+    into the tokens that they point at. Several may go to one token of B. Prefix tokens take no part.
 
     ``merge(x, size=None, mode="mean")`` takes tokens (batch, tokens, channels) to (batch, tokens - r, channels): each
     token is ``sum(size * x) / sum(size)`` of those merged into it, `size` (batch, tokens, 1) being one each where it is
@@ -30,17 +30,17 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
     similarity, with one it keeps the order it had, and with more they all come first. Equal similarities are ranked by
     position.
 
-    `r` is lowered to half the number of tokens that are no prefix; what is chosen passes no gradient to `metric`.
+    `r` is lowered to half the number of tokens after the prefix; the choice passes no gradient to `metric`.
 
     Source: ToMe (Bolya et al. 2022, arXiv 2210.09461).
 
     Args:
         metric: Features whose similarity counts, (batch, tokens, features), floating.
         r: Tokens to remove.
-        num_prefix_tokens: Tokens at the start of the sequence that stay as they are (class, distillation, registers).
+        num_prefix_tokens: Tokens at the start of the sequence that are never merged (class, distillation, registers).
 
     Raises:
-        TypeError: `r` is no int.
+        TypeError: `r` is not an int.
         ValueError: `metric` has other axes, or a number is negative.
     """
     if metric.ndim != 3 or not metric.is_floating_point():
@@ -49,7 +49,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
             f"(batch, tokens, features) and a floating type"
         )
     if isinstance(r, bool) or not isinstance(r, int | torch.SymInt):
-        raise TypeError(f"r={r!r} is no int; give the number of tokens to remove")
+        raise TypeError(f"r={r!r} is not an int; give the number of tokens to remove")
     if r < 0 or num_prefix_tokens < 0:
         raise ValueError(f"r={r} and num_prefix_tokens={num_prefix_tokens} must not be negative")
     batch, tokens, _ = metric.shape

@@ -11,10 +11,10 @@ from visionmix.registry import Registry
 
 
 class Method(ABC):
-    """How a model's tokens become fewer, block by block. It holds settings only: what changes is in `Tokens`.
+    """How a model's tokens become fewer, block by block. It holds settings; all that changes is in `Tokens`.
 
     A subclass takes the blocks that it will run and the positions of the prefix tokens, then its options by keyword,
-    and refuses what does not fit.
+    and refuses options that do not fit.
 
     Attributes:
         name: The name that it is registered under.
@@ -29,7 +29,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
-        """Return `tokens` behind `block`, the model's block number `index`."""
+        """Return `tokens` after `block`, the model's block number `index`."""
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Reduced(nn.Module):
-    """What `apply` returns: a module with the children, parameters and attributes of the model it was given."""
+    """The result of `apply`: a module with the children, parameters and attributes of the given model."""
 
     base: type[nn.Module]
 
@@ -31,7 +31,7 @@ def reduced(model: nn.Module, mixin: type[Reduced]) -> Reduced:
 def share(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:
     """Return a module, of class `cls` or that of `module`, that holds the same children, parameters and attributes.
 
-    What is replaced in one later (a classifier, say) stays as it was in the other.
+    A part that is replaced in one later (a classifier, say) stays unchanged in the other.
     """
     cls = cls or type(module)
     new = cls.__new__(cls)

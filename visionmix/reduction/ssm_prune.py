@@ -1,4 +1,4 @@
-"""Pruning of tokens in state-space models, whose states cross the places of those that went."""
+"""Pruning of tokens in state-space models, whose states cross the places of dropped tokens."""
 
 import math
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from visionmix.reduction.tokens import Tokens, take
 
 @register_method("ssm_prune")
 class SSMPrune(Method):
-    """Behind some blocks, keep the tokens that the block's scans make most of; a state crosses the gaps as before.
+    """After some blocks, keep the tokens with the largest scan outputs; states still cross the gaps.
 
     A token's score is the sum over the scans and their channels of ``max(0, y)``, y the scan's gated output at that
-    token. Of N tokens that are no class token, ``ceil(keep_rate * N)`` with the highest scores stay, in their order.
-    From there on tokens are read in the whole sequence's order, the class token at its own place in it, and on its way
-    from one token to the next the state decays as often as there are places: once a gap, by ``exp(softplus(b) A)``,
-    which is what a token of zeros brings there. Nothing is trained, but the published accuracies are those of models
-    trained with the method.
+    token. Of N tokens besides the class token, ``ceil(keep_rate * N)`` with the highest scores stay, in their order.
+    From there on tokens are read in the whole sequence's order, with the class token in its own place. On its way from
+    one token to the next the state decays once for every place between them, by ``exp(softplus(b) A)``, as a token of
+    zeros there would make it. Nothing is trained, but the published accuracies are those of models trained with the
+    method.
 
     From the paper: the score with its clipping, and that a token's neighbourhood, traversal and decay remain those of
-    the whole sequence. Decided here, where it says too little: that scores of both directions are added, that the step
-    of a place without a token is that of a token of zeros (the step it would have had depends on what is no longer
-    computed), that the convolution before the scan sees the tokens that are left, and `layers`.
+    the whole sequence. Decided here, where the paper is silent: the scores of both directions are added; the step of a
+    place without a token is that of a token of zeros (its own step is no longer computed); the convolution before the
+    scan sees the tokens that are left; and `layers`.
 
     Source: Zhan et al. 2024, Exploring Token Pruning in Vision State Space Models (arXiv 2409.18962).
 
@@ -35,22 +35,22 @@ class SSMPrune(Method):
         blocks: The model's blocks; each needs a mixer that offers ``directions(x, positions)`` and ``merged``, as
             `visionmix.mixers.BidirectionalMamba`.
         prefix_positions: Its class token, if any; it always stays.
-        keep_rate: Share of the tokens that stay behind each of `layers`; or a list, of one for each of them or, where
-            `layers` is not given, of one a block.
+        keep_rate: Share of the tokens that stay after each of `layers`; or a list with one for each of them or, where
+            `layers` is not given, one per block.
         layers: Numbers of the blocks, from 0, that prune; None for those that end 5, 10 and 15 twenty-fourths of the
             way, which are 4, 9 and 14 of Vim's 24.
-        align: Whether states cross the gaps; without, what is left is a sequence of its own, with the class token in
-            its middle.
+        align: Whether states cross the gaps; otherwise the tokens that are left form a sequence of their own, with the
+            class token in its middle.
         released: Whether to do what the published code does, which differs from its paper: no alignment; the score is
             the plain sum over channels of the backward scan alone, read from the sequence's end, so that tokens are
-            scored by those opposite; of the tokens that stay and the class token together there are an odd number;
-            and the class token is looked for in the middle of all tokens, so that from the first pruning on, where the
-            cells are odd in number, the token behind it is taken for it. (It keeps the class token in the first image
-            of a batch only; here it stays in all.)
+            scored by those opposite; the number of tokens that stay, the class token included, is odd; and the class
+            token is looked for in the middle of all tokens, so that after the first pruning, where the number of cells
+            is odd, the token after it is taken for it. (It keeps the class token in the first image of a batch only;
+            here it stays in all.)
         trace_source: Whether every pass follows which token holds which cell.
 
     Raises:
-        TypeError: an option is of another type, or a block has no scans to look into.
+        TypeError: an option is of another type, or a block has no readable scans.
         ValueError: there are several prefix tokens, a rate is outside (0, 1], numbers of blocks do not fit, or a mixer
             reads cells in another order than row by row.
     """
@@ -81,7 +81,7 @@ class SSMPrune(Method):
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         x, order = block.norm1(tokens.x), None
         if self.align and tokens.position is not None:
-            # All but the class token lie in their order already: it lies where heads look for it.
+            # All but the class token are in their order already; it stands where heads look for it.
             order = tokens.position.argsort(dim=1)
             forward, backward = block.mixer.directions(take(x, order), tokens.position.gather(1, order))
         else:
@@ -113,7 +113,7 @@ class SSMPrune(Method):
 
 
 def pruned(tokens: Tokens, scores: Tensor, keep: int) -> Tokens:
-    """Return `tokens` with those of the `keep` highest `scores`, (batch, tokens), and the class token alone.
+    """Return only the tokens of the `keep` highest `scores`, (batch, tokens), and the class token.
 
     They stay in their order, with the class token at the front if it was there and else in the middle.
     """

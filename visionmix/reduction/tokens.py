@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """A token sequence, and what each of its tokens stands for.
+    """A token sequence, with the cells that each of its tokens stands for.
 
-    A cell is one place of the map that the images were cut into; prefix tokens (class, distillation, registers) are no
+    A cell is one place of the map that the images were cut into; prefix tokens (class, distillation, registers) are not
     cells.
 
     Attributes:
@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
         rest: For cells that no token holds, the value that their token had last, (batch, rows * columns, channels);
             None where there are none or this is not followed.
         position: Where each token stood in the whole sequence, int64 (batch, tokens), for methods that ask; None before
-            tokens went.
+            any token is dropped.
     """
 
     x: Tensor
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
     def cells(self) -> Tensor:
         """Return one token for each cell in row-major order, (batch, rows * columns, channels).
 
-        A cell has the value of the token that holds it; where none does, the last value of the one that did.
+        A cell has the value of the token that holds it, or else the last value of the token that did.
 
         Raises:
             ValueError: the cells have not been followed.
@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
         return self.cells().unflatten(1, self.grid)
 
     def moved(self, position: Tensor) -> Tensor | None:
-        """Return `source` after each token went to `position`, int64 (batch, tokens) with -1 for tokens that went."""
+        """Return `source` after tokens moved to `position`, int64 (batch, tokens), with -1 for dropped tokens."""
         if self.source is None:
             return None
         now = position.gather(1, self.source.clamp(min=0))

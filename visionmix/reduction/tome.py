@@ -25,13 +25,13 @@ class ToMe(Method):
         prefix_positions: Its prefix tokens; they are never merged.
         r: Tokens to remove: an int for each block; a pair (r, slope), which goes linearly from ``r * (1 - slope)`` in
             the first block to ``r * (1 + slope)`` in the last, so that -1.0 removes most in the first; or a list of one
-            int a block, 0 for those that it lacks. A block never removes more than half of the tokens.
+            int per block, with 0 for blocks beyond its end. A block never removes more than half of the tokens.
         prop_attn: Whether attention is proportional to the sizes.
         trace_source: Whether every pass follows which token holds which cell.
 
     Raises:
-        TypeError: `r` is none of these, or a block has no attention to look into.
-        ValueError: a number is negative, the slope beyond -1 to 1, or the list longer than the blocks are many.
+        TypeError: `r` is none of these, or a block has no readable attention.
+        ValueError: a number is negative, the slope is outside -1 to 1, or the list is longer than there are blocks.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ToMe(Method):
 
 
 def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
-    """Return `tokens` with the `r` pairs merged that are most alike in `metric`, (batch, tokens, features)."""
+    """Return `tokens` with the `r` pairs merged that are most similar in `metric`, (batch, tokens, features)."""
     merge, unmerge = match(metric, r, len(tokens.prefix_positions))
     size = tokens.size
     if size is None:
@@ -83,10 +83,10 @@ def schedule(r: int | tuple[int, float] | list[int], depth: int) -> tuple[int, .
         grow = (2 * r - first - first) / max(depth - 1, 1)
         return tuple(int(first + grow * index) for index in range(depth))
     if not _is_int(r) and not (isinstance(r, list) and all(_is_int(value) for value in r)):
-        raise TypeError(f"r={r!r}: give an int, a pair (int, slope) or a list of one int a block")
+        raise TypeError(f"r={r!r}: give an int, a pair (int, slope) or a list of one int per block")
     amounts = list(r) if isinstance(r, list) else [r] * depth
     if len(amounts) > depth:
-        raise ValueError(f"r={r} has {len(amounts)} entries and the model {depth} blocks; give at most one a block")
+        raise ValueError(f"r={r} has {len(amounts)} entries and the model {depth} blocks; give at most one per block")
     if min(amounts, default=0) < 0:
         raise ValueError(f"r={r}: a block cannot remove a negative number of tokens; give 0 or more")
     return (*amounts, *[0] * (depth - len(amounts)))

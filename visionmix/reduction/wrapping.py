@@ -15,13 +15,13 @@ class ReducedFeatures(Reduced):
 
 
 def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
-    """Return `model` with fewer tokens from block to block; the given model stays as it is.
+    """Return `model` with fewer tokens from block to block; the given model does not change.
 
     The new module holds the same children and parameters under the same names, so that training one trains both and
-    state dicts fit both. It has all methods and attributes of the model, and forward paths of its own over its parts:
-    they call what a block is made of and not the block, whose hooks do not run. State of a pass is handed
-    along as a value (`Tokens`), so that passes may be nested and run in parallel. With settings that are constant, so
-    are the shapes: it compiles to a full graph and exports. `forward_intermediates` gives dense maps, one value a cell.
+    state dicts fit both. It has all methods and attributes of the model, and its own forward paths, which call the
+    parts of a block and not the block, so that hooks of blocks do not run. The state of a pass is handed along as a
+    value (`Tokens`), so passes may be nested and run in parallel. If the settings are constant, so are the shapes: the
+    model compiles to a full graph and exports. `forward_intermediates` gives dense maps, one value per cell.
 
     Where a head pools over merged patch tokens, each counts as often as it has cells.
 
@@ -30,9 +30,9 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
 
     Args:
         model: A VisionTransformer of timm, VisionTransformerDistilled included, a `visionmix.backbones.Plain` whose
-            mixers the method can take (softmax attention without a need of maps; bidirectional Mamba, as in Vim, for
-            "ssm_prune"), or what ``create_model(..., features_only=True)`` makes of one. A compiled or wrapped model is
-            reduced before it is compiled or wrapped.
+            mixers the method can take (softmax attention that needs no map; bidirectional Mamba, as in Vim, for
+            "ssm_prune"), or the result of ``create_model(..., features_only=True)`` for one. A compiled or wrapped
+            model is reduced before it is compiled or wrapped.
         method: One of `list_methods()`.
         **options: The method's own options.
 
@@ -43,8 +43,8 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
     """
     if isinstance(model, Reduced):
         raise ValueError(
-            f"model is reduced already, by {_backbone(model).reduction!r}; reduction.remove(model) returns the one "
-            f"without"
+            f"model is reduced already, by {_backbone(model).reduction!r}; reduction.remove(model) returns the "
+            f"model without it"
         )
     cls = method_class(method, options)  # unknown names are refused before an unfit model
     if isinstance(model, FeatureGetterNet):
@@ -60,8 +60,8 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
 def remove(model: nn.Module) -> nn.Module:
     """Return the model that `apply` was given, in the mode (training or not) that `model` is in.
 
-    Parameters are shared, so it has learned what `model` has. A layer that was replaced in `model` since, such as its
-    classifier by `reset_classifier`, was replaced there alone.
+    Parameters are shared, so training `model` has trained it too. A layer that was replaced in `model` since, such as
+    its classifier by `reset_classifier`, was replaced only there.
 
     Raises:
         TypeError: `model` is not reduced.

@@ -29,13 +29,13 @@ def mixers_by_letter(
     Stages of one kind are built with any depth.
 
     Args:
-        layout: A letter a stage: "B" or "S" for softmax attention, "M" for linear attention in the stage's first blocks
-            and softmax in the others, any other for linear attention. Behind the stages' letters, the number of blocks
-            that "M" stands for: ``"AAMB2"``.
+        layout: A letter per stage: "B" or "S" for softmax attention, "M" for linear attention in the stage's first
+            blocks and softmax in the others, any other for linear attention. After the stages' letters comes the number
+            of blocks that "M" stands for: ``"AAMB2"``.
         depths: Blocks of each stage.
         linear: Makes the family's own mixer from the stage's number, which counts from 0.
         softmax: Makes softmax attention from the stage's number: the mixers that its blocks take in turn, counted from
-            the stage's first block whatever that has.
+            the stage's first block even if it has linear attention.
     """
     letters, first = layout[: len(depths)], layout[len(depths) :]
 

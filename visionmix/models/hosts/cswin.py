@@ -45,7 +45,7 @@ def cswin(
         embed_dim: Channels of the first stage; every later one doubles them.
         depths: Blocks of each stage.
         num_heads: Heads of the first stage; every later one doubles them.
-        layout: A letter a stage, as `mixers_by_letter` has it.
+        layout: A letter per stage, as `mixers_by_letter` has it.
         mixer: Makes the family's own mixer from the stage's number.
     """
 

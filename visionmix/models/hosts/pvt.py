@@ -83,7 +83,7 @@ def pvt_v2(
 ) -> Layout:
     """Return the layout of PVTv2; the arguments are those of `pvt`.
 
-    Patches overlap, feed-forwards have a depthwise convolution in the place of position embeddings, and every stage
+    Patches overlap, feed-forwards have a depthwise convolution instead of position embeddings, and every stage
     ends in a norm.
     """
     options = {

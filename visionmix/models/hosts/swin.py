@@ -55,7 +55,7 @@ def swin(
         embed_dim: Channels of the first stage; every later one doubles them.
         depths: Blocks of each stage.
         num_heads: Heads of the first stage; every later one doubles them.
-        layout: A letter a stage, as `mixers_by_letter` has it. Every other block of a stage, counted from the second
+        layout: A letter per stage, as `mixers_by_letter` has it. Every other block of a stage, counted from the second
             and whatever is in it, shifts its windows if it has any.
         mixer: Makes the family's own mixer from the stage's number.
         window_size: Gives the softmax blocks' window from the first stage's map, in cells along its shorter side.
