@@ -323,6 +323,15 @@ def test_layers_that_nobody_knows(option, value, message):
         layer_maker("norm_layer", 3)
 
 
+@pytest.mark.parametrize(("skeleton", "options"), [(Plain, PLAIN), (Hierarchical, PYRAMID)])
+@pytest.mark.parametrize("size", [3, (64, 3)])
+def test_images_smaller_than_a_patch(skeleton, options, size):
+    with pytest.raises(ValueError, match=r"img_size=.*3\)? is smaller than patch_size="):
+        skeleton(**options | {"img_size": size})
+    with pytest.raises(ValueError, match=r"img_size=.*3\)? is smaller than patch_size="):
+        skeleton(**options).set_input_size(size)
+
+
 def test_old_and_new_models_have_no_hidden_options():
     """Every registered tiny model is rebuilt by its table's options alone, on the meta device."""
     for name in list_family_models():

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import create_mixer, mixer_options
-from visionmix.private_api import feature_take_indices
+from visionmix.private_api import feature_take_indices, update_model_input_size
 
 MixerSpec = str | dict[str, Any]
 _FORMATS = ("NCHW", "NHWC", "NLC")
@@ -52,7 +52,7 @@ class Backbone(nn.Module):
     """A stem, units one behind the other (stages or blocks), a norm and a head: what every skeleton shares.
 
     A skeleton builds its layers, then calls `_finish`. It gives `feature_info`, `forward_features`, `group_matcher`,
-    and the four steps of a pass that keeps intermediate maps: `_enter`, `_advance`, `_cells`, `_leave`.
+    `_resize`, and the four steps of a pass that keeps intermediate maps: `_enter`, `_advance`, `_cells`, `_leave`.
 
     Attributes:
         units: Name of the list of units.
@@ -148,6 +148,30 @@ class Backbone(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "set_progress"):
                 module.set_progress(done)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
+
+        Windows and stripes that follow the map are set for it too, so that logits of such models change. The model's
+        `pretrained_cfg` says the new size, and so does what `timm.models.save_for_hf` writes.
+
+        Raises:
+            ValueError: the images would be smaller than a patch.
+        """
+        height, width = to_2tuple(img_size)
+        check_image_size(img_size, height, width, self.min_size)
+        pool_size = self._resize(height, width)
+        update_model_input_size(self, (height, width))
+        if hasattr(self, "pretrained_cfg"):
+            # A new dict: a copy of the model shares the old one.
+            size = {"input_size": (self.pretrained_cfg["input_size"][0], height, width), "pool_size": pool_size}
+            self.pretrained_cfg = self.default_cfg = {**self.pretrained_cfg, **size}
+
+    @torch.jit.ignore
+    def _resize(self, height: int, width: int) -> tuple[int, int]:
+        """Set every size-tied tensor for images of this size, and return the rows and columns of the last map."""
+        raise NotImplementedError
 
     @torch.jit.ignore
     def reparameterize(self) -> None:

@@ -246,16 +246,13 @@ class Hierarchical(Backbone):
         return tuple(range(len(options["depths"])))
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
-
-        Windows and stripes that follow the map are set for it too, so that logits of such models change.
-        """
-        grid_size = self.stem.grid_size(*to_2tuple(img_size))
+    def _resize(self, height: int, width: int) -> tuple[int, int]:
+        grid_size = self.stem.grid_size(height, width)
         for index, stage in enumerate(self.stages):
             if index:
                 grid_size = stage.downsample.grid_size(*grid_size)
             set_grid_size(stage, grid_size)
+        return grid_size
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

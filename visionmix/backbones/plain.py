@@ -198,13 +198,10 @@ class Plain(Backbone):
         return 3
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
-
-        Windows and stripes that follow the map are set for it too, so that logits of such models change.
-        """
-        self.grid_size = self.stem.grid_size(*to_2tuple(img_size))
+    def _resize(self, height: int, width: int) -> tuple[int, int]:
+        self.grid_size = self.stem.grid_size(height, width)
         set_grid_size(self, self.grid_size)
+        return self.grid_size
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
