@@ -21,7 +21,7 @@ from visionmix.tools.images import UnreadableImage, find_files, is_image, log_le
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     parse = argparse.ArgumentParser(
-        prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
     parse.add_argument("--model", help="timm model name; a checkpoint of train.py, or a folder, knows its own")

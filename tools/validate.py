@@ -25,7 +25,7 @@ _NO_DATA = "--data is missing: give a folder of class folders"
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     parse = argparse.ArgumentParser(
-        prog="validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("--model", help="timm model name; a checkpoint of train.py, or a folder, knows its own")
     parse.add_argument("--checkpoint", help="weights: .pt, .pth, .safetensors, or a folder of timm's save_for_hf")
