@@ -1,13 +1,14 @@
 """The model contract of timm, once, for every skeleton."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import checkpoint
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -157,10 +158,10 @@ class Backbone(nn.Module):
         `pretrained_cfg` says the new size, and so does what `timm.models.save_for_hf` writes.
 
         Raises:
-            ValueError: the images would be smaller than a patch.
+            TypeError: `img_size` is no size in pixels.
+            ValueError: it has other than two sides, or images would be smaller than a patch.
         """
-        height, width = to_2tuple(img_size)
-        check_image_size(img_size, height, width, self.min_size)
+        height, width = image_sides(img_size, self.min_size)
         pool_size = self._resize(height, width)
         update_model_input_size(self, (height, width))
         if hasattr(self, "pretrained_cfg"):
@@ -305,10 +306,21 @@ def check_output_format(output_fmt: str) -> None:
         raise ValueError(f"output_fmt={output_fmt!r} is unknown; give one of {', '.join(map(repr, _FORMATS))}")
 
 
-def check_image_size(img_size: int | tuple[int, int], height: int, width: int, patch_size: int) -> None:
-    """Raise ValueError where images of `height` by `width` pixels are smaller than a patch."""
-    if min(height, width) < patch_size:
+def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) -> tuple[int, int]:
+    """Return the height and width that `img_size`, one number of pixels or two, stands for.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it has another length, or images are smaller than a patch.
+    """
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if not all(isinstance(side, Integral) for side in sides):
+        raise TypeError(f"img_size={img_size!r} is no size in pixels; give an integer, or (height, width)")
+    if len(sides) != 2:
+        raise ValueError(f"img_size={img_size!r} has {len(sides)} sides; give an integer, or (height, width)")
+    if patch_size is not None and min(sides) < patch_size:
         raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
+    return int(sides[0]), int(sides[1])
 
 
 def build_mixer(

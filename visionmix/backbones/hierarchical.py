@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -14,9 +14,9 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     build_mixer,
-    check_image_size,
     check_mixer,
     heads_for,
+    image_sides,
     mlp_maker,
     per_block,
     per_stage,
@@ -160,8 +160,7 @@ class Hierarchical(Backbone):
                 "length; give one entry a stage"
             )
         check_mixer(mixer)
-        height, width = to_2tuple(img_size)
-        check_image_size(img_size, height, width, patch_size)
+        height, width = image_sides(img_size, patch_size)
 
         def makers(kind: str, value: _EachStage, option: str) -> list:
             return [

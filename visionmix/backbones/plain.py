@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -15,9 +15,9 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     build_mixer,
-    check_image_size,
     check_mixer,
     heads_for,
+    image_sides,
     mlp_maker,
     per_block,
     set_grid_size,
@@ -118,8 +118,7 @@ class Plain(Backbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         check_mixer(mixer)
-        height, width = to_2tuple(img_size)
-        check_image_size(img_size, height, width, patch_size)
+        height, width = image_sides(img_size, patch_size)
         if prefix not in ("mix", "pass"):
             raise ValueError(f"prefix={prefix!r} is unknown; give 'mix' or 'pass'")
         norm = layer_maker("norm_layer", norm_layer)

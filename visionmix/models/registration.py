@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_2tuple
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -16,6 +15,7 @@ from timm.models import (
 )
 from torch import nn
 
+from visionmix.backbones.contract import image_sides
 from visionmix.models.family import Family, Layout, Variant, add_family
 from visionmix.models.loading import load_tensors
 from visionmix.models.weights import Weights, fetch
@@ -57,7 +57,7 @@ def _options(variant: Variant, weights: Weights) -> dict[str, Any]:
 
 def _sizes(layout: Layout, options: Mapping[str, Any], in_chans: int) -> dict[str, tuple[int, ...]]:
     """Return the sizes of the images and of the last map in a model built with `options`, as a cfg says them."""
-    size = to_2tuple(options.get("img_size", 224))
+    size = image_sides(options.get("img_size", 224))
     return {"input_size": (in_chans, *size), "pool_size": layout.skeleton.last_grid(options, size)}
 
 
