@@ -26,6 +26,8 @@ def test_the_example_family_makes_models(tmp_path, monkeypatch):
     assert visionmix.models.published("pool_s12.in1k").top1 == 77.2
     assert "pool_s12.in1k" in timm.list_pretrained("pool_s12*")
     assert visionmix.mixers.Pool is module.Pool
+    parameters = sum(value.numel() for value in timm.create_model("pool_s12", device="meta").parameters())
+    assert round(parameters / 1e6) == visionmix.models.published("pool_s12").params
     model = timm.create_model("test_pool").eval()
     images = torch.randn(1, 3, 64, 96)
     assert model(images).shape == (1, 1000)

@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="bakeoff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix bakeoff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", nargs="?", help="recipe: a path, or a packaged name such as demo/bakeoff.yaml")
     parser.add_argument("--data", type=Path, help="folder with train/CLASS/* and val/CLASS/*")

@@ -108,7 +108,7 @@ def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="visionmix benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="+", help="names that timm knows; the others are compared with the first")
     parser.add_argument("--reduce", action="append", default=[], metavar="METHOD:OPTIONS", help="may be repeated")
     parser.add_argument("--img-size", type=int, default=224)

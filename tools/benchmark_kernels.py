@@ -287,7 +287,7 @@ def _child(name: str, label: str, backward: bool, setting: Setting) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmark_kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="visionmix benchmark-kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -111,7 +111,9 @@ def check(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `check-configs` command with these arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="visionmix check-configs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", help="check only the configs whose name holds all of these")
     args = parser.parse_args(argv)
     if not openmmlab.installed():

@@ -101,15 +101,17 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: dict
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint's content, or `{"model": state dict}` of a file that another program wrote.
+    """Return a checkpoint's content, or `{"model": state dict}` of a file or folder that another program wrote.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is damaged, of another format, or holds no tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.is_dir():
+        return {"model": read_checkpoint(path)}
     if path.suffix == ".safetensors":
         tensors = read_checkpoint(path)
         with safe_open(path, "pt") as file:

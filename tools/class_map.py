@@ -13,7 +13,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from visionmix.tools.models import Trained
+from visionmix.tools.models import Outputs
 
 _logger = logging.getLogger(__name__)
 
@@ -50,17 +50,17 @@ def read_class_map(file: Path) -> dict[str, str]:
     return outputs
 
 
-def _labels(trained: Trained) -> dict[str, list[int]]:
+def _labels(outputs: Outputs) -> dict[str, list[int]]:
     """Return the outputs by label: the model's own labels, or ImageNet's synsets and lemmas in lower case."""
     found: dict[str, list[int]] = {}
-    if trained.data is not None and trained.classes is not None:
-        names = [{label} for label in trained.classes]
-    elif subset := infer_imagenet_subset(trained.model):
+    if outputs.own:
+        names = [{label} for label in outputs.labels or []]
+    elif subset := infer_imagenet_subset({"num_classes": outputs.count}):
         info = ImageNetInfo(subset)
         described = [(synset, info.label_name_to_description(synset).lower()) for synset in info.label_names()]
         names = [{synset, lemmas, *lemmas.split(", ")} for synset, lemmas in described]
     else:
-        names = [{label.lower()} for label in trained.classes or []]
+        names = [{label.lower()} for label in outputs.labels or []]
     for output, labels in enumerate(names):
         for label in labels:
             found.setdefault(label, []).append(output)
@@ -81,7 +81,7 @@ def _output(written: str, labels: Mapping[str, list[int]], count: int) -> int:
 
 
 def find_outputs(
-    folders: Sequence[str], trained: Trained, where: Path, class_map: Mapping[str, str] | None = None
+    folders: Sequence[str], outputs: Outputs, where: Path, class_map: Mapping[str, str] | None = None
 ) -> list[int]:
     """Return the model's output for each of `folders`.
 
@@ -90,7 +90,7 @@ def find_outputs(
 
     Args:
         folders: names of the class folders, sorted.
-        trained: the model.
+        outputs: what the model's outputs stand for.
         where: the folder that holds them, for messages.
         class_map: as `read_class_map` returns it.
 
@@ -98,24 +98,23 @@ def find_outputs(
         ValueError: a folder is missing in the class map or stands for no output, or the numbers of folders and of
             outputs differ.
     """
-    count = trained.model.num_classes
+    name, count = outputs.name, outputs.count
     if count < 2:
-        raise ValueError(f"{trained.name} has num_classes={count} and tells no classes apart; give a classifier")
-    labels = _labels(trained)
+        raise ValueError(f"{name} has num_classes={count} and tells no classes apart; give a classifier")
+    labels = _labels(outputs)
     if class_map is not None:
-        if missing := [name for name in folders if name not in class_map]:
+        if missing := [folder for folder in folders if folder not in class_map]:
             raise ValueError(f"--class-map lacks {len(missing)} folder(s) of {where}: {', '.join(missing[:5])}")
         try:
-            return [_output(class_map[name], labels, count) for name in folders]
+            return [_output(class_map[folder], labels, count) for folder in folders]
         except ValueError as error:
-            raise ValueError(f"--class-map: {error}; {trained.name} has {count} outputs") from error
-    numbers = f"{where} has {len(folders)} classes, the weights of {trained.name} have {count} outputs"
-    own = trained.data is not None and trained.classes is not None
-    named = [name for name in folders if name in labels and (own or re.fullmatch(r"n\d{8}", name))]
+            raise ValueError(f"--class-map: {error}; {name} has {count} outputs") from error
+    numbers = f"{where} has {len(folders)} classes, the weights of {name} have {count} outputs"
+    named = [folder for folder in folders if folder in labels and (outputs.own or re.fullmatch(r"n\d{8}", folder))]
     if len(named) == len(folders):
-        return [labels[name][0] for name in folders]
-    if own or named:
-        other = [name for name in folders if name not in named]
+        return [labels[folder][0] for folder in folders]
+    if outputs.own or named:
+        other = [folder for folder in folders if folder not in named]
         raise ValueError(
             f"{numbers}, and the model was trained on other classes than {', '.join(other[:5])}; "
             "rename the folders, or say by --class-map FILE which output each stands for"

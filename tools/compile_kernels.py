@@ -261,7 +261,7 @@ def table(found: list[Report]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="compile_kernels", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="visionmix compile-kernels", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--op", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="ops to compile; all")
     parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES), help="targets; all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the inputs; all")

@@ -169,7 +169,7 @@ def _tiles(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `demo_data.py photos | detection | segmentation --out DIR`."""
-    parser = argparse.ArgumentParser(prog="demo_data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="visionmix demo-data", description=__doc__.splitlines()[0])
     sets = parser.add_subparsers(dest="set", required=True)
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], str], out: str) -> argparse.ArgumentParser:

@@ -80,7 +80,9 @@ def draw_found(panel: Any, sample: Any, truth: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `draw-predictions` command with these arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="visionmix draw-predictions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="config of the trained model")
     parser.add_argument("checkpoint", type=Path, help="checkpoint that training left")
     parser.add_argument("--data", help="folder of the data set, in place of the config's data_root")

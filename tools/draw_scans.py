@@ -89,7 +89,9 @@ def draw_orders(names: list[str], height: int, width: int, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the orders that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="visionmix draw-scans", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a scan order or a set of directions")
     parser.add_argument("--height", type=int, default=13, help="rows of the grid (default 13)")
     parser.add_argument("--width", type=int, default=13, help="columns of the grid (default 13)")

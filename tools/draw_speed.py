@@ -86,7 +86,7 @@ def read(path: Path) -> tuple[dict[str, float], dict[str, float], str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="draw-speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix draw-speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("csv", type=Path, help="the measurements")
     parser.add_argument("--measure", action="store_true", help="measure first, and write the measurements anew")

@@ -101,7 +101,7 @@ def _open(name: str) -> Image.Image:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
     parse = argparse.ArgumentParser(
-        prog="draw-tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix draw-tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument(
         "images", nargs="+", metavar="IMAGE", help=f"a file, or one of {', '.join(demo_data.PHOTOGRAPHS)}"

@@ -115,7 +115,7 @@ def rows(target: Target) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
-    argparse.ArgumentParser(prog="kernel_traffic", description=__doc__.split("\n", 1)[0]).parse_args(argv)
+    argparse.ArgumentParser(prog="visionmix kernel-traffic", description=__doc__.split("\n", 1)[0]).parse_args(argv)
     print("\n".join(rows(Target("cuda", 90))))
     return 0
 

@@ -1,16 +1,20 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
 import ast
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.data import ImageNetInfo, resolve_data_config
+from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
 from visionmix import reduction
+from visionmix.private_api import load_model_config_from_path
 from visionmix.registry import nearest
 from visionmix.tools import checkpoint
 
@@ -35,20 +39,51 @@ class Input:
         return asdict(self)
 
 
+def weights_cfg(name: str) -> PretrainedCfg:
+    """Return what is known of the weights called `name` before they are fetched.
+
+    Args:
+        name: timm model name, with or without a tag, or ``local-dir:FOLDER`` or ``hf-hub:REPOSITORY`` of
+            `timm.models.save_for_hf`.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: at an unknown name or tag, with the nearest ones, or at a config.json that is not timm's.
+    """
+    source, _, place = name.partition(":")
+    if read_config := {"local-dir": load_model_config_from_path, "hf-hub": load_model_config_from_hf}.get(source):
+        try:
+            config, architecture, _ = read_config(place)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{name} has a config.json that timm did not write ({error!r})") from error
+        known = weights_cfg(architecture)
+        return replace(known, architecture=architecture, num_classes=config.get("num_classes", known.num_classes))
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        raise ValueError(
+            f"model={name!r} is not known{nearest(name, timm.list_models())}; timm.list_models() lists the names"
+        )
+    tagged = timm.list_models(f"{arch}.*", include_tags=True)
+    if tag and name not in tagged:
+        raise ValueError(f"model={name!r} has an unknown tag{nearest(name, tagged)}; with tags there are {tagged}")
+    return timm.get_pretrained_cfg(name) or PretrainedCfg(architecture=arch)
+
+
 def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Return `timm.create_model(name, **kwargs)`.
 
     Raises:
-        ValueError: at an unknown name, with the nearest ones, or at an argument that the model does not take.
+        FileNotFoundError: `name` is a folder without config.json.
+        ValueError: at an unknown name or tag, with the nearest ones, at an argument that the model does not take, or
+            where there are no such weights.
     """
-    if not timm.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"model={name!r} is not known{nearest(name, timm.list_models())}; timm.list_models() lists the names"
-        )
+    weights_cfg(name)
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f"model {name!r} does not take these arguments: {error}") from error
+    except RuntimeError as error:  # timm's own models say so where nobody published weights
+        raise ValueError(f"model {name!r} cannot be made: {error}") from error
 
 
 def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
@@ -151,6 +186,47 @@ def _holds(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 @dataclass
+class Outputs:
+    """The outputs of a model, for those who give them images.
+
+    Attributes:
+        name: of the model.
+        count: how many there are.
+        labels: their labels, or None where nobody knows them.
+        own: whether these are the names of the folders that the model was trained on.
+    """
+
+    name: str
+    count: int
+    labels: list[str] | None = None
+    own: bool = False
+
+
+def published_outputs(name: str, classes: int | None = None) -> Outputs:
+    """Return the outputs of the published weights called `name`, which need not be fetched for that.
+
+    Args:
+        name: as `weights_cfg` takes it.
+        classes: how many there must be; None for any number.
+
+    Raises:
+        FileNotFoundError: it is a folder without config.json.
+        ValueError: the name is unknown, or there are more or fewer.
+    """
+    outputs = Outputs(name, weights_cfg(name).num_classes)
+    _check_count(classes, outputs.count, name)
+    return outputs
+
+
+def _check_count(wanted: int | None, count: int, source: str) -> None:
+    if wanted is not None and count != wanted:
+        raise ValueError(
+            f"--num-classes={wanted}, but the weights of {source} have {count} outputs; "
+            "leave --num-classes out, or fine-tune them by visionmix train with model.pretrained=true"
+        )
+
+
+@dataclass
 class Trained:
     """A model ready for use.
 
@@ -168,6 +244,12 @@ class Trained:
     input: Input
     data: str | None
 
+    @property
+    def outputs(self) -> Outputs:
+        """What the model's outputs stand for."""
+        own = self.data is not None and self.classes is not None
+        return Outputs(self.name, self.model.num_classes, self.classes, own)
+
 
 def load_trained(
     file: str | None,
@@ -183,8 +265,8 @@ def load_trained(
     The classifier is always the file's: no layer keeps fresh weights.
 
     Args:
-        file: checkpoint (.pt, .pth, .safetensors), or None.
-        name: timm model name; a checkpoint made here knows its own.
+        file: checkpoint (.pt, .pth, .safetensors), a folder that `timm.models.save_for_hf` wrote, or None.
+        name: timm model name; a checkpoint made here, or a folder, knows its own.
         pretrained: take the published weights.
         classes: outputs of the weights, for a file whose classifier has another name than the model's; None where the
             file says it, or the number is the model's own.
@@ -198,28 +280,27 @@ def load_trained(
     """
     if bool(file) == pretrained:
         raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
-    content = checkpoint.read(file) if file else {}
+    folder = file is not None and (Path(file) / "config.json").is_file()
+    content = checkpoint.read(file) if file and not folder else {}
     recipe = content.get("recipe", {})
-    made = recipe.get("model", {})
+    made = {"name": weights_cfg(f"local-dir:{file}").architecture} if folder else recipe.get("model", {})
     if made and name and name != made["name"]:
         raise ValueError(f"{file} holds a {made['name']}, not --model {name}; leave --model out")
     name = name or made.get("name")
     if not name:
         raise ValueError(f"{file} does not say which model it holds; give --model NAME")
     labels = content.get("classes")
-    if pretrained:
-        model = create_model(name, pretrained=True)
+    if pretrained or folder:
+        source = f"local-dir:{file}" if folder else name
+        published_outputs(source, classes)  # refuses before anything is fetched
+        model = create_model(source, pretrained=True)
     elif made:
         model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
         tensors = checkpoint.weights(content)
         model = load_published(name, tensors, str(file), _outputs(name, tensors) or classes)
-    if classes is not None and model.num_classes != classes:
-        raise ValueError(
-            f"--num-classes={classes}, but the weights of {file or name} have {model.num_classes} outputs; "
-            "leave --num-classes out, or fine-tune them by visionmix train with model.pretrained=true"
-        )
+    _check_count(classes, model.num_classes, file or name)
     model = model.to(device).eval()
     settings = content.get("input") or {}
     settings = settings | ({"image_size": image_size} if image_size else {})

@@ -72,7 +72,9 @@ def _replace(node: Any, change: Callable[[str], str]) -> None:
 
 def train(scope: str, argv: Sequence[str] | None, text: str) -> int:
     """Run the command that trains by a config of `scope`, "mmdet" or "mmseg"; return its exit status."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"visionmix train-{scope[2:]}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help=f"a path, or a packaged name such as {scope}/...py")
     parser.add_argument("--data", help="folder of the data set, in place of the config's data_root")
     parser.add_argument("--work-dir", help="folder of the results (default: output/CONFIG)")

@@ -21,11 +21,11 @@ from visionmix.tools.images import UnreadableImage, find_files, is_image, log_le
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     parse = argparse.ArgumentParser(
-        prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
-    parse.add_argument("--model", help="timm model name; a checkpoint of train.py knows its own")
-    parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
+    parse.add_argument("--model", help="timm model name; a checkpoint of train.py, or a folder, knows its own")
+    parse.add_argument("--checkpoint", help="weights: .pt, .pth, .safetensors, or a folder of timm's save_for_hf")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
     parse.add_argument(
         "--num-classes", type=int, help="outputs that the weights must have; any other number is refused"

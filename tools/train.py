@@ -40,7 +40,7 @@ FLAGS = {
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     parse = argparse.ArgumentParser(
-        prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("recipe", nargs="?", help="recipe: a path, or a packaged name such as imagenet/vig_s.yaml")
     for name, (key, kind, text) in FLAGS.items():

@@ -19,14 +19,16 @@ from visionmix.tools.class_map import find_outputs, read_class_map
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
 
+_NO_DATA = "--data is missing: give a folder of class folders"
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     parse = argparse.ArgumentParser(
-        prog="validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("--model", help="timm model name; a checkpoint of train.py knows its own")
-    parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
+    parse.add_argument("--model", help="timm model name; a checkpoint of train.py, or a folder, knows its own")
+    parse.add_argument("--checkpoint", help="weights: .pt, .pth, .safetensors, or a folder of timm's save_for_hf")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
     parse.add_argument("--data", help="folder with val/CLASS/*, or with the class folders themselves")
     parse.add_argument(
@@ -64,15 +66,21 @@ def main(argv: list[str] | None = None) -> int:
         classes = data.find_classes(folder) if folder else None
         class_map = read_class_map(args.class_map) if args.class_map else None
         device = models.choose_device(args.device)
+        outputs = None
+        if args.pretrained and args.model:  # before anything is fetched
+            if folder is None:
+                raise ValueError(_NO_DATA)
+            outputs = find_outputs(classes, models.published_outputs(args.model), folder, class_map)
         trained = models.load_trained(
             args.checkpoint, name=args.model, pretrained=args.pretrained, image_size=args.img_size, device=device
         )
         if folder is None:
             if trained.data is None:
-                raise ValueError("--data is missing: give a folder of class folders")
+                raise ValueError(_NO_DATA)
             folder = test_folder(Path(trained.data))
             classes = data.find_classes(folder)
-        outputs = find_outputs(classes, trained, folder, class_map)
+        if outputs is None:
+            outputs = find_outputs(classes, trained.outputs, folder, class_map)
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ Each stands here because no public name does the same. Every room may import thi
 
 import torch
 from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._hub import load_model_config_from_path
 from torch._C import parse_schema
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -17,9 +18,11 @@ __all__ = [
     "feature_take_indices",
     "inside_functorch",
     "is_traced_tensor",
+    "load_model_config_from_path",
     "outside_of_tracing",
     "parse_schema",
     "tree_leaves",
+    "update_model_input_size",
 ]
 
 # The base class of all batch norms, synchronised ones too.
@@ -35,3 +38,12 @@ outside_of_tracing = _disable_current_modes
 def is_traced_tensor(value: torch.Value) -> bool:
     """Return whether a value of a traced graph stands for a tensor."""
     return value.type().isSubtypeOf(torch._C.TensorType.get())
+
+
+try:
+    # Notes the size with which `timm.models.save_for_hf` says that the model is to be built.
+    from timm.models._input import update_model_input_size
+except ImportError:  # an older timm, which writes what a user says by `model_args`
+
+    def update_model_input_size(model: torch.nn.Module, img_size: tuple[int, int]) -> None:
+        """Do nothing: this timm writes no size of a model."""

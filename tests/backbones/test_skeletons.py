@@ -362,6 +362,27 @@ def test_layers_that_nobody_knows(option, value, message):
         layer_maker("norm_layer", 3)
 
 
+@pytest.mark.parametrize("name", ["test_plain", "test_pyramid"])
+@pytest.mark.parametrize(("size", "error", "message"), [
+    (3, ValueError, "img_size=3 is smaller than patch_size="),
+    ((64, -3), ValueError, r"img_size=\(64, -3\) is smaller than patch_size="),
+    ((64, 64, 3), ValueError, r"img_size=\(64, 64, 3\) has 3 sides; give an integer, or \(height, width\)"),
+    ([], ValueError, r"img_size=\[\] has 0 sides"),
+    ("64", TypeError, "img_size='64' is no size in pixels"),
+    (64.0, TypeError, r"img_size=64\.0 is no size in pixels"),
+    ((64, None), TypeError, r"img_size=\(64, None\) is no size in pixels"),
+])  # fmt: skip
+def test_what_is_no_size_of_images(name, size, error, message):
+    model = timm.create_model(name)
+    for build in (type(model), partial(timm.create_model, name)):
+        with pytest.raises(error, match=message):
+            build(img_size=size)
+    cfg = model.pretrained_cfg
+    with pytest.raises(error, match=message):
+        model.set_input_size(size)
+    assert model.pretrained_cfg is cfg
+
+
 def test_old_and_new_models_have_no_hidden_options():
     """Every registered tiny model is rebuilt by its table's options alone, on the meta device."""
     for name in list_family_models():

@@ -1,6 +1,8 @@
 """Weights from every source that timm takes: state dict, file, folder, hub, address, cache and published tag."""
 
+import copy
 import hashlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -13,6 +15,7 @@ import timm
 import torch
 from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import save_file
+from timm.data import resolve_data_config
 from timm.models import _hub, save_for_hf
 
 import visionmix
@@ -20,6 +23,9 @@ from visionmix.models import Weights
 from visionmix.models.family import family_of, variant_of
 from visionmix.models.registration import _entry_point
 
+writes_sizes = pytest.mark.skipif(
+    importlib.util.find_spec("timm.models._input") is None, reason="this timm does not write for which size a model is"
+)
 FORMS = {"safetensors": (True, ["model.safetensors"]), "bin": (False, ["pytorch_model.bin"])}
 FORMS["both"] = ("both", ["model.safetensors", "pytorch_model.bin"])
 
@@ -241,6 +247,38 @@ def test_folder_with_options_and_another_size(tmp_path):
     assert same(again, made)
     image = torch.randn(1, 3, 128, 128)
     assert torch.equal(again(image), made(image))
+
+
+@writes_sizes
+@pytest.mark.parametrize("later", [False, True], ids=["built", "set"])
+@pytest.mark.parametrize("name", ["test_vig", "test_agent_swin", "test_raftmlp", "test_mambar_tiny"])
+def test_folder_says_the_size_that_the_model_has(tmp_path, name, later):
+    size = (128, 160)
+    made = model(name) if later else model(name, img_size=size)
+    untouched = copy.copy(made)
+    if later:
+        made.set_input_size(size)
+        assert untouched.pretrained_cfg["input_size"] == (3, 96, 96)
+    again = timm.create_model(f"local-dir:{saved(made, tmp_path / 'saved')}", pretrained=True).eval()
+    image = torch.randn(1, 3, *size)
+    rows, columns = made.forward_intermediates(image, 1, intermediates_only=True)[0].shape[-2:]
+    for each in (made, again):
+        cfg = each.pretrained_cfg
+        assert (tuple(cfg["input_size"]), tuple(cfg["pool_size"])) == ((3, *size), (rows, columns))
+        assert each.default_cfg is cfg
+        assert resolve_data_config(model=each)["input_size"] == (3, *size)
+    assert same(again, made)
+    assert torch.equal(again(image), made(image))
+
+
+@writes_sizes
+def test_folder_keeps_the_images_that_its_author_wants(tmp_path):
+    made = model(img_size=128)
+    save_for_hf(made, tmp_path, data_config={"input_size": (3, 160, 160)})
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert (tuple(again.pretrained_cfg["input_size"]), again.grid_size) == ((3, 160, 160), (8, 8))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=64)
+    assert (tuple(again.pretrained_cfg["input_size"]), again.grid_size) == ((3, 64, 64), (4, 4))
 
 
 def test_folder_of_a_tag_is_built_as_the_tag_says(tmp_path):

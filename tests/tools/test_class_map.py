@@ -1,19 +1,18 @@
 """Class maps: the forms of the file, what they stand for, and every mistake in a line."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from timm.data import ImageNetInfo
 
 from visionmix.tools.class_map import find_outputs, read_class_map
-from visionmix.tools.models import Trained
+from visionmix.tools.models import Outputs
 
 WHERE = Path("photos/val")
 
 
-def trained(count, labels=None, data=None):
-    return Trained(SimpleNamespace(num_classes=count, pretrained_cfg={}), "test_vit", labels, None, data)
+def outputs(count, labels=None, own=False):
+    return Outputs("test_vit", count, labels, own)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +59,14 @@ def test_labels_of_imagenet_in_every_form():
     info = ImageNetInfo()
     tench = {"a": "0", "b": "n01440764", "c": "tench", "d": "Tench, Tinca tinca", "e": "n01443537"}
     assert info.index_to_label_name(0) == "n01440764"
-    assert find_outputs(list("abcde"), trained(1000), WHERE, tench) == [0, 0, 0, 0, 1]
-    assert find_outputs(["n01443537", "n01440764"], trained(1000), WHERE) == [1, 0]
+    assert find_outputs(list("abcde"), outputs(1000), WHERE, tench) == [0, 0, 0, 0, 1]
+    assert find_outputs(["n01443537", "n01440764"], outputs(1000), WHERE) == [1, 0]
     larger = ImageNetInfo("imagenet-22k").label_names()
-    assert find_outputs(["n01440764"], trained(len(larger)), WHERE) == [larger.index("n01440764")]
+    assert find_outputs(["n01440764"], outputs(len(larger)), WHERE) == [larger.index("n01440764")]
 
 
 def test_all_synsets_are_their_own_outputs():
-    assert find_outputs(ImageNetInfo().label_names(), trained(1000), WHERE) == list(range(1000))
+    assert find_outputs(ImageNetInfo().label_names(), outputs(1000), WHERE) == list(range(1000))
 
 
 @pytest.mark.parametrize(
@@ -81,16 +80,16 @@ def test_all_synsets_are_their_own_outputs():
 )
 def test_entries_that_stand_for_no_output(written, words):
     with pytest.raises(ValueError, match=f"--class-map: {words}; test_vit has 1000 outputs"):
-        find_outputs(["a"], trained(1000), WHERE, {"a": written})
+        find_outputs(["a"], outputs(1000), WHERE, {"a": written})
 
 
 def test_a_class_map_must_name_every_folder():
     with pytest.raises(ValueError, match=r"lacks 1 folder\(s\) of photos/val: b"):
-        find_outputs(["a", "b"], trained(1000), WHERE, {"a": "1", "c": "2"})
+        find_outputs(["a", "b"], outputs(1000), WHERE, {"a": "1", "c": "2"})
 
 
 def test_own_labels_come_before_imagenets():
-    own = trained(3, ["n01440764", "10", "2"], "photos")
+    own = outputs(3, ["n01440764", "10", "2"], own=True)
     assert find_outputs(["10", "2"], own, WHERE) == [1, 2]
     assert find_outputs(["a"], own, WHERE, {"a": "2"}) == [2]  # an index, as the file says
     with pytest.raises(
@@ -100,18 +99,18 @@ def test_own_labels_come_before_imagenets():
 
 
 def test_folders_without_known_names_need_the_models_number(caplog):
-    assert find_outputs(["a", "b"], trained(2), WHERE) == [0, 1]
+    assert find_outputs(["a", "b"], outputs(2), WHERE) == [0, 1]
     assert not caplog.records
     for folders in (["a"], ["a", "b", "c"]):
         with pytest.raises(ValueError, match=rf"photos/val has {len(folders)} classes, .* have 2 outputs"):
-            find_outputs(folders, trained(2), WHERE)
+            find_outputs(folders, outputs(2), WHERE)
     names = [f"class {number:04d}" for number in range(1000)]
-    assert find_outputs(names, trained(1000), WHERE) == list(range(1000))
+    assert find_outputs(names, outputs(1000), WHERE) == list(range(1000))
     assert "no folder has the name of a label" in caplog.text
     with pytest.raises(ValueError, match="other classes than class 0001"):
-        find_outputs(["n01440764", *names[1:]], trained(1000), WHERE)
+        find_outputs(["n01440764", *names[1:]], outputs(1000), WHERE)
 
 
 def test_a_model_without_classifier():
     with pytest.raises(ValueError, match="num_classes=0 and tells no classes apart"):
-        find_outputs(["a"], trained(0), WHERE)
+        find_outputs(["a"], outputs(0), WHERE)

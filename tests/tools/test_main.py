@@ -17,6 +17,14 @@ def test_help_lists_the_commands(capsys):
     assert all(name in out for name in ("train", "validate", "predict", "info"))
 
 
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_says_how_it_is_called(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main([command, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: visionmix {command} ")
+
+
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main.main(["trian"]) == 2
     assert "no command 'trian' (did you mean 'train'?)" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import golden
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from visionmix.tools import checkpoint, models, predict
 
@@ -101,3 +102,50 @@ def test_a_checkpoint_of_train_says_its_own_number_of_classes(tmp_path):
     assert models.load_trained(path, device=CPU).classes == ["a", "b", "c"]
     with pytest.raises(ValueError, match=r"--num-classes=5, but .*best\.safetensors have 3 outputs"):
         models.load_trained(path, classes=5, device=CPU)
+
+
+@pytest.mark.parametrize("given", ["file", "name"])
+def test_a_folder_of_timms_says_all_of_its_model(tmp_path, given):
+    torch.manual_seed(0)
+    made = timm.create_model("test_vig", num_classes=7, img_size=128).eval()
+    save_for_hf(made, tmp_path, model_config={"pretrained_cfg": {"mean": [0.25] * 3}})
+
+    def load(**options):
+        source = {"file": str(tmp_path)} if given == "file" else {"file": None, "name": f"local-dir:{tmp_path}"}
+        return models.load_trained(**source, pretrained=given == "name", device=CPU, **options)
+
+    trained = load()
+    assert (trained.input.image_size, trained.input.mean, trained.outputs.count) == (128, [0.25] * 3, 7)
+    images = torch.randn(2, 3, 128, 128)
+    with torch.inference_mode():
+        assert torch.equal(trained.model(images), made(images))
+    assert load(classes=7).model.num_classes == 7
+    with pytest.raises(ValueError, match=rf"--num-classes=3, but the weights of .*{tmp_path.name} have 7 outputs"):
+        load(classes=3)
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    save_for_hf(timm.create_model("test_vig"), tmp_path)
+    assert models.load_trained(str(tmp_path), name="test_vig", device=CPU).name == "test_vig"
+    with pytest.raises(ValueError, match="holds a test_vig, not --model test_plain"):
+        models.load_trained(str(tmp_path), name="test_plain", device=CPU)
+
+
+def test_a_folder_without_timms_config(tmp_path):
+    made = timm.create_model("test_vig").eval()
+    save_for_hf(made, tmp_path, safe_serialization=True)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"config\.json that timm did not write"):
+        models.load_trained(str(tmp_path), device=CPU)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="does not say which model it holds"):
+        models.load_trained(str(tmp_path), device=CPU)
+    again = models.load_trained(str(tmp_path), name="test_vig", device=CPU).model
+    images = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(again(images), made(images))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint"):
+        models.load_trained(str(tmp_path), name="test_vig", device=CPU)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        models.load_trained(None, name=f"local-dir:{tmp_path}", pretrained=True, device=CPU)

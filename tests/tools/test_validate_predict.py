@@ -220,6 +220,39 @@ def test_another_number_of_classes_is_refused_and_a_class_map_takes_it(source, t
     assert json.loads((tmp_path / "synsets.json").read_text())["top1"] == pytest.approx(top1, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("tool", "name", "arguments", "words"),
+    [
+        (validate, "test_vit", ["--data", "TREE"], "has 3 classes, the weights of test_vit have 1000 outputs"),
+        (validate, "vig_t.in1k", ["--data", "TREE"], "has 3 classes, the weights of vig_t.in1k have 1000 outputs"),
+        (validate, "dinat_large.in22k", ["--data", "TREE"], "have 21841 outputs"),
+        (validate, "mamba_yolo_t_backbone", ["--data", "TREE"], "has num_classes=0 and tells no classes apart"),
+        (validate, "vig_t", ["--data", "TREE", "--class-map", "MAP"], "output 1000 is outside [0, 999]"),
+        (validate, "vig_t", [], "--data is missing"),
+        (validate, "vig_t.in2k", ["--data", "TREE"], "did you mean 'vig_t.in1k'"),
+        (predict, "vig_t", ["TREE", "--num-classes", "3"], "--num-classes=3, but the weights of vig_t have 1000"),
+        (predict, "vig_t.in2k", ["TREE"], "did you mean 'vig_t.in1k'"),
+    ],
+)
+def test_published_weights_are_refused_before_they_are_fetched(
+    tool, name, arguments, words, tree, tmp_path, capsys, monkeypatch
+):
+    def create_model(*args, **kwargs):
+        pytest.fail("the model is made, and its weights are fetched")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    (tmp_path / "map").write_text("blue 1\ngreen 2\nred 1000\n")
+    paths = {"TREE": str(tree), "MAP": str(tmp_path / "map")}
+    assert tool.main([*(paths.get(word, word) for word in arguments), "--model", name, "--pretrained"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_of_timms_without_published_weights_is_refused(tree, capsys):
+    call = ["--model", "vovnet39a", "--pretrained"]
+    assert predict.main([str(tree), *call]) == 2
+    assert "model 'vovnet39a' cannot be made: No pretrained weights exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["--checkpoint", "--pretrained"])
 @pytest.mark.parametrize("name", ["test_vit", "test_vig"])
 def test_num_classes_of_predict_must_be_that_of_the_weights(name, source, tree, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import create_mixer, mixer_options
-from visionmix.private_api import feature_take_indices
+from visionmix.private_api import feature_take_indices, update_model_input_size
 
 MixerSpec = str | dict[str, Any]
 _FORMATS = ("NCHW", "NHWC", "NLC")
@@ -52,7 +53,7 @@ class Backbone(nn.Module):
     """A stem, units one after another (stages or blocks), a norm and a head: the base of every skeleton.
 
     A skeleton builds its layers, then calls `_finish`. It gives `feature_info`, `forward_features`, `group_matcher`,
-    and the four steps of a pass that keeps intermediate maps: `_enter`, `_advance`, `_cells`, `_leave`.
+    `_resize`, and the four steps of a pass that keeps intermediate maps: `_enter`, `_advance`, `_cells`, `_leave`.
 
     Attributes:
         units: Name of the list of units.
@@ -144,6 +145,30 @@ class Backbone(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "set_progress"):
                 module.set_progress(done)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
+
+        Windows and stripes that follow the map are set for it too, so that logits of such models change. The model's
+        `pretrained_cfg` says the new size, and so does what `timm.models.save_for_hf` writes.
+
+        Raises:
+            TypeError: `img_size` is no size in pixels.
+            ValueError: it has other than two sides, or images would be smaller than a patch.
+        """
+        height, width = image_sides(img_size, self.min_size)
+        pool_size = self._resize(height, width)
+        update_model_input_size(self, (height, width))
+        if hasattr(self, "pretrained_cfg"):
+            # A new dict: a copy of the model shares the old one.
+            size = {"input_size": (self.pretrained_cfg["input_size"][0], height, width), "pool_size": pool_size}
+            self.pretrained_cfg = self.default_cfg = {**self.pretrained_cfg, **size}
+
+    @torch.jit.ignore
+    def _resize(self, height: int, width: int) -> tuple[int, int]:
+        """Set every size-tied tensor for images of this size, and return the rows and columns of the last map."""
+        raise NotImplementedError
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -277,10 +302,21 @@ def check_output_format(output_fmt: str) -> None:
         raise ValueError(f"output_fmt={output_fmt!r} is unknown; give one of {', '.join(map(repr, _FORMATS))}")
 
 
-def check_image_size(img_size: int | tuple[int, int], height: int, width: int, patch_size: int) -> None:
-    """Raise ValueError where images of `height` by `width` pixels are smaller than a patch."""
-    if min(height, width) < patch_size:
+def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) -> tuple[int, int]:
+    """Return the height and width that `img_size`, one number of pixels or two, stands for.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it has another length, or images are smaller than a patch.
+    """
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if not all(isinstance(side, Integral) for side in sides):
+        raise TypeError(f"img_size={img_size!r} is no size in pixels; give an integer, or (height, width)")
+    if len(sides) != 2:
+        raise ValueError(f"img_size={img_size!r} has {len(sides)} sides; give an integer, or (height, width)")
+    if patch_size is not None and min(sides) < patch_size:
         raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
+    return int(sides[0]), int(sides[1])
 
 
 def build_mixer(

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -14,9 +14,9 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     build_blocks,
-    check_image_size,
     check_mixer,
     heads_for,
+    image_sides,
     mlp_maker,
     per_stage,
     set_grid_size,
@@ -159,8 +159,7 @@ class Hierarchical(Backbone):
                 "length; give one entry per stage"
             )
         check_mixer(mixer)
-        height, width = to_2tuple(img_size)
-        check_image_size(img_size, height, width, patch_size)
+        height, width = image_sides(img_size, patch_size)
 
         def makers(kind: str, value: _EachStage, option: str) -> list:
             return [
@@ -222,16 +221,13 @@ class Hierarchical(Backbone):
         return tuple(range(len(options["depths"])))
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
-
-        Windows and stripes that follow the map are set for it too, so that logits of such models change.
-        """
-        grid_size = self.stem.grid_size(*to_2tuple(img_size))
+    def _resize(self, height: int, width: int) -> tuple[int, int]:
+        grid_size = self.stem.grid_size(height, width)
         for index, stage in enumerate(self.stages):
             if index:
                 grid_size = stage.downsample.grid_size(*grid_size)
             set_grid_size(stage, grid_size)
+        return grid_size
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

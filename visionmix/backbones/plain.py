@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -15,9 +15,9 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     build_blocks,
-    check_image_size,
     check_mixer,
     heads_for,
+    image_sides,
     mlp_maker,
     set_grid_size,
 )
@@ -117,8 +117,7 @@ class Plain(Backbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         check_mixer(mixer)
-        height, width = to_2tuple(img_size)
-        check_image_size(img_size, height, width, patch_size)
+        height, width = image_sides(img_size, patch_size)
         if prefix not in ("mix", "pass"):
             raise ValueError(f"prefix={prefix!r} is unknown; give 'mix' or 'pass'")
         norm = layer_maker("norm_layer", norm_layer)
@@ -174,13 +173,10 @@ class Plain(Backbone):
         return 3
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
-
-        Windows and stripes that follow the map are set for it too, so that logits of such models change.
-        """
-        self.grid_size = self.stem.grid_size(*to_2tuple(img_size))
+    def _resize(self, height: int, width: int) -> tuple[int, int]:
+        self.grid_size = self.stem.grid_size(height, width)
         set_grid_size(self, self.grid_size)
+        return self.grid_size
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -85,17 +85,15 @@ def _weights(cells: int, wanted: int, mode: str, like: Tensor) -> Tensor:
     places = (torch.arange(wanted, device=like.device, dtype=like.dtype) + 0.5) * (cells / wanted) - 0.5
     if mode == "bilinear":
         places = places.clamp(min=0.0)
-    first = places.floor()
+    first = places.floor().unsqueeze(1)
+    taps = torch.arange(-1, 3, device=like.device) if mode == "bicubic" else torch.arange(2, device=like.device)
+    distance = (places.unsqueeze(1) - first - taps).abs()
+    if mode == "bilinear":
+        weight = 1.0 - distance
+    else:
+        near = ((_A + 2) * distance - (_A + 3)) * distance * distance + 1
+        far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
+        weight = torch.where(distance <= 1, near, far)
+    taken = (first.to(torch.int64) + taps).clamp(0, cells - 1)
     cell = torch.arange(cells, device=like.device)
-    matrix = like.new_zeros(1)
-    for tap in range(-1, 3) if mode == "bicubic" else range(2):
-        distance = (places - first - tap).abs()
-        if mode == "bilinear":
-            weight = 1.0 - distance
-        else:
-            near = ((_A + 2) * distance - (_A + 3)) * distance * distance + 1
-            far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
-            weight = torch.where(distance <= 1, near, far)
-        taken = (first.to(torch.int64) + tap).clamp(0, cells - 1)
-        matrix = matrix + torch.where(taken.unsqueeze(1) == cell, weight.unsqueeze(1), 0.0)
-    return matrix
+    return torch.where(taken.unsqueeze(2) == cell, weight.unsqueeze(2), 0.0).sum(dim=1)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,7 +15,8 @@ from timm.models import (
 )
 from torch import nn
 
-from visionmix.models.family import Family, Variant, add_family
+from visionmix.backbones.contract import image_sides
+from visionmix.models.family import Family, Layout, Variant, add_family
 from visionmix.models.loading import load_tensors
 from visionmix.models.weights import Weights, fetch
 
@@ -53,16 +55,19 @@ def _options(variant: Variant, weights: Weights) -> dict[str, Any]:
     return {**variant.layout.options, **size, **weights.options}
 
 
+def _sizes(layout: Layout, options: Mapping[str, Any], in_chans: int) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of the images and of the last map in a model built with `options`, as a cfg says them."""
+    size = image_sides(options.get("img_size", 224))
+    return {"input_size": (in_chans, *size), "pool_size": layout.skeleton.last_grid(options, size)}
+
+
 def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
     layout, options = variant.layout, _options(variant, weights)
-    side = options.get("img_size", 224)
-    size = (side, side) if isinstance(side, int) else tuple(side)
-    crop_pct = weights.crop_pct or (0.875 if size == (224, 224) else 1.0)
+    sizes = _sizes(layout, options, in_chans=3)
     return {
         "num_classes": options.get("num_classes", weights.num_classes),
-        "input_size": (3, *size),
-        "pool_size": layout.skeleton.last_grid(options, size),
-        "crop_pct": crop_pct,
+        **sizes,
+        "crop_pct": weights.crop_pct or (0.875 if sizes["input_size"] == (3, 224, 224) else 1.0),
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
@@ -110,7 +115,11 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
                 load_tensors(model, tensors, layout.keys, cfg, name=name)
             return model
 
+        stored = (options.get("pretrained_model_args") or {}).get("img_size")
+        resized = options.get("img_size") not in (None, stored)
         options = {**_options(variant, weights), **options}
+        if resized:  # a saved folder's own cfg says which images its author wants
+            cfg = replace(cfg, **_sizes(layout, options, cfg.input_size[0]))
         # timm's default wrapper, a list of modules, never calls forward_features and would return NHWC maps.
         feature_cfg = {"feature_cls": "getter", "out_indices": layout.skeleton.feature_indices(options)}
         return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **options)
