@@ -4,16 +4,17 @@ import torch
 
 from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.registration import register_op
-from visionmix.kernels.selective_scan import cpu, reference
+from visionmix.kernels.selective_scan import chunks, cpu, reference
 from visionmix.kernels.selective_scan.schema import SCHEMA, Arguments, Gradients
 
 
 def _fake(a: Arguments):
     dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
     state = a.u.new_empty((*a.u.shape[:2], a.A.shape[1]) if a.return_last_state else (0,), dtype=dtype)
-    compiled = dispatch.resolve("selective_scan", a.implementation, a.u.device) == "cpu"
-    kept = a.keep_states and compiled and dtype == torch.float32
-    entering = a.u.new_empty(cpu.entering_shape(a.u, a.A) if kept else (0,), dtype=dtype)
+    shapes = {"cpu": cpu.entering_shape} | ({"triton": chunks.entering_shape} if a.gap is None else {})
+    shape = shapes.get(dispatch.resolve("selective_scan", a.implementation, a.u.device))
+    kept = a.keep_states and shape is not None and dtype == torch.float32
+    entering = a.u.new_empty(shape(a.u, a.A) if kept else (0,), dtype=dtype)
     return a.u.new_empty(a.u.shape, dtype=a.out_dtype), state, entering
 
 

@@ -1,11 +1,14 @@
-"""The selective scan in Triton: a program walks over the chunks of a tile of channels with the states in registers.
+"""The selective scan in Triton: a program walks over the chunks of a tile of channels.
 
-In backward `forward_kernel` runs once more for the states entering the chunks, and `backward_kernel` walks back from
-there. What programs share (A, D, delta_bias, and B and C of a group's channels) goes to partial buffers, which are
-summed here: no atomics, so that gradients repeat bit by bit.
+The states go from chunk to chunk through memory: `forward_kernel` writes those entering each chunk, which the backward
+pass needs, and reads them again. `backward_kernel` walks back from the last chunk. What programs share (A, D,
+delta_bias, and B and C of a group's channels) goes to partial buffers, which are summed here: no atomics, so that
+gradients repeat bit by bit.
 
 Gu and Dao, 2023, Mamba: Linear-Time Sequence Modeling with Selective State Spaces (arXiv 2312.00752).
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,35 +17,75 @@ from torch import Tensor
 from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import launch
 from visionmix.kernels.selective_scan import reference
+from visionmix.kernels.selective_scan.chunks import CHUNK, entering_shape
 from visionmix.kernels.selective_scan.schema import Arguments, Gradients
 from visionmix.kernels.selective_scan.triton_kernels import backward_kernel, forward_kernel
+
+# Channels of a thread, and warps, each with its own. More channels read B and C less often and leave fewer partial sums
+# of their gradients, until registers spill.
+_FORWARD_TILE = (2, 4)
+_BACKWARD_TILE = (1, 8)
+
+
+def _lanes(length: int) -> int:
+    """Return the lanes that a chunk's tokens lie over, eight in each: as few as hold a short sequence, 4 at least."""
+    return min(CHUNK // 8, max(4, triton.next_power_of_2(triton.cdiv(length, 8))))
 
 
 def _is_constant(projection: Tensor) -> bool:
     return projection.dim() == 2
 
 
+def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+    """Return a tensor's strides by the kernels' names for them, 0 where there is none."""
+    return {f"s{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate(axes)}
+
+
+def _empty_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Return rows of `shape`'s last axis, each as long as the next multiple of 8."""
+    *others, length = shape
+    return like.new_empty((*others, length + -length % 8), dtype=dtype)
+
+
+def _cut(rows: Tensor, length: int) -> Tensor:
+    """Return the rows without what was added to their end."""
+    return rows[..., :length].contiguous()
+
+
+def _in_rows(x: Tensor | None) -> Tensor | None:
+    """Return x (..., length) with tokens side by side in rows that begin at multiples of 8 and go on to one with zeros.
+
+    Where it is laid out otherwise it is copied: that takes less than to read single tokens for every state.
+    """
+    if x is None or _is_constant(x):
+        return x
+    length = x.shape[-1]
+    padding = -length % 8
+    if padding == 0 and x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]):
+        return x
+    rows = _empty_rows(x, x.shape)
+    rows[..., :length] = x
+    rows[..., length:] = 0
+    return rows
+
+
 class _Problem:
     """Sizes and the arguments that both kernels take."""
 
-    def __init__(self, a: Arguments):
-        u, delta, A, B, C, D, z = a[:7]
-        self.batch, self.dim, self.length = u.shape
+    def __init__(self, a: Arguments, tile: tuple[int, int]):
+        A, D = a.A, a.D
+        self.batch, self.dim, self.length = a.u.shape
+        u, delta, z, B, C = map(_in_rows, (a.u, a.delta, a.z, a.B, a.C))
         self.states = A.shape[1]
         self.groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
         group_dim = self.dim // self.groups
-        # The fastest of the tiles timed on an H200: with 8 channels, there are programs enough.
-        self.block = 8
-        self.tokens = min(32, max(16, triton.next_power_of_2(self.length)))
-        self.chunks = triton.cdiv(self.length, self.tokens)
-        self.tiles = triton.cdiv(group_dim, self.block)
+        channels, self.warps = tile
+        self.tiles = triton.cdiv(group_dim, channels * self.warps)
         self.grid = (self.batch, self.groups, self.tiles)
-        strides = {}
-        for name, x in {"u": u, "d": delta, "z": z}.items():
-            strides |= {f"s{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate("bdt")}
+        strides = _strides("u", u, "bd") | _strides("d", delta, "bd") | _strides("z", z, "bd")
         for name, x in {"B": B, "C": C}.items():
-            values = (0, *x.stride(), 0) if _is_constant(x) else x.stride()
-            strides |= {f"s{name}_{axis}": value for axis, value in zip("bcnt", values, strict=True)}
+            values = (0, *x.stride()) if _is_constant(x) else x.stride()[:3]
+            strides |= {f"s{name}_{axis}": value for axis, value in zip("bcn", values, strict=True)}
         self.arguments = {
             "p_u": u,
             "p_delta": delta,
@@ -55,16 +98,13 @@ class _Problem:
             "length": self.length,
             "dim": self.dim,
             "group_dim": group_dim,
-            "sA_d": A.stride(0),
-            "sA_n": A.stride(1),
-            "sD_d": 0 if D is None else D.stride(0),
             **strides,
-            "so_d": self.length,
-            "so_t": 1,
+            **_strides("A", A, "dn"),
+            **_strides("D", D, "d"),
             "N": self.states,
-            "BN": triton.next_power_of_2(self.states),
-            "BD": self.block,
-            "BT": self.tokens,
+            "R": channels,
+            "W": self.warps,
+            "LANES": _lanes(self.length),
             "SOFTPLUS": a.delta_softplus,
             "B_CONSTANT": _is_constant(B),
             "C_CONSTANT": _is_constant(C),
@@ -72,27 +112,24 @@ class _Problem:
         self.passes = {name: self.tiles for name, x in (("p_B", B), ("p_C", C)) if not _is_constant(x)}
         self.size = self.batch * self.dim * self.length
 
-    def states_entering(self) -> Tensor:
-        """Return the states entering the chunks, (batch, chunks, dim, states)."""
-        u = self.arguments["p_u"]
-        states = u.new_empty(self.batch, self.chunks, self.dim, self.states, dtype=torch.float32)
-        self.forward(None, states, None)
-        return states
 
-    def forward(self, out: Tensor | None, states: Tensor | None, last: Tensor | None) -> None:
-        # Without an output, C, D and z are not read.
-        unused = {} if out is not None else {"p_D": None, "p_z": None}
-        launch(
-            forward_kernel,
-            self.grid,
-            **self.arguments | unused,
-            p_out=out,
-            p_states=states,
-            p_last=last,
-            num_warps=1,
-            passes=self.passes | ({"p_C": 0} if out is None else {}),
-            flops=self.size * (7 * self.states + 3),
-        )
+def _run_forward(a: Arguments, out: Tensor | None) -> Tensor:
+    """Fill `out`, where given, and return the states entering the chunks and the last."""
+    problem = _Problem(a, _FORWARD_TILE)
+    states = a.u.new_empty(entering_shape(a.u, a.A), dtype=torch.float32)
+    # Without an output, C, D and z are not read.
+    unused = {} if out is not None else {"p_D": None, "p_z": None}
+    launch(
+        forward_kernel,
+        problem.grid,
+        **problem.arguments | unused,
+        p_out=out,
+        p_states=states,
+        num_warps=problem.warps,
+        passes=problem.passes | ({"p_C": 0} if out is None else {}),
+        flops=problem.size * (7 * problem.states + 3),
+    )
+    return states
 
 
 def _leaves_to_reference(gap: Tensor | None) -> bool:
@@ -103,68 +140,83 @@ def _leaves_to_reference(gap: Tensor | None) -> bool:
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (output, last state, nothing), the state empty unless asked for; shapes as `selective_scan`.
+    """Return (output, last state, states), the latter two empty unless asked for.
 
-    The backward pass finds the states itself: none are kept.
+    Shapes as `selective_scan`, and `entering_shape`.
     """
     if _leaves_to_reference(a.gap):
         return reference.forward(a)
-    u, problem = a.u, _Problem(a)
-    out = u.new_empty(u.shape, dtype=a.out_dtype)
-    shape = (problem.batch, problem.dim, problem.states) if a.return_last_state else (0,)
-    last = u.new_empty(shape, dtype=torch.float32)
-    problem.forward(out, None, last if a.return_last_state else None)
-    return out, last, u.new_empty(0, dtype=torch.float32)
+    u = a.u
+    out = _empty_rows(u, u.shape, a.out_dtype)
+    states = _run_forward(a, out)
+    nothing = u.new_empty(0, dtype=torch.float32)
+    last = states[:, -1].mT.contiguous() if a.return_last_state else nothing
+    return _cut(out, u.shape[-1]), last, states if a.keep_states else nothing
 
 
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None."""
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and gap in their dtypes, empty for what is None.
+
+    The states are found anew where the forward pass did not keep them.
+    """
     if _leaves_to_reference(a.gap):
         return reference.backward(a, gradients)
     u, delta, A, B, C, D, z, delta_bias = a[:8]
-    grad_out, grad_state, _ = gradients
-    problem = _Problem(a)
-    batch, dim = problem.batch, problem.dim
-    states = problem.states_entering()
+    grad_out, grad_state, states = gradients
+    problem = _Problem(a, _BACKWARD_TILE)
+    grad_out = _in_rows(grad_out)
+    batch, dim, length = u.shape
+    if states is None or states.dim() == 1:
+        states = _run_forward(a, None)
 
-    def partial(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
+    def partial(*shape: int, zeros: bool = False) -> Tensor:
+        return (u.new_zeros if zeros else u.new_empty)(shape, dtype=torch.float32)
 
-    grads = {name: x.new_empty(x.shape) for name, x in (("p_du", u), ("p_ddelta", delta))}
-    grad_A = partial(batch, dim, problem.states)
-    projections = {
-        name: partial(batch, dim, problem.states) if _is_constant(x) else partial(problem.tiles, *x.shape)
-        for name, x in (("p_dB", B), ("p_dC", C))
-    }
-    grad_z = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    def projection(x: Tensor) -> Tensor:
+        if _is_constant(x):
+            return partial(batch, problem.states, dim, zeros=True)
+        return _empty_rows(u, (problem.tiles, *x.shape), torch.float32)
+
+    by_state = (batch, problem.states, dim)
+    flow = partial(*by_state, zeros=True) if grad_state is None else grad_state.mT.contiguous().float()
+    grad_A, grad_B, grad_C = partial(*by_state, zeros=True), projection(B), projection(C)
+    grad_u, grad_delta, grad_z = (None if x is None else _empty_rows(x, x.shape) for x in (u, delta, z))
     grad_D, grad_bias = (None if x is None else partial(batch, dim) for x in (D, delta_bias))
     launch(
         backward_kernel,
         problem.grid,
         **problem.arguments,
-        **grads,
-        **projections,
+        **_strides("g", grad_out, "bd"),
         p_states=states,
         p_grad=grad_out,
-        p_grad_last=None if grad_state is None else grad_state.contiguous(),
+        p_flow=flow,
+        p_du=grad_u,
+        p_ddelta=grad_delta,
         p_dA=grad_A,
+        p_dB=grad_B,
+        p_dC=grad_C,
         p_dD=grad_D,
-        p_dz=None if z is None else grad_z,
+        p_dz=grad_z,
         p_dbias=grad_bias,
-        **{f"sg_{axis}": grad_out.stride(i) for i, axis in enumerate("bdt")},
-        num_warps=1,
+        num_warps=problem.warps,
         passes=problem.passes,
         flops=problem.size * (19 * problem.states + 8),
     )
-    nothing = u.new_empty(0)
+
+    def summed(grad: Tensor | None, x: Tensor | None) -> Tensor:
+        if grad is None:
+            return u.new_empty(0)
+        total = grad.sum(0)
+        return (total.mT if x.dim() == 2 else _cut(total, length) if x.dim() == 4 else total).to(x.dtype)
+
     return (
-        grads["p_du"],
-        grads["p_ddelta"],
-        grad_A.sum(0).to(A.dtype),
-        projections["p_dB"].sum(0).to(B.dtype),
-        projections["p_dC"].sum(0).to(C.dtype),
-        nothing if D is None else grad_D.sum(0).to(D.dtype),
-        grad_z,
-        nothing if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
-        nothing,
+        _cut(grad_u, length),
+        _cut(grad_delta, length),
+        summed(grad_A, A),
+        summed(grad_B, B),
+        summed(grad_C, C),
+        summed(grad_D, D),
+        u.new_empty(0) if grad_z is None else _cut(grad_z, length),
+        summed(grad_bias, delta_bias),
+        u.new_empty(0),
     )

@@ -1,8 +1,8 @@
 """The Triton kernels of the selective scan; `triton.py` launches them and says how they work together.
 
-Tiles are (tokens, channels). Strides of tokens and channels are not specialised: knowing what lies side by side, the
-compiler would give a thread four of those and spread the tokens of a scan over more of them. As it is, in a program of
-one warp four threads share the tokens of a channel.
+A program has R x W channels: a thread's R channels lie in its registers, and each of the W warps has its own. A chunk
+is LANES x 8 tokens, eight of them side by side in a lane: one access of 16 bytes in half precision. So a warp reads B
+and C of a chunk once for R channels, and a recurrence crosses lanes once in eight tokens.
 
 Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<tensor>_<axis>.
 """
@@ -23,13 +23,13 @@ def combine(a_first, b_first, a_second, b_second):
 def softplus(b_x):
     """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), exact to float32 for small results too.
 
-    log(1 + e) = 2 artanh(z) with z = e / (2 + e) <= 1/3, z times a polynomial in z^2 that is 4e-9 from it.
+    log(1 + e) is e times a polynomial, 3e-8 of it off: no division and no logarithm.
     """
-    b_e = tl.exp(-tl.abs(b_x))
-    b_z = b_e / (2.0 + b_e)
-    b_w = b_z * b_z
-    b_p = 0.40024852 + b_w * (0.27961426 + b_w * 0.28174666)
-    return tl.maximum(b_x, 0.0) + b_z * (2.0 + b_w * (0.66666316 + b_w * b_p))
+    b_e = tl.exp2(-tl.abs(b_x) * LOG2_E)
+    b_p = -0.0295052268 + b_e * 0.0052326913
+    b_p = 0.191060066 + b_e * (-0.136632442 + b_e * (0.078225933 + b_e * b_p))
+    b_p = 0.99999994 + b_e * (-0.499994934 + b_e * (0.333190978 + b_e * (-0.24842982 + b_e * b_p)))
+    return tl.maximum(b_x, 0.0) + b_e * b_p
 
 
 @triton.jit
@@ -40,158 +40,273 @@ def sigmoid(b_x):
 
 
 @triton.jit
-def _combine_and_before(a, b, a_before, b_before, a_next, b_next, a_next_before, b_next_before):
-    """`combine`, and what it makes without the last step."""
-    return a * a_next, a_next * b + b_next, a * a_next_before, a_next_before * b + b_next_before
+def _channels(group_dim, R: tl.constexpr, W: tl.constexpr):
+    """The program's channels (R, W, 1) in the group and in all, and which of them there are."""
+    o_r = tl.program_id(2) * (R * W) + tl.arange(0, R)[:, None, None] * W + tl.arange(0, W)[None, :, None]
+    return tl.program_id(1).to(tl.int64) * group_dim + o_r, o_r < group_dim
 
 
 @triton.jit
-def state_gradients(b_decay, b_direct, b_flow):
-    """The gradients dh (steps, channels) of a chunk's states, and what flows on into the chunk before (channels,).
+def _tokens(LANES: tl.constexpr):
+    """A chunk's tokens (1, 1, LANES, 8)."""
+    return (tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, None, :, :]
 
-    With `g_t = decay_t dh_t` what a step hands to the one before it, `dh_t = direct_t + g_(t+1)`; `flow` is g after the
-    last step. The reverse scan makes g, and g without its last step, so that no step need be shifted.
+
+@triton.jit
+def _eights(x):
+    """A multiple of 8, so that the compiler sees it: it then reads eight tokens at once."""
+    return x // 8 * 8
+
+
+@triton.jit
+def _split(b_x):
+    """The eight tokens of a lane, (R, W, LANES, 8) to a tuple of (R, W, LANES): registers by other names."""
+    R: tl.constexpr = b_x.shape[0]
+    W: tl.constexpr = b_x.shape[1]
+    LANES: tl.constexpr = b_x.shape[2]
+    even, odd = tl.split(tl.reshape(b_x, (R, W, LANES, 4, 2)))
+    b_04, b_26 = tl.split(tl.reshape(even, (R, W, LANES, 2, 2)))
+    b_15, b_37 = tl.split(tl.reshape(odd, (R, W, LANES, 2, 2)))
+    b_0, b_4 = tl.split(b_04)
+    b_1, b_5 = tl.split(b_15)
+    b_2, b_6 = tl.split(b_26)
+    b_3, b_7 = tl.split(b_37)
+    return b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7
+
+
+@triton.jit
+def _join(b_x):
+    """Undo `_split`."""
+    R: tl.constexpr = b_x[0].shape[0]
+    W: tl.constexpr = b_x[0].shape[1]
+    LANES: tl.constexpr = b_x[0].shape[2]
+    even = tl.reshape(tl.join(tl.join(b_x[0], b_x[4]), tl.join(b_x[2], b_x[6])), (R, W, LANES, 4))
+    odd = tl.reshape(tl.join(tl.join(b_x[1], b_x[5]), tl.join(b_x[3], b_x[7])), (R, W, LANES, 4))
+    return tl.reshape(tl.join(even, odd), (R, W, LANES, 8))
+
+
+@triton.jit
+def _decays(b_delta, b_A):
+    """exp(delta_t A) for each token; A is log2 e times the rate."""
+    out = (tl.exp2(b_delta[0] * b_A),)
+    for i in tl.static_range(1, 8):
+        out += (tl.exp2(b_delta[i] * b_A),)
+    return out
+
+
+@triton.jit
+def _products(b_x, b_y):
+    """x_t y_t for each token."""
+    out = (b_x[0] * b_y[0],)
+    for i in tl.static_range(1, 8):
+        out += (b_x[i] * b_y[i],)
+    return out
+
+
+@triton.jit
+def _add_products(b_sum, b_x, b_y):
+    """sum_t + x_t y_t for each token."""
+    out = (b_sum[0] + b_x[0] * b_y[0],)
+    for i in tl.static_range(1, 8):
+        out += (b_sum[i] + b_x[i] * b_y[i],)
+    return out
+
+
+@triton.jit
+def _total(b_x):
+    """The sum over a lane's tokens."""
+    return ((b_x[0] + b_x[1]) + (b_x[2] + b_x[3])) + ((b_x[4] + b_x[5]) + (b_x[6] + b_x[7]))
+
+
+@triton.jit
+def _states(b_decay, b_in, b_h):
+    """`h_t = decay_t h_(t-1) + in_t` through a lane's tokens, from what enters it."""
+    b_h = b_decay[0] * b_h + b_in[0]
+    out = (b_h,)
+    for i in tl.static_range(1, 8):
+        b_h = b_decay[i] * b_h + b_in[i]
+        out += (b_h,)
+    return out
+
+
+@triton.jit
+def _state_gradients(b_decay, b_direct, b_flow):
+    """`dh_t = direct_t + decay_(t+1) dh_(t+1)` from a lane's last token to its first, and what flows out of that.
+
+    `flow` is what flows into the last.
     """
-    one, zero = tl.full(b_decay.shape, 1.0, tl.float32), tl.zeros(b_decay.shape, tl.float32)
-    _, _, b_total, b_before = tl.associative_scan(
-        (b_decay, b_decay * b_direct, one, zero), 0, _combine_and_before, reverse=True
-    )
-    b_dh = b_direct + b_before + b_total * b_flow[None, :]
-    return b_dh, row(b_decay * b_dh, 0)
+    b_g = b_direct[7] + b_flow
+    out = (b_g,)
+    for i in tl.static_range(1, 8):
+        b_g = b_decay[8 - i] * b_g + b_direct[7 - i]
+        out = (b_g,) + out  # noqa: RUF005  Triton does not know the star
+    return out, b_decay[0] * b_g
 
 
 @triton.jit
-def row(b_x, i):
-    """Row i of a (rows, columns) tile."""
-    return tl.sum(tl.where((tl.arange(0, b_x.shape[0]) == i)[:, None], b_x, 0.0), axis=0)
+def _enter(b_decay, b_end, b_h):
+    """What enters each lane, and what leaves the last (R, W, 1), where `h` (R, W, 1) enters the first.
+
+    A lane makes `end` of a state of 0, and lets `decay` of what enters it through; both are (R, W, LANES).
+    """
+    LANES: tl.constexpr = b_end.shape[2]
+    o_l = tl.arange(0, LANES)[None, None, :]
+    b_end = tl.where(o_l == 0, b_decay * b_h + b_end, b_end)
+    _, b_s = tl.associative_scan((b_decay, b_end), 2, combine)
+    b_out = tl.sum(tl.where(o_l == LANES - 1, b_s, 0.0), axis=2, keep_dims=True)
+    o_before = tl.maximum(o_l - 1, 0) + tl.zeros(b_s.shape, tl.int32)
+    return tl.where(o_l == 0, b_h, tl.gather(b_s, o_before, 2)), b_out
 
 
 @triton.jit
-def column(b_x, i):
-    """Column i of a (rows, columns) tile."""
-    return tl.sum(tl.where((tl.arange(0, b_x.shape[1]) == i)[None, :], b_x, 0.0), axis=1)
+def _enter_backward(b_decay, b_g, b_flow):
+    """`_enter` from the last lane to the first: the forward scan of the lanes in a mirror."""
+    LANES: tl.constexpr = b_g.shape[2]
+    o_l = tl.arange(0, LANES)[None, None, :]
+    o_mirror = LANES - 1 - o_l + tl.zeros(b_g.shape, tl.int32)
+    b_in, b_out = _enter(tl.gather(b_decay, o_mirror, 2), tl.gather(b_g, o_mirror, 2), b_flow)
+    return tl.gather(b_in, o_mirror, 2), b_out
 
 
 @triton.jit
-def set_column(b_x, i, b_column):
-    """The tile with column i replaced."""
-    return tl.where((tl.arange(0, b_x.shape[1]) == i)[None, :], b_column[:, None], b_x)
-
-
-@triton.jit
-def _load(p_x, o_c, o_t, stride_c, stride_t, mask):
-    """A (tokens, channels) tile in float32, 0 outside."""
-    return tl.load(p_x + o_t[:, None] * stride_t + o_c[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS: tl.constexpr):
-    """The step sizes, and what softplus took; both 0 outside, where a step changes nothing."""
-    mask = m_t[:, None] & m_c[None, :]
-    b_raw = _load(p_delta, o_c, o_t, sd_d, sd_t, mask)
-    if p_bias is not None:
-        b_raw += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_delta = softplus(b_raw) if SOFTPLUS else b_raw
-    return tl.where(mask, b_delta, 0.0), b_raw
-
-
-@triton.jit
-def _projection(p_x, o_c, o_t, n, stride_c, stride_n, stride_t, m_c, m_t, CONSTANT: tl.constexpr):
-    """State n's B or C: (tokens, 1), or (1, channels) where it is constant."""
+def _group(p_x, i_b, i_g, stride_b, stride_c, stride_n, CONSTANT: tl.constexpr):
+    """B or C of the program's image and group, and the stride of its states."""
     if CONSTANT:
-        b_x = tl.load(p_x + o_c * stride_c + n * stride_n, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        return p_x, stride_n
     else:
-        b_x = tl.load(p_x + n * stride_n + o_t * stride_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
-    return b_x
+        return p_x + i_b * _eights(stride_b) + i_g * _eights(stride_c), _eights(stride_n)
 
 
-_UNSPECIALISED = ["length", "su_d", "su_t", "sd_d", "sd_t", "sz_d", "sz_t", "so_d", "so_t", "sg_d", "sg_t"]
+@triton.jit
+def _load(p_x, i_b, o_c, o_first, o_t, stride_b, stride_c, mask):
+    """A (R, W, LANES, 8) tile in float32, 0 outside."""
+    o_row = i_b * _eights(stride_b) + o_c * _eights(stride_c) + o_first
+    return tl.load(p_x + o_row[:, :, :, None] + o_t, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit
+def _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS: tl.constexpr):
+    """The step sizes, 0 behind the last token, where a step changes nothing, and what softplus took."""
+    b_raw = _load(p_delta, i_b, o_c, o_first, o_t, sd_b, sd_d, mask) + b_bias
+    b_delta = softplus(b_raw) if SOFTPLUS else b_raw
+    return tl.where(o_t < (length - o_first).to(tl.int32), b_delta, 0.0), b_raw
+
+
+@triton.jit
+def _vector(p_x, o_c, m_c, stride):
+    """One number a channel, (R, W, 1, 1); 0 where there is no such tensor."""
+    if p_x is None:
+        b_x = tl.zeros(o_c.shape, tl.float32)
+    else:
+        b_x = tl.load(p_x + o_c * stride, mask=m_c, other=0.0).to(tl.float32)
+    return b_x[:, :, :, None]
+
+
+@triton.jit
+def _skip(p_D, b_u, b_D):
+    """D u, 0 where there is no D, whatever u is."""
+    return tl.zeros(b_u.shape, tl.float32) if p_D is None else b_u * b_D
+
+
+@triton.jit
+def _projection(p_x, o_c, o_first, o_t, m_c, m_t, stride_c, W: tl.constexpr, CONSTANT: tl.constexpr):
+    """A state's B or C by token: eight of (1, W, LANES), the same for each warp, or of (R, W, 1) where constant."""
+    if CONSTANT:
+        b_x = tl.load(p_x + o_c * stride_c, mask=m_c, other=0.0).to(tl.float32)
+        return b_x, b_x, b_x, b_x, b_x, b_x, b_x, b_x
+    else:
+        o_w = tl.arange(0, W)[None, :, None, None] * 0
+        # The axis of warps is made part of the mask, so that the tile is loaded in the layout it is used in.
+        return _split(tl.load(p_x + o_first + (o_w + o_t), mask=m_t & (o_w == 0), other=0.0).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["length", "batch"])
 def forward_kernel(
-    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_out, p_states, p_last, length, dim, group_dim,
-    su_b, su_d, su_t, sd_b, sd_d, sd_t, sz_b, sz_d, sz_t, sA_d, sA_n,
-    sB_b, sB_c, sB_n, sB_t, sC_b, sC_c, sC_n, sC_t, sD_d, so_d, so_t,
-    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_out, p_states, length, dim, group_dim,
+    su_b, su_d, sd_b, sd_d, sz_b, sz_d, sA_d, sA_n, sB_b, sB_c, sB_n, sC_b, sC_c, sC_n, sD_d,
+    N: tl.constexpr, R: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """`h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `out_t = (sum_n C_tn h_tn + D u_t) silu(z_t)`, chunk by chunk.
 
-    Inside a chunk of BT tokens the recurrence of a state is one associative scan over (decay, input) pairs; the states
-    stay in registers. `states` (batch, chunks, dim, N), where given, takes those entering the chunks and `out` nothing.
-    B and C are (batch, groups, N, length), stride sB_c an axis of groups, or (dim, N), stride sB_c one of channels.
+    `states` (batch, chunks + 1, N, dim) takes the states entering the chunks, and the last. A program reads there what
+    it wrote a chunk before. Where no `out` is given, C, D and z are not read.
+    u, delta and z are (batch, dim, length), as is out; B and C (batch, groups, N, length), stride sB_c that of groups.
+    Their tokens lie side by side; rows begin at multiples of 8 and go on to one with zeros. Constant B and C are
+    (dim, N), stride sB_c that of channels.
     Grid: (batch, groups, tiles of a group's channels).
     """
+    T: tl.constexpr = LANES * 8
     i_b = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
-    o_r = tl.program_id(2) * BD + tl.arange(0, BD)
-    m_c = o_r < group_dim
-    o_c = i_g * group_dim + o_r
-    o_n = tl.arange(0, BN)
-    p_u += i_b * su_b
-    p_delta += i_b * sd_b
-    p_B += i_b * sB_b
-    p_C += i_b * sC_b
-    if not B_CONSTANT:
-        p_B += i_g * sB_c
-    if not C_CONSTANT:
-        p_C += i_g * sC_c
-    b_h = tl.zeros((BD, BN), tl.float32)
-    m_h = m_c[:, None] & (o_n < N)[None, :]
-    chunks = tl.cdiv(length, BT)
+    o_c, m_c = _channels(group_dim, R, W)
+    o_t = _tokens(LANES)
+    chunks = tl.cdiv(length, T).to(tl.int64)
+    p_B, sB_n = _group(p_B, i_b, i_g, sB_b, sB_c, sB_n, B_CONSTANT)
+    p_C, sC_n = _group(p_C, i_b, i_g, sC_b, sC_c, sC_n, C_CONSTANT)
+    b_bias = _vector(p_bias, o_c, m_c, 1)
+    b_D = _vector(p_D, o_c, m_c, sD_d)
+    p_h = p_states + i_b * (chunks + 1) * N * dim + o_c
+    for n in range(N):
+        tl.store(p_h + n * dim, tl.zeros((R, W, 1), tl.float32), mask=m_c)
     for i_t in range(chunks):
-        o_t = tl.arange(0, BT).to(tl.int64) + i_t * BT
-        m_t = o_t < length
-        mask = m_t[:, None] & m_c[None, :]
-        if p_states is not None:
-            o_s = (i_b * chunks + i_t) * dim * N
-            tl.store(p_states + o_s + o_c[:, None] * N + o_n[None, :], b_h, mask=m_h)
-        # (tokens, channels)
-        b_u = _load(p_u, o_c, o_t, su_d, su_t, mask)
-        b_delta, _ = _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS)
-        b_y = tl.zeros((BT, BD), tl.float32)
+        tl.debug_barrier()
+        o_first = i_t * T
+        m_t = o_t < (_eights(length + 7) - o_first).to(tl.int32)
+        mask = m_c[:, :, :, None] & m_t
+        # (R, W, LANES, 8)
+        b_u = _load(p_u, i_b, o_c, o_first, o_t, su_b, su_d, mask)
+        b_delta, _ = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS)
+        b_steps, b_x, b_y = _split(b_delta), _split(b_delta * b_u), _split(_skip(p_D, b_u, b_D))
+        b_sum = _total(b_steps)
         for n in range(N):
-            # (channels,); B and C (tokens, 1), or (1, channels) where they are constant
-            b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
-            b_B = _projection(p_B, o_c, o_t, n, sB_c, sB_n, sB_t, m_c, m_t, B_CONSTANT)
-            b_total, b_s = tl.associative_scan(
-                (tl.exp2(b_delta * (b_A * LOG2_E)[None, :]), b_delta * b_u * b_B), 0, combine
-            )
-            b_s += b_total * (tl.sum(b_h, axis=1) if N == 1 else column(b_h, n))[None, :]
+            # (R, W, 1); B and C by token
+            b_h = tl.load(p_h + n * dim, mask=m_c, other=0.0)
+            b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32) * LOG2_E
+            b_B = _projection(p_B + n * sB_n, o_c, o_first, o_t, m_c, m_t, sB_c, W, B_CONSTANT)
+            b_decay, b_in = _decays(b_steps, b_A), _products(b_x, b_B)
+            b_end = _states(b_decay, b_in, tl.zeros(b_sum.shape, tl.float32))
+            b_enter, b_leave = _enter(tl.exp2(b_sum * b_A), b_end[7], b_h)
+            tl.store(p_h + (N + n) * dim, b_leave, mask=m_c)
             if p_out is not None:
-                b_y += b_s * _projection(p_C, o_c, o_t, n, sC_c, sC_n, sC_t, m_c, m_t, C_CONSTANT)
-            b_end = row(b_s, BT - 1)
-            b_h = b_end[:, None] if N == 1 else set_column(b_h, n, b_end)
+                b_C = _projection(p_C + n * sC_n, o_c, o_first, o_t, m_c, m_t, sC_c, W, C_CONSTANT)
+                b_y = _add_products(b_y, _states(b_decay, b_in, b_enter), b_C)
+        p_h += N * dim
         if p_out is not None:
-            if p_D is not None:
-                b_y += b_u * tl.load(p_D + o_c * sD_d, mask=m_c, other=0.0).to(tl.float32)[None, :]
+            b_out = _join(b_y)
             if p_z is not None:
-                b_z = _load(p_z + i_b * sz_b, o_c, o_t, sz_d, sz_t, mask)
-                b_y *= b_z * sigmoid(b_z)
-            p_y = p_out + i_b * dim * length + o_t[:, None] * so_t + o_c[None, :] * so_d
-            tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=mask)
-    if p_last is not None:
-        tl.store(p_last + i_b * dim * N + o_c[:, None] * N + o_n[None, :], b_h, mask=m_h)
+                b_z = _load(p_z, i_b, o_c, o_first, o_t, sz_b, sz_d, mask)
+                b_out *= b_z * sigmoid(b_z)
+            o_out = (i_b * dim + o_c) * _eights(length + 7) + o_first
+            tl.store(
+                p_out + o_out[:, :, :, None] + o_t,
+                b_out.to(p_out.dtype.element_ty),
+                mask=mask,
+            )
 
 
 @triton.jit
-def _store_projection(p_grad, b_grad, b_sums, n, o_t, length, m_t, CONSTANT: tl.constexpr):
-    """Store state n's gradient of B or C, summed over the tile's channels; add it up in `b_sums` where constant."""
+def _add_to(p_sum, b_x, mask):
+    """Add to what this program alone sums."""
+    tl.store(p_sum, tl.load(p_sum, mask=mask, other=0.0) + b_x, mask=mask)
+
+
+@triton.jit
+def _projection_gradient(p_sum, p_grad, b_x, o_t, m_c, m_t, CONSTANT: tl.constexpr):
+    """Store a state's gradient of B or C, summed over the program's channels; where constant, add it up over tokens."""
     if CONSTANT:
-        b_sums = set_column(b_sums, n, column(b_sums, n) + tl.sum(b_grad, axis=0))
+        _add_to(p_sum, tl.sum(_total(b_x), axis=2, keep_dims=True), m_c)
     else:
-        tl.store(p_grad + n * length.to(tl.int64) + o_t, tl.sum(b_grad, axis=1), mask=m_t)
-    return b_sums
+        b_grad = tl.sum(tl.sum(_join(b_x), axis=0, keep_dims=True), axis=1, keep_dims=True)
+        tl.store(p_grad + o_t, b_grad, mask=m_t)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=["length", "batch"])
 def backward_kernel(
-    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_states, p_grad, p_grad_last,
+    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_states, p_grad, p_flow,
     p_du, p_ddelta, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, length, dim, group_dim,
-    su_b, su_d, su_t, sd_b, sd_d, sd_t, sz_b, sz_d, sz_t, sg_b, sg_d, sg_t, sA_d, sA_n,
-    sB_b, sB_c, sB_n, sB_t, sC_b, sC_c, sC_n, sC_t, sD_d, so_d, so_t,
-    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    su_b, su_d, sd_b, sd_d, sz_b, sz_d, sg_b, sg_d, sA_d, sA_n, sB_b, sB_c, sB_n, sC_b, sC_c, sC_n, sD_d,
+    N: tl.constexpr, R: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """With `g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1)` the gradient of h_t, dy that of y before the gate:
@@ -199,103 +314,102 @@ def backward_kernel(
         du_t = delta_t sum_n B_tn g_tn + D dy_t,  dB_t = sum_c delta_t u_t g_t,  dC_t = sum_c dy_t h_t,
         dA = sum_t delta_t r_t,  ddelta_t = sum_n A_n r_tn + u_t sum_n B_tn g_tn,  r_t = g_t exp(delta_t A) h_(t-1).
 
-    From the last chunk to the first: states again from `states`, then `state_gradients`.
+    From the last chunk to the first, from the states that `forward_kernel` left. `flow` (batch, N, dim) holds the
+    gradient of the last state, and from then on what flows into the chunk before; dA (batch, N, dim), zeros at first,
+    is added up in place.
 
-    Outputs: du, ddelta, dz (batch, dim, length); dA (batch, dim, N), dD and dbias (batch, dim) to be summed over the
-    batch; dB and dC (tiles, batch, groups, N, length) to be summed over the tiles, or like dA where B or C is constant.
+    Outputs: du, ddelta, dz in rows as out; dA, dD and dbias (batch, dim) to be summed over the batch; dB and dC
+    (tiles, batch, groups, N, length), in rows, to be summed over the tiles, or like dA where B or C is constant.
     Grid: (batch, groups, tiles of a group's channels).
     """
+    T: tl.constexpr = LANES * 8
     i_b = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
-    i_d = tl.program_id(2).to(tl.int64)
-    o_r = i_d * BD + tl.arange(0, BD)
-    m_c = o_r < group_dim
-    o_c = i_g * group_dim + o_r
-    o_n = tl.arange(0, BN)
-    p_u += i_b * su_b
-    p_delta += i_b * sd_b
-    p_grad += i_b * sg_b
-    p_B += i_b * sB_b
-    p_C += i_b * sC_b
-    o_part = ((i_d * tl.num_programs(0) + i_b) * tl.num_programs(1) + i_g) * N * length
-    o_state = i_b * dim * N + o_c[:, None] * N + o_n[None, :]
-    m_h = m_c[:, None] & (o_n < N)[None, :]
-    if not B_CONSTANT:
-        p_B += i_g * sB_c
-        p_dB += o_part
-    if not C_CONSTANT:
-        p_C += i_g * sC_c
-        p_dC += o_part
-    # What flows into the states that leave the chunk.
-    if p_grad_last is not None:
-        # (channels, states)
-        b_flow = tl.load(p_grad_last + o_state, mask=m_h, other=0.0)
-    else:
-        b_flow = tl.zeros((BD, BN), tl.float32)
-    b_dA = tl.zeros((BD, BN), tl.float32)
-    b_dB = tl.zeros((BD, BN), tl.float32)
-    b_dC = tl.zeros((BD, BN), tl.float32)
-    b_dD = tl.zeros((BD,), tl.float32)
-    b_dbias = tl.zeros((BD,), tl.float32)
-    chunks = tl.cdiv(length, BT)
+    o_c, m_c = _channels(group_dim, R, W)
+    o_t = _tokens(LANES)
+    chunks = tl.cdiv(length, T).to(tl.int64)
+    p_B, sB_n = _group(p_B, i_b, i_g, sB_b, sB_c, sB_n, B_CONSTANT)
+    p_C, sC_n = _group(p_C, i_b, i_g, sC_b, sC_c, sC_n, C_CONSTANT)
+    i_part = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_b) * tl.num_programs(1) + i_g
+    b_bias = _vector(p_bias, o_c, m_c, 1)
+    b_D = _vector(p_D, o_c, m_c, sD_d)
+    o_sum = i_b * N * dim + o_c
+    p_h = p_states + (i_b * (chunks + 1) + chunks) * N * dim + o_c
+    b_dD = tl.zeros((R, W, LANES), tl.float32)
+    b_dbias = tl.zeros((R, W, LANES), tl.float32)
     for step in range(chunks):
+        tl.debug_barrier()
         i_t = chunks - 1 - step
-        o_t = tl.arange(0, BT).to(tl.int64) + i_t * BT
-        m_t = o_t < length
-        mask = m_t[:, None] & m_c[None, :]
-        # (tokens, channels)
-        b_u = _load(p_u, o_c, o_t, su_d, su_t, mask)
-        b_delta, b_raw = _steps(p_delta, p_bias, o_c, o_t, sd_d, sd_t, m_c, m_t, SOFTPLUS)
-        b_dy = _load(p_grad, o_c, o_t, sg_d, sg_t, mask)
+        o_first = i_t * T
+        p_h -= N * dim
+        m_t = o_t < (_eights(length + 7) - o_first).to(tl.int32)
+        mask = m_c[:, :, :, None] & m_t
+        # (R, W, LANES, 8)
+        b_u = _load(p_u, i_b, o_c, o_first, o_t, su_b, su_d, mask)
+        b_delta, b_raw = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS)
+        b_dy = _load(p_grad, i_b, o_c, o_first, o_t, sg_b, sg_d, mask)
         if p_z is not None:
-            b_z = _load(p_z + i_b * sz_b, o_c, o_t, sz_d, sz_t, mask)
-            b_open = sigmoid(b_z)
-            b_dz = b_dy * b_open * (1.0 + b_z * (1.0 - b_open))
-            b_dy *= b_z * b_open
-        b_y = tl.zeros((BT, BD), tl.float32)
-        b_dx = tl.zeros((BT, BD), tl.float32)
-        b_ddelta = tl.zeros((BT, BD), tl.float32)
+            b_z = _load(p_z, i_b, o_c, o_first, o_t, sz_b, sz_d, mask)
+            b_dy *= b_z * sigmoid(b_z)
+        b_steps, b_x, b_direct, b_y = _split(b_delta), _split(b_delta * b_u), _split(b_dy), _split(_skip(p_D, b_u, b_D))
+        b_zero = tl.zeros((R, W, LANES), tl.float32)
+        b_dx = (b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero)
+        b_dsteps = b_dx
+        b_sum = _total(b_steps)
         for n in range(N):
-            # (channels,); B and C (tokens, 1), or (1, channels) where they are constant
+            # (R, W, 1); B and C by token
+            b_h = tl.load(p_h + n * dim, mask=m_c, other=0.0)
+            b_flow = tl.load(p_flow + o_sum + n * dim, mask=m_c, other=0.0)
             b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
-            b_B = _projection(p_B, o_c, o_t, n, sB_c, sB_n, sB_t, m_c, m_t, B_CONSTANT)
-            b_C = _projection(p_C, o_c, o_t, n, sC_c, sC_n, sC_t, m_c, m_t, C_CONSTANT)
-            b_decay = tl.exp2(b_delta * (b_A * LOG2_E)[None, :])
-            b_in = b_delta * b_u * b_B
-            b_total, b_s = tl.associative_scan((b_decay, b_in), 0, combine)
-            p_s = p_states + (i_b * chunks + i_t) * dim * N + o_c * N + n
-            b_s += b_total * tl.load(p_s, mask=m_c, other=0.0)[None, :]
+            b_B = _projection(p_B + n * sB_n, o_c, o_first, o_t, m_c, m_t, sB_c, W, B_CONSTANT)
+            b_decay, b_in = _decays(b_steps, b_A * LOG2_E), _products(b_x, b_B)
+            b_lane = tl.exp2(b_sum * (b_A * LOG2_E))
+            b_end = _states(b_decay, b_in, b_zero)
+            b_enter, _ = _enter(b_lane, b_end[7], b_h)
+            b_s = _states(b_decay, b_in, b_enter)
+            o_grad = (i_part * N + n) * _eights(length + 7) + o_first
+            _projection_gradient(
+                p_dC + o_sum + n * dim, p_dC + o_grad, _products(b_direct, b_s), o_t, m_c, m_t, C_CONSTANT
+            )
+            # Read as late as that, since registers are few.
+            b_C = _projection(p_C + n * sC_n, o_c, o_first, o_t, m_c, m_t, sC_c, W, C_CONSTANT)
             if p_z is not None:
-                b_y += b_s * b_C
-            b_ds, b_end = state_gradients(b_decay, b_dy * b_C, column(b_flow, n))
-            b_flow = set_column(b_flow, n, b_end)
-            b_dB = _store_projection(p_dB, b_ds * b_delta * b_u, b_dB, n, o_t, length, m_t, B_CONSTANT)
-            b_dC = _store_projection(p_dC, b_dy * b_s, b_dC, n, o_t, length, m_t, C_CONSTANT)
-            b_dx += b_ds * b_B
-            b_through = b_ds * (b_s - b_in)
-            b_ddelta += b_through * b_A[None, :]
-            b_dA = set_column(b_dA, n, column(b_dA, n) + tl.sum(b_through * b_delta, axis=0))
-        b_du = b_dx * b_delta
-        b_ddelta += b_dx * b_u
-        if p_D is not None:
-            b_D = tl.load(p_D + o_c * sD_d, mask=m_c, other=0.0).to(tl.float32)[None, :]
-            b_du += b_dy * b_D
-            b_y += b_u * b_D
-            b_dD += tl.sum(b_dy * b_u, axis=0)
+                b_y = _add_products(b_y, b_s, b_C)
+            b_dy_C = _products(b_direct, b_C)
+            _, b_g = _state_gradients(b_decay, b_dy_C, b_zero)
+            b_from, b_leave = _enter_backward(b_lane, b_g, b_flow)
+            b_ds, _ = _state_gradients(b_decay, b_dy_C, b_from)
+            tl.store(p_flow + o_sum + n * dim, b_leave, mask=m_c)
+            _projection_gradient(p_dB + o_sum + n * dim, p_dB + o_grad, _products(b_ds, b_x), o_t, m_c, m_t, B_CONSTANT)
+            b_dx = _add_products(b_dx, b_ds, b_B)
+            # What decayed into a state is the state without the step's own input.
+            b_through = (b_ds[0] * (b_s[0] - b_in[0]),)
+            for i in tl.static_range(1, 8):
+                b_through += (b_ds[i] * (b_s[i] - b_in[i]),)
+            b_dsteps = _add_products(b_dsteps, b_through, (b_A, b_A, b_A, b_A, b_A, b_A, b_A, b_A))
+            b_dA = tl.sum(_total(_products(b_through, b_steps)), axis=2, keep_dims=True)
+            _add_to(p_dA + o_sum + n * dim, b_dA, m_c)
+        # (R, W, LANES, 8), loaded again: registers hold no more than the states' loop needs.
+        b_dx, b_dsteps = _join(b_dx), _join(b_dsteps)
+        b_u = _load(p_u, i_b, o_c, o_first, o_t, su_b, su_d, mask)
+        b_delta, b_raw = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS)
+        b_dy = _load(p_grad, i_b, o_c, o_first, o_t, sg_b, sg_d, mask)
+        o_out = ((i_b * dim + o_c) * _eights(length + 7) + o_first)[:, :, :, None] + o_t
+        if p_z is not None:
+            b_z = _load(p_z, i_b, o_c, o_first, o_t, sz_b, sz_d, mask)
+            b_open = sigmoid(b_z)
+            b_dz = b_dy * b_open * (1.0 + b_z * (1.0 - b_open)) * _join(b_y)
+            tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=mask)
+            b_dy *= b_z * b_open
+        b_ddelta = b_dsteps + b_dx * b_u
         if SOFTPLUS:
             b_ddelta *= sigmoid(b_raw)
-        b_dbias += tl.sum(tl.where(mask, b_ddelta, 0.0), axis=0)
-        o_out = i_b * dim * length + o_t[:, None] * so_t + o_c[None, :] * so_d
-        tl.store(p_du + o_out, b_du.to(p_du.dtype.element_ty), mask=mask)
+        b_ddelta = tl.where(o_t < (length - o_first).to(tl.int32), b_ddelta, 0.0)
+        b_dbias += tl.sum(b_ddelta, axis=3)
+        b_dD += tl.sum(b_dy * b_u, axis=3)
+        tl.store(p_du + o_out, (b_dx * b_delta + b_dy * b_D).to(p_du.dtype.element_ty), mask=mask)
         tl.store(p_ddelta + o_out, b_ddelta.to(p_ddelta.dtype.element_ty), mask=mask)
-        if p_z is not None:
-            tl.store(p_dz + o_out, (b_dz * b_y).to(p_dz.dtype.element_ty), mask=mask)
-    tl.store(p_dA + o_state, b_dA, mask=m_h)
-    if B_CONSTANT:
-        tl.store(p_dB + o_state, b_dB, mask=m_h)
-    if C_CONSTANT:
-        tl.store(p_dC + o_state, b_dC, mask=m_h)
     if p_dD is not None:
-        tl.store(p_dD + i_b * dim + o_c, b_dD, mask=m_c)
+        tl.store(p_dD + i_b * dim + o_c, tl.sum(b_dD, axis=2, keep_dims=True), mask=m_c)
     if p_dbias is not None:
-        tl.store(p_dbias + i_b * dim + o_c, b_dbias, mask=m_c)
+        tl.store(p_dbias + i_b * dim + o_c, tl.sum(b_dbias, axis=2, keep_dims=True), mask=m_c)

@@ -10,21 +10,51 @@ Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<te
 import triton
 import triton.language as tl
 
-from visionmix.kernels.selective_scan.triton_kernels import (
-    LOG2_E,
-    column,
-    combine,
-    row,
-    set_column,
-    sigmoid,
-    softplus,
-    state_gradients,
-)
+from visionmix.kernels.selective_scan.triton_kernels import LOG2_E, combine, sigmoid, softplus
 
 # Ranks of a low-rank delta's gradient that are multiplied out at a time.
 RANKS = tl.constexpr(16)
 
 _UNSPECIALISED = ["steps", "cells", "sx_c", "sd_c", "sw_c", "sg_c", "so_c"]
+
+
+@triton.jit
+def _combine_and_before(a, b, a_before, b_before, a_next, b_next, a_next_before, b_next_before):
+    """`combine`, and what it makes without the last step."""
+    return a * a_next, a_next * b + b_next, a * a_next_before, a_next_before * b + b_next_before
+
+
+@triton.jit
+def state_gradients(b_decay, b_direct, b_flow):
+    """The gradients dh (steps, channels) of a chunk's states, and what flows on into the chunk before (channels,).
+
+    With `g_t = decay_t dh_t` what a step hands to the one before it, `dh_t = direct_t + g_(t+1)`; `flow` is g after the
+    last step. The reverse scan makes g, and g without its last step, so that no step need be shifted.
+    """
+    one, zero = tl.full(b_decay.shape, 1.0, tl.float32), tl.zeros(b_decay.shape, tl.float32)
+    _, _, b_total, b_before = tl.associative_scan(
+        (b_decay, b_decay * b_direct, one, zero), 0, _combine_and_before, reverse=True
+    )
+    b_dh = b_direct + b_before + b_total * b_flow[None, :]
+    return b_dh, row(b_decay * b_dh, 0)
+
+
+@triton.jit
+def row(b_x, i):
+    """Row i of a (rows, columns) tile."""
+    return tl.sum(tl.where((tl.arange(0, b_x.shape[0]) == i)[:, None], b_x, 0.0), axis=0)
+
+
+@triton.jit
+def column(b_x, i):
+    """Column i of a (rows, columns) tile."""
+    return tl.sum(tl.where((tl.arange(0, b_x.shape[1]) == i)[None, :], b_x, 0.0), axis=1)
+
+
+@triton.jit
+def set_column(b_x, i, b_column):
+    """The tile with column i replaced."""
+    return tl.where((tl.arange(0, b_x.shape[1]) == i)[None, :], b_column[:, None], b_x)
 
 
 @triton.jit
