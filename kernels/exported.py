@@ -6,6 +6,7 @@ has one loop with as many rounds as the longest sequence needs.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # An exported scan serves sequences of up to 2 ** _ROUNDS tokens.
 _ROUNDS = 20
@@ -22,10 +23,12 @@ def scan_states(decay: Tensor, added: Tensor) -> Tensor:
     `decay` broadcasts to `added` after axis 1. After round i each place holds the effect of the 2^i steps up to it on
     the state before them (Hillis and Steele, 1986, Data Parallel Algorithms).
     """
-    place = torch.arange(added.shape[1], device=added.device)
+    # A row of zeros in front is what places read that have fewer steps before them, as state and as decay: from there
+    # on their state is whole.
+    place = torch.arange(added.shape[1] + 1, device=added.device)
+    added, decay = (F.pad(x, [0, 0] * (x.dim() - 2) + [1, 0]) for x in (added, decay))
     for round_number in range(_ROUNDS):
         earlier = (place - (1 << round_number)).clamp(min=0)
-        exists = (place >= 1 << round_number).view(-1, *[1] * (added.dim() - 2))
-        added = torch.where(exists, decay * added.index_select(1, earlier) + added, added)
-        decay = torch.where(exists, decay * decay.index_select(1, earlier), decay)
-    return added
+        added = torch.addcmul(added, decay, added.index_select(1, earlier))
+        decay = decay * decay.index_select(1, earlier)
+    return added[:, 1:]

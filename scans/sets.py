@@ -3,6 +3,7 @@
 import torch
 
 from visionmix.registry import close_matches
+from visionmix.scans.cells import row_and_column
 from visionmix.scans.grammar import check_name, parse
 from visionmix.scans.orders import ScanOrder, order
 
@@ -93,7 +94,7 @@ def move_codes(index: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         int64 (steps,), on the index's device.
     """
-    row, column = index // width, index % width
+    row, column = row_and_column(index, width)
     down, right = row.diff(), column.diff()
     # Rows differ by one or columns do, never both; the number of the move follows from its sign.
     code = torch.where(right.abs() + down.abs() == 1, (3 - right) // 2 * right.abs() + (7 + down) // 2 * down.abs(), 0)

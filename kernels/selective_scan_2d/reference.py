@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
@@ -65,22 +66,48 @@ def _read(maps: Tensor, cells: Tensor) -> Tensor:
 
 
 def _exported(a: Arguments) -> list[Tensor]:
-    """Return the routes' maps in a graph that serves every size: one order after the other, in its own steps."""
+    """Return the routes' maps in a graph that serves every size.
+
+    Orders of as many steps, such as the four of VMamba, are the groups of one scan: a scan is most of the graph.
+    """
     dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
     height, width = a.x.shape[1:3]
-    found = []
-    for number, name in enumerate(split_orders(a.orders)):
-        index, inverse = (table.to(a.x.device) for table in symbolic_order(name, height, width))
-        place = index if a.permute == "all" else torch.arange(height * width, device=a.x.device)
-        steps, B, C = (_read(maps[..., number, :].to(dtype), place) for maps in (a.delta, a.B, a.C))
-        if a.delta_weight is not None:
-            steps = a.delta_weight[number].to(dtype) @ steps
-        D, bias = (None if option is None else option[number] for option in (a.D, a.delta_bias))
-        inputs = (_read(a.x.to(dtype), index), steps, a.A[number], B.unsqueeze(1), C.unsqueeze(1), D, None, bias)
-        out, *_ = scan.forward(scan_schema.Arguments(*inputs, a.delta_softplus, False))
-        taken = _read(out.transpose(1, 2).unsqueeze(1), inverse).unflatten(2, (count_routes(name), height, width))
-        found += [route.permute(0, 2, 3, 1) for route in taken.unbind(2)]
-    return found
+    names = split_orders(a.orders)
+    tables = [[table.to(a.x.device) for table in symbolic_order(name, height, width)] for name in names]
+    found = [[] for _ in names]
+    for numbers in _alike([index.shape[0] for index, _ in tables]):
+        inputs = zip(*(_inputs_of(a, number, tables[number][0], dtype) for number in numbers), strict=True)
+        u, steps, B, C, A, D, bias = (None if each[0] is None else torch.cat(each, 1) for each in inputs)
+        A, D, bias = (None if each is None else each.squeeze(0) for each in (A, D, bias))
+        out, *_ = scan.forward(scan_schema.Arguments(u, steps, A, B, C, D, None, bias, a.delta_softplus, False))
+        for number, y in zip(numbers, out.chunk(len(numbers), 1), strict=True):
+            taken = _read(y.transpose(1, 2).unsqueeze(1), tables[number][1])
+            maps = taken.unflatten(2, (count_routes(names[number]), height, width))
+            found[number] = [route.permute(0, 2, 3, 1) for route in maps.unbind(2)]
+    return [route for maps in found for route in maps]
+
+
+def _alike(sizes: list[int]) -> list[list[int]]:
+    """Return the numbers of the sizes, together those that are equal whatever their symbols stand for."""
+    sets: list[list[int]] = []
+    for number, size in enumerate(sizes):
+        for numbers in sets:
+            if statically_known_true(sizes[numbers[0]] == size):
+                numbers.append(number)
+                break
+        else:
+            sets.append([number])
+    return sets
+
+
+def _inputs_of(a: Arguments, number: int, index: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return u, delta, B, C, A, D and the steps' bias of one order, with what differs between orders on axis 1."""
+    place = index if a.permute == "all" else torch.arange(a.x.shape[1] * a.x.shape[2], device=a.x.device)
+    steps, B, C = (_read(maps[..., number, :].to(dtype), place) for maps in (a.delta, a.B, a.C))
+    if a.delta_weight is not None:
+        steps = a.delta_weight[number].to(dtype) @ steps
+    A, D, bias = (None if each is None else each[number].unsqueeze(0) for each in (a.A, a.D, a.delta_bias))
+    return _read(a.x.to(dtype), index), steps, B.unsqueeze(1), C.unsqueeze(1), A, D, bias
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:

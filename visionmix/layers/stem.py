@@ -126,10 +126,9 @@ class _PadToWhole(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not -side % stride: compiled graphs know no remainder of negative numbers.
-        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
-        right = (self.stride - x.shape[3] % self.stride) % self.stride
-        return pad(x, [0, right, 0, bottom])
+        _, _, height, width = x.shape
+        rows, columns = (height + self.stride - 1) // self.stride, (width + self.stride - 1) // self.stride
+        return pad(x, [0, columns * self.stride - width, 0, rows * self.stride - height])
 
 
 def conv_stem(

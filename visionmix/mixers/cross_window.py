@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from visionmix.layers.maps import pad
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import softmax_attention
+from visionmix.scans.cells import row_and_column
 
 
 @register_mixer("cross_window")
@@ -142,16 +143,17 @@ def _separated_values(cells: Tensor, size: int) -> Tensor:
 def _stripe_order(rows: int, count: int, size: int, like: Tensor) -> Tensor:
     """Return where in a map of `count` stripes every cell of every stripe lies."""
     index = torch.arange(count * rows * size, device=like.device)
-    stripe, row = index // (rows * size), index % (rows * size) // size
-    return (row * count + stripe) * size + index % size
+    line, column = row_and_column(index, size)
+    stripe, row = row_and_column(line, rows)
+    return (row * count + stripe) * size + column
 
 
 @torch.fx.wrap
 def _cell_order(rows: int, count: int, size: int, columns: int, like: Tensor) -> Tensor:
     """Return where among the stripes' cells every cell of the map that they were padded from lies."""
-    index = torch.arange(rows * columns, device=like.device)
-    row, column = index // columns, index % columns + (count * size - columns) // 2
-    return (column // size * rows + row) * size + column % size
+    row, column = row_and_column(torch.arange(rows * columns, device=like.device), columns)
+    stripe, column = row_and_column(column + (count * size - columns) // 2, size)
+    return (stripe * rows + row) * size + column
 
 
 @torch.fx.wrap

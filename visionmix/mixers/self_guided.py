@@ -191,6 +191,7 @@ class SelfGuidedAttention(_LocallyEnhanced):
         """Return the merged cells (batch, keys, dim), to be projected to k and v, of all cells (batch, cells, dim)."""
         if len(self.merges) == 0:
             return tokens
+        batch, _, dim = tokens.shape
         if significance is None:
             significance = torch.linalg.vector_norm(tokens.detach(), dim=-1)
         ranking = significance.flatten(1).argsort(dim=1)
@@ -199,8 +200,9 @@ class SelfGuidedAttention(_LocallyEnhanced):
         for index, merge in enumerate(self.merges):
             size, end = self.group_sizes[index], begin + self.quarters[index]
             cells = ranking.index_select(1, _ranks(tokens, begin, end, size)).unsqueeze(-1)
-            groups = tokens.gather(1, cells.expand(-1, -1, tokens.shape[2])).unflatten(1, (-1, size))
-            merged.append(merge(groups.transpose(2, 3)).squeeze(-1))
+            # Groups of all images in one axis: a graph exported where an image has one group would serve no more.
+            groups = tokens.gather(1, cells.expand(-1, -1, dim)).view(-1, dim).view(-1, size, dim)
+            merged.append(merge(groups.transpose(1, 2)).view(-1).view(batch, -1, dim))
             begin = end
         return torch.cat(merged, dim=1)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from visionmix.layers import pad
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.scans.cells import row_and_column
 
 
 @register_mixer("window")
@@ -146,26 +147,42 @@ def out_of_windows(x: Tensor, height: int, width: int, side: int, shift: int = 0
 
 def _rolled(rows: int, columns: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row and the column, in the rolled map, of every cell of every window."""
-    index = torch.arange(rows * columns * side * side, device=like.device)
-    window, cell = index // (side * side), index % (side * side)
-    return window // columns * side + cell // side, window % columns * side + cell % side
+    # Lines are the `side` cells of a row of a window. No remainders: see `row_and_column`.
+    cell = torch.arange(rows * columns * side * side, device=like.device)
+    line = cell // side
+    window = line // side
+    window_row = window // columns
+    row = line - (window - window_row) * side
+    return row, cell - (line - window) * side - window_row * (columns * side)
 
 
 @torch.fx.wrap
 def _window_order(rows: int, columns: int, side: int, shift: int, like: Tensor) -> Tensor:
     """Return where in the padded map every cell of every window lies."""
     row, column = _rolled(rows, columns, side, like)
-    return (row + shift) % (rows * side) * (columns * side) + (column + shift) % (columns * side)
+    height, width = rows * side, columns * side
+    if shift > 0:
+        row = torch.arange(height, device=like.device).roll(-shift).index_select(0, row)
+        column = torch.arange(width, device=like.device).roll(-shift).index_select(0, column)
+    return row * width + column
 
 
 @torch.fx.wrap
 def _cell_order(height: int, width: int, side: int, shift: int, like: Tensor) -> Tensor:
     """Return where among the windows' cells every cell of the map lies."""
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
-    cell = torch.arange(height * width, device=like.device)
-    row = (cell // width - shift) % (rows * side)
-    column = (cell % width - shift) % (columns * side)
-    return (row // side * columns + column // side) * (side * side) + row % side * side + column % side
+    by_row = _along(rows, side, side, columns * side * side, like)
+    by_column = _along(columns, side, 1, side * side, like)
+    if shift > 0:
+        by_row, by_column = by_row.roll(shift), by_column.roll(shift)
+    row, column = row_and_column(torch.arange(height * width, device=like.device), width)
+    return by_row.index_select(0, row) + by_column.index_select(0, column)
+
+
+def _along(windows: int, side: int, step: int, window_step: int, like: Tensor) -> Tensor:
+    """Return ``window * window_step + place * step`` for each place of each window along an axis."""
+    place = torch.arange(windows * side, device=like.device)
+    return place // side * (window_step - side * step) + place * step
 
 
 @torch.fx.wrap
