@@ -29,29 +29,19 @@ class RegisterHead(TokenHead):
     Args:
         in_features: Channels of the tokens.
         num_classes: Outputs; 0 for no classifier.
-        pool_type: "token", "avg", "max", "avgmax" or "".
-        drop_rate: Dropout rate before the classifier.
         count: Number of registers.
-        place: Where they stand; see `visionmix.layers.PrefixTokens`.
         reduce: Channels of a register over those that W leaves; 1 for neither W nor norm.
+        pooling: `pool_type`, `drop_rate` and `place`, as those of `TokenHead`.
 
     Raises:
         ValueError: `pool_type` is unknown, or `reduce` does not divide `in_features`.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        pool_type: str = "token",
-        drop_rate: float = 0.0,
-        *,
-        count: int = 1,
-        place: str = "first",
-        reduce: int = 1,
-        **dd: Any,
+        self, in_features: int, num_classes: int, *, count: int, reduce: int, device=None, dtype=None, **pooling: Any
     ) -> None:
-        super().__init__(in_features, 0, pool_type, drop_rate, count=count, place=place, **dd)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(in_features, 0, count=count, **pooling, **dd)
         if reduce < 1 or in_features % reduce:
             raise ValueError(f"reduce={reduce} does not divide in_features={in_features}; give a divisor, or 1")
         self.width = count * (in_features // reduce)
