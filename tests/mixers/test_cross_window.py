@@ -67,6 +67,8 @@ def test_one_compiled_graph_serves_one_stripe_and_many():
 def test_a_half_has_half_of_the_heads_and_at_least_one():
     assert create_mixer("cross_window", 12, num_heads=4).heads == 2
     assert create_mixer("cross_window", 12, num_heads=1).heads == 1
+    assert create_mixer("cross_window", 12, num_heads=7).heads == 3
+    assert create_mixer("cross_window", 16, num_heads=7).heads == 4
     assert create_mixer("cross_window", 12, num_heads=4, split_size=None).heads == 4
 
 

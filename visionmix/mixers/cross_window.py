@@ -34,7 +34,8 @@ class CrossWindowAttention(nn.Module):
 
     Args:
         dim: Channels; an even number where there are stripes.
-        num_heads: Heads of both halves together; each has half of them, and at least one.
+        num_heads: Heads of both halves together; each has half of them, at least one. Half of an odd number is rounded
+            down where the channels of a half allow it, else up.
         split_size: Columns or rows of a stripe, or a function that gives them for a `grid_size`; None for attention
             over the whole map by all channels, as in CSWin's last stage.
         grid_size: Rows and columns of the map that a function of it is asked for.
@@ -62,6 +63,8 @@ class CrossWindowAttention(nn.Module):
         self.set_grid_size(grid_size)
         halves = 2 if self.has_stripes else 1
         self.heads = max(num_heads // halves, 1)
+        if dim % (halves * self.heads):
+            self.heads = (num_heads + halves - 1) // halves
         if dim % (halves * self.heads):
             shared = f"the {dim // 2} channels of a half in {self.heads} heads" if self.has_stripes else f"dim={dim}"
             raise ValueError(f"num_heads={num_heads} does not divide {shared}; give another number")
