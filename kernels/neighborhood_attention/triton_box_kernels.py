@@ -243,7 +243,9 @@ def box_query_gradients_kernel(
     p_v += (i_h // group).to(tl.int64) * s_v[4]
     p_do += i_h.to(tl.int64) * s_o[4]
     # (queries, keys)
-    if PRECISION != "tf32x3":
+    # Sums of ds and three parts of each operand leave no registers for the table from image to image.
+    RELOAD: tl.constexpr = PRECISION == "tf32x3" or p_dtable is not None
+    if not RELOAD:
         b_table = tl.load(p_table + o_t)
     b_dtable = tl.zeros(o_t.shape, tl.float32)
     first_image = tl.program_id(2) * images
@@ -262,8 +264,7 @@ def box_query_gradients_kernel(
         # (queries, BK) and (keys, BK)
         b_q = _load(p_q + i_b * s_q[0], o_q, m_i, s_q[5], DK, BK)
         b_k = _load(p_k + i_b * s_k[0], o_k, m_j, s_k[5], DK, BK)
-        if PRECISION == "tf32x3":
-            # Three parts of each operand leave no registers for it from image to image.
+        if RELOAD:
             b_table = tl.load(p_table + o_t)
         b_s = _dot(b_q, tl.trans(b_k), TYPE, PRECISION) * (scale * LOG2_E) + b_table
         _, b_ds = _row_gradients(b_s, b_lse[:, None], b_from_value, b_delta[:, None])

@@ -27,9 +27,12 @@ from visionmix.kernels.neighborhood_attention.triton_box_kernels import (
 from visionmix.kernels.neighborhood_attention.windows import box_widths, class_lengths
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Channels of a head at most and tokens of a tile: what the registers hold. Three TF32 parts take three times as many.
+# Tokens of a tile: one of a warp's matrix instructions has 16 rows.
+_ROWS = 16
+# Channels of a head at most, so that they fit the registers. Three TF32 parts take three times as many.
 _MOST_CHANNELS = {"tf32x3": 32, "ieee": 64, "tf32": 64}
-_ROWS = {"tf32x3": (16,), "ieee": (16, 32, 64), "tf32": (16, 32, 64)}
+# Bytes of a box's tokens that are copied to shared memory while a program works on the image before.
+_MOST_AHEAD = 32 << 10
 # A program goes over up to so many images, since its table is loaded once, where that leaves so many programs.
 _IMAGES, _PROGRAMS = 8, 4096
 # Programs along the last axis of a grid at most.
@@ -99,11 +102,6 @@ class Box:
     times: float
 
     @property
-    def rows(self) -> int:
-        """Tokens of a tile."""
-        return math.prod(self.tile)
-
-    @property
     def constants(self) -> dict:
         """The constants of the kernels."""
         return {
@@ -115,23 +113,18 @@ class Box:
         }
 
 
-def _tiles(axes: tuple[Axis, ...], rows: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield tiles that hold one of the numbers `rows` of tokens, powers of two along each axis."""
-    most = [triton.next_power_of_2(axis.longest) for axis in axes]
-    # A tile holds 16 tokens at least; where the map does not, the last axis has too many.
-    most[-1] = max(most[-1], 16)
-    powers = [[1 << p for p in range(7) if 1 << p <= n] for n in most]
+def _tiles(axes: tuple[Axis, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield the tiles, powers of two along each axis; the last one may be longer than the map."""
+    most = [min(triton.next_power_of_2(axis.longest), _ROWS) for axis in axes[:-1]]
+    powers = [[1 << p for p in range(_ROWS.bit_length()) if 1 << p <= n] for n in (*most, _ROWS)]
     for tile in product(*powers):
-        if math.prod(tile) in rows and all(axis.alike(t) for axis, t in zip(axes, tile, strict=True)):
+        if math.prod(tile) == _ROWS and all(axis.alike(t) for axis, t in zip(axes, tile, strict=True)):
             yield tile
 
 
 @cache
-def choose(axes: tuple[Axis, ...], circular: bool, inverse: bool, rows: tuple[int, ...], scores: int) -> Box | None:
-    """Return the tile and box that cost least, of one of the numbers `rows` of tokens and at most `scores` scores.
-
-    None if no box is that small.
-    """
+def choose(axes: tuple[Axis, ...], circular: bool, inverse: bool, most: int) -> Box | None:
+    """Return the tile and box that cost least, None if every box has more than `most` tokens."""
 
     def make(tile: tuple[int, ...]) -> Box:
         widths = [
@@ -159,10 +152,9 @@ def choose(axes: tuple[Axis, ...], circular: bool, inverse: bool, rows: tuple[in
 
     def cost(box: Box) -> tuple:
         # Instructions of all tiles: a key that is read takes about as many as five scores.
-        return box.tiles * (box.rows * box.columns + 5 * math.prod(box.box)), box.tiles, box.tile
+        return box.tiles * (_ROWS * box.columns + 5 * math.prod(box.box)), box.tile
 
-    boxes = map(make, _tiles(axes, rows))
-    fitting = (box for box in boxes if box.rows * box.columns <= scores)
+    fitting = (box for box in map(make, _tiles(axes)) if box.columns <= most)
     return min(fitting, key=cost, default=None)
 
 
@@ -189,8 +181,7 @@ class Boxes:
         self.group = self.heads // a.key.shape[-2]
 
         def find(inverse: bool, products: int) -> Box | None:
-            rows = _ROWS[self.precision]
-            return choose(axes, a.circular, inverse, rows, self._most_scores(products)) if fits else None
+            return choose(axes, a.circular, inverse, self._most_columns(products)) if fits else None
 
         self.outputs, self.queries = find(False, 2), find(False, 3)
         # The gradients of shared keys are sums over heads.
@@ -209,7 +200,7 @@ class Boxes:
         """Return the tables of masks and biases, (kinds of tiles, heads or 1, rows of a tile, columns)."""
         a, bias = self.a, self.a.relative_position_bias
         shape = (math.prod(box.kinds), 1 if bias is None else self.heads)
-        table = a.query.new_empty(*shape, box.rows, box.columns, dtype=torch.float32)
+        table = a.query.new_empty(*shape, _ROWS, box.columns, dtype=torch.float32)
         launch(
             box_table_kernel,
             shape,
@@ -226,19 +217,24 @@ class Boxes:
         )
         return table
 
-    def _most_scores(self, products: int) -> int:
-        """Return the scores of a tile at most, in kernels of so many products."""
+    def _most_columns(self, products: int) -> int:
+        """Return the tokens of a box at most, in kernels of so many products."""
         if self.precision != "tf32x3":
-            return 4096
+            return 256
         # Compiled for sm_120, three products spill where they do not for others.
-        return 2048 if products == 2 or (products == 3 and target().arch != 120) else 1024
+        return 128 if products == 2 or (products == 3 and target().arch != 120) else 64
 
     def _warps(self, box: Box, products: int) -> int:
         """Return the warps of a program of so many products: 32 scores a thread, fewer where operands take more."""
-        warps = max(1, box.rows * box.columns // 1024)
         if self.precision == "tf32x3":
             return 4 if products == 2 else 8
+        warps = max(1, _ROWS * box.columns // 1024)
         return 2 * warps if max(self.channels["BK"], self.channels["BV"]) > 32 else warps
+
+    def _stages(self, box: Box) -> int:
+        """Return the images that a program has in flight: 2 take fewer registers too, where copies pass them by."""
+        ahead = box.columns * (self.channels["BK"] + self.channels["BV"]) * self.a.query.element_size()
+        return 2 if target().backend == "cuda" and ahead <= _MOST_AHEAD else 1
 
     def _launch(self, kernel, box: Box, images: int, products: int, flops: int, **arguments) -> None:
         a, table = self.a, self._table(box)
@@ -267,9 +263,10 @@ class Boxes:
             CIRCULAR=a.circular,
             **self.products,
             num_warps=self._warps(box, products),
+            num_stages=self._stages(box),
             limited=False,
             passes={name: box.times for name in read if name in arguments or name in ("p_q", "p_k", "p_v")}
-            | {"p_table": programs * box.rows * box.columns / table.numel()},
+            | {"p_table": programs * _ROWS * box.columns / table.numel()},
             flops=flops,
         )
 
@@ -293,7 +290,7 @@ class Boxes:
         groups = triton.cdiv(self.batch, images)
         sums = None
         if bias is not None:
-            shape = (groups, self.heads, box.tiles, box.rows, box.columns)
+            shape = (groups, self.heads, box.tiles, _ROWS, box.columns)
             sums = out.new_empty(shape, dtype=torch.float32)
         self._launch(
             box_query_gradients_kernel,

@@ -106,12 +106,8 @@ def test_windows_whose_boxes_fit_no_block(grid, window, tensors, monkeypatch):
     ],
 )
 def test_tiles_of_one_kind_share_a_table_and_programs_go_over_images(grid, window, monkeypatch):
-    monkeypatch.setattr(triton_boxes, "_ROWS", dict.fromkeys(triton_boxes._ROWS, (16,)))
     monkeypatch.setattr(triton_boxes, "_IMAGES", 2)
-    triton_boxes.choose.cache_clear()
-    tensors = make(grid, window["kernel_size"], batch=3, bias=True)
-    check(tensors, **window)
-    triton_boxes.choose.cache_clear()
+    check(make(grid, window["kernel_size"], batch=3, bias=True), **window)
 
 
 @pytest.mark.parametrize(
