@@ -232,9 +232,11 @@ class Boxes:
         return 2 * warps if max(self.channels["BK"], self.channels["BV"]) > 32 else warps
 
     def _stages(self, box: Box) -> int:
-        """Return the images that a program has in flight: 2 take fewer registers too, where copies pass them by."""
+        """Return the images that a program has in flight; 2 take fewer registers, except in three TF32 parts."""
+        if target().backend != "cuda" or self.precision == "tf32x3":
+            return 1
         ahead = box.columns * (self.channels["BK"] + self.channels["BV"]) * self.a.query.element_size()
-        return 2 if target().backend == "cuda" and ahead <= _MOST_AHEAD else 1
+        return 2 if ahead <= _MOST_AHEAD else 1
 
     def _launch(self, kernel, box: Box, images: int, products: int, flops: int, **arguments) -> None:
         a, table = self.a, self._table(box)
