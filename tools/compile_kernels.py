@@ -114,28 +114,38 @@ class Report:
         return f"{self.shared} bytes of shared memory, of {limit}" if self.shared > limit else None
 
 
-def _specialised(value: Any) -> tuple[str, list]:
-    """Return the type and attributes that Triton's launcher gives an argument that is not constant."""
+def _type(value: Any) -> str:
+    """Return the type that Triton's launcher gives an argument that is not constant."""
     if isinstance(value, Tensor):
-        return _POINTERS[value.dtype], [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
     if isinstance(value, float):
-        return "fp32", []
-    width = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return width, [["tt.divisibility", 16]] if value % 16 == 0 else []
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
-    """Return a launch's signature, constants and attributes, as Triton's launcher would specialise them."""
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+def source(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], list]]:
+    """Return a launch's signature, constants and attributes, as Triton's launcher would specialise them.
+
+    Constants and attributes are named by the argument's number, and the number in it where it is a tuple.
+    """
+    constants, attributes = {}, {}
+
+    def specialised(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return tuple(specialised(x, (*path, number), parameter) for number, x in enumerate(value))
         exact = not parameter.do_not_specialize and isinstance(value, int) and value == 1
         if parameter.is_constexpr or value is None or exact:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name], found = _specialised(value)
-        if found and not parameter.do_not_specialize:
-            attributes[(place,)] = found
+            constants[path] = value
+            return "constexpr"
+        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type(value)
+
+    signature = {
+        parameter.name: specialised(launch.arguments[parameter.name], (place,), parameter)
+        for place, parameter in enumerate(launch.kernel.params)
+    }
     return signature, constants, attributes
 
 

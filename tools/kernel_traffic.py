@@ -100,7 +100,7 @@ def rows(target: Target) -> list[str]:
                     layer.run(torch.bfloat16)
                 # The forward pass writes the first output; all launches up to it are its own.
                 names = [launch.kernel.fn.__qualname__ for launch in launches]
-                cut = 1 + next(i for i, name in enumerate(names) if name in ("mix_kernel", "forward_kernel"))
+                cut = 1 + next(i for i, name in enumerate(names) if name.endswith(("mix_kernel", "forward_kernel")))
                 forward, backward = (
                     sum(launch.bytes_moved() for launch in part) for part in (launches[:cut], launches[cut:])
                 )

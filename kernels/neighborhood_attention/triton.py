@@ -1,14 +1,17 @@
 """Neighborhood attention in Triton: tiles of queries and the boxes of keys that they see.
 
-A program takes a tile of queries of one residue class (8 x 8 or so), image and head. The union of their windows is a
-box of keys; the program walks over its tokens in blocks, masks the pairs outside a query's own window and goes on with
-an online softmax. The output and the log-sum-exp are saved, and backward computes the probabilities anew:
+The union of the windows of a tile of queries, of one residue class, image and head, is a box of keys. The output and
+the log-sum-exp are saved, and backward computes the probabilities anew: the gradients of keys from tiles of keys and
+the boxes of queries that see them, without atomics. There are two ways to go through a box:
 
-- `query_gradients_kernel` walks as in forward.
-- `key_gradients_kernel` takes a tile of keys and walks over the box of queries that may see them, with the same mask:
-  no atomics.
-- `extra_gradients_kernel` (additional keys) and `bias_gradients_kernel` write partial sums of chunks of queries, which
-  are added up here in a fixed order. So gradients repeat bit by bit.
+- *At once*, where all scores of a tile fit the registers (`triton_boxes.py` decides): softmax in one pass, masks and
+  biases from a table that tiles share, programs that go over several images. The gradient of the biases is the sum of
+  the scores' gradients over the images, which the program that forms those of the queries keeps in registers;
+  `box_bias_gradients_kernel` gathers it.
+- *In blocks*, for the rest (`triton_kernels.py`): an online softmax, the window's rules for each block.
+  `extra_gradients_kernel` (additional keys) and `bias_gradients_kernel` write partial sums of chunks of queries.
+
+Partial sums are added up here in a fixed order. So gradients repeat bit by bit.
 
 As the products are dense, a NaN or an infinity in a value reaches every query of the tiles whose box holds it.
 
@@ -16,7 +19,6 @@ Hassani et al., 2025, Generalized Neighborhood Attention (arXiv 2504.16922).
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -26,6 +28,7 @@ from visionmix.kernels import dispatch
 from visionmix.kernels.gpu import dot_precision, launch, target
 from visionmix.kernels.neighborhood_attention import reference
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
+from visionmix.kernels.neighborhood_attention.triton_boxes import Axis, Boxes, map_strides
 from visionmix.kernels.neighborhood_attention.triton_kernels import (
     bias_gradients_kernel,
     extra_gradients_kernel,
@@ -33,7 +36,7 @@ from visionmix.kernels.neighborhood_attention.triton_kernels import (
     key_gradients_kernel,
     query_gradients_kernel,
 )
-from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths, count_pairs
+from visionmix.kernels.neighborhood_attention.windows import box_widths, count_pairs
 
 # A head's channels lie in registers, all at once; float32 ones in three TF32 parts on NVIDIA.
 _MOST_CHANNELS = {"tf32": 128, "ieee": 128, "tf32x3": 64}
@@ -52,24 +55,6 @@ def _leaves_to_reference(a: Arguments) -> bool:
         remedy += ", or half precision"
     dispatch.log_slow_path("neighborhood_attention", f"a head has {channels} channels", f"{remedy} for Triton")
     return True
-
-
-def _map_strides(**tensors: Tensor) -> dict[str, int]:
-    """Return the stride arguments of (batch, *grid, heads, dim) tensors; axes that a map lacks have stride 0."""
-    strides = {}
-    for name, x in tensors.items():
-        batch, *axes, head, dim = x.stride()
-        values = (batch, *[0] * (3 - len(axes)), *axes, head, dim)
-        strides |= {f"s{name}_{axis}": value for axis, value in zip("b012hd", values, strict=True)}
-    return strides
-
-
-def _extra_strides(**tensors: Tensor | None) -> dict[str, int]:
-    return {
-        f"s{name}_{axis}": 0 if x is None else x.stride(place)
-        for name, x in tensors.items()
-        for place, axis in enumerate("behd")
-    }
 
 
 def _tile(sizes: list[int], most: int) -> tuple[int, ...]:
@@ -92,30 +77,13 @@ def _disc(kernel_size: tuple[int, ...]) -> tuple[int, int, int, int, bool]:
     return *(w // common for w in weights), limit, 3 * limit >= 1 << 31
 
 
-@cache
-def _box_width(
-    size: int, kernel_size: int, stride: int, dilation: int, causal: bool, circular: bool, tile: int, inverse: bool
-) -> float:
-    """Return how often an axis' tokens are read in boxes; keys by tiles of queries, or the reverse."""
-    width = 0
-    for length in class_lengths(size, dilation):
-        starts, stops = axis_window(length, kernel_size, stride, causal, circular)
-        for first in range(0, length, tile):
-            last = min(first + tile, length) - 1
-            if inverse:
-                width += sum(stop > first and start <= last for start, stop in zip(starts, stops, strict=True))
-            else:
-                width += stops[last] - starts[first]
-    return width / size
-
-
 class _Problem:
     """Sizes, tiles and the arguments that the kernels share."""
 
     def __init__(self, a: Arguments):
         query, key, value = a.query, a.key, a.value
         extra_key, extra_value, bias = a.additional_keys, a.additional_values, a.relative_position_bias
-        self.query = query
+        self.a, self.query = a, query
         batch, *grid, self.heads, dk = query.shape
         self.key_heads, dv = value.shape[-2:]
         self.batch, self.tokens, axes = batch, math.prod(grid), len(grid)
@@ -137,10 +105,11 @@ class _Problem:
         self.options = {
             "p_extra_k": extra_key if self.extra else None,
             "p_extra_v": extra_value if self.extra else None,
-            **_extra_strides(ek=extra_key, ev=extra_value),
+            "s_ek": None if extra_key is None else extra_key.stride(),
+            "s_ev": None if extra_value is None else extra_value.stride(),
         }
         self.table = None if bias is None else bias.contiguous()
-        self.strides = _map_strides(q=query, k=key, v=value)
+        self.strides = {"s_q": map_strides(query), "s_k": map_strides(key), "s_v": map_strides(value)}
         self.scalars = {
             "scale": a.scale,
             **{f"N{axis}": n for axis, n in enumerate(grid)},
@@ -167,13 +136,21 @@ class _Problem:
         axes = zip(self.sizes, self.tile, self.classes, strict=True)
         return math.prod(triton.cdiv(size, tile) * classes for size, tile, classes in axes)
 
+    def boxes(self, *others: Tensor) -> Boxes:
+        """Return the launches of the kernels that take a tile's whole box at once, where one fits."""
+        axes = tuple(Axis(*values) for values in zip(*self.window, self.causal, strict=True))
+        return Boxes(self.a, axes, self.tiles["DISC"], *others)
+
     def programs(self, heads: int) -> int:
         return self.batch * heads * self.tile_count
 
     def passes(self, names: list[str], heads: int, inverse: bool = False) -> dict[str, float]:
         """Return how often tensors are read in boxes by `heads` programs each."""
         axes = zip(*self.window, self.causal, self.tile, strict=True)
-        times = math.prod(_box_width(*rest, causal, self.circular, tile, inverse) for *rest, causal, tile in axes)
+        times = math.prod(
+            sum(box_widths(size, *rest, causal, self.circular, tile, inverse)) / size
+            for size, *rest, causal, tile in axes
+        )
         return dict.fromkeys(names, heads * times)
 
     def flops(self, per_pair: int, extra: bool = True) -> int:
@@ -201,7 +178,7 @@ class _Problem:
             p_dv=grads[1],
             **self.scalars,
             extra=self.extra,
-            **_map_strides(q=self.query),
+            s_q=map_strides(self.query),
             **self.channels,
             BN=self.block,
             BE=block,
@@ -269,6 +246,11 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     query, value, problem = a.query, a.value, _Problem(a)
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = problem.float(*query.shape[:-1])
+    flops = problem.flops(2 * query.shape[-1] + 2 * value.shape[-1])
+    boxes = problem.boxes()
+    if boxes.outputs is not None:
+        boxes.forward(out, lse, flops)
+        return out, lse
     launch(
         forward_kernel,
         (problem.programs(problem.heads),),
@@ -287,7 +269,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
         num_warps=problem.num_warps,
         limited=False,
         passes=problem.passes(["p_k", "p_v"], problem.scalars["group"]),
-        flops=problem.flops(2 * query.shape[-1] + 2 * value.shape[-1]),
+        flops=flops,
     )
     return out, lse
 
@@ -315,36 +297,48 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         "num_warps": problem.num_warps,
         "limited": False,
     }
-    given = {"p_lse": lse.contiguous(), "p_do": grad_out, "p_delta": delta, **_map_strides(o=grad_out)}
-    launch(
-        query_gradients_kernel,
-        (problem.programs(problem.heads),),
-        **shared,
-        **given,
-        **problem.options,
-        p_out=out.contiguous(),
-        p_dlse=grad_lse.contiguous(),
-        p_dq=grad_query,
-        extra=problem.extra,
-        passes=problem.passes(["p_k", "p_v"], group),
-        flops=problem.flops(4 * dk + 2 * dv),
-    )
-    launch(
-        key_gradients_kernel,
-        (problem.programs(problem.key_heads),),
-        **shared,
-        **given,
-        p_dk=grad_key,
-        p_dv=grad_value,
-        passes=problem.passes(["p_q", "p_do", "p_lse", "p_delta"], 1, inverse=True),
-        flops=problem.flops(4 * dk + 4 * dv, extra=False),
-    )
+    given = {"p_lse": lse.contiguous(), "p_do": grad_out, "p_delta": delta, "s_o": map_strides(grad_out)}
     nothing = query.new_empty(0)
     extras = (nothing if x is None else x.new_zeros(x.shape) for x in options)
+    bias, grad_bias = problem.table, nothing
+    boxes = problem.boxes(grad_out)
+    flops = problem.flops(4 * dk + 2 * dv)
+    if boxes.queries is not None:
+        of_bias = boxes.query_gradients(given, out.contiguous(), grad_lse.contiguous(), grad_query, flops)
+        grad_bias = nothing if of_bias is None else of_bias
+    else:
+        launch(
+            query_gradients_kernel,
+            (problem.programs(problem.heads),),
+            **shared,
+            **given,
+            **problem.options,
+            p_out=out.contiguous(),
+            p_dlse=grad_lse.contiguous(),
+            p_dq=grad_query,
+            extra=problem.extra,
+            passes=problem.passes(["p_k", "p_v"], group),
+            flops=flops,
+        )
+        if bias is not None:
+            grad_bias = problem.bias_gradients(given)
+    flops = problem.flops(4 * dk + 4 * dv, extra=False)
+    if boxes.keys is not None:
+        boxes.key_gradients(given, grad_key, grad_value, flops)
+    else:
+        launch(
+            key_gradients_kernel,
+            (problem.programs(problem.key_heads),),
+            **shared,
+            **given,
+            p_dk=grad_key,
+            p_dv=grad_value,
+            passes=problem.passes(["p_q", "p_do", "p_lse", "p_delta"], 1, inverse=True),
+            flops=flops,
+        )
     if problem.extra:
         grads = problem.extra_gradients(given)
         extras = (grad.to(x.dtype) for grad, x in zip(grads, options, strict=True))
-    grad_bias = nothing
-    if problem.table is not None:
-        grad_bias = problem.bias_gradients(given).view_as(problem.table).to(problem.table.dtype)
+    if bias is not None:
+        grad_bias = grad_bias.view_as(bias).to(bias.dtype)
     return grad_query, grad_key, grad_value, *extras, grad_bias

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from bisect import bisect_right
 from functools import cache
 
 
@@ -34,6 +35,24 @@ def axis_window(
 def class_lengths(size: int, dilation: int) -> list[int]:
     """Return the number of tokens in each residue class of an axis; there are min(size, dilation) that hold any."""
     return [len(range(residue, size, dilation)) for residue in range(min(size, dilation))]
+
+
+@cache
+def box_widths(
+    size: int, kernel_size: int, stride: int, dilation: int, causal: bool, circular: bool, tile: int, inverse: bool
+) -> tuple[int, ...]:
+    """Return along an axis, for each tile of queries, the number of keys that it sees; `inverse`: keys and queries."""
+    widths = []
+    for length in class_lengths(size, dilation):
+        starts, stops = axis_window(length, kernel_size, stride, causal, circular)
+        for first in range(0, length, tile):
+            last = min(first + tile, length) - 1
+            if inverse:
+                # Starts and stops never fall from one query to the next.
+                widths.append(bisect_right(starts, last) - bisect_right(stops, first))
+            else:
+                widths.append(stops[last] - starts[first])
+    return tuple(widths)
 
 
 def in_ellipsoid(offsets: tuple[int, ...], kernel_size: tuple[int, ...]) -> bool:

@@ -6,15 +6,67 @@ pytest.importorskip("triton")
 
 from visionmix.kernels.gpu import Target, plan
 from visionmix.kernels.neighborhood_attention import triton as implementation
+from visionmix.kernels.neighborhood_attention import triton_boxes
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 from visionmix.tools import compile_kernels
 from visionmix.tools.kernel_problems import neighborhood_attention
 
 
-def test_launches_cover_the_map_and_count_what_they_read():
-    size, kernel_size, dilation = 23, 5, 2
+def planned(*problem, dtype="bfloat16", **options):
     with plan(Target("cuda", 90)) as launches:
-        neighborhood_attention((size,), 2, 32, kernel_size, dilation=dilation)(compile_kernels.DTYPES["bfloat16"])
+        neighborhood_attention(*problem, **options)(compile_kernels.DTYPES[dtype])
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel_size", "options", "boxes"),
+    [
+        (56, 7, {"bias": True}, {"forward", "query_gradients", "bias_gradients", "key_gradients"}),
+        (56, 9, {}, {"forward", "query_gradients", "key_gradients"}),
+        # A tile of keys near the border is seen by more queries than a tile of queries sees keys.
+        (56, 13, {}, {"forward", "query_gradients"}),
+        (56, 7, {"dilation": 8}, {"forward", "query_gradients", "key_gradients"}),
+        (56, 6, {"stride": 2}, {"forward", "query_gradients", "key_gradients"}),
+        (56, 7, {"key_heads": 1}, {"forward", "query_gradients"}),
+        (56, 15, {"bias": True}, set()),
+        # Groups of three queries lie across tiles.
+        (56, 7, {"stride": 3}, set()),
+        (56, 7, {"extra": 1}, set()),
+    ],
+)
+def test_kernels_whose_boxes_fit_a_block_take_them_at_once(side, kernel_size, options, boxes):
+    names = {launch.kernel.fn.__name__ for launch in planned((side, side), 2, 32, kernel_size, **options)}
+    expected = {f"box_{name}_kernel" for name in boxes | ({"table"} if boxes else set())}
+    assert {name for name in names if name.startswith("box_")} == expected
+
+
+def test_wide_heads_take_their_box_in_blocks():
+    names = [launch.kernel.fn.__name__ for launch in planned((56, 56), 2, 128, 7)]
+    assert names == ["forward_kernel", "query_gradients_kernel", "key_gradients_kernel"]
+
+
+def test_launches_of_boxes_cover_the_map_and_count_what_they_read():
+    launches = planned((56, 56), 3, 32, 7, batch=128)
+    forward, keys = launches[1], launches[-1]
+    assert forward.arguments["TILE"] == keys.arguments["TILE"] == (1, 4, 4)
+    # Eight images a program.
+    assert forward.grid == keys.grid == (14 * 14, 3, 128 // 8)
+    # Tiles at the border see 7 keys along an axis, the others 10; 7 and 11 queries see the first two tiles of keys.
+    assert forward.arguments["BOX"] == (1, 10, 10)
+    assert forward.passes["p_k"] == ((12 * 10 + 2 * 7) / 56) ** 2
+    assert keys.arguments["BOX"] == (1, 11, 11)
+    assert keys.passes["p_q"] == ((2 * 7 + 2 * 11 + 10 * 10) / 56) ** 2
+    # Along an axis four kinds of tiles of queries at most, and six of keys.
+    assert [launch.arguments["p_table"].shape for launch in (launches[0], launches[-2])] == [
+        (16, 1, 16, 128),
+        (36, 1, 16, 128),
+    ]
+
+
+def test_launches_of_blocks_cover_the_map_and_count_what_they_read(monkeypatch):
+    monkeypatch.setattr(triton_boxes, "choose", lambda *_: None)
+    size, kernel_size, dilation = 23, 5, 2
+    launches = planned((size,), 2, 32, kernel_size, dilation=dilation)
     assert [launch.kernel.fn.__name__ for launch in launches] == [
         "forward_kernel",
         "query_gradients_kernel",

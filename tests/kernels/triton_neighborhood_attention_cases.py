@@ -10,7 +10,7 @@ from accelerator import TRITON_DEVICE, needs_gpu
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import na1d, na2d, na3d, use
-from visionmix.kernels.neighborhood_attention import neighborhood_attention_op, reference
+from visionmix.kernels.neighborhood_attention import neighborhood_attention_op, reference, triton_boxes
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -57,7 +57,7 @@ def check(tensors, dtype=torch.float32, **window):
 
 QUICK = [
     ((7, 9), {"kernel_size": 3}, {"bias": True}),
-    ((7, 9), {"kernel_size": 5, "stride": 2}, {"heads": 4, "key_heads": 2}),
+    ((7, 9), {"kernel_size": 5, "stride": 2}, {"heads": 2, "key_heads": 1}),
     ((7, 9), {"kernel_size": 3, "dilation": 2}, {"extra": 3, "bias": True}),
     ((7, 9), {"kernel_size": (3, 4), "stride": (1, 3), "is_causal": (False, True)}, {"bias": True}),
     ((7, 9), {"kernel_size": 5, "dilation": (1, 2), "circular": True}, {"extra": 1, "bias": True}),
@@ -66,6 +66,7 @@ QUICK = [
 ]
 LONG = [
     ((7, 9), {"kernel_size": 5, "stride": 5, "is_causal": True}, {"heads": 2, "bias": True}),
+    ((7, 9), {"kernel_size": 5, "stride": 2}, {"heads": 4, "key_heads": 2, "bias": True}),
     ((7, 9), {"kernel_size": (7, 3), "circular": True, "is_causal": True}, {"bias": True}),
     ((15, 6), {"kernel_size": (7, 2), "stride": (4, 2), "dilation": (2, 3)}, {"batch": 2, "extra": 40}),
     ((19, 23), {"kernel_size": 3, "dilation": 5}, {"heads": 2, "batch": 2, "bias": True}),
@@ -86,10 +87,54 @@ def test_float32(grid, window, tensors):
     check(make(grid, window["kernel_size"], **tensors), **window)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
-def test_half_precision(dtype):
-    tensors = make((4, 7), 3, heads=2, dim=8, value_dim=8, extra=2, bias=True)
+@pytest.mark.long
+@pytest.mark.parametrize(("grid", "window", "tensors"), QUICK)
+def test_windows_whose_boxes_fit_no_block(grid, window, tensors, monkeypatch):
+    monkeypatch.setattr(triton_boxes, "choose", lambda *_: None)
+    check(make(grid, window["kernel_size"], **tensors), **window)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [
+        ((85,), {"kernel_size": 7}),
+        pytest.param((87,), {"kernel_size": 5, "stride": 4, "is_causal": True}, marks=pytest.mark.long),
+        pytest.param((167,), {"kernel_size": 6, "stride": 2, "dilation": 2}, marks=pytest.mark.long),
+        pytest.param((30, 29), {"kernel_size": 7}, marks=pytest.mark.long),
+        pytest.param((31, 18), {"kernel_size": 5, "circular": True}, marks=pytest.mark.long),
+        pytest.param((7, 8, 18), {"kernel_size": 3, "stride": (1, 2, 1)}, marks=pytest.mark.long),
+    ],
+)
+def test_tiles_of_one_kind_share_a_table_and_programs_go_over_images(grid, window, monkeypatch):
+    monkeypatch.setattr(triton_boxes, "_IMAGES", 2)
+    check(make(grid, window["kernel_size"], batch=3, bias=True), **window)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "extra"),
+    [
+        (torch.bfloat16, 0),
+        (torch.bfloat16, 2),
+        pytest.param(torch.float16, 0, marks=pytest.mark.long),
+        pytest.param(torch.float16, 2, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_half_precision(dtype, extra):
+    tensors = make((4, 7), 3, heads=2, dim=8, value_dim=8, extra=extra, bias=not extra)
     check(tensors, dtype, kernel_size=3, dilation=(1, 2), stride=(2, 1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_key_that_is_not_finite_reaches_the_queries_that_see_it(value):
+    tensors = {name: x.float() for name, x in make((6, 9), 3).items()}
+    tensors["key"][0, 0, 8] = value
+    with use("triton"):
+        out = na2d(**tensors, kernel_size=3)
+    sees = torch.zeros(6, 9, dtype=torch.bool)
+    sees[:2, 7:] = True
+    assert torch.equal(out.isnan().all(-1)[0, :, :, 0].cpu(), sees)
+    assert out[0, ~sees].isfinite().all()
 
 
 @needs_gpu
@@ -112,19 +157,22 @@ def test_maps_of_models(grid, window, dtype):
     )
 
 
-def test_strided_and_expanded_tensors():
-    tensors = {name: x.float() for name, x in make((3, 5), 3, heads=2, key_heads=2, extra=2, batch=2).items()}
+@pytest.mark.parametrize("extra", [0, 2])
+def test_strided_and_expanded_tensors(extra):
+    tensors = {name: x.float() for name, x in make((3, 5), 3, heads=2, key_heads=2, extra=extra, batch=2).items()}
     strided = {name: x.transpose(1, -1).contiguous().transpose(1, -1) for name, x in tensors.items()}
     strided["key"] = strided["key"][:1].expand(2, -1, -1, -1, -1)
-    strided["additional_keys"] = strided["additional_keys"][:1].expand(2, -1, -1, -1)
+    if extra:
+        strided["additional_keys"] = strided["additional_keys"][:1].expand(2, -1, -1, -1)
     dense = {name: x.contiguous() for name, x in strided.items()}
     outs, grads = run(strided, {"kernel_size": 3}, "triton")
     expected, expected_grads = run(dense, {"kernel_size": 3}, "triton")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs + grads, expected + expected_grads, strict=True))
 
 
-def test_gradients_repeat_bit_by_bit():
-    tensors = {name: x.float() for name, x in make((3, 4), 2, extra=2, bias=True, batch=2).items()}
+@pytest.mark.parametrize("extra", [0, pytest.param(2, marks=pytest.mark.long)])
+def test_gradients_repeat_bit_by_bit(extra):
+    tensors = {name: x.float() for name, x in make((3, 4), 2, extra=extra, bias=True, batch=2).items()}
     first, again = (run(tensors, {"kernel_size": 2}, "triton")[1] for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 

@@ -17,6 +17,7 @@ QUICK = [
     ("selective_scan_2d", "full delta", "gfx942", "float16"),
     ("neighborhood_attention", "heads of 128", "sm_100", "bfloat16"),
     ("neighborhood_attention", "heads of 64", "gfx942", "float32"),
+    ("neighborhood_attention", "nat_mini stage 4", "sm_80", "float16"),
 ]
 LIMIT = compile_kernels.DEVICES["gfx942"].shared_program
 
