@@ -10,6 +10,7 @@ from choices import choose
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory import PeakMemory
+from neighborhoods import named_tensors
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, na1d, na2d, na3d, use
@@ -35,24 +36,17 @@ EACH_CHOICE = pytest.mark.parametrize("choice", CHOICES)
 COMPILED = pytest.mark.skipif("cpu" not in CHOICES, reason="no compiler")
 
 
-def make(grid, kernel_size, heads=2, key_heads=2, dim=4, value_dim=5, extra=0, bias=False, batch=2, seed=0):
+SMALL = {"dim": 4, "value_dim": 5, "extra": 0, "bias": False, "batch": 2}
+
+
+def make(grid, kernel_size, heads=2, key_heads=2, seed=0, **sizes):
     """Return the tensor arguments by name, float64 with values exact in float32."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator).double().requires_grad_()
 
-    tensors = {
-        "query": random(batch, *grid, heads, dim),
-        "key": random(batch, *grid, key_heads, dim),
-        "value": random(batch, *grid, key_heads, value_dim),
-    }
-    if extra:
-        tensors["additional_keys"] = random(batch, extra, key_heads, dim)
-        tensors["additional_values"] = random(batch, extra, key_heads, value_dim)
-    if bias:
-        tensors["relative_position_bias"] = random(heads, *(2 * k - 1 for k in kernel_size))
-    return tensors
+    return named_tensors(random, grid, kernel_size, heads=heads, key_heads=key_heads, **SMALL | sizes)
 
 
 def cast(tensors, dtype):
@@ -450,7 +444,7 @@ def test_without_lse_the_output_alone():
 def test_reference_holds_no_scores_of_the_whole_map(monkeypatch):
     """In the op's mode; the weights of the whole map would take 14 MB, its gradients as much again."""
     monkeypatch.setattr(reference, "_SCORES", 1 << 16)
-    tensors = {name: x.detach() for name, x in cast(make((96, 96), (7, 7), 4, 4, 4, 4), torch.float32).items()}
+    tensors = {name: x.detach() for name, x in cast(make((96, 96), (7, 7), 4, 4, value_dim=4), torch.float32).items()}
     window = ([7, 7], [1, 1], [1, 1], [0, 0], 1.0, None, None, None, False)
     arguments = Arguments(*tensors.values(), *window)
     with PeakMemory() as memory:

@@ -7,6 +7,7 @@ are imported.
 import pytest
 import torch
 from accelerator import TRITON_DEVICE, needs_gpu
+from neighborhoods import named_tensors
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import na1d, na2d, na3d, use
@@ -15,25 +16,19 @@ from visionmix.kernels.neighborhood_attention import neighborhood_attention_op, 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
 
-def make(grid, kernel_size, heads=1, key_heads=1, dim=4, value_dim=5, extra=0, bias=False, batch=1):
+SMALL = {"heads": 1, "key_heads": 1, "dim": 4, "value_dim": 5, "extra": 0, "bias": False, "batch": 1}
+
+
+def make(grid, kernel_size, **sizes):
     """Return the tensor arguments by name, float64."""
-    generator = torch.Generator().manual_seed(sum(grid) + dim)
+    sizes = SMALL | sizes
+    generator = torch.Generator().manual_seed(sum(grid) + sizes["dim"])
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(TRITON_DEVICE)
 
-    tensors = {
-        "query": random(batch, *grid, heads, dim),
-        "key": random(batch, *grid, key_heads, dim),
-        "value": random(batch, *grid, key_heads, value_dim),
-    }
-    if extra:
-        tensors["additional_keys"] = random(batch, extra, key_heads, dim)
-        tensors["additional_values"] = random(batch, extra, key_heads, value_dim)
-    if bias:
-        kernel_size = (kernel_size,) * len(grid) if isinstance(kernel_size, int) else kernel_size
-        tensors["relative_position_bias"] = random(heads, *(2 * k - 1 for k in kernel_size))
-    return tensors
+    kernel_size = (kernel_size,) * len(grid) if isinstance(kernel_size, int) else kernel_size
+    return named_tensors(random, grid, kernel_size, **sizes)
 
 
 def run(tensors, window, choice):
