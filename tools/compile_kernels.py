@@ -80,8 +80,10 @@ class Device:
 # memory is the system's, for each program). AMD: CDNA3 ISA guide (4 SIMDs of 512 vector registers, 8 waves each).
 DEVICES = {
     "sm_80": Device(Target("cuda", 80), 32, 163 << 10, 163 << 10, 255, 1 << 16, 8, 64, 32),
+    "sm_89": Device(Target("cuda", 89), 32, 99 << 10, 99 << 10, 255, 1 << 16, 8, 48, 24),
     "sm_90": Device(Target("cuda", 90), 32, 227 << 10, 227 << 10, 255, 1 << 16, 8, 64, 32),
     "sm_100": Device(Target("cuda", 100), 32, 227 << 10, 227 << 10, 255, 1 << 16, 8, 64, 32),
+    "sm_120": Device(Target("cuda", 120), 32, 99 << 10, 99 << 10, 255, 1 << 16, 8, 48, 24),
     "gfx942": Device(Target("hip", "gfx942"), 64, 64 << 10, 64 << 10, 512, 4 * 512 * 64, 8, 32, 32),
 }
 
@@ -114,28 +116,38 @@ class Report:
         return f"{self.shared} bytes of shared memory, of {limit}" if self.shared > limit else None
 
 
-def _specialised(value: Any) -> tuple[str, list]:
-    """Return the type and attributes that Triton's launcher gives an argument that is no constant."""
+def _type(value: Any) -> str:
+    """Return the type that Triton's launcher gives an argument that is no constant."""
     if isinstance(value, Tensor):
-        return _POINTERS[value.dtype], [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
     if isinstance(value, float):
-        return "fp32", []
-    width = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return width, [["tt.divisibility", 16]] if value % 16 == 0 else []
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
-    """Return a launch's signature, constants and attributes, as Triton's launcher would specialise them."""
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+def source(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], list]]:
+    """Return a launch's signature, constants and attributes, as Triton's launcher would specialise them.
+
+    Constants and attributes are named by the argument's number, and the number in it where it is a tuple.
+    """
+    constants, attributes = {}, {}
+
+    def specialised(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialised(x, (*path, number), parameter) for number, x in enumerate(value))
         exact = not parameter.do_not_specialize and isinstance(value, int) and value == 1
         if parameter.is_constexpr or value is None or exact:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name], found = _specialised(value)
-        if found and not parameter.do_not_specialize:
-            attributes[(place,)] = found
+            constants[path] = value
+            return "constexpr"
+        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type(value)
+
+    signature = {
+        parameter.name: specialised(launch.arguments[parameter.name], (place,), parameter)
+        for place, parameter in enumerate(launch.kernel.params)
+    }
     return signature, constants, attributes
 
 
