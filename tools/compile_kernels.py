@@ -80,8 +80,10 @@ class Device:
 # memory is the system's, for each program). AMD: CDNA3 ISA guide (4 SIMDs of 512 vector registers, 8 waves each).
 DEVICES = {
     "sm_80": Device(Target("cuda", 80), 32, 163 << 10, 163 << 10, 255, 1 << 16, 8, 64, 32),
+    "sm_89": Device(Target("cuda", 89), 32, 99 << 10, 99 << 10, 255, 1 << 16, 8, 48, 24),
     "sm_90": Device(Target("cuda", 90), 32, 227 << 10, 227 << 10, 255, 1 << 16, 8, 64, 32),
     "sm_100": Device(Target("cuda", 100), 32, 227 << 10, 227 << 10, 255, 1 << 16, 8, 64, 32),
+    "sm_120": Device(Target("cuda", 120), 32, 99 << 10, 99 << 10, 255, 1 << 16, 8, 48, 24),
     "gfx942": Device(Target("hip", "gfx942"), 64, 64 << 10, 64 << 10, 512, 4 * 512 * 64, 8, 32, 32),
 }
 

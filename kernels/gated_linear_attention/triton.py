@@ -1,21 +1,27 @@
 """Gated linear attention in Triton: states at the chunks' ends, then every chunk by itself.
 
-The length is cut into chunks of up to 64 tokens. `states_kernel` walks over the chunks with a tile of the state in
-registers and writes the state that enters each; `mix_kernel` then forms, a program per chunk, the weights between the
-chunk's tokens and the output, for both directions from one read of q, k and v. In backward `states_kernel` runs once
-more for the gradients of the states, `mix_kernel` (transposed) gives the gradient of v, and `gradients_kernel` those of
-q, k and the gates.
+The length is cut into chunks of 32 tokens (16 unless q, k and v are bfloat16 and dk at most 32). `states_kernel` walks
+over the chunks with a tile of the state in registers and writes the state that enters each; `mix_kernel` then forms, a
+program a chunk, the weights between the chunk's tokens and the output, for both directions from one read of q, k and v.
+In backward `states_kernel` runs once more for the gradients of the states, `mix_kernel` (transposed) gives the gradient
+of v, and `gradients_kernel` those of q, k and the gates.
 
-No exponent is ever positive, and no two cumulative gates are subtracted: a decay from token j to token i is a product
-of one from j to the end of its block, one over whole blocks, and one from the start of i's block to i, each the
-exponential of a sum of gates; inside a block of 16 tokens the decays are running products. So a gate of -1e3 neither
-overflows nor costs the tokens after it their precision.
+No step walks over tokens. Sums of gates are products with tiles of zeros and ones; a chunk's weights are one product
+around its middle where gates allow it, else one for each level of segments of 1, 2, 4, ... tokens. Then no exponent is
+positive, and no two cumulative gates are subtracted: a gate of -1e3 neither overflows nor costs the tokens after it
+their precision.
+
+Products of bfloat16 inputs take bfloat16 operands, and states lie in memory in bfloat16. Other inputs take float32
+operands (TF32 for float16, with its 11 bits but the range of float32, so that states and weights cannot overflow).
 
 Yang et al., 2023, Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635).
 """
 
+from functools import cache
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from visionmix.kernels.gated_linear_attention import reference
@@ -29,14 +35,27 @@ from visionmix.kernels.gated_linear_attention.schema import (
 from visionmix.kernels.gated_linear_attention.triton_kernels import gradients_kernel, mix_kernel, states_kernel
 from visionmix.kernels.gpu import dot_precision, launch
 
+# Values in bfloat16 whose sum is one of the dtype.
+_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
-def _strides(**tensors: Tensor | None) -> dict[str, int]:
-    """Return the stride arguments of (batch, length, heads, dim) tensors: name to s{name}_b, _t, _h, _d."""
-    return {
-        f"s{name}_{axis}": 0 if x is None else x.stride(place)
-        for name, x in tensors.items()
-        for place, axis in enumerate("bthd")
-    }
+
+@cache
+def _ones(levels: int, device: torch.device) -> Tensor:
+    """Return the tiles (2 directions x tiles, chunk, chunk) of zeros and ones whose products with gates are their sums.
+
+    Rows and columns are a chunk's tokens. A tile holds ones where the column's gate belongs to the row's sum; see the
+    numbers in `triton_kernels.py`.
+    """
+    size = 1 << levels
+    tiles = []
+    for times in (torch.arange(size), torch.arange(size).flip(0)):
+        i, j = times[:, None], times[None, :]
+        upto, after = (j <= i).int(), (j > i).int()
+        tiles += [upto, after, upto - (j < size // 2).int()]
+        for level in range(levels):
+            same = ((i ^ j) < 1 << level).int()
+            tiles += [upto * same, after * same]
+    return torch.stack(tiles).to(device, torch.bfloat16)
 
 
 def _tile(size: int, most: int) -> int:
@@ -51,121 +70,135 @@ class _Problem:
         self.batch, self.length, self.heads, self.dk = q.shape
         self.dv = v.shape[3]
         self.rows = self.batch * self.heads
-        precision = dot_precision(q, k, v, *gates)
-        # Float32 tiles of more tokens do not fit the registers.
-        self.half = precision == "tf32"
-        self.chunk = _tile(self.length, 64 if self.half else 32)
-        self.chunks = triton.cdiv(self.length, self.chunk)
-        self.sizes = {
+        narrow = all(x.dtype == torch.bfloat16 for x in (q, k, v))
+        self.state_dtype = torch.bfloat16 if narrow else torch.float32
+        # Larger tiles do not fit the registers.
+        large = narrow and self.dk <= 32
+        self.levels = 5 if large and self.length > 16 else 4
+        self.warps = 2 if large else 1
+        self.block_v = _tile(self.dv, 32 if narrow and self.dv <= 64 else 16)
+        self.chunks = triton.cdiv(self.length, 1 << self.levels)
+        self.common = {
+            "p_ones": _ones(self.levels, q.device),
+            "p_g": gates[0],
+            "p_g2": gates[1] if len(gates) > 1 else None,
+            "s_g": gates[0].stride(),
+            "s_g2": gates[-1].stride(),
+            "scale": scale,
+            "length": self.length,
+            "heads": self.heads,
             "DK": self.dk,
             "DV": self.dv,
-            "CHUNK": self.chunk,
-            "BV": _tile(self.dv, 32),
-            "PRECISION": precision,
+            "LEVELS": self.levels,
+            "PRODUCTS": "bf16" if narrow else dot_precision(q, k, v),
+            "GATE_PARTS": max(_PARTS[x.dtype] for x in gates),
         }
 
-    def gate(self, number: int) -> Tensor | None:
-        return self.gates[number] if number < len(self.gates) else None
+    def _offset(self, *tensors: Tensor) -> tl.dtype:
+        """Return the type that holds the offsets inside a chunk of (batch, length, heads, dim) tensors."""
+        farthest = max((x.stride(1) << self.levels) + x.stride(3) * x.shape[3] for x in (*tensors, *self.gates))
+        return tl.int64 if farthest >= 1 << 31 else tl.int32
 
-    def states(
-        self, number: int, x: Tensor, y: Tensor, keys: bool, first: Tensor | None, last: Tensor | None
-    ) -> Tensor | None:
-        """Walk over the chunks for direction `number`; return the states before each chunk, None if all are 0."""
+    def states(self, x: Tensor, y: Tensor, keys: bool, first: Tensor | None, last: Tensor | None) -> Tensor | None:
+        """Walk over the chunks; return the states before each chunk, None if all are 0."""
         needed = self.chunks > 1 or first is not None
         if not needed and last is None:
             return None
-        states = self.q.new_empty(self.rows, self.chunks, self.dk, self.dv, dtype=torch.float32) if needed else None
+        directions = len(self.gates)
+        shape = (directions, self.rows, self.chunks, self.dk, self.dv)
+        states = self.q.new_empty(shape, dtype=self.state_dtype) if needed else None
         block_k, block_v = _tile(self.dk, 32), _tile(self.dv, 32)
         tiles_k, tiles_v = triton.cdiv(self.dk, block_k), triton.cdiv(self.dv, block_v)
         launch(
             states_kernel,
-            (self.rows, tiles_k, tiles_v),
+            (self.rows, tiles_k * tiles_v, directions),
+            **self.common | {"scale": 1.0 if keys else self.scale},
             p_x=x,
             p_y=y,
-            p_g=self.gates[number],
             p_first=None if first is None else first.contiguous(),
             p_states=states,
             p_last=last,
-            scale=1.0 if keys else self.scale,
-            length=self.length,
-            heads=self.heads,
-            **_strides(x=x, y=y, g=self.gates[number]),
-            **self.sizes | {"BK": block_k, "BV": block_v},
-            DOWN=(number == 1) == keys,
+            s_x=x.stride(),
+            s_y=y.stride(),
+            BK=block_k,
+            BV=block_v,
             KEYS=keys,
-            num_warps=4,
-            passes={"p_x": tiles_v, "p_g": tiles_v, "p_y": tiles_k},
-            flops=3 * self.rows * self.length * self.dk * self.dv,
+            OFFSET=self._offset(x, y),
+            num_warps=2,
+            num_stages=3,
+            passes={"p_x": tiles_v * directions, "p_g": tiles_v, "p_g2": tiles_v, "p_y": tiles_k * directions},
+            flops=3 * directions * self.rows * self.length * self.dk * self.dv,
         )
         return states
 
-    def mix(self, y: Tensor, states: list[Tensor | None], out: Tensor, transposed: bool) -> None:
+    def mix(self, x: Tensor, y: Tensor, v: Tensor, states: Tensor | None, out: Tensor, transposed: bool) -> None:
         launch(
             mix_kernel,
             (self.rows, self.chunks),
-            p_q=self.q,
-            p_k=self.k,
+            **self.common,
+            p_x=x,
             p_y=y,
-            p_g=self.gates[0],
-            p_g2=self.gate(1),
-            p_states=states[0],
-            p_states2=states[1] if len(states) > 1 else None,
+            p_v=v,
+            p_states=states,
             p_out=out,
-            scale=self.scale,
-            length=self.length,
-            heads=self.heads,
-            **_strides(q=self.q, k=self.k, y=y, g=self.gates[0], g2=self.gate(1), o=out),
-            **self.sizes,
-            # Wider tiles do not fit the registers where there are several, or where they are masked.
-            BK=32 if self.dk == 32 else 16,
+            s_x=x.stride(),
+            s_y=y.stride(),
+            s_v=v.stride(),
+            s_out=out.stride(),
+            # Of several tiles, wider ones do not fit the registers.
+            BK=_tile(self.dk, 32 if self.dk <= 32 else 16),
+            BV=_tile(self.dv, 32 if self.dv <= 64 else 16),
             TRANSPOSED=transposed,
-            num_warps=4,
-            flops=self.rows * self.length * self._within(states, len(self.gates)),
+            OFFSET=self._offset(x, y, v, out),
+            num_warps=self.warps,
+            flops=self.rows * self.length * self._within(states),
         )
 
-    def gradients(
-        self,
-        number: int,
-        grad_out: Tensor,
-        states: Tensor | None,
-        grad_states: Tensor | None,
-        added: list[Tensor],
-        outs: list[Tensor],
-    ) -> None:
-        """Write direction `number`'s gradients of q, k and its gates to `outs`, the former two plus those `added`."""
-        block_k = 16
+    def gradients(self, grad_out: Tensor, states: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k, v and the gates."""
+        # With one chunk, where there is no initial state or no gradient of the last one, one of them is 0 throughout.
+        if states is None and grad_states is not None:
+            states = torch.zeros_like(grad_states)
+        elif grad_states is None and states is not None:
+            grad_states = torch.zeros_like(states)
+        q, k, v = self.q, self.k, self.v
+        grad_q, grad_k, grad_v, *grad_gates = (x.new_empty(x.shape) for x in (q, k, v, *self.gates))
+        self.mix(k, q, grad_out, grad_states, grad_v, True)
+        block_k = _tile(self.dk, 16)
         tiles = triton.cdiv(self.dk, block_k)
         launch(
             gradients_kernel,
             (self.rows, self.chunks, tiles),
-            p_q=self.q,
-            p_k=self.k,
-            p_v=self.v,
-            p_g=self.gates[number],
+            **self.common,
+            p_q=q,
+            p_k=k,
+            p_v=v,
             p_do=grad_out,
             p_s=states,
             p_ds=grad_states,
-            p_added_q=added[0] if added else None,
-            p_added_k=added[1] if added else None,
-            p_dq=outs[0],
-            p_dk=outs[1],
-            p_dg=outs[2],
-            scale=self.scale,
-            length=self.length,
-            heads=self.heads,
-            **_strides(q=self.q, k=self.k, v=self.v, g=self.gates[number], o=grad_out),
-            **self.sizes,
+            p_dq=grad_q,
+            p_dk=grad_k,
+            p_dg=grad_gates[0],
+            p_dg2=grad_gates[1] if len(grad_gates) > 1 else None,
+            s_q=q.stride(),
+            s_k=k.stride(),
+            s_v=v.stride(),
+            s_do=grad_out.stride(),
+            s_out=grad_q.stride(),
             BK=block_k,
-            REVERSE=number == 1,
-            num_warps=8 if self.chunk == 64 else 4,
-            passes={"p_v": tiles, "p_do": tiles},
-            flops=2 * self.rows * self.length * self._within([states], 1),
+            BV=self.block_v,
+            OFFSET=self._offset(q, k, v, grad_out),
+            num_warps=self.warps,
+            passes=dict.fromkeys(("p_v", "p_do"), tiles),
+            flops=2 * self.rows * self.length * self._within(states),
         )
+        return grad_q, grad_k, grad_v, *grad_gates
 
-    def _within(self, states: list[Tensor | None], directions: int) -> int:
-        """Operations per token of the chunk's weights, their product with the values and that with the states."""
-        far = sum(2 * self.dk * self.dv for x in states if x is not None)
-        return self.chunk * (directions * 2 * self.dk + 2 * self.dv) // (1 if directions > 1 else 2) + far
+    def _within(self, states: Tensor | None) -> int:
+        """Operations a token of the chunk's weights, their product with the values and that with the states."""
+        directions = len(self.gates)
+        far = 0 if states is None else 2 * directions * self.dk * self.dv
+        return (directions * 2 * self.dk + 2 * self.dv << self.levels) // (1 if directions > 1 else 2) + far
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -174,8 +207,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     shape = (problem.batch, problem.heads, problem.dk, problem.dv) if a.output_final_state else (0,)
     last = a.q.new_empty(shape, dtype=torch.float32)
     out = a.v.new_empty(a.v.shape)
-    states = problem.states(0, a.k, a.v, True, a.initial_state, last if a.output_final_state else None)
-    problem.mix(a.v, [states], out, transposed=False)
+    states = problem.states(a.k, a.v, True, a.initial_state, last if a.output_final_state else None)
+    problem.mix(a.q, a.k, a.v, states, out, False)
     return out, last
 
 
@@ -184,17 +217,16 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     problem = _Problem(a.q, a.k, a.v, a.g, scale=a.scale)
     initial, (grad_out, grad_state) = a.initial_state, gradients
     grad_initial = a.q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
-    states = problem.states(0, a.k, a.v, True, initial, None)
-    grad_states = problem.states(0, a.q, grad_out, False, grad_state, None if initial is None else grad_initial)
-    return *_backward(problem, grad_out, [states], [grad_states]), grad_initial
+    states = problem.states(a.k, a.v, True, initial, None)
+    grad_states = problem.states(a.q, grad_out, False, grad_state, None if initial is None else grad_initial)
+    return *problem.gradients(grad_out, states, grad_states), grad_initial
 
 
 def bidirectional_forward(a: BidirectionalArguments) -> Tensor:
     """Return the merged output of both directions; shapes as `bidirectional_gated_linear_attention`."""
     problem = _Problem(*BIDIRECTIONAL_SCHEMA.input_tensors(a), scale=reference.merged(a))
     out = a.v.new_empty(a.v.shape, dtype=a.out_dtype)
-    states = [problem.states(number, a.k, a.v, True, None, None) for number in range(2)]
-    problem.mix(a.v, states, out, transposed=False)
+    problem.mix(a.q, a.k, a.v, problem.states(a.k, a.v, True, None, None), out, False)
     return out
 
 
@@ -202,34 +234,5 @@ def bidirectional_backward(a: BidirectionalArguments, gradients: BidirectionalGr
     """Return the gradients of q, k, v, g_forward and g_backward, in their dtypes."""
     problem = _Problem(*BIDIRECTIONAL_SCHEMA.input_tensors(a), scale=reference.merged(a))
     grad_out = gradients.grad_out
-    states = [problem.states(number, a.k, a.v, True, None, None) for number in range(2)]
-    grad_states = [problem.states(number, a.q, grad_out, False, None, None) for number in range(2)]
-    return _backward(problem, grad_out, states, grad_states)
-
-
-def _backward(
-    problem: _Problem, grad_out: Tensor, states: list[Tensor | None], grad_states: list[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k, v and the gates."""
-    if states[0] is None or grad_states[0] is None:
-        # One of them is zero throughout: with one chunk, there is no initial state or no gradient of the last one.
-        states, grad_states = _with_zeros(states, grad_states)
-    q, k, v, gates = problem.q, problem.k, problem.v, problem.gates
-    grad_q, grad_k, grad_v, *grad_gates = (x.new_empty(x.shape) for x in (q, k, v, *gates))
-    problem.mix(grad_out, grad_states, grad_v, transposed=True)
-    added: list[Tensor] = []
-    for number, grad_gate in enumerate(grad_gates):
-        last = number == len(gates) - 1
-        sums = [grad_q, grad_k] if last else [torch.empty_like(x, dtype=torch.float32) for x in (grad_q, grad_k)]
-        problem.gradients(number, grad_out, states[number], grad_states[number], added, [*sums, grad_gate])
-        added = sums
-    return grad_q, grad_k, grad_v, *grad_gates
-
-
-def _with_zeros(
-    states: list[Tensor | None], grad_states: list[Tensor | None]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    some = next((x for x in (*states, *grad_states) if x is not None), None)
-    if some is None:
-        return states, grad_states
-    return tuple([torch.zeros_like(some) if x is None else x for x in group] for group in (states, grad_states))
+    states = problem.states(a.k, a.v, True, None, None)
+    return problem.gradients(grad_out, states, problem.states(a.q, grad_out, False, None, None))

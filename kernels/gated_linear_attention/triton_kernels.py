@@ -1,403 +1,453 @@
 """The Triton kernels of gated linear attention; `triton.py` launches them and says how they work together.
 
-Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<tensor>_<axis>.
+Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s_: one tuple a tensor, of (batch, length,
+heads, dim). `i` and `j` are a chunk's tokens, in rows and columns, numbered in the direction's time.
 """
 
 import triton
 import triton.language as tl
 
-# Tokens whose decays among each other are running products.
-BLOCK = tl.constexpr(16)
+from visionmix.kernels.gpu import interpreting
+
+# Sums of gates between a chunk's middle and its tokens, times log2(e), up to which the chunk's weights are one product:
+# its factors stay below 2^60, which float32 and bfloat16 hold.
+GENTLE = tl.constexpr(60.0)
+# Gates below stand for a decay of 0, as -inf does, which times the zeros of a triangle would be NaN.
+LEAST_GATE = tl.constexpr(-30000.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(interpreting())
+
+# Numbers of a direction's tiles in `ones` (tiles, CHUNK, CHUNK), see `triton.py`: a row's sum is over the tokens up to
+# it, over those after it, or from the chunk's middle to it; then, for segments of 1, 2, ... tokens, both of the first.
+UPTO, AFTER, MIDDLE, SEGMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
-def _load(p_x, o_t, o_d, stride_t, stride_d, m_t, SIZE: tl.constexpr):
-    """A (tokens, SIZE) tile in float32, 0 outside."""
-    mask = m_t[:, None] & (o_d < SIZE)[None, :]
-    return tl.load(p_x + o_t[:, None] * stride_t + o_d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+def _chunk(p_x, s_x, i_row, heads, i_c, CHUNK: tl.constexpr):
+    """The pointer to the first token of chunk i_c of row i_row = (batch, head)."""
+    return p_x + (i_row // heads) * s_x[0] + (i_row % heads) * s_x[2] + i_c * CHUNK * s_x[1]
 
 
 @triton.jit
-def _store(p_x, b_x, o_t, o_d, stride_t, stride_d, m_t, SIZE: tl.constexpr):
-    mask = m_t[:, None] & (o_d < SIZE)[None, :]
-    tl.store(p_x + o_t[:, None] * stride_t + o_d[None, :] * stride_d, b_x.to(p_x.dtype.element_ty), mask=mask)
+def _offsets(s_x, o_d, left, SIZE: tl.constexpr, CHUNK: tl.constexpr, OFFSET: tl.constexpr):
+    """Offsets of a chunk's tokens and the dims o_d from the chunk's pointer, and which of them exist."""
+    o_t = tl.arange(0, CHUNK)
+    o_x = o_t[:, None].to(OFFSET) * s_x[1] + o_d[None, :].to(OFFSET) * s_x[3]
+    return o_x, (o_t < left)[:, None] & (o_d < SIZE)[None, :]
 
 
 @triton.jit
-def _sums(b_x, SEGMENT: tl.constexpr, REVERSE: tl.constexpr):
-    """Inclusive cumulative sums over the tokens of each segment of SEGMENT; from the segment's end with REVERSE."""
-    ROWS: tl.constexpr = b_x.shape[0]
-    WIDTH: tl.constexpr = b_x.shape[1]
-    if SEGMENT == ROWS:
-        b_sum = tl.cumsum(b_x, axis=0, reverse=REVERSE)
+def _load(p_x, s_x, o_d, left, SIZE: tl.constexpr, CHUNK: tl.constexpr, OFFSET: tl.constexpr):
+    """The (CHUNK, dims) tile of a chunk's tokens and the dims o_d, 0 outside."""
+    o_x, m_x = _offsets(s_x, o_d, left, SIZE, CHUNK, OFFSET)
+    return tl.load(p_x + o_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def _load_gates(p_g, s_g, o_d, left, SIZE: tl.constexpr, CHUNK: tl.constexpr, OFFSET: tl.constexpr):
+    return tl.maximum(_load(p_g, s_g, o_d, left, SIZE, CHUNK, OFFSET).to(tl.float32), LEAST_GATE)
+
+
+@triton.jit
+def _store(p_x, s_x, b_x, o_d, left, SIZE: tl.constexpr, CHUNK: tl.constexpr, OFFSET: tl.constexpr):
+    o_x, m_x = _offsets(s_x, o_d, left, SIZE, CHUNK, OFFSET)
+    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _load_state(p_s, o_k, o_v, DK: tl.constexpr, DV: tl.constexpr):
+    """The tile of rows o_k and columns o_v of one (DK, DV) state, 0 outside."""
+    return tl.load(p_s + o_k[:, None] * DV + o_v[None, :], mask=(o_k < DK)[:, None] & (o_v < DV)[None, :], other=0.0)
+
+
+@triton.jit
+def _bfloat16(b_x):
+    """Round to bfloat16; in float32 where it is interpreted, which neither rounds to the nearest nor multiplies it."""
+    if INTERPRETED:
+        b_bits = b_x.to(tl.float32).to(tl.int32, bitcast=True)
+        b_bits += 0x7FFF + ((b_bits >> 16) & 1)
+        b_x = (b_bits & -65536).to(tl.float32, bitcast=True)
     else:
-        b_cut = tl.reshape(b_x, (ROWS // SEGMENT, SEGMENT, WIDTH))
-        b_sum = tl.reshape(tl.cumsum(b_cut, axis=1, reverse=REVERSE), (ROWS, WIDTH))
+        b_x = b_x.to(tl.bfloat16)
+    return b_x
+
+
+@triton.jit
+def _operand(b_x, PRODUCTS: tl.constexpr):
+    return _bfloat16(b_x) if PRODUCTS == "bf16" else b_x.to(tl.float32)
+
+
+@triton.jit
+def _dot(b_x, b_y, PRODUCTS: tl.constexpr):
+    """The product of two tiles, of operands in bfloat16 with PRODUCTS "bf16", else in float32 at that precision."""
+    PRECISION: tl.constexpr = "ieee" if PRODUCTS == "bf16" else PRODUCTS
+    return tl.dot(_operand(b_x, PRODUCTS), _operand(b_y, PRODUCTS), input_precision=PRECISION)
+
+
+@triton.jit
+def _sums(p_ones, tile, b_x, CHUNK: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of rows of b_x (CHUNK, dims), which is the sum of PARTS bfloat16 values: a product with zeros and ones."""
+    o_t = tl.arange(0, CHUNK)
+    b_ones = tl.load(p_ones + tile * CHUNK * CHUNK + o_t[:, None] * CHUNK + o_t[None, :])
+    if INTERPRETED:
+        b_ones = b_ones.to(tl.float32)
+    b_part = _bfloat16(b_x)
+    b_sum = tl.dot(b_ones, b_part)
+    for _ in tl.static_range(1, PARTS):
+        b_x -= b_part.to(tl.float32)
+        b_part = _bfloat16(b_x)
+        b_sum = tl.dot(b_ones, b_part, b_sum)
     return b_sum
 
 
 @triton.jit
-def _query_decay(b_g, SEGMENT: tl.constexpr, REVERSE: tl.constexpr):
-    """The decay from the start of each segment to the token, its own gate included; `b_g` times log2(e)."""
-    return tl.exp2(_sums(b_g, SEGMENT, REVERSE))
+def _decay(p_ones, tile, b_g, CHUNK: tl.constexpr, PARTS: tl.constexpr):
+    return tl.exp2(_sums(p_ones, tile, b_g, CHUNK, PARTS) * LOG2_E)
 
 
 @triton.jit
-def _key_decay(b_next, SEGMENT: tl.constexpr, REVERSE: tl.constexpr):
-    """The decay from the token, its own gate left out, to the segment's end; `b_next` are the following gates."""
-    ROWS: tl.constexpr = b_next.shape[0]
-    o_r = tl.arange(0, ROWS) % SEGMENT
-    b_inside = tl.where((o_r == (0 if REVERSE else SEGMENT - 1))[:, None], 0.0, b_next)
-    return tl.exp2(_sums(b_inside, SEGMENT, not REVERSE))
+def _times(CHUNK: tl.constexpr, REVERSE: tl.constexpr):
+    """A chunk's tokens, as rows and columns, numbered in the direction's time."""
+    o_t = tl.arange(0, CHUNK)
+    if REVERSE:
+        o_t = CHUNK - 1 - o_t
+    return o_t[:, None], o_t[None, :]
 
 
 @triton.jit
-def _pairs(CHUNK: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr):
-    """(CHUNK, CHUNK): whether row and column lie in the later and the earlier one of a pair of segments."""
-    o_i = tl.arange(0, CHUNK)[:, None]
-    o_j = tl.arange(0, CHUNK)[None, :]
-    same = (o_i // (2 * SEGMENT)) == (o_j // (2 * SEGMENT))
-    o_a, o_b = o_i // SEGMENT, o_j // SEGMENT
-    return same & (o_a < o_b if REVERSE else o_a > o_b)
-
-
-@triton.jit
-def _next_gates(p_g, o_t, o_d, stride_t, stride_d, length, DK: tl.constexpr, REVERSE: tl.constexpr):
-    """The gates that follow each token in the direction's time, times log2(e)."""
-    o_n = o_t - 1 if REVERSE else o_t + 1
-    return _load(p_g, o_n, o_d, stride_t, stride_d, (o_n >= 0) & (o_n < length), DK) * LOG2_E
-
-
-@triton.jit
-def _diagonal(b_x):
-    """The diagonal blocks of a (CHUNK, CHUNK) tile, side by side: (CHUNK, BLOCK)."""
-    CHUNK: tl.constexpr = b_x.shape[0]
-    o_r = tl.arange(0, CHUNK)
-    b_own = tl.where((o_r // BLOCK)[:, None] == (o_r // BLOCK)[None, :], b_x, 0.0)
-    return tl.sum(tl.reshape(b_own, (CHUNK, CHUNK // BLOCK, BLOCK)), axis=1)
-
-
-@triton.jit
-def _from_diagonal(b_x):
-    """Undo `_diagonal`; zeros outside the diagonal blocks."""
-    CHUNK: tl.constexpr = b_x.shape[0]
-    o_r = tl.arange(0, CHUNK)
-    b_all = tl.broadcast_to(b_x[:, None, :], (CHUNK, CHUNK // BLOCK, BLOCK))
-    m_own = (o_r // BLOCK)[:, None] == (o_r // BLOCK)[None, :]
-    return tl.where(m_own, tl.reshape(b_all, (CHUNK, CHUNK)), 0.0)
-
-
-@triton.jit
-def _column(b_x, i):
-    """Column number i of a tile."""
-    return tl.sum(tl.where((tl.arange(0, b_x.shape[1]) == i)[None, :], b_x, 0.0), axis=1)
-
-
-@triton.jit
-def _segment_weights(
-    b_w, b_q, b_k, b_g, b_n, SEGMENT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Add the weights of each odd segment's queries for the keys of the segment before it."""
-    b_late = b_q * _query_decay(b_g, SEGMENT, REVERSE)
-    b_early = b_k * _key_decay(b_n, SEGMENT, REVERSE)
-    b_dot = tl.dot(b_late, tl.trans(b_early), input_precision=PRECISION)
-    return b_w + tl.where(_pairs(b_w.shape[0], SEGMENT, REVERSE), b_dot, 0.0)
-
-
-@triton.jit
-def _segment_gradients(
-    b_dq, b_dk, b_dw, b_q, b_k, b_g, b_n,
-    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients of q and k from those weights."""
-    b_pairs = tl.where(_pairs(b_dw.shape[0], SEGMENT, REVERSE), b_dw, 0.0)
-    b_late = _query_decay(b_g, SEGMENT, REVERSE)
-    b_early = _key_decay(b_n, SEGMENT, REVERSE)
-    b_dq += b_late * tl.dot(b_pairs, b_k * b_early, input_precision=PRECISION)
-    b_dk += b_early * tl.dot(tl.trans(b_pairs), b_q * b_late, input_precision=PRECISION)
-    return b_dq, b_dk
+def _pairs(i, j, segment):
+    """Where j lies in an even segment of that many tokens and i in the segment after it."""
+    return ((i ^ j) & -segment == segment) & (i > j)
 
 
 @triton.jit
 def _weights(
-    b_w, p_q, p_k, p_g, o_t, length, sq_t, sq_d, sk_t, sk_d, sg_t, sg_d,
-    DK: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    p_ones, b_x, b_y, b_g, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, LEVELS: tl.constexpr,
+    PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add to `b_w` (CHUNK, CHUNK) the weight of each query (row) for each key (column) of a chunk, in one direction."""
-    m_t = o_t < length
-    o_r = tl.arange(0, CHUNK) % BLOCK
-    # Rows are keys here, columns the queries of the key's block.
-    b_near = tl.zeros((CHUNK, BLOCK), tl.float32)
-    for o_k in range(0, DK, BK):
-        o_d = o_k + tl.arange(0, BK)
-        b_k = _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
-        # The keys of each block, decayed step by step to the block's query number i.
-        b_p = tl.zeros((CHUNK, BK), tl.float32)
-        for step in range(BLOCK):
-            i = BLOCK - 1 - step if REVERSE else step
-            o_i = o_t - o_r + i
-            m_i = o_i < length
-            b_a = tl.exp2(_load(p_g, o_i, o_d, sg_t, sg_d, m_i, DK) * LOG2_E)
-            b_q = _load(p_q, o_i, o_d, sq_t, sq_d, m_i, DK)
-            b_p = tl.where((o_r == i)[:, None], b_k, b_p * b_a)
-            b_row = tl.sum(b_p * b_q, axis=1)
-            b_near += tl.where((tl.arange(0, BLOCK) == i)[None, :], b_row[:, None], 0.0)
-        if CHUNK > BLOCK:
-            b_q = _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
-            b_g = _load(p_g, o_t, o_d, sg_t, sg_d, m_t, DK) * LOG2_E
-            b_n = _next_gates(p_g, o_t, o_d, sg_t, sg_d, length, DK, REVERSE)
-            b_w = _segment_weights(b_w, b_q, b_k, b_g, b_n, BLOCK, REVERSE, PRECISION)
-            if CHUNK > 2 * BLOCK:
-                b_w = _segment_weights(b_w, b_q, b_k, b_g, b_n, 2 * BLOCK, REVERSE, PRECISION)
-    return b_w + tl.trans(_from_diagonal(b_near))
+    """The weights (CHUNK, CHUNK) of a chunk's queries b_x (rows) for its keys b_y (columns) in one direction.
+
+    TRANSPOSED: keys are rows, queries columns. Where sums of gates are moderate, a pair's decay is that from the key to
+    the chunk's middle times that from there to the query: one may grow where the other shrinks. Else it is found by
+    levels: each pair belongs to exactly one segment length s = 1, 2, 4, ... for which the key lies in an even segment
+    and the query in the next, so that both decays, to the first one's end and from there on, are at most 1.
+    """
+    CHUNK: tl.constexpr = 1 << LEVELS
+    FIRST: tl.constexpr = (SEGMENTS + 2 * LEVELS) * (1 if REVERSE else 0)
+    i, j = _times(CHUNK, REVERSE)
+    if TRANSPOSED:
+        i, j = j, i
+    b_sum = _sums(p_ones, FIRST + MIDDLE, b_g, CHUNK, GATE_PARTS) * LOG2_E
+    if TRANSPOSED:
+        b_sum = -b_sum
+    b_w = _dot(b_x * tl.exp2(b_sum), tl.trans(b_y * tl.exp2(-b_sum)), PRODUCTS)
+    b_w = tl.where(i >= j, b_w, 0.0)
+    if PRODUCTS == "tf32x3":
+        # Three products for each, in both branches, would not fit the registers.
+        strong = True
+    else:
+        strong = tl.max(tl.abs(b_sum)) > GENTLE
+    if strong:
+        b_w = tl.where(i == j, _dot(b_x, tl.trans(b_y), PRODUCTS), 0.0)
+        for level in range(LEVELS):
+            b_late = _decay(p_ones, FIRST + SEGMENTS + 2 * level + UPTO, b_g, CHUNK, GATE_PARTS)
+            b_early = _decay(p_ones, FIRST + SEGMENTS + 2 * level + AFTER, b_g, CHUNK, GATE_PARTS)
+            if TRANSPOSED:
+                b_late, b_early = b_early, b_late
+            b_level = _dot(b_x * b_late, tl.trans(b_y * b_early), PRODUCTS)
+            b_w = tl.where(_pairs(i, j, 1 << level), b_level, b_w)
+    return b_w
 
 
 @triton.jit(do_not_specialize=["length"])
 def states_kernel(
-    p_x, p_y, p_g, p_first, p_states, p_last, scale, length, heads,
-    sx_b, sx_t, sx_h, sx_d, sy_b, sy_t, sy_h, sy_d, sg_b, sg_t, sg_h, sg_d,
-    DK: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DOWN: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    p_ones, p_x, p_y, p_g, p_g2, p_first, p_states, p_last, s_x, s_y, s_g, s_g2, scale, length, heads,
+    DK: tl.constexpr, DV: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr,
+    PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """`S <- diag(decay of the chunk) S + sum_t (scale x_t decay_t)^T y_t` over the chunks, upwards or DOWN.
+    """`S <- diag(decay of the chunk) S + sum_t (scale x_t decay_t)^T y_t` over the chunks, a program a direction.
 
-    x = k, y = v with KEYS (decayed to the chunk's far end), x = q, y = grad_out without (decayed from its near end).
-    Writes the S before each chunk to `states` (batch x heads, chunks, DK, DV), unless there is one chunk, and the S
-    after all of them to `last`.
-    Grid: (batch x heads, tiles of DK, tiles of DV).
+    x = k, y = v with KEYS (decayed to the chunk's far end), x = q, y = grad_out without (decayed from its near end),
+    against the direction's time. Writes the S before each chunk to `states` (directions, batch x heads, chunks, DK, DV)
+    and the S after all of them to `last`.
+    Grid: (batch x heads, tiles of DK x tiles of DV, directions).
     """
+    CHUNK: tl.constexpr = 1 << LEVELS
     i_row = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_row // heads, i_row % heads
-    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    o_v = tl.program_id(2) * BV + tl.arange(0, BV)
-    p_x += i_b * sx_b + i_h * sx_h
-    p_y += i_b * sy_b + i_h * sy_h
-    p_g += i_b * sg_b + i_h * sg_h
-    o_s = o_k.to(tl.int64)[:, None] * DV + o_v[None, :]
+    tiles = tl.cdiv(DV, BV)
+    o_k = (tl.program_id(1) // tiles) * BK + tl.arange(0, BK)
+    o_v = (tl.program_id(1) % tiles) * BV + tl.arange(0, BV)
+    second = tl.program_id(2) == 1
+    down = second == KEYS
+    if p_g2 is not None:
+        s_g = (
+            tl.where(second, s_g2[0], s_g[0]),
+            tl.where(second, s_g2[1], s_g[1]),
+            tl.where(second, s_g2[2], s_g[2]),
+            tl.where(second, s_g2[3], s_g[3]),
+        )
+        if second:
+            p_g = p_g2
+    # (BK, BV)
+    o_s = o_k[:, None] * DV + o_v[None, :]
     m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
     if p_first is not None:
         b_s = tl.load(p_first + i_row * DK * DV + o_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros((BK, BV), tl.float32)
     chunks = tl.cdiv(length, CHUNK)
+    i_s = (tl.program_id(2) * tl.num_programs(0).to(tl.int64) + i_row) * chunks
+    i_tile = tl.program_id(2) * (SEGMENTS + 2 * LEVELS) + (AFTER if KEYS else UPTO)
     for step in range(chunks):
-        i_c = chunks - 1 - step if DOWN else step
+        i_c = tl.cast(chunks - 1 - step if down else step, tl.int64)
+        left = length - i_c * CHUNK
         if p_states is not None:
-            tl.store(p_states + (i_row * chunks + i_c) * DK * DV + o_s, b_s, mask=m_s)
-        o_t = tl.arange(0, CHUNK).to(tl.int64) + i_c * CHUNK
-        m_t = o_t < length
-        # (tokens, BK), (tokens, BV) and (tokens, BK)
-        b_x = _load(p_x, o_t, o_k, sx_t, sx_d, m_t, DK)
-        b_y = _load(p_y, o_t, o_v, sy_t, sy_d, m_t, DV)
-        b_g = _load(p_g, o_t, o_k, sg_t, sg_d, m_t, DK) * LOG2_E
-        if KEYS:
-            b_decay = _key_decay(_next_gates(p_g, o_t, o_k, sg_t, sg_d, length, DK, DOWN), CHUNK, DOWN)
-        else:
-            # The gradient of the states walks against the direction's time.
-            b_decay = _query_decay(b_g, CHUNK, not DOWN)
-        b_total = tl.exp2(tl.sum(b_g, axis=0))
-        b_s = b_s * b_total[:, None] + tl.dot(tl.trans(b_x * b_decay * scale), b_y, input_precision=PRECISION)
+            tl.store(p_states + (i_s + i_c) * DK * DV + o_s, b_s.to(p_states.dtype.element_ty), mask=m_s)
+        # (CHUNK, BK), (CHUNK, BV) and (CHUNK, BK)
+        b_x = _load(_chunk(p_x, s_x, i_row, heads, i_c, CHUNK), s_x, o_k, left, DK, CHUNK, OFFSET)
+        b_y = _load(_chunk(p_y, s_y, i_row, heads, i_c, CHUNK), s_y, o_v, left, DV, CHUNK, OFFSET)
+        b_g = _load_gates(_chunk(p_g, s_g, i_row, heads, i_c, CHUNK), s_g, o_k, left, DK, CHUNK, OFFSET)
+        b_x = b_x * _decay(p_ones, i_tile, b_g, CHUNK, GATE_PARTS) * scale
+        b_s *= tl.exp2(tl.sum(b_g, axis=0) * LOG2_E)[:, None]
+        b_s += _dot(tl.trans(b_x), b_y, PRODUCTS)
+        if p_last is not None and PRODUCTS == "bf16":
+            # What rounding took, so that the last state is as precise as float32 sums make it.
+            b_s += _dot(tl.trans(b_x - _bfloat16(b_x).to(tl.float32)), b_y, PRODUCTS)
     if p_last is not None:
         tl.store(p_last + i_row * DK * DV + o_s, b_s.to(p_last.dtype.element_ty), mask=m_s)
 
 
 @triton.jit
-def _from_states(
-    b_out, p_x, p_g, p_states, o_t, o_v, length, sx_t, sx_d, sg_t, sg_d,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
-    KEYS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add `(x decay) S`, the decay between the token and the chunk's end that S belongs to."""
-    m_t = o_t < length
-    for o_k in range(0, DK, BK):
-        o_d = o_k + tl.arange(0, BK)
-        b_x = _load(p_x, o_t, o_d, sx_t, sx_d, m_t, DK)
-        if KEYS:
-            b_decay = _key_decay(_next_gates(p_g, o_t, o_d, sg_t, sg_d, length, DK, REVERSE), CHUNK, REVERSE)
-        else:
-            b_decay = _query_decay(_load(p_g, o_t, o_d, sg_t, sg_d, m_t, DK) * LOG2_E, CHUNK, REVERSE)
-        b_s = _load(p_states, o_d.to(tl.int64), o_v, DV, 1, o_d < DK, DV)
-        b_out += tl.dot(b_x * b_decay, b_s, input_precision=PRECISION)
-    return b_out
+def _far(p_ones, b_x, b_g, scale, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, LEVELS: tl.constexpr,
+         GATE_PARTS: tl.constexpr):  # fmt: skip
+    """The queries decayed from the chunk's start, times scale; TRANSPOSED: the keys decayed to its end."""
+    FIRST: tl.constexpr = (SEGMENTS + 2 * LEVELS) * (1 if REVERSE else 0)
+    if TRANSPOSED:
+        b_far = b_x * _decay(p_ones, FIRST + AFTER, b_g, 1 << LEVELS, GATE_PARTS)
+    else:
+        b_far = b_x * _decay(p_ones, FIRST + UPTO, b_g, 1 << LEVELS, GATE_PARTS) * scale
+    return b_far
 
 
 @triton.jit(do_not_specialize=["length"])
 def mix_kernel(
-    p_q, p_k, p_y, p_g, p_g2, p_states, p_states2, p_out, scale, length, heads,
-    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_h, sk_d, sy_b, sy_t, sy_h, sy_d,
-    sg_b, sg_t, sg_h, sg_d, sg2_b, sg2_t, sg2_h, sg2_d, so_b, so_t, so_h, so_d,
-    DK: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    p_ones, p_x, p_y, p_v, p_g, p_g2, p_states, p_out, s_x, s_y, s_v, s_g, s_g2, s_out, scale, length, heads,
+    DK: tl.constexpr, DV: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """`out = scale (W y + (q decay) S)`, W the weights of a chunk's queries for its keys, y = v.
+    """`out = scale (W v + (q decay) S)`, W the weights of a chunk's queries x = q for its keys y = k.
 
-    TRANSPOSED: the gradient of v, `out = scale W^T y + (k decay) S`, y = grad_out and S the gradients of the states.
-    With `g2`, the gates of the other direction, both directions' terms are added up.
+    TRANSPOSED: the gradient of v, `out = scale W^T v + (k decay) S`, x = k, y = q, v = grad_out, S the gradients of the
+    states. With `g2`, the gates of the other direction, both directions' terms are added up.
     Grid: (batch x heads, chunks).
     """
+    CHUNK: tl.constexpr = 1 << LEVELS
     i_row = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_row // heads, i_row % heads
     i_c = tl.program_id(1).to(tl.int64)
-    o_t = i_c * CHUNK + tl.arange(0, CHUNK)
-    p_q += i_b * sq_b + i_h * sq_h
-    p_k += i_b * sk_b + i_h * sk_h
-    p_y += i_b * sy_b + i_h * sy_h
-    p_g += i_b * sg_b + i_h * sg_h
-    p_out += i_b * so_b + i_h * so_h
-    b_w = tl.zeros((CHUNK, CHUNK), tl.float32)
-    b_w = _weights(b_w, p_q, p_k, p_g, o_t, length, sq_t, sq_d, sk_t, sk_d, sg_t, sg_d, DK, BK, CHUNK, False, PRECISION)
+    left = length - i_c * CHUNK
+    p_x = _chunk(p_x, s_x, i_row, heads, i_c, CHUNK)
+    p_y = _chunk(p_y, s_y, i_row, heads, i_c, CHUNK)
+    p_v = _chunk(p_v, s_v, i_row, heads, i_c, CHUNK)
+    p_g = _chunk(p_g, s_g, i_row, heads, i_c, CHUNK)
+    p_out = _chunk(p_out, s_out, i_row, heads, i_c, CHUNK)
+    o_k = tl.arange(0, BK)
+    # (CHUNK, BK)
+    b_x = _load(p_x, s_x, o_k, left, DK, CHUNK, OFFSET)
+    b_y = _load(p_y, s_y, o_k, left, DK, CHUNK, OFFSET)
+    b_g = _load_gates(p_g, s_g, o_k, left, DK, CHUNK, OFFSET)
+    b_w = _weights(p_ones, b_x, b_y, b_g, False, TRANSPOSED, LEVELS, PRODUCTS, GATE_PARTS)
+    b_far = _far(p_ones, b_x, b_g, scale, False, TRANSPOSED, LEVELS, GATE_PARTS)
     if p_g2 is not None:
-        p_g2 += i_b * sg2_b + i_h * sg2_h
-        b_w = _weights(
-            b_w, p_q, p_k, p_g2, o_t, length, sq_t, sq_d, sk_t, sk_d, sg2_t, sg2_d, DK, BK, CHUNK, True, PRECISION
-        )
-    if TRANSPOSED:
-        b_w = tl.trans(b_w)
-        p_x, sx_t, sx_d = p_k, sk_t, sk_d
-    else:
-        p_x, sx_t, sx_d = p_q, sq_t, sq_d
-    i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
+        p_g2 = _chunk(p_g2, s_g2, i_row, heads, i_c, CHUNK)
+        b_g = _load_gates(p_g2, s_g2, o_k, left, DK, CHUNK, OFFSET)
+        b_w += _weights(p_ones, b_x, b_y, b_g, True, TRANSPOSED, LEVELS, PRODUCTS, GATE_PARTS)
+        b_far2 = _far(p_ones, b_x, b_g, scale, True, TRANSPOSED, LEVELS, GATE_PARTS)
+    for o_tile in range(BK, DK, BK):
+        o_k = o_tile + tl.arange(0, BK)
+        b_x = _load(p_x, s_x, o_k, left, DK, CHUNK, OFFSET)
+        b_y = _load(p_y, s_y, o_k, left, DK, CHUNK, OFFSET)
+        b_g = _load_gates(p_g, s_g, o_k, left, DK, CHUNK, OFFSET)
+        b_w += _weights(p_ones, b_x, b_y, b_g, False, TRANSPOSED, LEVELS, PRODUCTS, GATE_PARTS)
+        if p_g2 is not None:
+            b_g = _load_gates(p_g2, s_g2, o_k, left, DK, CHUNK, OFFSET)
+            b_w += _weights(p_ones, b_x, b_y, b_g, True, TRANSPOSED, LEVELS, PRODUCTS, GATE_PARTS)
+    b_w = _operand(b_w * scale, PRODUCTS)
+    if p_states is not None:
+        p_s = p_states + (i_row * tl.num_programs(1) + i_c) * DK * DV
+        p_s2 = p_s + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * DK * DV
     for o_tile in range(0, DV, BV):
         o_v = o_tile + tl.arange(0, BV)
-        b_out = tl.dot(b_w, _load(p_y, o_t, o_v, sy_t, sy_d, o_t < length, DV), input_precision=PRECISION)
-        if TRANSPOSED:
-            b_out *= scale
+        # (CHUNK, BV)
+        b_out = _dot(b_w, _load(p_v, s_v, o_v, left, DV, CHUNK, OFFSET), PRODUCTS)
         if p_states is not None:
-            b_out = _from_states(
-                b_out, p_x, p_g, p_states + i_s, o_t, o_v, length, sx_t, sx_d, sg_t, sg_d,
-                DK, DV, BK, CHUNK, TRANSPOSED, False, PRECISION,
-            )  # fmt: skip
-        if p_states2 is not None:
-            b_out = _from_states(
-                b_out, p_x, p_g2, p_states2 + i_s, o_t, o_v, length, sx_t, sx_d, sg2_t, sg2_d,
-                DK, DV, BK, CHUNK, TRANSPOSED, True, PRECISION,
-            )  # fmt: skip
-        if not TRANSPOSED:
-            b_out *= scale
-        _store(p_out, b_out, o_t, o_v, so_t, so_d, o_t < length, DV)
+            o_k = tl.arange(0, BK)
+            b_out += _dot(b_far, _load_state(p_s, o_k, o_v, DK, DV), PRODUCTS)
+            if p_g2 is not None:
+                b_out += _dot(b_far2, _load_state(p_s2, o_k, o_v, DK, DV), PRODUCTS)
+            # Of further tiles of x the decayed ones would not fit the registers.
+            for o_tile_k in range(BK, DK, BK):
+                o_k = o_tile_k + tl.arange(0, BK)
+                b_x = _load(p_x, s_x, o_k, left, DK, CHUNK, OFFSET)
+                b_g = _load_gates(p_g, s_g, o_k, left, DK, CHUNK, OFFSET)
+                b_more = _far(p_ones, b_x, b_g, scale, False, TRANSPOSED, LEVELS, GATE_PARTS)
+                b_out += _dot(b_more, _load_state(p_s, o_k, o_v, DK, DV), PRODUCTS)
+                if p_g2 is not None:
+                    b_g = _load_gates(p_g2, s_g2, o_k, left, DK, CHUNK, OFFSET)
+                    b_more = _far(p_ones, b_x, b_g, scale, True, TRANSPOSED, LEVELS, GATE_PARTS)
+                    b_out += _dot(b_more, _load_state(p_s2, o_k, o_v, DK, DV), PRODUCTS)
+        _store(p_out, s_out, b_out, o_v, left, DV, CHUNK, OFFSET)
 
 
 @triton.jit
-def _weight_gradients(
-    p_do, p_v, o_t, scale, length, so_t, so_d, sv_t, sv_d,
-    DV: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+def _near_gradients(
+    p_ones, b_dw, b_dwt, b_q, b_k, b_g, REVERSE: tl.constexpr, LEVELS: tl.constexpr,
+    PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """`scale grad_out v^T`, the gradient of a chunk's weights (CHUNK, CHUNK)."""
-    m_t = o_t < length
-    b_dw = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for o_v in range(0, DV, BV):
-        o_e = o_v + tl.arange(0, BV)
-        b_do = _load(p_do, o_t, o_e, so_t, so_d, m_t, DV)
-        b_v = _load(p_v, o_t, o_e, sv_t, sv_d, m_t, DV)
-        b_dw += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    return b_dw * scale
+    """`dq_i = sum_j dW_ij D_ij k_j` and `dk_j = sum_i dW_ij D_ij q_i` over a chunk's pairs of two tokens.
 
-
-@triton.jit(do_not_specialize=["length"])
-def gradients_kernel(
-    p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_added_q, p_added_k, p_dq, p_dk, p_dg, scale, length, heads,
-    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_h, sk_d, sv_b, sv_t, sv_h, sv_d, sg_b, sg_t, sg_h, sg_d,
-    so_b, so_t, so_h, so_d,
-    DK: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One direction's gradients of q, k and its gates, from `dW = scale grad_out v^T` and the states S and theirs.
-
-        dq_i = sum_j dW_ij D_ij k_j + scale grad_out_i S^T d_i,  dk_j = sum_i dW_ij D_ij q_i + v_j dS^T e_j,
-        dg_t = sum_(j < t <= i) dW_ij q_i D_ij k_j, and what the states pass over t.
-
-    D_ij is the decay from key j to query i, d_i that from the chunk's start to i, e_j that from j to its end.
-
-    `added_q` and `added_k`, the other direction's, are added. Outputs (batch, length, heads, DK) contiguous.
-    Grid: (batch x heads, chunks, tiles of DK).
+    b_dwt is b_dw, the gradients of the weights, transposed. D is found as in `_weights`.
     """
-    i_row = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_row // heads, i_row % heads
-    i_c = tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, CHUNK)
-    o_r = o_c % BLOCK
-    o_t = i_c * CHUNK + o_c
-    o_d = tl.program_id(2) * BK + tl.arange(0, BK)
-    m_t = o_t < length
-    p_q += i_b * sq_b + i_h * sq_h
-    p_k += i_b * sk_b + i_h * sk_h
-    p_v += i_b * sv_b + i_h * sv_h
-    p_g += i_b * sg_b + i_h * sg_h
-    p_do += i_b * so_b + i_h * so_h
-    s_t = heads * DK
-    o_out = i_b * length * s_t + i_h * DK
-    i_s = (i_row * tl.num_programs(1) + i_c) * DK * DV
-    b_dw = _weight_gradients(p_do, p_v, o_t, scale, length, so_t, so_d, sv_t, sv_d, DV, BV, CHUNK, PRECISION)
-    # (tokens, BK)
-    b_q = _load(p_q, o_t, o_d, sq_t, sq_d, m_t, DK)
-    b_k = _load(p_k, o_t, o_d, sk_t, sk_d, m_t, DK)
-    b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dw, 0.0), axis=1)
-    b_g = _load(p_g, o_t, o_d, sg_t, sg_d, m_t, DK) * LOG2_E
-    b_n = _next_gates(p_g, o_t, o_d, sg_t, sg_d, length, DK, REVERSE)
-    b_near_q = tl.zeros((CHUNK, BK), tl.float32)
-    b_near_k = tl.zeros((CHUNK, BK), tl.float32)
-    if CHUNK > BLOCK:
-        b_near_q, b_near_k = _segment_gradients(
-            b_near_q, b_near_k, b_dw, b_q, b_k, b_g, b_n, BLOCK, REVERSE, PRECISION
-        )  # fmt: skip
-    if CHUNK > 2 * BLOCK:
-        b_near_q, b_near_k = _segment_gradients(
-            b_near_q, b_near_k, b_dw, b_q, b_k, b_g, b_n, 2 * BLOCK, REVERSE, PRECISION
-        )  # fmt: skip
-    m_other = o_r[:, None] != tl.arange(0, BLOCK)[None, :]
-    # The decay from each block's key number i to its queries.
-    b_block = tl.where(m_other, _diagonal(b_dw), 0.0)
-    b_e = tl.zeros((CHUNK, BK), tl.float32)
-    for step in range(BLOCK):
-        i = step if REVERSE else BLOCK - 1 - step
-        o_i = o_t - o_r + i
-        b_next = _next_gates(p_g, o_i, o_d, sg_t, sg_d, length, DK, REVERSE)
-        b_e = tl.where((o_r == i)[:, None], 1.0, b_e * tl.exp2(b_next))
-        b_key = _load(p_k, o_i, o_d, sk_t, sk_d, o_i < length, DK)
-        b_near_q += _column(b_block, i)[:, None] * b_e * b_key
-    # The decay from each block's keys to its query number i.
-    b_block = tl.where(m_other, _diagonal(tl.trans(b_dw)), 0.0)
-    b_e = tl.zeros((CHUNK, BK), tl.float32)
-    for step in range(BLOCK):
-        i = BLOCK - 1 - step if REVERSE else step
-        o_i = o_t - o_r + i
-        b_gate = _load(p_g, o_i, o_d, sg_t, sg_d, o_i < length, DK) * LOG2_E
-        b_e = tl.where((o_r == i)[:, None], 1.0, b_e * tl.exp2(b_gate))
-        b_query = _load(p_q, o_i, o_d, sq_t, sq_d, o_i < length, DK)
-        b_near_k += _column(b_block, i)[:, None] * b_e * b_query
-    b_dq = b_near_q + b_own[:, None] * b_k
-    b_dk = b_near_k + b_own[:, None] * b_q
+    CHUNK: tl.constexpr = 1 << LEVELS
+    FIRST: tl.constexpr = (SEGMENTS + 2 * LEVELS) * (1 if REVERSE else 0)
+    i, j = _times(CHUNK, REVERSE)
+    b_sum = _sums(p_ones, FIRST + MIDDLE, b_g, CHUNK, GATE_PARTS) * LOG2_E
+    b_late, b_early = tl.exp2(b_sum), tl.exp2(-b_sum)
+    b_dq = b_late * _dot(tl.where(i > j, b_dw, 0.0), b_k * b_early, PRODUCTS)
+    b_dk = b_early * _dot(tl.where(j > i, b_dwt, 0.0), b_q * b_late, PRODUCTS)
+    if PRODUCTS == "tf32x3":
+        # Three products for each, in both branches, would not fit the registers.
+        strong = True
+    else:
+        strong = tl.max(tl.abs(b_sum)) > GENTLE
+    if strong:
+        b_dq = tl.zeros_like(b_dq)
+        b_dk = tl.zeros_like(b_dk)
+        for level in range(LEVELS):
+            b_late = _decay(p_ones, FIRST + SEGMENTS + 2 * level + UPTO, b_g, CHUNK, GATE_PARTS)
+            b_early = _decay(p_ones, FIRST + SEGMENTS + 2 * level + AFTER, b_g, CHUNK, GATE_PARTS)
+            b_level = tl.where(_pairs(i, j, 1 << level), b_dw, 0.0)
+            b_dq += b_late * _dot(b_level, b_k * b_early, PRODUCTS)
+            b_level = tl.where(_pairs(j, i, 1 << level), b_dwt, 0.0)
+            b_dk += b_early * _dot(b_level, b_q * b_late, PRODUCTS)
+    return b_dq, b_dk
+
+
+@triton.jit
+def _direction_gradients(
+    p_ones, b_dw, b_dwt, b_q, b_k, b_g, p_v, p_do, p_s, p_ds, s_v, s_do, o_k, left, scale, REVERSE: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """One direction's gradients of q and k, but for each token with itself, and of its gates."""
+    CHUNK: tl.constexpr = 1 << LEVELS
+    TILES: tl.constexpr = SEGMENTS + 2 * LEVELS
+    FIRST: tl.constexpr = TILES * (1 if REVERSE else 0)
+    SUM_PARTS: tl.constexpr = 2 if PRODUCTS == "bf16" else 3
+    b_total = tl.exp2(tl.sum(b_g, axis=0) * LOG2_E)
+    b_dq, b_dk = _near_gradients(p_ones, b_dw, b_dwt, b_q, b_k, b_g, REVERSE, LEVELS, PRODUCTS, GATE_PARTS)
     # A gate scales what passes from the tokens before it to those from it on: all pairs of them, which are all that
     # the later tokens' queries see less what their keys give among themselves.
-    b_sum = b_q * b_near_q - b_k * b_near_k
+    b_dg = b_q * b_dq - b_k * b_dk
     if p_s is not None:
         b_far_q = tl.zeros((CHUNK, BK), tl.float32)
         b_far_k = tl.zeros((CHUNK, BK), tl.float32)
         b_through = tl.zeros((BK,), tl.float32)
-        for o_v in range(0, DV, BV):
-            o_e = o_v + tl.arange(0, BV)
-            # (BK, BV), (BK, BV), (tokens, BV) and (tokens, BV)
-            b_s = _load(p_s + i_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
-            b_ds = _load(p_ds + i_s, o_d.to(tl.int64), o_e, DV, 1, o_d < DK, DV)
-            b_do = _load(p_do, o_t, o_e, so_t, so_d, m_t, DV)
-            b_v = _load(p_v, o_t, o_e, sv_t, sv_d, m_t, DV)
-            b_far_q += tl.dot(b_do, tl.trans(b_s), input_precision=PRECISION)
-            b_far_k += tl.dot(b_v, tl.trans(b_ds), input_precision=PRECISION)
-            b_through += tl.sum(b_s * b_ds, axis=1)
-        b_far_q *= _query_decay(b_g, CHUNK, REVERSE) * scale
-        b_far_k *= _key_decay(b_n, CHUNK, REVERSE)
+        for o_tile in range(0, DV, BV):
+            o_v = o_tile + tl.arange(0, BV)
+            # (BK, BV), (BK, BV), (CHUNK, BV) and (CHUNK, BV)
+            b_s = _load_state(p_s, o_k, o_v, DK, DV)
+            b_ds = _load_state(p_ds, o_k, o_v, DK, DV)
+            b_do = _load(p_do, s_do, o_v, left, DV, CHUNK, OFFSET)
+            b_v = _load(p_v, s_v, o_v, left, DV, CHUNK, OFFSET)
+            b_far_q += _dot(b_do, tl.trans(b_s), PRODUCTS)
+            b_far_k += _dot(b_v, tl.trans(b_ds), PRODUCTS)
+            b_through += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
+        b_far_q *= _decay(p_ones, FIRST + UPTO, b_g, CHUNK, GATE_PARTS) * scale
+        b_far_k *= _decay(p_ones, FIRST + AFTER, b_g, CHUNK, GATE_PARTS)
         b_dq += b_far_q
         b_dk += b_far_k
-        b_dg = _sums(b_sum + b_q * b_far_q, CHUNK, not REVERSE)
-        b_dg += _sums(b_k * b_far_k, CHUNK, REVERSE) - b_k * b_far_k
-        b_dg += (tl.exp2(tl.sum(b_g, axis=0)) * b_through)[None, :]
+        # Later tokens are those up to this one in the other direction's time.
+        b_dg = _sums(p_ones, TILES - FIRST + UPTO, b_dg + b_q * b_far_q, CHUNK, SUM_PARTS)
+        b_dg += _sums(p_ones, TILES - FIRST + AFTER, b_k * b_far_k, CHUNK, SUM_PARTS)
+        b_dg += (b_total * b_through)[None, :]
     else:
-        b_dg = _sums(b_sum, CHUNK, not REVERSE)
-    _store(p_dg + o_out, b_dg, o_t, o_d, s_t, 1, m_t, DK)
-    if p_added_q is not None:
-        b_dq += _load(p_added_q + o_out, o_t, o_d, s_t, 1, m_t, DK)
-    _store(p_dq + o_out, b_dq, o_t, o_d, s_t, 1, m_t, DK)
-    if p_added_k is not None:
-        b_dk += _load(p_added_k + o_out, o_t, o_d, s_t, 1, m_t, DK)
-    _store(p_dk + o_out, b_dk, o_t, o_d, s_t, 1, m_t, DK)
+        b_dg = _sums(p_ones, TILES - FIRST + UPTO, b_dg, CHUNK, SUM_PARTS)
+    return b_dq, b_dk, b_dg
+
+
+@triton.jit(do_not_specialize=["length"])
+def gradients_kernel(
+    p_ones, p_q, p_k, p_v, p_g, p_g2, p_do, p_s, p_ds, p_dq, p_dk, p_dg, p_dg2,
+    s_q, s_k, s_v, s_g, s_g2, s_do, s_out, scale, length, heads,
+    DK: tl.constexpr, DV: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q, k and the gates, from `dW = scale do v^T`, the states `s` and theirs, `ds`:
+
+        dq_i = sum_j dW_ij D_ij k_j + scale do_i S^T d_i,  dk_j = sum_i dW_ij D_ij q_i + v_j dS^T e_j,
+        dg_t = sum_(j < t <= i) dW_ij q_i D_ij k_j, and what the states pass over t.
+
+    D_ij is the decay from key j to query i, d_i that from the chunk's start to i, e_j that from j to its end; with
+    `g2`, the gates of the other direction, dq and dk are sums over both. All outputs have the strides s_out.
+    Grid: (batch x heads, chunks, tiles of DK).
+    """
+    CHUNK: tl.constexpr = 1 << LEVELS
+    i_row = tl.program_id(0).to(tl.int64)
+    i_c = tl.program_id(1).to(tl.int64)
+    left = length - i_c * CHUNK
+    p_q = _chunk(p_q, s_q, i_row, heads, i_c, CHUNK)
+    p_k = _chunk(p_k, s_k, i_row, heads, i_c, CHUNK)
+    p_v = _chunk(p_v, s_v, i_row, heads, i_c, CHUNK)
+    p_g = _chunk(p_g, s_g, i_row, heads, i_c, CHUNK)
+    p_do = _chunk(p_do, s_do, i_row, heads, i_c, CHUNK)
+    p_dq = _chunk(p_dq, s_out, i_row, heads, i_c, CHUNK)
+    p_dk = _chunk(p_dk, s_out, i_row, heads, i_c, CHUNK)
+    p_dg = _chunk(p_dg, s_out, i_row, heads, i_c, CHUNK)
+    if p_g2 is not None:
+        p_g2 = _chunk(p_g2, s_g2, i_row, heads, i_c, CHUNK)
+        p_dg2 = _chunk(p_dg2, s_out, i_row, heads, i_c, CHUNK)
+        own = 2 * scale
+    else:
+        own = scale
+    if p_s is not None:
+        p_s += (i_row * tl.num_programs(1) + i_c) * DK * DV
+        p_ds += (i_row * tl.num_programs(1) + i_c) * DK * DV
+        p_s2 = p_s + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * DK * DV
+        p_ds2 = p_ds + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * DK * DV
+    else:
+        p_s2 = p_s
+        p_ds2 = p_ds
+    b_dw = tl.zeros((CHUNK, CHUNK), tl.float32)
+    b_dwt = tl.zeros((CHUNK, CHUNK), tl.float32)
+    b_own = tl.zeros((CHUNK,), tl.float32)
+    for o_tile in range(0, DV, BV):
+        o_v = o_tile + tl.arange(0, BV)
+        # (CHUNK, BV)
+        b_do = _load(p_do, s_do, o_v, left, DV, CHUNK, OFFSET)
+        b_v = _load(p_v, s_v, o_v, left, DV, CHUNK, OFFSET)
+        b_dw += _dot(b_do, tl.trans(b_v), PRODUCTS)
+        b_dwt += _dot(b_v, tl.trans(b_do), PRODUCTS)
+        b_own += tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), axis=1)
+    b_dw = _operand(b_dw * scale, PRODUCTS)
+    b_dwt = _operand(b_dwt * scale, PRODUCTS)
+    o_k = tl.program_id(2) * BK + tl.arange(0, BK)
+    # (CHUNK, BK)
+    b_q = _load(p_q, s_q, o_k, left, DK, CHUNK, OFFSET)
+    b_k = _load(p_k, s_k, o_k, left, DK, CHUNK, OFFSET)
+    b_g = _load_gates(p_g, s_g, o_k, left, DK, CHUNK, OFFSET)
+    b_dq, b_dk, b_dg = _direction_gradients(
+        p_ones, b_dw, b_dwt, b_q, b_k, b_g, p_v, p_do, p_s, p_ds, s_v, s_do, o_k, left, scale, False,
+        DK, DV, LEVELS, BK, BV, PRODUCTS, GATE_PARTS, OFFSET,
+    )  # fmt: skip
+    _store(p_dg, s_out, b_dg, o_k, left, DK, CHUNK, OFFSET)
+    if p_g2 is not None:
+        b_g = _load_gates(p_g2, s_g2, o_k, left, DK, CHUNK, OFFSET)
+        b_more_q, b_more_k, b_dg = _direction_gradients(
+            p_ones, b_dw, b_dwt, b_q, b_k, b_g, p_v, p_do, p_s2, p_ds2, s_v, s_do, o_k, left, scale, True,
+            DK, DV, LEVELS, BK, BV, PRODUCTS, GATE_PARTS, OFFSET,
+        )  # fmt: skip
+        b_dq += b_more_q
+        b_dk += b_more_k
+        _store(p_dg2, s_out, b_dg, o_k, left, DK, CHUNK, OFFSET)
+    _store(p_dq, s_out, b_dq + (own * b_own)[:, None] * b_k, o_k, left, DK, CHUNK, OFFSET)
+    _store(p_dk, s_out, b_dk + (own * b_own)[:, None] * b_q, o_k, left, DK, CHUNK, OFFSET)

@@ -69,16 +69,18 @@ def attention(length, dk, dv, *, strong=False, gates=("g",), batch=1, heads=2):
     [
         pytest.param(1, 4, 4, True, False, marks=pytest.mark.long),
         (7, 5, 3, True, True),
-        (40, 20, 8, False, True),
+        (20, 20, 8, False, True),
+        pytest.param(40, 20, 8, False, True, marks=pytest.mark.long),
         pytest.param(63, 33, 40, True, True, marks=pytest.mark.long),
         pytest.param(100, 16, 70, True, False, marks=pytest.mark.long),
         pytest.param(333, 8, 8, True, True, marks=pytest.mark.long),
     ],
 )
 def test_gated_linear_attention(length, dk, dv, state, strong):
-    tensors = attention(length, dk, dv, strong=strong)
+    heads = 2 if length < 10 else 1
+    tensors = attention(length, dk, dv, strong=strong, heads=heads)
     if state:
-        tensors["initial_state"] = normal(1, 2, dk, dv)
+        tensors["initial_state"] = normal(1, heads, dk, dv)
     check(kernels.gated_linear_attention, tensors, scale=0.3, output_final_state=state)
 
 
@@ -86,13 +88,15 @@ def test_gated_linear_attention(length, dk, dv, state, strong):
     ("length", "merge", "strong"),
     [
         (1, "sum", False),
-        (35, "mean", True),
+        (18, "mean", True),
+        pytest.param(35, "mean", True, marks=pytest.mark.long),
         pytest.param(100, "sum", True, marks=pytest.mark.long),
         pytest.param(333, "mean", False, marks=pytest.mark.long),
     ],
 )
 def test_bidirectional_gated_linear_attention(length, merge, strong):
-    tensors = attention(length, 6, 9, strong=strong, gates=("g_forward", "g_backward"))
+    heads = 2 if length < 10 else 1
+    tensors = attention(length, 6, 9, strong=strong, gates=("g_forward", "g_backward"), heads=heads)
     check(kernels.bidirectional_gated_linear_attention, tensors, merge=merge)
 
 
@@ -102,10 +106,31 @@ def test_attention_in_half_precision(dtype):
 
 
 @pytest.mark.long
-def test_half_precision_takes_chunks_of_64():
-    check(
-        kernels.bidirectional_gated_linear_attention, attention(70, 8, 8, gates=("g_forward", "g_backward")), torch.half
-    )
+@pytest.mark.parametrize("strong", [False, True])
+def test_bfloat16_takes_chunks_of_32(strong):
+    tensors = attention(70, 20, 8, gates=("g_forward", "g_backward"), strong=strong)
+    check(kernels.bidirectional_gated_linear_attention, tensors, torch.bfloat16)
+
+
+def test_gates_of_a_decay_of_0():
+    tensors = attention(7, 4, 4, heads=1)
+    tensors["g"][:, 2::3] = -torch.inf
+    check(kernels.gated_linear_attention, tensors)
+
+
+def test_offsets_of_attention_in_int64(monkeypatch):
+    """As tensors need in which a chunk spans 2^31 values."""
+    module = importlib.import_module("visionmix.kernels.gated_linear_attention.triton")
+    monkeypatch.setattr(module._Problem, "_offset", lambda *_: module.tl.int64)
+    check(kernels.gated_linear_attention, attention(3, 4, 4, heads=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
+def test_weights_beyond_float16(dtype):
+    """Keys and queries of 200 give weights of 160,000 before the scale."""
+    tensors = attention(7, 4, 4, heads=1, gates=("g_forward", "g_backward"))
+    tensors["q"], tensors["k"] = tensors["q"].sign() * 200, tensors["k"].sign() * 200
+    check(kernels.bidirectional_gated_linear_attention, tensors, dtype, scale=1e-4)
 
 
 @pytest.mark.long
