@@ -120,7 +120,7 @@ print({name for name in sys.modules if name.startswith("triton")} - before)
 def test_import_is_cheap():
     code = "import timm, time; start = time.perf_counter(); import visionmix; print(time.perf_counter() - start)"
     # A busy machine makes a try slow, never fast.
-    assert any(float(run(code)) <= 0.3 for _ in range(4))
+    assert any(float(run(code)) <= 0.3 for _ in range(8))
 
 
 BLOCKED = """
