@@ -246,7 +246,7 @@ class Trained:
 
     @property
     def outputs(self) -> Outputs:
-        """What the model's outputs stand for."""
+        """The model's outputs and their labels."""
         own = self.data is not None and self.classes is not None
         return Outputs(self.name, self.model.num_classes, self.classes, own)
 

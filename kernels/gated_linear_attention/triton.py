@@ -2,9 +2,9 @@
 
 The length is cut into chunks of 32 tokens (16 unless q, k and v are bfloat16 and dk at most 32). `states_kernel` walks
 over the chunks with a tile of the state in registers and writes the state that enters each; `mix_kernel` then forms, a
-program a chunk, the weights between the chunk's tokens and the output, for both directions from one read of q, k and v.
-In backward `states_kernel` runs once more for the gradients of the states, `mix_kernel` (transposed) gives the gradient
-of v, and `gradients_kernel` those of q, k and the gates.
+program per chunk, the weights between the chunk's tokens and the output, for both directions from one read of q, k and
+v. In backward `states_kernel` runs once more for the gradients of the states, `mix_kernel` (transposed) gives the
+gradient of v, and `gradients_kernel` those of q, k and the gates.
 
 No step walks over tokens. Sums of gates are products with tiles of zeros and ones; a chunk's weights are one product
 around its middle where gates allow it, else one for each level of segments of 1, 2, 4, ... tokens. Then no exponent is

@@ -165,7 +165,7 @@ def states_kernel(
     DK: tl.constexpr, DV: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr,
     PRODUCTS: tl.constexpr, GATE_PARTS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """`S <- diag(decay of the chunk) S + sum_t (scale x_t decay_t)^T y_t` over the chunks, a program a direction.
+    """`S <- diag(decay of the chunk) S + sum_t (scale x_t decay_t)^T y_t` over the chunks, one program per direction.
 
     x = k, y = v with KEYS (decayed to the chunk's far end), x = q, y = grad_out without (decayed from its near end),
     against the direction's time. Writes the S before each chunk to `states` (directions, batch x heads, chunks, DK, DV)
@@ -211,7 +211,7 @@ def states_kernel(
         b_s *= tl.exp2(tl.sum(b_g, axis=0) * LOG2_E)[:, None]
         b_s += _dot(tl.trans(b_x), b_y, PRODUCTS)
         if p_last is not None and PRODUCTS == "bf16":
-            # What rounding took, so that the last state is as precise as float32 sums make it.
+            # The remainder of the rounding, so that the last state is as precise as float32 sums make it.
             b_s += _dot(tl.trans(b_x - _bfloat16(b_x).to(tl.float32)), b_y, PRODUCTS)
     if p_last is not None:
         tl.store(p_last + i_row * DK * DV + o_s, b_s.to(p_last.dtype.element_ty), mask=m_s)

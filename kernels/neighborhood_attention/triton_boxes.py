@@ -1,4 +1,4 @@
-"""Where a tile's whole box of keys fits one block of scores, and the launches of the kernels that make use of it.
+"""Where a tile's whole box of keys fits one block of scores, and the launches of the kernels for such boxes.
 
 `choose` finds the tile and box, or None, and the general kernels of `triton_kernels.py` run. That is so for kernels of
 more than about 13 x 13, for wide heads, additional keys and inputs of several dtypes.

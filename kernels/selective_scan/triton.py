@@ -37,7 +37,7 @@ def _is_constant(projection: Tensor) -> bool:
 
 
 def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
-    """Return a tensor's strides by the kernels' names for them, 0 where there is none."""
+    """Return a tensor's strides under the kernels' names, 0 for a tensor that is not given."""
     return {f"s{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate(axes)}
 
 
@@ -55,7 +55,7 @@ def _cut(rows: Tensor, length: int) -> Tensor:
 def _in_rows(x: Tensor | None) -> Tensor | None:
     """Return x (..., length) with tokens side by side in rows that begin at multiples of 8 and go on to one with zeros.
 
-    Where it is laid out otherwise it is copied: that takes less than to read single tokens for every state.
+    Another layout is copied once, instead of being read token by token for every state.
     """
     if x is None or _is_constant(x):
         return x

@@ -23,7 +23,7 @@ def combine(a_first, b_first, a_second, b_second):
 def softplus(b_x):
     """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), exact to float32 for small results too.
 
-    log(1 + e) is e times a polynomial, 3e-8 of it off: no division and no logarithm.
+    log(1 + e) is e times a polynomial of relative error 3e-8: no division and no logarithm.
     """
     b_e = tl.exp2(-tl.abs(b_x) * LOG2_E)
     b_p = -0.0295052268 + b_e * 0.0052326913
@@ -145,7 +145,7 @@ def _state_gradients(b_decay, b_direct, b_flow):
 
 @triton.jit
 def _enter(b_decay, b_end, b_h):
-    """What enters each lane, and what leaves the last (R, W, 1), where `h` (R, W, 1) enters the first.
+    """The states that enter the lanes, and the one that leaves the last (R, W, 1); `h` (R, W, 1) enters the first.
 
     A lane makes `end` of a state of 0, and lets `decay` of what enters it through; both are (R, W, LANES).
     """
@@ -186,7 +186,7 @@ def _load(p_x, i_b, o_c, o_first, o_t, stride_b, stride_c, mask):
 
 @triton.jit
 def _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS: tl.constexpr):
-    """The step sizes, 0 behind the last token, where a step changes nothing, and what softplus took."""
+    """The step sizes, 0 after the last token, where a step changes nothing, and what softplus took."""
     b_raw = _load(p_delta, i_b, o_c, o_first, o_t, sd_b, sd_d, mask) + b_bias
     b_delta = softplus(b_raw) if SOFTPLUS else b_raw
     return tl.where(o_t < (length - o_first).to(tl.int32), b_delta, 0.0), b_raw
@@ -220,7 +220,7 @@ def _projection(p_x, o_c, o_first, o_t, m_c, m_t, stride_c, W: tl.constexpr, CON
         return _split(tl.load(p_x + o_first + (o_w + o_t), mask=m_t & (o_w == 0), other=0.0).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["length", "batch"])
+@triton.jit(do_not_specialize=["length"])
 def forward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_out, p_states, length, dim, group_dim,
     su_b, su_d, sd_b, sd_d, sz_b, sz_d, sA_d, sA_n, sB_b, sB_c, sB_n, sC_b, sC_c, sC_n, sD_d,
@@ -301,7 +301,7 @@ def _projection_gradient(p_sum, p_grad, b_x, o_t, m_c, m_t, CONSTANT: tl.constex
         tl.store(p_grad + o_t, b_grad, mask=m_t)
 
 
-@triton.jit(do_not_specialize=["length", "batch"])
+@triton.jit(do_not_specialize=["length"])
 def backward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_states, p_grad, p_flow,
     p_du, p_ddelta, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, length, dim, group_dim,
@@ -382,7 +382,7 @@ def backward_kernel(
             tl.store(p_flow + o_sum + n * dim, b_leave, mask=m_c)
             _projection_gradient(p_dB + o_sum + n * dim, p_dB + o_grad, _products(b_ds, b_x), o_t, m_c, m_t, B_CONSTANT)
             b_dx = _add_products(b_dx, b_ds, b_B)
-            # What decayed into a state is the state without the step's own input.
+            # The decayed part of a state is the state without the step's own input.
             b_through = (b_ds[0] * (b_s[0] - b_in[0]),)
             for i in tl.static_range(1, 8):
                 b_through += (b_ds[i] * (b_s[i] - b_in[i]),)

@@ -368,11 +368,11 @@ def test_layers_that_nobody_knows(option, value, message):
     ((64, -3), ValueError, r"img_size=\(64, -3\) is smaller than patch_size="),
     ((64, 64, 3), ValueError, r"img_size=\(64, 64, 3\) has 3 sides; give an integer, or \(height, width\)"),
     ([], ValueError, r"img_size=\[\] has 0 sides"),
-    ("64", TypeError, "img_size='64' is no size in pixels"),
-    (64.0, TypeError, r"img_size=64\.0 is no size in pixels"),
-    ((64, None), TypeError, r"img_size=\(64, None\) is no size in pixels"),
+    ("64", TypeError, "img_size='64' is not a size in pixels"),
+    (64.0, TypeError, r"img_size=64\.0 is not a size in pixels"),
+    ((64, None), TypeError, r"img_size=\(64, None\) is not a size in pixels"),
 ])  # fmt: skip
-def test_what_is_no_size_of_images(name, size, error, message):
+def test_other_values_than_sizes_of_images_are_refused(name, size, error, message):
     model = timm.create_model(name)
     for build in (type(model), partial(timm.create_model, name)):
         with pytest.raises(error, match=message):

@@ -95,7 +95,7 @@ def test_tables_of_files_are_resampled_to_the_window():
 
 
 def test_window_names_mistakes():
-    with pytest.raises(ValueError, match="window_size=0 is no size"):
+    with pytest.raises(ValueError, match="window_size=0 is too small"):
         create_mixer("window", 12, window_size=0)
     with pytest.raises(ValueError, match="grid_size, which is None"):
         create_mixer("window", 12, window_size=min)

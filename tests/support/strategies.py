@@ -1,4 +1,4 @@
-"""What hypothesis draws from, where several tests draw the same."""
+"""Strategies of hypothesis that several tests share."""
 
 from hypothesis import strategies as st
 

@@ -154,7 +154,7 @@ class Backbone(nn.Module):
         `pretrained_cfg` says the new size, and so does what `timm.models.save_for_hf` writes.
 
         Raises:
-            TypeError: `img_size` is no size in pixels.
+            TypeError: `img_size` is not a size in pixels.
             ValueError: it has other than two sides, or images would be smaller than a patch.
         """
         height, width = image_sides(img_size, self.min_size)
@@ -311,7 +311,7 @@ def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) ->
     """
     sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
     if not all(isinstance(side, Integral) for side in sides):
-        raise TypeError(f"img_size={img_size!r} is no size in pixels; give an integer, or (height, width)")
+        raise TypeError(f"img_size={img_size!r} is not a size in pixels; give an integer, or (height, width)")
     if len(sides) != 2:
         raise ValueError(f"img_size={img_size!r} has {len(sides)} sides; give an integer, or (height, width)")
     if patch_size is not None and min(sides) < patch_size:

@@ -72,7 +72,7 @@ class WindowAttention(nn.Module):
     def _side_and_shift(self, grid_size: tuple[int, int] | None) -> tuple[int, int]:
         fixed = self.window_size if grid_size is None or not callable(self.window_size) else self.window_size(grid_size)
         if fixed < 1:
-            raise ValueError(f"window_size={fixed} is no size of a window; give 1 or more")
+            raise ValueError(f"window_size={fixed} is too small; give 1 or more")
         if grid_size is not None and min(grid_size) <= fixed:
             return min(grid_size), 0
         return fixed, fixed // 2 if self.shift else 0
