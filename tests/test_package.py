@@ -107,20 +107,22 @@ def test_rooms_refuse_to_be_imported_from_the_tree(room):
     assert f"visionmix.{room}" in run(code)
 
 
-def test_import_is_quiet_and_adds_no_triton():
+def test_import_is_quiet_cheap_and_adds_no_triton():
     code = """
-import sys, timm
+import sys, time, timm
 before = {name for name in sys.modules if name.startswith("triton")}
+start = time.process_time()
 import visionmix
-print({name for name in sys.modules if name.startswith("triton")} - before)
+print(time.process_time() - start, {name for name in sys.modules if name.startswith("triton")} - before)
 """
-    assert run(code) == "set()\n"
-
-
-def test_import_is_cheap():
-    code = "import timm, time; start = time.perf_counter(); import visionmix; print(time.perf_counter() - start)"
-    # A busy machine makes a try slow, never fast.
-    assert any(float(run(code)) <= 0.3 for _ in range(8))
+    # Seconds of the processor; a busy machine makes them more, never fewer.
+    for _ in range(8):
+        seconds, added = run(code).split()
+        assert added == "set()"
+        if float(seconds) <= 0.3:
+            break
+    else:
+        pytest.fail(f"the import takes {seconds} s")
 
 
 BLOCKED = """
@@ -138,17 +140,6 @@ print("ran")
 
 def test_without_triton():
     assert run(BLOCKED) == "ran\n"
-
-
-def test_without_a_compiler(tmp_path):
-    code = """
-import torch, timm, visionmix, logging
-logging.disable()
-model = timm.create_model("test_vig")
-model(torch.randn(1, 3, 64, 96)).sum().backward()
-print(visionmix.kernels.backends()["gated_linear_attention"]["cpu"])
-"""
-    assert run(code, PATH=str(tmp_path), CXX="", VISIONMIX_CACHE=str(tmp_path)) != "ready\n"
 
 
 def test_public_names_are_these():

@@ -1,11 +1,16 @@
 """A tiny image folder and a tiny recipe, so that whole training runs take a second or two."""
 
+import contextlib
+import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from visionmix.tools import train
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
 
@@ -48,11 +53,31 @@ def tree(tmp_path: Path) -> Path:
     return make_tree(tmp_path / "images")
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
+def write_recipe(folder: Path) -> Path:
+    path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run: its folder, which tests only read, and what it printed."""
+    root = tmp_path_factory.mktemp("whole")
+    files = [str(write_recipe(root)), "--data", str(make_tree(root / "images")), "--output", str(root / "out")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train.main([*files, "--device", "cpu"]) == 0
+    return root / "out", printed.getvalue()
+
+
+@pytest.fixture
+def finished(whole_run, tmp_path) -> Path:
+    """A copy of the uninterrupted run, for tests that write into it."""
+    return shutil.copytree(whole_run[0], tmp_path / "whole")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_commands_are_dispatched(tmp_path, capsys):
     assert "no.jpg does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["train.py", "main.py"])
+@pytest.mark.parametrize("script", [pytest.param("train.py", marks=pytest.mark.long), "main.py"])
 def test_a_script_runs_from_any_folder(tmp_path, script):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / script), "--help"], cwd=tmp_path, capture_output=True, text=True

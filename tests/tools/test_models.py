@@ -1,6 +1,7 @@
 """Models with weights of any file: as published, timm's, a user's, and what is refused."""
 
 import argparse
+import functools
 
 import golden
 import pytest
@@ -13,17 +14,31 @@ from visionmix.tools import checkpoint, models, predict
 CPU = torch.device("cpu")
 
 
-def published(name: str, folder) -> str:
-    """Write the published file of a model, filled by the rule of the goldens, with a configuration object inside."""
-    meta, _ = golden.load(name)
-    path = folder / f"{name}.pth"
-    torch.save({"model": golden.state_dict(meta), "config": argparse.Namespace(lr=0.1)}, path)
-    return str(path)
+@pytest.fixture(autouse=True)
+def quick_start():
+    with golden.quick_start():
+        yield
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Return the path of a model's published file, filled by the rule of the goldens, with a configuration object
+    inside.
+    """
+    folder = tmp_path_factory.mktemp("published")
+
+    @functools.cache
+    def path(name: str) -> str:
+        meta, _ = golden.load(name)
+        torch.save({"model": golden.state_dict(meta), "config": argparse.Namespace(lr=0.1)}, folder / f"{name}.pth")
+        return str(folder / f"{name}.pth")
+
+    return path
 
 
 @pytest.mark.parametrize("name", ["vig_t", "msvmamba_nano", "agent_deit_tiny"])
-def test_a_published_file_gives_the_published_logits(tmp_path, name):
-    trained = models.load_trained(published(name, tmp_path), name=name, device=CPU)
+def test_a_published_file_gives_the_published_logits(published, name):
+    trained = models.load_trained(published(name), name=name, device=CPU)
     meta, arrays = golden.load(name)
     assert len(trained.classes) == trained.model.num_classes == 1000
     assert trained.classes[0].startswith("tench")
@@ -33,31 +48,30 @@ def test_a_published_file_gives_the_published_logits(tmp_path, name):
     assert "state_dict" not in trained.model.pretrained_cfg
 
 
-def test_predict_takes_a_published_file(tmp_path, tree, capsys):
+def test_predict_takes_a_published_file(published, tree, capsys):
     image = tree / "val" / "red" / "0.jpg"
-    assert predict.main([str(image), "--checkpoint", published("vig_t", tmp_path), "--model", "vig_t"]) == 0
+    assert predict.main([str(image), "--checkpoint", published("vig_t"), "--model", "vig_t"]) == 0
     out = capsys.readouterr().out
-    labels = models.load_trained(published("vig_t", tmp_path), name="vig_t", device=CPU).classes
+    labels = models.load_trained(published("vig_t"), name="vig_t", device=CPU).classes
     assert sum(label[:20] in out for label in labels) >= 5
 
 
 @pytest.mark.parametrize("name", ["vig_t", "test_vit", "test_vmamba"])
-def test_another_number_of_classes_never_gets_a_fresh_classifier(tmp_path, name):
+def test_another_number_of_classes_never_gets_a_fresh_classifier(published, tmp_path, name):
     """Not for a published file, one of timm's or one of one's own, whatever number is asked for."""
     if name == "vig_t":
-        path, own = published(name, tmp_path), 1000
+        path, own = published(name), 1000
     else:
         path, own = str(tmp_path / "own.pth"), 7
         torch.save(timm.create_model(name, num_classes=own).state_dict(), path)
     for classes in {3, 7, 1000} - {own}:
         with pytest.raises(ValueError, match=rf"--num-classes={classes}.*|\.pth"):
             models.load_trained(path, name=name, classes=classes, device=CPU)
+    saved = checkpoint.read(path)["model"].values()
     for classes in (own, None):
         model = models.load_trained(path, name=name, classes=classes, device=CPU).model
         assert model.num_classes == own
-        assert any(
-            torch.equal(model.get_classifier().weight, tensor) for tensor in checkpoint.read(path)["model"].values()
-        )
+        assert any(torch.equal(model.get_classifier().weight, tensor) for tensor in saved)
 
 
 def test_pretrained_weights_of_another_number_of_classes_are_refused(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionmix.tools import checkpoint, models, recipe, train, validate
+from visionmix.tools import checkpoint, models, pictures, recipe, train, validate
 from visionmix.tools.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,13 @@ METRICS = ("epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "
 
 def run(recipe_file, tree, output, *more):
     return train.main([str(recipe_file), "--data", str(tree), "--output", str(output), "--device", "cpu", *more])
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Leave out the pictures, which take most of such a run's time; `whole_run` draws them."""
+    for name in ("draw_curves", "draw_confusion", "draw_predictions"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
 def at_step(monkeypatch, step, act):
@@ -51,16 +58,8 @@ def same(first: Path, second: Path) -> None:
         assert all(torch.equal(value, b["optimizer"]["state"][number][key]) for key, value in state.items())
 
 
-@pytest.fixture
-def finished(recipe_file, tree, tmp_path):
-    """An uninterrupted run."""
-    assert run(recipe_file, tree, tmp_path / "whole") == 0
-    return tmp_path / "whole"
-
-
-def test_a_run_leaves_all_its_files(recipe_file, tree, tmp_path, capsys):
-    finished = tmp_path / "out"
-    assert run(recipe_file, tree, finished) == 0
+def test_a_run_leaves_all_its_files(whole_run):
+    finished, printed = whole_run
     with (finished / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -78,9 +77,8 @@ def test_a_run_leaves_all_its_files(recipe_file, tree, tmp_path, capsys):
             image.load()
             assert min(image.size) > 100
     assert not [path.name for path in finished.iterdir() if path.name.startswith(".")]
-    out = capsys.readouterr().out
-    assert "test top-1" in out
-    assert str(finished / "predictions.png") in out
+    assert "test top-1" in printed
+    assert str(finished / "predictions.png") in printed
 
 
 @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.long), "2"])

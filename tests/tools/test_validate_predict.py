@@ -13,23 +13,14 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from visionmix.tools import checkpoint, data, models, predict, train, validate
-
-KWARGS = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
+from visionmix.tools import checkpoint, data, models, predict, validate
 
 
-@pytest.fixture
-def trained(recipe_file, tree, tmp_path):
-    output = tmp_path / "out"
-    assert train.main([str(recipe_file), "--data", str(tree), "--output", str(output), "--epochs", "2"]) == 0
-    return output
-
-
-def test_validate_gives_the_numbers_of_the_run(trained, tmp_path, capsys):
-    best = checkpoint.read(trained / "best.pt")["history"][-1]
+def test_validate_gives_the_numbers_of_the_run(whole_run, tmp_path, capsys):
+    best = checkpoint.read(whole_run[0] / "best.pt")["history"][-1]
     for name in ("best.pt", "best.safetensors"):
         files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv")]
-        assert validate.main(["--checkpoint", str(trained / name), "--workers", "0", *files]) == 0
+        assert validate.main(["--checkpoint", str(whole_run[0] / name), "--workers", "0", *files]) == 0
         result = json.loads((tmp_path / "r.json").read_text())
         assert result["images"] == 9
         assert result["top1"] == best["test_top1"]
@@ -39,23 +30,26 @@ def test_validate_gives_the_numbers_of_the_run(trained, tmp_path, capsys):
     assert f"top-1 {best['test_top1']:.2f} %" in capsys.readouterr().out
 
 
-def test_validate_leaves_out_what_it_cannot_read(trained, tree, cut, capsys):
+def test_validate_leaves_out_what_it_cannot_read(whole_run, tree, cut, capsys):
     cut(tree / "val" / "red" / "0.jpg")
-    assert validate.main(["--checkpoint", str(trained / "best.pt"), "--data", str(tree), "--workers", "0"]) == 0
+    assert validate.main(["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree), "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "of 8 images" in out
     assert f"cannot be read, left out: {tree / 'val' / 'red' / '0.jpg'}" in out
 
 
-def test_validate_takes_a_plain_folder_of_classes(trained, tree):
-    assert validate.main(["--checkpoint", str(trained / "best.pt"), "--data", str(tree / "val"), "--workers", "0"]) == 0
+def test_validate_takes_a_plain_folder_of_classes(whole_run, tree):
+    assert (
+        validate.main(["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree / "val"), "--workers", "0"])
+        == 0
+    )
 
 
-def test_predict(trained, tree, tmp_path, capsys):
+def test_predict(whole_run, tree, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8")
     images = [str(tree / "val"), str(tree / "train" / "red" / "0.jpg"), str(broken)]
-    arguments = ["--checkpoint", str(trained / "best.pt"), "--topk", "2", "--csv", str(tmp_path / "p.csv")]
+    arguments = ["--checkpoint", str(whole_run[0] / "best.pt"), "--topk", "2", "--csv", str(tmp_path / "p.csv")]
     assert predict.main([*images, *arguments]) == 0
     captured = capsys.readouterr()
     assert f"cannot be read: {broken}: not in a format" in captured.err
@@ -65,7 +59,7 @@ def test_predict(trained, tree, tmp_path, capsys):
     assert {row["class"] for row in rows} <= {"blue", "green", "red"}
     # validate counts the same first guesses.
     right = sum(row["rank"] == "1" and f"/val/{row['class']}/" in row["image"] for row in rows)
-    best = checkpoint.read(trained / "best.pt")["history"][-1]
+    best = checkpoint.read(whole_run[0] / "best.pt")["history"][-1]
     assert 100 * right / 9 == pytest.approx(best["test_top1"])
     for image in {row["image"] for row in rows}:
         first, second = (float(row["probability"]) for row in rows if row["image"] == image)
@@ -89,7 +83,7 @@ def test_validate_and_predict_name_mistakes(tool, tree, arguments, words, capsys
     assert words in capsys.readouterr().err
 
 
-def test_predict_reads_every_kind_and_names_what_it_leaves_out(trained, tree, tmp_path, caplog, capsys):
+def test_predict_reads_every_kind_and_names_what_it_leaves_out(whole_run, tree, tmp_path, caplog, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(tree / "val" / "red", folder / "deep")
     with Image.open(folder / "deep" / "0.jpg") as image:
@@ -99,7 +93,10 @@ def test_predict_reads_every_kind_and_names_what_it_leaves_out(trained, tree, tm
         (folder / name).touch()
     (folder / "__MACOSX").mkdir()
     shutil.copy(folder / "1.webp", folder / "__MACOSX")
-    assert predict.main([str(folder), "--checkpoint", str(trained / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
+    assert (
+        predict.main([str(folder), "--checkpoint", str(whole_run[0] / "best.pt"), "--csv", str(tmp_path / "p.csv")])
+        == 0
+    )
     with (tmp_path / "p.csv").open() as file:
         assert len({row["image"] for row in csv.DictReader(file)}) == 3 + 2
     (record,) = caplog.records
@@ -107,29 +104,29 @@ def test_predict_reads_every_kind_and_names_what_it_leaves_out(trained, tree, tm
     assert not capsys.readouterr().err
 
 
-def test_predict_sees_a_16_bit_image_as_the_8_bit_one(trained, tmp_path, capsys):
+def test_predict_sees_a_16_bit_image_as_the_8_bit_one(whole_run, tmp_path, capsys):
     grey = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     files = [str(tmp_path / "8.png"), str(tmp_path / "16.png")]
-    assert predict.main([*files, "--checkpoint", str(trained / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
+    assert predict.main([*files, "--checkpoint", str(whole_run[0] / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
     with (tmp_path / "p.csv").open() as file:
         rows = [(row["image"], row["class"], row["probability"]) for row in csv.DictReader(file)]
     assert [row[1:] for row in rows if row[0] == files[0]] == [row[1:] for row in rows if row[0] == files[1]]
     Image.fromarray(np.float32([[0, 255]])).save(tmp_path / "float.tif")
-    assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(trained / "best.pt")]) == 1
+    assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(whole_run[0] / "best.pt")]) == 1
     assert "float.tif has mode 'F' and values from 0 to 255" in capsys.readouterr().err
 
 
-def test_predict_names_missing_images(trained, tmp_path, capsys):
+def test_predict_names_missing_images(whole_run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for path, words in (("empty", "holds no images"), ("nothing", "does not exist")):
-        assert predict.main([str(tmp_path / path), "--checkpoint", str(trained / "best.pt")]) == 2
+        assert predict.main([str(tmp_path / path), "--checkpoint", str(whole_run[0] / "best.pt")]) == 2
         assert words in capsys.readouterr().err
 
 
-def test_other_classes_and_another_model_are_refused(trained, tree, tmp_path, capsys):
-    best = str(trained / "best.pt")
+def test_other_classes_and_another_model_are_refused(whole_run, tree, tmp_path, capsys):
+    best = str(whole_run[0] / "best.pt")
     assert validate.main(["--checkpoint", best, "--model", "resnet18"]) == 2
     assert "holds a vit_tiny_patch16_224, not --model resnet18" in capsys.readouterr().err
     (tree / "val" / "red").rename(tree / "val" / "rouge")
@@ -201,12 +198,13 @@ def test_another_number_of_classes_is_refused_and_a_class_map_takes_it(source, t
     assert top5 > top1 > 0
     info = ImageNetInfo()
     synsets = {name: info.index_to_label_name(index) for name, index in output.items()}
-    for number, text in enumerate((
+    texts = [
         "".join(f"{name} {index}\n" for name, index in output.items()) + "white\t3\n",
         "".join(f"{name}\t{synset}\n" for name, synset in synsets.items()),
         json.dumps(output),
         json.dumps({name: info.label_name_to_description(synset) for name, synset in synsets.items()}),
-    )):  # fmt: skip
+    ]
+    for number, text in enumerate(texts if source == "--checkpoint" else texts[:1]):
         (tmp_path / "map").write_text(text)
         result = tmp_path / f"{number}.json"
         assert validate.main([*call, "--class-map", str(tmp_path / "map"), "--json", str(result)]) == 0
@@ -278,8 +276,8 @@ def test_a_foreign_file_says_how_many_classes_it_has(tree, tmp_path):
     assert validate.main([*call, "--data", str(tree)]) == 2
 
 
-def test_folders_named_by_a_checkpoints_labels_are_mapped_by_themselves(trained, tree, tmp_path):
-    call = ["--checkpoint", str(trained / "best.pt"), "--data", str(tree), "--workers", "0"]
+def test_folders_named_by_a_checkpoints_labels_are_mapped_by_themselves(whole_run, tree, tmp_path):
+    call = ["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree), "--workers", "0"]
     assert predict.main([str(tree / "val"), *call[:2], "--csv", str(tmp_path / "p.csv"), "--topk", "1"]) == 0
     with (tmp_path / "p.csv").open() as file:
         right = dict.fromkeys(("blue", "green", "red"), 0)
