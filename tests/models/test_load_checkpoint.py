@@ -26,6 +26,12 @@ PUBLISHED = {
 HEADS = {"mavit_tiny": ("head.", "proj.", "norm.")}  # a projection and a norm belong to its head
 
 
+@pytest.fixture(autouse=True)
+def quick_start():
+    with golden.quick_start():
+        yield
+
+
 @pytest.fixture(scope="module")
 def published():
     """Return the published tensors of a model, filled by the goldens' rule."""

@@ -345,7 +345,8 @@ def test_tag_loads_a_file_of_its_size(tmp_path, tag):
     meta, arrays = golden.load(case)
     torch.save(golden.state_dict(meta), tmp_path / "published.pth")
     overlay = {"file": str(tmp_path / "published.pth")}
-    made = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with golden.quick_start():
+        made = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     with torch.no_grad():
         image = golden.image(*meta["image_size"], batch=meta["batch"], seed=meta["seed"])
         assert golden.relative_error(made(image), arrays["logits"]) <= 1e-5
