@@ -134,7 +134,8 @@ def source(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], 
 
     def specialised(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
         if isinstance(value, tuple) and not parameter.is_constexpr:
-            return tuple(specialised(x, (*path, number), parameter) for number, x in enumerate(value))
+            types = [specialised(x, (*path, number), parameter) for number, x in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         exact = not parameter.do_not_specialize and isinstance(value, int) and value == 1
         if parameter.is_constexpr or value is None or exact:
             constants[path] = value

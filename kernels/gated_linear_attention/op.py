@@ -7,8 +7,6 @@ from visionmix.kernels.gated_linear_attention.schema import (
     SCHEMA,
     Arguments,
     BidirectionalArguments,
-    BidirectionalGradients,
-    Gradients,
 )
 from visionmix.kernels.registration import register_op
 
@@ -27,7 +25,7 @@ def _flops(a: Arguments | BidirectionalArguments) -> int:
     return 5 * batch * length * heads * dk * a.v[-1]
 
 
-def _backward_flops(a: Arguments | BidirectionalArguments, gradients: Gradients | BidirectionalGradients) -> int:
+def _backward_flops(a: Arguments | BidirectionalArguments, gradients: tuple) -> int:
     """States again (3 dk dv), their gradients (3), and the products for the gradients of q, k, v and g (2 each)."""
     batch, length, heads, dk = a.q
     return 14 * batch * length * heads * dk * a.v[-1]

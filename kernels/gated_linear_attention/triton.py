@@ -32,7 +32,7 @@ from visionmix.kernels.gated_linear_attention.schema import (
     BidirectionalGradients,
     Gradients,
 )
-from visionmix.kernels.gated_linear_attention.triton_kernels import gradients_kernel, mix_kernel, states_kernel
+from visionmix.kernels.gated_linear_attention.triton_kernels import Tiles, gradients_kernel, mix_kernel, states_kernel
 from visionmix.kernels.gpu import dot_precision, launch
 
 # Values in bfloat16 whose sum is one of the dtype.
@@ -87,17 +87,19 @@ class _Problem:
             "scale": scale,
             "length": self.length,
             "heads": self.heads,
-            "DK": self.dk,
-            "DV": self.dv,
-            "LEVELS": self.levels,
-            "PRODUCTS": "bf16" if narrow else dot_precision(q, k, v),
-            "GATE_PARTS": max(_PARTS[x.dtype] for x in gates),
         }
+        self.products = (tl.bfloat16, "ieee") if narrow else (tl.float32, dot_precision(q, k, v))
 
     def _offset(self, *tensors: Tensor) -> tl.dtype:
         """Return the type that holds the offsets inside a chunk of (batch, length, heads, dim) tensors."""
         farthest = max((x.stride(1) << self.levels) + x.stride(3) * x.shape[3] for x in (*tensors, *self.gates))
         return tl.int64 if farthest >= 1 << 31 else tl.int32
+
+    def _tiles(self, block_k: int, block_v: int, *tensors: Tensor) -> Tiles:
+        """Return a kernel's constants, for the tensors whose chunks it reads and writes."""
+        sizes = (self.dk, self.dv, block_k, block_v, self.levels, 1 << self.levels)
+        parts = max(_PARTS[x.dtype] for x in self.gates)
+        return Tiles(*sizes, *self.products, parts, self._offset(*tensors))
 
     def states(self, x: Tensor, y: Tensor, keys: bool, first: Tensor | None, last: Tensor | None) -> Tensor | None:
         """Walk over the chunks; return the states before each chunk, None if all are 0."""
@@ -120,10 +122,8 @@ class _Problem:
             p_last=last,
             s_x=x.stride(),
             s_y=y.stride(),
-            BK=block_k,
-            BV=block_v,
             KEYS=keys,
-            OFFSET=self._offset(x, y),
+            tiles=self._tiles(block_k, block_v, x, y),
             num_warps=2,
             num_stages=3,
             passes={"p_x": tiles_v * directions, "p_g": tiles_v, "p_g2": tiles_v, "p_y": tiles_k * directions},
@@ -132,6 +132,8 @@ class _Problem:
         return states
 
     def mix(self, x: Tensor, y: Tensor, v: Tensor, states: Tensor | None, out: Tensor, transposed: bool) -> None:
+        # Of several tiles, wider ones do not fit the registers.
+        block_k, block_v = _tile(self.dk, 32 if self.dk <= 32 else 16), _tile(self.dv, 32 if self.dv <= 64 else 16)
         launch(
             mix_kernel,
             (self.rows, self.chunks),
@@ -145,11 +147,8 @@ class _Problem:
             s_y=y.stride(),
             s_v=v.stride(),
             s_out=out.stride(),
-            # Of several tiles, wider ones do not fit the registers.
-            BK=_tile(self.dk, 32 if self.dk <= 32 else 16),
-            BV=_tile(self.dv, 32 if self.dv <= 64 else 16),
             TRANSPOSED=transposed,
-            OFFSET=self._offset(x, y, v, out),
+            tiles=self._tiles(block_k, block_v, x, y, v, out),
             num_warps=self.warps,
             flops=self.rows * self.length * self._within(states),
         )
@@ -185,9 +184,7 @@ class _Problem:
             s_v=v.stride(),
             s_do=grad_out.stride(),
             s_out=grad_q.stride(),
-            BK=block_k,
-            BV=self.block_v,
-            OFFSET=self._offset(q, k, v, grad_out),
+            tiles=self._tiles(block_k, self.block_v, q, k, v, grad_out),
             num_warps=self.warps,
             passes=dict.fromkeys(("p_v", "p_do"), tiles),
             flops=2 * self.rows * self.length * self._within(states),

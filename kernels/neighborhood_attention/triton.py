@@ -19,25 +19,30 @@ Hassani et al., 2025, Generalized Neighborhood Attention (arXiv 2504.16922).
 """
 
 import math
+from dataclasses import astuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.gpu import dot_precision, launch, target
 from visionmix.kernels.neighborhood_attention import reference
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
-from visionmix.kernels.neighborhood_attention.triton_boxes import Axis, Boxes, map_strides
+from visionmix.kernels.neighborhood_attention.triton_boxes import Axis, Boxes
 from visionmix.kernels.neighborhood_attention.triton_kernels import (
+    Blocks,
     bias_gradients_kernel,
     extra_gradients_kernel,
     forward_kernel,
     key_gradients_kernel,
     query_gradients_kernel,
 )
+from visionmix.kernels.neighborhood_attention.triton_windows import Channels, Window, map_strides
 from visionmix.kernels.neighborhood_attention.windows import box_widths, count_pairs
 
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A head's channels lie in registers, all at once; float32 ones in three TF32 parts on NVIDIA.
 _MOST_CHANNELS = {"tf32": 128, "ieee": 128, "tf32x3": 64}
 # Queries a program of `extra_gradients_kernel`: a multiple of every block.
@@ -88,12 +93,14 @@ class _Problem:
         self.key_heads, dv = value.shape[-2:]
         self.batch, self.tokens, axes = batch, math.prod(grid), len(grid)
         lead = (1,) * (3 - axes)
-        self.window = tuple((*lead, *values) for values in (grid, a.kernel_size, a.stride, a.dilation))
-        self.causal = (*(False for _ in lead), *map(bool, a.is_causal))
-        self.circular = a.circular
-        grid, kernel_size, stride, dilation = self.window
-        self.classes = [min(n, d) for n, d in zip(grid, dilation, strict=True)]
-        self.sizes = [triton.cdiv(n, c) for n, c in zip(grid, self.classes, strict=True)]
+        causal = (*(False for _ in lead), *map(bool, a.is_causal))
+        self.grid, *window = ((*lead, *values) for values in (grid, a.kernel_size, a.stride, a.dilation))
+        kernel_size = window[0]
+        disc = _disc(kernel_size) if a.circular else None
+        self.window = Window(axes, *window, causal, disc, math.prod(2 * k - 1 for k in kernel_size))
+        self.axes = tuple(Axis(*values) for values in zip(self.grid, *window, causal, strict=True))
+        self.classes = [axis.classes for axis in self.axes]
+        self.sizes = [axis.longest for axis in self.axes]
         precision = dot_precision(query, key, value, extra_key, extra_value)
         block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (dk, dv))
         # Channels that fill no 16-byte loads take more registers for their addresses.
@@ -105,28 +112,23 @@ class _Problem:
         self.options = {
             "p_extra_k": extra_key if self.extra else None,
             "p_extra_v": extra_value if self.extra else None,
-            "s_ek": None if extra_key is None else extra_key.stride(),
-            "s_ev": None if extra_value is None else extra_value.stride(),
+            "s_ek": None if extra_key is None else map_strides(extra_key),
+            "s_ev": None if extra_value is None else map_strides(extra_value),
         }
         self.table = None if bias is None else bias.contiguous()
         self.strides = {"s_q": map_strides(query), "s_k": map_strides(key), "s_v": map_strides(value)}
         self.scalars = {
             "scale": a.scale,
-            **{f"N{axis}": n for axis, n in enumerate(grid)},
+            **{f"N{axis}": n for axis, n in enumerate(self.grid)},
             "heads": self.heads,
             "group": self.heads // self.key_heads,
         }
-        self.channels = {"DK": dk, "DV": dv, "BK": block_k, "BV": block_v}
-        self.precision = {"PRECISION": precision}
-        self.tiles = {
-            "TILE": self.tile,
-            "AXES": axes,
-            "TABLE": math.prod(2 * k - 1 for k in kernel_size),
-            "KERNEL": kernel_size,
-            "STRIDE": stride,
-            "DILATION": dilation,
-            "CAUSAL": self.causal,
-            "DISC": _disc(kernel_size) if a.circular else None,
+        # The kernels that walk over boxes load all values as float32.
+        self.channels = Channels(dk, dv, block_k, block_v, tl.float32, precision)
+        self.constants = {
+            "window": self.window,
+            "blocks": Blocks(self.tile, self.block),
+            "channels": self.channels,
         }
         self.num_warps = _warps(math.prod(self.tile), max(block_k, block_v), precision)
 
@@ -138,24 +140,23 @@ class _Problem:
 
     def boxes(self, *others: Tensor) -> Boxes:
         """Return the launches of the kernels that take a tile's whole box at once, where one fits."""
-        axes = tuple(Axis(*values) for values in zip(*self.window, self.causal, strict=True))
-        return Boxes(self.a, axes, self.tiles["DISC"], *others)
+        channels = self.channels._replace(TYPE=_TYPES[self.query.dtype])
+        return Boxes(self.a, self.axes, self.window, channels, *others)
 
     def programs(self, heads: int) -> int:
         return self.batch * heads * self.tile_count
 
     def passes(self, names: list[str], heads: int, inverse: bool = False) -> dict[str, float]:
         """Return how often tensors are read in boxes by `heads` programs each."""
-        axes = zip(*self.window, self.causal, self.tile, strict=True)
-        times = math.prod(
-            sum(box_widths(size, *rest, causal, self.circular, tile, inverse)) / size
-            for size, *rest, causal, tile in axes
-        )
+        circular, times = self.a.circular, 1.0
+        for axis, tile in zip(self.axes, self.tile, strict=True):
+            times *= sum(box_widths(*astuple(axis), circular, tile, inverse)) / axis.size
         return dict.fromkeys(names, heads * times)
 
     def flops(self, per_pair: int, extra: bool = True) -> int:
         """Return the operations of all pairs of a query and a key it sees."""
-        pairs = count_pairs(*self.window, self.causal, self.circular)
+        window = self.window
+        pairs = count_pairs(self.grid, window.KERNEL, window.STRIDE, window.DILATION, window.CAUSAL, self.a.circular)
         return self.batch * self.heads * (pairs + self.tokens * self.extra * extra) * per_pair
 
     def float(self, *shape: int) -> Tensor:
@@ -165,7 +166,7 @@ class _Problem:
         """Return the gradients of additional keys and values, float32."""
         chunks = triton.cdiv(self.tokens, _CHUNK)
         block = min(self.rows, max(16, triton.next_power_of_2(self.extra)))
-        dk, dv = self.channels["DK"], self.channels["DV"]
+        dk, dv, block_k, block_v, _, precision = self.channels
         grads = [self.float(chunks, self.batch, self.extra, self.key_heads, dim) for dim in (dk, dv)]
         blocks = triton.cdiv(self.extra, block)
         launch(
@@ -179,12 +180,11 @@ class _Problem:
             **self.scalars,
             extra=self.extra,
             s_q=map_strides(self.query),
-            **self.channels,
             BN=self.block,
             BE=block,
             CHUNK=_CHUNK,
-            **self.precision,
-            num_warps=_warps(block, max(self.channels["BK"], self.channels["BV"]), self.precision["PRECISION"]),
+            channels=self.channels,
+            num_warps=_warps(block, max(block_k, block_v), precision),
             passes=dict.fromkeys(("p_q", "p_do", "p_lse", "p_delta"), blocks),
             flops=self.batch * self.heads * self.tokens * self.extra * (4 * dk + 4 * dv),
         )
@@ -194,7 +194,7 @@ class _Problem:
         """Return the gradient of the table of position biases, (heads, entries) float32."""
         programs = self.programs(self.heads)
         # A tile leaves out the distances that none of its queries sees a key at.
-        partial = torch.zeros_like(self.float(programs, self.tiles["TABLE"]))
+        partial = torch.zeros_like(self.float(programs, self.window.TABLE))
         group = self.heads // self.key_heads
         launch(
             bias_gradients_kernel,
@@ -205,12 +205,11 @@ class _Problem:
             p_dbias=partial,
             **self.scalars,
             **self.strides,
-            **self.channels,
-            **self.tiles,
+            **self.constants,
             num_warps=self.num_warps,
             limited=False,
             passes=self.passes(["p_k", "p_v"], group),
-            flops=self.flops(2 * self.channels["DK"] + 2 * self.channels["DV"], extra=False),
+            flops=self.flops(2 * self.channels.DK + 2 * self.channels.DV, extra=False),
         )
         return partial.unflatten(0, (self.batch, self.heads, self.tile_count)).sum((0, 2))
 
@@ -262,10 +261,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
         **problem.scalars,
         extra=problem.extra,
         **problem.strides,
-        **problem.channels,
-        BN=problem.block,
-        **problem.tiles,
-        **problem.precision,
+        **problem.constants,
         num_warps=problem.num_warps,
         limited=False,
         passes=problem.passes(["p_k", "p_v"], problem.scalars["group"]),
@@ -290,10 +286,7 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         "p_bias": problem.table,
         **problem.scalars,
         **problem.strides,
-        **problem.channels,
-        "BN": problem.block,
-        **problem.tiles,
-        **problem.precision,
+        **problem.constants,
         "num_warps": problem.num_warps,
         "limited": False,
     }

@@ -12,21 +12,21 @@ from itertools import product
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from visionmix.kernels.gpu import dot_precision, interpreting, launch, target
+from visionmix.kernels.gpu import interpreting, launch, target
 from visionmix.kernels.neighborhood_attention.schema import Arguments
 from visionmix.kernels.neighborhood_attention.triton_box_kernels import (
+    Box,
     box_bias_gradients_kernel,
     box_forward_kernel,
     box_key_gradients_kernel,
     box_query_gradients_kernel,
     box_table_kernel,
 )
+from visionmix.kernels.neighborhood_attention.triton_windows import Channels, Window, map_strides
 from visionmix.kernels.neighborhood_attention.windows import box_widths, class_lengths
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Tokens of a tile: one of a warp's matrix instructions has 16 rows.
 _ROWS = 16
 # Channels of a head at most, so that they fit the registers. Three TF32 parts take three times as many.
@@ -76,41 +76,20 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Box:
-    """A tile of tokens, the box of those on the other side, and how many kinds of tiles there are along each axis.
+class Tiling:
+    """A tile and its box, and how a map is taken apart into such tiles.
 
     Attributes:
-        tile: tokens of a tile along each axis.
-        box: tokens of the largest box along each axis.
-        columns: scores of a row, padded to a power of two.
-        before: how near the start of an axis a tile's windows are cut or shifted.
-        after: how near the end.
+        box: the kernels' constants.
         kinds: kinds of tiles along each axis.
         tiles: tiles of the maps of all residue classes.
-        inverse: whether the tile holds keys and the box queries.
-        times: how often the box's tokens are read.
+        times: how often the boxes' tokens are read.
     """
 
-    tile: tuple[int, ...]
-    box: tuple[int, ...]
-    columns: int
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    box: Box
     kinds: tuple[int, ...]
     tiles: int
-    inverse: bool
     times: float
-
-    @property
-    def constants(self) -> dict:
-        """The constants of the kernels."""
-        return {
-            "TILE": self.tile,
-            "BOX": self.box,
-            "COLUMNS": self.columns,
-            "BEFORE": self.before,
-            "AFTER": self.after,
-        }
 
 
 def _tiles(axes: tuple[Axis, ...]) -> Iterator[tuple[int, ...]]:
@@ -123,96 +102,80 @@ def _tiles(axes: tuple[Axis, ...]) -> Iterator[tuple[int, ...]]:
 
 
 @cache
-def choose(axes: tuple[Axis, ...], circular: bool, inverse: bool, most: int) -> Box | None:
+def choose(axes: tuple[Axis, ...], circular: bool, inverse: bool, most: int) -> Tiling | None:
     """Return the tile and box that cost least, None if every box has more than `most` tokens."""
 
-    def make(tile: tuple[int, ...]) -> Box:
+    def make(tile: tuple[int, ...]) -> Tiling:
         widths = [
             box_widths(axis.size, axis.kernel_size, axis.stride, axis.dilation, axis.causal, circular, t, inverse)
             for axis, t in zip(axes, tile, strict=True)
         ]
-        box = tuple(max(w) for w in widths)
+        width = tuple(max(w) for w in widths)
+        columns = max(16, triton.next_power_of_2(math.prod(width)))
         margins = [axis.margins(circular, inverse) for axis in axes]
+        before, after = zip(*margins, strict=True)
         kinds = [
             min(triton.cdiv(axis.longest, t), sum(triton.cdiv(m, t) for m in margin) + 2)
             * (1 if axis.dilation == 1 else 2)
             for axis, t, margin in zip(axes, tile, margins, strict=True)
         ]
-        return Box(
-            tile,
-            box,
-            max(16, triton.next_power_of_2(math.prod(box))),
-            tuple(before for before, _ in margins),
-            tuple(after for _, after in margins),
+        return Tiling(
+            Box(tile, _ROWS, width, columns, before, after, inverse),
             tuple(kinds),
             math.prod(triton.cdiv(axis.longest, t) * axis.classes for axis, t in zip(axes, tile, strict=True)),
-            inverse,
             math.prod(sum(w) / axis.size for axis, w in zip(axes, widths, strict=True)),
         )
 
-    def cost(box: Box) -> tuple:
+    def cost(tiling: Tiling) -> tuple:
         # Instructions of all tiles: a key that is read takes about as many as five scores.
-        return box.tiles * (_ROWS * box.columns + 5 * math.prod(box.box)), box.tile
+        box = tiling.box
+        return tiling.tiles * (_ROWS * box.COLUMNS + 5 * math.prod(box.WIDTH)), box.TILE
 
-    fitting = (box for box in map(make, _tiles(axes)) if box.columns <= most)
+    fitting = (tiling for tiling in map(make, _tiles(axes)) if most >= tiling.box.COLUMNS)
     return min(fitting, key=cost, default=None)
 
 
 class Boxes:
     """The launches of one call.
 
-    `outputs`, `queries` and `keys` are the boxes that the output and the gradients of queries and of keys take at once;
-    None if none fits.
+    `outputs`, `queries` and `keys` are the tilings whose boxes the output and the gradients of queries and of keys take
+    at once; None if none fits.
     """
 
-    def __init__(self, a: Arguments, axes: tuple[Axis, ...], disc: tuple | None, *others: Tensor):
-        self.a, self.disc = a, disc
+    def __init__(self, a: Arguments, axes: tuple[Axis, ...], window: Window, channels: Channels, *others: Tensor):
+        self.a, self.window, self.channels, self.precision = a, window, channels, channels.PRECISION
         types = {x.dtype for x in (a.query, a.key, a.value)}
-        self.precision = dot_precision(a.query, a.key, a.value)
-        dk, dv = a.query.shape[-1], a.value.shape[-1]
-        block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (dk, dv))
         fits = (
             a.additional_keys is None
             and len(types) == 1
-            and max(block_k, block_v) <= _MOST_CHANNELS[self.precision]
+            and max(channels.BK, channels.BV) <= _MOST_CHANNELS[self.precision]
             and all(_extent(x) < 1 << 31 for x in (a.query, a.key, a.value, *others))
         )
         self.batch, self.heads = a.query.shape[0], a.query.shape[-2]
         self.group = self.heads // a.key.shape[-2]
 
-        def find(inverse: bool, products: int) -> Box | None:
+        def find(inverse: bool, products: int) -> Tiling | None:
             return choose(axes, a.circular, inverse, self._most_columns(products)) if fits else None
 
         self.outputs, self.queries = find(False, 2), find(False, 3)
         # The gradients of shared keys are sums over heads.
         self.keys = find(True, 4) if self.group == 1 else None
         self.sizes = {f"N{axis}": n.size for axis, n in enumerate(axes)}
-        self.window = {
-            "KERNEL": tuple(axis.kernel_size for axis in axes),
-            "STRIDE": tuple(axis.stride for axis in axes),
-            "DILATION": tuple(axis.dilation for axis in axes),
-            "CAUSAL": tuple(axis.causal for axis in axes),
-        }
-        self.channels = {"DK": dk, "DV": dv, "BK": block_k, "BV": block_v}
-        self.products = {"TYPE": _TYPES[a.query.dtype], "PRECISION": self.precision}
 
-    def _table(self, box: Box) -> Tensor:
+    def _table(self, tiling: Tiling) -> Tensor:
         """Return the tables of masks and biases, (kinds of tiles, heads or 1, rows of a tile, columns)."""
         a, bias = self.a, self.a.relative_position_bias
-        shape = (math.prod(box.kinds), 1 if bias is None else self.heads)
-        table = a.query.new_empty(*shape, _ROWS, box.columns, dtype=torch.float32)
+        shape = (math.prod(tiling.kinds), 1 if bias is None else self.heads)
+        table = a.query.new_empty(*shape, _ROWS, tiling.box.COLUMNS, dtype=torch.float32)
         launch(
             box_table_kernel,
             shape,
             p_bias=None if bias is None else bias.contiguous(),
             p_table=table,
             **self.sizes,
-            kinds=box.kinds,
-            **box.constants,
-            INVERSE=box.inverse,
-            AXES=a.query.dim() - 3,
-            **self.window,
-            DISC=self.disc,
+            kinds=tiling.kinds,
+            window=self.window,
+            box=tiling.box,
             num_warps=4,
         )
         return table
@@ -228,23 +191,23 @@ class Boxes:
         """Return the warps of a program of so many products: 32 scores a thread, fewer where operands take more."""
         if self.precision == "tf32x3":
             return 4 if products == 2 else 8
-        warps = max(1, _ROWS * box.columns // 1024)
-        return 2 * warps if max(self.channels["BK"], self.channels["BV"]) > 32 else warps
+        warps = max(1, _ROWS * box.COLUMNS // 1024)
+        return 2 * warps if max(self.channels.BK, self.channels.BV) > 32 else warps
 
     def _stages(self, box: Box) -> int:
         """Return the images that a program has in flight; 2 take fewer registers, except in three TF32 parts."""
         if target().backend != "cuda" or self.precision == "tf32x3":
             return 1
-        ahead = box.columns * (self.channels["BK"] + self.channels["BV"]) * self.a.query.element_size()
+        ahead = box.COLUMNS * (self.channels.BK + self.channels.BV) * self.a.query.element_size()
         return 2 if ahead <= _MOST_AHEAD else 1
 
-    def _launch(self, kernel, box: Box, images: int, products: int, flops: int, **arguments) -> None:
-        a, table = self.a, self._table(box)
-        programs = box.tiles * self.heads * triton.cdiv(self.batch, images)
-        read = ("p_q", "p_do", "p_lse", "p_delta") if box.inverse else ("p_k", "p_v")
+    def _launch(self, kernel, tiling: Tiling, images: int, products: int, flops: int, **arguments) -> None:
+        a, box, table = self.a, tiling.box, self._table(tiling)
+        grid = (tiling.tiles, self.heads, triton.cdiv(self.batch, images))
+        read = ("p_q", "p_do", "p_lse", "p_delta") if box.INVERSE else ("p_k", "p_v")
         launch(
             kernel,
-            (box.tiles, self.heads, triton.cdiv(self.batch, images)),
+            grid,
             p_q=a.query,
             p_k=a.key,
             p_v=a.value,
@@ -252,51 +215,50 @@ class Boxes:
             **arguments,
             scale=a.scale,
             **self.sizes,
-            kinds=box.kinds,
+            kinds=tiling.kinds,
             table_heads=table.shape[1],
             batch=self.batch,
             images=images,
             s_q=map_strides(a.query),
             s_k=map_strides(a.key),
             s_v=map_strides(a.value),
-            **self.channels,
-            **box.constants,
-            **self.window,
-            CIRCULAR=a.circular,
-            **self.products,
+            window=self.window,
+            box=box,
+            channels=self.channels,
             num_warps=self._warps(box, products),
             num_stages=self._stages(box),
             limited=False,
-            passes={name: box.times for name in read if name in arguments or name in ("p_q", "p_k", "p_v")}
-            | {"p_table": programs * _ROWS * box.columns / table.numel()},
+            passes={name: tiling.times for name in read if name in arguments or name in ("p_q", "p_k", "p_v")}
+            | {"p_table": math.prod(grid) * _ROWS * box.COLUMNS / table.numel()},
             flops=flops,
         )
 
-    def _images(self, box: Box, most: int) -> int:
+    def _images(self, tiling: Tiling, most: int) -> int:
         """Return the images that a program goes over, `most` of them at most."""
         # The interpreter takes one program after another.
         programs = 1 if interpreting() else _PROGRAMS
-        images = min(self.batch, most, self.batch * self.heads * box.tiles // programs)
+        images = min(self.batch, most, self.batch * self.heads * tiling.tiles // programs)
         return max(1, images, triton.cdiv(self.batch, _MOST_GROUPS))
 
     def forward(self, out: Tensor, lse: Tensor, flops: int) -> None:
         """Write the output and the log-sum-exp."""
-        box, options = self.outputs, {"p_out": out, "p_lse": lse, "group": self.group}
-        self._launch(box_forward_kernel, box, self._images(box, _IMAGES), 2, flops, **options)
+        tiling, options = self.outputs, {"p_out": out, "p_lse": lse, "group": self.group}
+        self._launch(box_forward_kernel, tiling, self._images(tiling, _IMAGES), 2, flops, **options)
 
     def query_gradients(self, given: dict, out: Tensor, grad_lse: Tensor, grad: Tensor, flops: int) -> Tensor | None:
         """Write the gradient of the query and `delta`; return that of the biases, (heads, distances) float32."""
-        box, bias = self.queries, self.a.relative_position_bias
+        tiling, bias = self.queries, self.a.relative_position_bias
+        box = tiling.box
         # The sums of the gradients of scores are written once a program.
-        images = self._images(box, _IMAGES if bias is None else 4 * _IMAGES)
+        images = self._images(tiling, _IMAGES if bias is None else 4 * _IMAGES)
         groups = triton.cdiv(self.batch, images)
         sums = None
         if bias is not None:
-            shape = (groups, self.heads, box.tiles, _ROWS, box.columns)
+            shape = (groups, self.heads, tiling.tiles, _ROWS, box.COLUMNS)
             sums = out.new_empty(shape, dtype=torch.float32)
         self._launch(
             box_query_gradients_kernel,
-            box,
+            tiling,
             images,
             3,
             flops,
@@ -309,36 +271,26 @@ class Boxes:
         )
         if sums is None:
             return None
-        distances = math.prod(2 * k - 1 for k in self.window["KERNEL"])
-        partial = out.new_empty(self.heads, box.tiles, distances, dtype=torch.float32)
+        distances = self.window.TABLE
+        partial = out.new_empty(self.heads, tiling.tiles, distances, dtype=torch.float32)
         launch(
             box_bias_gradients_kernel,
-            (box.tiles, self.heads, triton.cdiv(distances, _DISTANCES)),
+            (tiling.tiles, self.heads, triton.cdiv(distances, _DISTANCES)),
             p_dtable=sums,
             p_dbias=partial,
             **self.sizes,
             groups=groups,
-            TILE=box.tile,
-            BOX=box.box,
-            COLUMNS=box.columns,
+            window=self.window,
+            box=box,
             BLOCK=_DISTANCES,
-            **self.window,
-            CIRCULAR=self.a.circular,
             num_warps=4,
         )
         return partial.sum(1)
 
     def key_gradients(self, given: dict, grad_key: Tensor, grad_value: Tensor, flops: int) -> None:
         """Write the gradients of key and value."""
-        box = self.keys
-        images = self._images(box, _IMAGES)
-        self._launch(box_key_gradients_kernel, box, images, 4, flops, **given, p_dk=grad_key, p_dv=grad_value)
-
-
-def map_strides(x: Tensor) -> tuple[int, ...]:
-    """Return the strides of a (batch, *grid, heads, dim) tensor, 0 for axes that a map of fewer than three lacks."""
-    batch, *axes, head, dim = x.stride()
-    return batch, *[0] * (3 - len(axes)), *axes, head, dim
+        images = self._images(self.keys, _IMAGES)
+        self._launch(box_key_gradients_kernel, self.keys, images, 4, flops, **given, p_dk=grad_key, p_dv=grad_value)
 
 
 def _extent(x: Tensor) -> int:

@@ -1,14 +1,71 @@
 """Where a tile's tokens and windows lie on the map: what all Triton kernels of neighborhood attention share.
 
 Positions are tuples of three, one an axis: token numbers inside a residue class, as vectors or as rows and columns of a
-tile of scores; `n` holds the lengths of the class. Strides are tuples as PyTorch gives them, of maps with three axes:
-(batch, three axes, heads, dim).
+tile of scores; `n` holds the lengths of the class. A function that takes an AXIS works along this one.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+
+class Window(NamedTuple):
+    """The window, a constant of every kernel; an axis that the map lacks has 1 token and a kernel of 1.
+
+    Attributes:
+        AXES: The map's axes, the last ones of three.
+        KERNEL: The kernel size along each axis.
+        STRIDE: The stride along each axis.
+        DILATION: The dilation along each axis.
+        CAUSAL: Whether each axis is causal.
+        DISC: A circular window's weights of squared offsets, their limit and whether sums need 64 bits; else None.
+        TABLE: Entries of a head's table of position biases.
+    """
+
+    AXES: int
+    KERNEL: tuple[int, int, int]
+    STRIDE: tuple[int, int, int]
+    DILATION: tuple[int, int, int]
+    CAUSAL: tuple[bool, bool, bool]
+    DISC: tuple[int, int, int, int, bool] | None
+    TABLE: int
+
+
+class Channels(NamedTuple):
+    """A head's channels and the products of them, a constant of every kernel.
+
+    Attributes:
+        DK: Channels of a query and a key.
+        DV: Channels of a value.
+        BK: DK, padded to a power of two.
+        BV: DV, padded to a power of two.
+        TYPE: The type of the operands; sums are float32.
+        PRECISION: The precision of products of float32 operands.
+    """
+
+    DK: int
+    DV: int
+    BK: int
+    BV: int
+    TYPE: tl.dtype
+    PRECISION: str
+
+
+class Strides(NamedTuple):
+    """The strides of a (batch, three axes, heads, dim) tensor."""
+
+    batch: int
+    axes: tuple[int, int, int]
+    head: int
+    dim: int
+
+
+def map_strides(x: Tensor) -> Strides:
+    """Return the strides of a (batch, *grid, heads, dim) tensor, 0 for axes that a map of fewer than three lacks."""
+    batch, *axes, head, dim = x.stride()
+    return Strides(batch, (*[0] * (3 - len(axes)), *axes), head, dim)
 
 
 @triton.jit
@@ -21,22 +78,22 @@ def split_axis(index, size, DILATION: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def find_tile(sizes, DILATION: tl.constexpr, TILE: tl.constexpr):
-    """Return (batch and head, first tokens, residues, class lengths) of this program's tile."""
-    index, f2, r2, n2 = split_axis(tl.program_id(0), sizes[2], DILATION[2], TILE[2])
-    index, f1, r1, n1 = split_axis(index, sizes[1], DILATION[1], TILE[1])
-    index, f0, r0, n0 = split_axis(index, sizes[0], DILATION[0], TILE[0])
+def find_tile(sizes, window: tl.constexpr, tile: tl.constexpr):
+    """Return (batch and head, first tokens, residues, class lengths) of this program's tile of `tile.TILE` tokens."""
+    index, f2, r2, n2 = split_axis(tl.program_id(0), sizes[2], window.DILATION[2], tile.TILE[2])
+    index, f1, r1, n1 = split_axis(index, sizes[1], window.DILATION[1], tile.TILE[1])
+    index, f0, r0, n0 = split_axis(index, sizes[0], window.DILATION[0], tile.TILE[0])
     return index, (f0, f1, f2), (r0, r1, r2), (n0, n1, n2)
 
 
 @triton.jit
-def tile_tokens(first, n, TILE: tl.constexpr):
+def tile_tokens(first, n, tile: tl.constexpr):
     """Return a tile's tokens and which of them the class has."""
-    ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    ROWS: tl.constexpr = tile.TILE[0] * tile.TILE[1] * tile.TILE[2]
     o_m = tl.arange(0, ROWS)
-    i0 = first[0] + o_m // (TILE[1] * TILE[2])
-    i1 = first[1] + o_m // TILE[2] % TILE[1]
-    i2 = first[2] + o_m % TILE[2]
+    i0 = first[0] + o_m // (tile.TILE[1] * tile.TILE[2])
+    i1 = first[1] + o_m // tile.TILE[2] % tile.TILE[1]
+    i2 = first[2] + o_m % tile.TILE[2]
     return (i0, i1, i2), (i0 < n[0]) & (i1 < n[1]) & (i2 < n[2])
 
 
@@ -50,25 +107,21 @@ def box_tokens(o_n, low, width):
 
 
 @triton.jit
-def offsets(i, r, s_x, DILATION: tl.constexpr):
-    """Return the tokens' offsets in an image of a tensor of strides s_x."""
-    o_x = (i[0] * DILATION[0] + r[0]).to(tl.int64) * s_x[1]
-    o_x += (i[1] * DILATION[1] + r[1]).to(tl.int64) * s_x[2]
-    return o_x + (i[2] * DILATION[2] + r[2]).to(tl.int64) * s_x[3]
+def offsets(i, r, strides, window: tl.constexpr, TYPE: tl.constexpr = tl.int64):
+    """Return the tokens' offsets in an image, from the strides of its axes."""
+    o_x = (i[0] * window.DILATION[0] + r[0]).to(TYPE) * strides[0]
+    o_x += (i[1] * window.DILATION[1] + r[1]).to(TYPE) * strides[1]
+    return o_x + (i[2] * window.DILATION[2] + r[2]).to(TYPE) * strides[2]
 
 
 @triton.jit
-def token_numbers(i, r, sizes, DILATION: tl.constexpr):
-    """Return the tokens' numbers in an image of `sizes`, row by row."""
-    return offsets(i, r, (0, sizes[1] * sizes[2], sizes[2], 1), DILATION)
-
-
-@triton.jit
-def first_key(i, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr):
-    """The first key that the queries `i` see along an axis; `windows.axis_window` has the rules."""
-    if CIRCULAR:
+def first_key(i, n, window: tl.constexpr, AXIS: tl.constexpr):
+    """The first key that the queries `i` see along an axis of n tokens; `windows.axis_window` has the rules."""
+    KERNEL: tl.constexpr = window.KERNEL[AXIS]
+    STRIDE: tl.constexpr = window.STRIDE[AXIS]
+    if window.DISC is not None:
         start = i - KERNEL // 2
-    elif CAUSAL:
+    elif window.CAUSAL[AXIS]:
         start = tl.minimum(i // STRIDE * STRIDE + STRIDE - 1, n - 1) - KERNEL + 1
     else:
         start = tl.minimum(tl.minimum(i // STRIDE * STRIDE + STRIDE // 2, n - 1) - KERNEL // 2, n - KERNEL)
@@ -76,38 +129,35 @@ def first_key(i, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.const
 
 
 @triton.jit
-def key_stop(i, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr):
-    """One past the last key that the queries `i` see along an axis."""
-    if CAUSAL:
+def key_stop(i, n, window: tl.constexpr, AXIS: tl.constexpr):
+    """One past the last key that the queries `i` see along an axis of n tokens."""
+    if window.CAUSAL[AXIS]:
         stop = i + 1
-    elif CIRCULAR:
-        stop = i + KERNEL // 2 + 1
+    elif window.DISC is not None:
+        stop = i + window.KERNEL[AXIS] // 2 + 1
     else:
-        stop = first_key(i, n, KERNEL, STRIDE, CAUSAL, CIRCULAR) + KERNEL
+        stop = first_key(i, n, window, AXIS) + window.KERNEL[AXIS]
     return tl.minimum(stop, n)
 
 
 @triton.jit
-def _keys(
-    first, n, TILE: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr,
-):  # fmt: skip
+def _keys(first, n, window: tl.constexpr, AXIS: tl.constexpr, TILE: tl.constexpr):
     """Return along an axis the union of the windows of a tile's queries: (first key, keys)."""
     # Starts and stops never fall from one query to the next.
-    low = first_key(first, n, KERNEL, STRIDE, CAUSAL, CIRCULAR)
-    high = key_stop(tl.minimum(first + TILE, n) - 1, n, KERNEL, STRIDE, CAUSAL, CIRCULAR)
+    low = first_key(first, n, window, AXIS)
+    high = key_stop(tl.minimum(first + TILE, n) - 1, n, window, AXIS)
     # A tile may lie past the end of a shorter class.
     return low, tl.where(first < n, high - low, 0)
 
 
 @triton.jit
-def _queries(
-    first, n, TILE: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr,
-):  # fmt: skip
+def _queries(first, n, window: tl.constexpr, AXIS: tl.constexpr, TILE: tl.constexpr):
     """Return along an axis the queries that may see a tile's keys: (first query, queries)."""
+    KERNEL: tl.constexpr = window.KERNEL[AXIS]
+    STRIDE: tl.constexpr = window.STRIDE[AXIS]
+    CAUSAL: tl.constexpr = window.CAUSAL[AXIS]
     last = tl.minimum(first + TILE, n) - 1
-    if CIRCULAR:
+    if window.DISC is not None:
         low = first if CAUSAL else tl.maximum(first - KERNEL // 2, 0)
         high = last + KERNEL // 2 + 1
     elif CAUSAL:
@@ -126,22 +176,19 @@ def _queries(
 
 
 @triton.jit
-def find_box(
-    first, n, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    CIRCULAR: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
+def find_box(first, n, window: tl.constexpr, tile: tl.constexpr, INVERSE: tl.constexpr):
     """Return the box of the keys that a tile of queries sees, INVERSE of the queries that see a tile of keys.
 
     (first tokens, widths, tokens in all.)
     """
     if INVERSE:
-        l0, w0 = _queries(first[0], n[0], TILE[0], KERNEL[0], STRIDE[0], CAUSAL[0], CIRCULAR)
-        l1, w1 = _queries(first[1], n[1], TILE[1], KERNEL[1], STRIDE[1], CAUSAL[1], CIRCULAR)
-        l2, w2 = _queries(first[2], n[2], TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], CIRCULAR)
+        l0, w0 = _queries(first[0], n[0], window, 0, tile.TILE[0])
+        l1, w1 = _queries(first[1], n[1], window, 1, tile.TILE[1])
+        l2, w2 = _queries(first[2], n[2], window, 2, tile.TILE[2])
     else:
-        l0, w0 = _keys(first[0], n[0], TILE[0], KERNEL[0], STRIDE[0], CAUSAL[0], CIRCULAR)
-        l1, w1 = _keys(first[1], n[1], TILE[1], KERNEL[1], STRIDE[1], CAUSAL[1], CIRCULAR)
-        l2, w2 = _keys(first[2], n[2], TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], CIRCULAR)
+        l0, w0 = _keys(first[0], n[0], window, 0, tile.TILE[0])
+        l1, w1 = _keys(first[1], n[1], window, 1, tile.TILE[1])
+        l2, w2 = _keys(first[2], n[2], window, 2, tile.TILE[2])
     return (l0, l1, l2), (w0, w1, w2), w0 * w1 * w2
 
 
@@ -156,45 +203,59 @@ def columns(i):
 
 
 @triton.jit
-def _sees(i, j, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr):
-    return (j >= first_key(i, n, KERNEL, STRIDE, CAUSAL, CIRCULAR)) & (
-        j < key_stop(i, n, KERNEL, STRIDE, CAUSAL, CIRCULAR)
-    )
+def _sees(i, j, n, window: tl.constexpr, AXIS: tl.constexpr):
+    i, j, n = i[AXIS], j[AXIS], n[AXIS]
+    return (j >= first_key(i, n, window, AXIS)) & (j < key_stop(i, n, window, AXIS))
 
 
 @triton.jit
-def _distance(i, j, WEIGHT: tl.constexpr, WIDE: tl.constexpr):
-    offset = (j - i).to(tl.int64) if WIDE else j - i
-    return offset * offset * WEIGHT
+def _distance(i, j, window: tl.constexpr, AXIS: tl.constexpr):
+    offset = j[AXIS] - i[AXIS]
+    if window.DISC[4]:
+        offset = offset.to(tl.int64)
+    return offset * offset * window.DISC[AXIS]
 
 
 @triton.jit
-def visible(
-    i, j, n, AXES: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, DISC: tl.constexpr
-):
-    """Whether the queries `i` see the keys `j`. DISC: None, or a circular window's weights, limit and WIDE."""
-    CIRCULAR: tl.constexpr = DISC is not None
-    mask = _sees(i[2], j[2], n[2], KERNEL[2], STRIDE[2], CAUSAL[2], CIRCULAR)
-    if AXES > 1:
-        mask &= _sees(i[1], j[1], n[1], KERNEL[1], STRIDE[1], CAUSAL[1], CIRCULAR)
-    if AXES > 2:
-        mask &= _sees(i[0], j[0], n[0], KERNEL[0], STRIDE[0], CAUSAL[0], CIRCULAR)
-    if CIRCULAR:
-        distance = _distance(i[2], j[2], DISC[2], DISC[4])
-        if AXES > 1:
-            distance += _distance(i[1], j[1], DISC[1], DISC[4])
-        if AXES > 2:
-            distance += _distance(i[0], j[0], DISC[0], DISC[4])
-        mask &= distance < DISC[3]
+def visible(i, j, n, window: tl.constexpr):
+    """Whether the queries `i` see the keys `j`."""
+    mask = _sees(i, j, n, window, 2)
+    if window.AXES > 1:
+        mask &= _sees(i, j, n, window, 1)
+    if window.AXES > 2:
+        mask &= _sees(i, j, n, window, 0)
+    if window.DISC is not None:
+        distance = _distance(i, j, window, 2)
+        if window.AXES > 1:
+            distance += _distance(i, j, window, 1)
+        if window.AXES > 2:
+            distance += _distance(i, j, window, 0)
+        mask &= distance < window.DISC[3]
     return mask
 
 
 @triton.jit
-def bias_index(i, j, AXES: tl.constexpr, KERNEL: tl.constexpr):
+def bias_index(i, j, window: tl.constexpr):
     """The places in the flattened table of position biases."""
+    KERNEL: tl.constexpr = window.KERNEL
     index = j[2] - i[2] + (KERNEL[2] - 1)
-    if AXES > 1:
+    if window.AXES > 1:
         index += (j[1] - i[1] + (KERNEL[1] - 1)) * (2 * KERNEL[2] - 1)
-    if AXES > 2:
+    if window.AXES > 2:
         index += (j[0] - i[0] + (KERNEL[0] - 1)) * ((2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
     return index
+
+
+@triton.jit
+def load_channels(p_x, o_x, m_x, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """A (tokens, BLOCK) tile at the tokens' offsets, 0 outside."""
+    o_d = tl.arange(0, BLOCK)
+    return tl.load(p_x + (o_x[:, None] + o_d[None, :] * stride), mask=m_x[:, None] & (o_d < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def store_channels(p_x, b_x, o_x, m_x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a (tokens, BLOCK) tile at the tokens' offsets."""
+    o_d = tl.arange(0, BLOCK)
+    b_x = b_x.to(p_x.dtype.element_ty)
+    tl.store(p_x + (o_x[:, None] + o_d[None, :]), b_x, mask=m_x[:, None] & (o_d < SIZE)[None, :])

@@ -68,7 +68,7 @@ def naive(tensors, kernel_size, stride=1, dilation=1, is_causal=False, scale=Non
     scale = tensors["query"].shape[-1] ** -0.5 if scale is None else scale
     arguments = (each(kernel_size), each(stride), each(dilation), each(is_causal), scale)
     outs = definition.neighborhood_attention(
-        *(tensors[name] for name in ARGUMENTS[:3]), *arguments, *map(tensors.get, ARGUMENTS[3:]), circular
+        Arguments(*(tensors[name] for name in ARGUMENTS[:3]), *arguments, *map(tensors.get, ARGUMENTS[3:]), circular)
     )
     return outs, gradients(outs, list(tensors.values()))
 
@@ -339,10 +339,11 @@ def test_extreme_scores(choice):
         tensors["query"].mul_(1000)
         tensors["relative_position_bias"][:, :4] = -torch.inf
     doubles = {name: x.detach().double() for name, x in tensors.items()}
+    window = ((5, 5), (1, 1), (1, 1), (False, False), 0.5)
+    options = (None, None, doubles["relative_position_bias"], False)
     expected, expected_lse = definition.neighborhood_attention(
-        doubles["query"], doubles["key"], doubles["value"], (5, 5), (1, 1), (1, 1), (False, False), 0.5,
-        relative_position_bias=doubles["relative_position_bias"],
-    )  # fmt: skip
+        Arguments(doubles["query"], doubles["key"], doubles["value"], *window, *options)
+    )
     # A query of the last rows sees rows above it alone: every key of its window but its own row's is hidden.
     with choose(choice):
         out, lse = na2d(**tensors, kernel_size=5, scale=0.5, return_lse=True)
@@ -396,8 +397,8 @@ def test_a_map_smaller_than_the_window_is_padded(grid, filled, dilation, choice)
 
     def composed(query, key, value, relative_position_bias, key_padding=0.0, value_padding=0.0):
         key, value = F.pad(key, ends) + outside * key_padding, F.pad(value, ends) + outside * value_padding
-        options = (None, None, relative_position_bias)
-        outs = definition.neighborhood_attention(F.pad(query, ends), key, value, *window, *options)
+        options = (None, None, relative_position_bias, False)
+        outs = definition.neighborhood_attention(Arguments(F.pad(query, ends), key, value, *window, *options))
         return [out[:, : grid[0], : grid[1]] for out in outs]
 
     def ours(query, key, value, relative_position_bias, key_padding=None, value_padding=None):

@@ -48,13 +48,13 @@ def test_wide_heads_take_their_box_in_blocks():
 def test_launches_of_boxes_cover_the_map_and_count_what_they_read():
     launches = planned((56, 56), 3, 32, 7, batch=128)
     forward, keys = launches[1], launches[-1]
-    assert forward.arguments["TILE"] == keys.arguments["TILE"] == (1, 4, 4)
+    assert forward.arguments["box"].TILE == keys.arguments["box"].TILE == (1, 4, 4)
     # Eight images a program.
     assert forward.grid == keys.grid == (14 * 14, 3, 128 // 8)
     # Tiles at the border see 7 keys along an axis, the others 10; 7 and 11 queries see the first two tiles of keys.
-    assert forward.arguments["BOX"] == (1, 10, 10)
+    assert forward.arguments["box"].WIDTH == (1, 10, 10)
     assert forward.passes["p_k"] == ((12 * 10 + 2 * 7) / 56) ** 2
-    assert keys.arguments["BOX"] == (1, 11, 11)
+    assert keys.arguments["box"].WIDTH == (1, 11, 11)
     assert keys.passes["p_q"] == ((2 * 7 + 2 * 11 + 10 * 10) / 56) ** 2
     # Along an axis four kinds of tiles of queries at most, and six of keys.
     assert [launch.arguments["p_table"].shape for launch in (launches[0], launches[-2])] == [
@@ -72,7 +72,7 @@ def test_launches_of_blocks_cover_the_map_and_count_what_they_read(monkeypatch):
         "query_gradients_kernel",
         "key_gradients_kernel",
     ]
-    tile = launches[0].arguments["TILE"][-1]
+    tile = launches[0].arguments["blocks"].TILE[-1]
     tiles = max(class_lengths(size, dilation)) // tile + (max(class_lengths(size, dilation)) % tile > 0)
     assert launches[0].grid == (2 * dilation * tiles,)
     # One tile covers a class, whose keys are all read once.
