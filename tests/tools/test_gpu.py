@@ -7,6 +7,7 @@ import time
 import types
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip("triton")
@@ -156,6 +157,82 @@ def test_what_is_not_begun_by_the_deadline_is_left(stub):
     assert left == tasks[2:]
     assert took < 10
     assert [error for _, row, error in told if row is None] == ["stopped after 3 s"] * 2
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Return the tasks that a run on a GPU gives its workers, in order, and the errors that they answer with."""
+    tasks, errors = [], {}
+
+    class Scripted:
+        def __init__(self, module, log, environment):
+            assert environment["TRITON_INTERPRET"] == "0"
+
+        def run(self, task, keep):
+            tasks.append(task)
+            if task.part == "conditions":
+                keep(dict.fromkeys(CONDITIONS, "known"))
+            if task.part == "machine":
+                keep({"subject": "memory", "value": 80.0, "unit": "GiB"})
+                keep({"subject": "copying", "value": 3.0, "unit": "TB/s"})
+                keep({"subject": "matrix products", "value": 700.0, "unit": "TFLOP/s"})
+            told = errors.get((task.part, task.item.get("op"), task.item.get("dtype")), [])
+            return told.pop(0) if told else ""
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(gpu, "Worker", Scripted)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
+    return tasks, errors
+
+
+def items(tasks, part, *keys):
+    return [tuple(task.item[key] for key in keys) for task in tasks if task.part == part]
+
+
+def test_on_a_gpu_everything_is_looked_at_in_order(scripted, tmp_path):
+    tasks, _ = scripted
+    ops = list(kernel_problems.PROBLEMS)
+    run = gpu.Run(tmp_path, "cuda", 1.0, ops, {"mamba_ssm": tmp_path}, "command")
+    run.run(["machine", "correctness", "ops", "models", "sweep"])
+    parts = [task.part for task in tasks if task.part != "build"]
+    assert list(dict.fromkeys(parts)) == ["conditions", "machine", "correctness", "ops", "models", "sweep"]
+    assert all(0 < task.seconds <= 60 for task in tasks)
+
+    checked = items(tasks, "correctness", "op", "problem", "dtype")
+    problems = {(op, each.name) for op, every in gpu_parts.CHECKED.items() for each in every}
+    assert sorted(checked) == sorted((*problem, dtype) for problem in problems for dtype in gpu_parts.DTYPES)
+
+    # The op whose peer is compiled meanwhile comes last.
+    assert items(tasks, "build", "peer") == [("mamba_ssm",)]
+    assert items(tasks, "ops", "op")[-1] == ("selective_scan",)
+    assert {op for (op,) in items(tasks, "ops", "op")} == set(ops)
+    assert set(items(tasks, "ops", "copied", "multiplied")) == {(3e12, 700e12)}
+
+    models = items(tasks, "models", "model", "img_size", "batch", "train", "compiled", "profile")
+    for name in (*gpu_parts.MODELS, *gpu_parts.TIMM_MODELS):
+        for compiled in (False, True):
+            assert (name, 224, 128, False, compiled, False) in models
+            assert (name, 224, 64, True, compiled, False) in models
+    assert {name for name, *_, profiled in models if profiled} == set(gpu_parts.MODELS)
+    assert ("vig_t", 1024, 16, False, False, False) in models
+    assert all(timm.is_model(name) for name, *_ in models)
+    assert {op for (op,) in items(tasks, "sweep", "op")} == set(ops)
+
+
+def test_a_check_whose_memory_ran_out_is_made_again_alone(scripted, tmp_path):
+    tasks, errors = scripted
+    errors["correctness", "selective_scan", "float32"] = ["OutOfMemoryError: of 80 GiB"]
+    errors["correctness", "selective_scan", "float16"] = ["OutOfMemoryError: of 80 GiB"] * 99
+    errors["ops", "selective_scan", "bfloat16"] = ["RuntimeError: wrong"]
+    run = gpu.Run(tmp_path, "cuda", 1.0, ["selective_scan"], {}, "command")
+    run.run(["machine", "correctness", "ops"])
+    checked = items(tasks, "correctness", "problem", "dtype")
+    count = len(gpu_parts.CHECKED["selective_scan"])
+    assert len(checked) == 3 * count + 1 + count
+    assert [row["dtype"] for row in run.report.wrong] == ["float16"] * count
+    assert "RuntimeError: wrong" in run.report.page.read_text()
 
 
 def report(folder):
