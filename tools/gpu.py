@@ -12,7 +12,7 @@ after each, so that a run that is cut off loses nothing. Parts run in processes 
 crashes is a row. FOLDER/log.txt has what they print.
 
 Without a GPU, or with `--device cpu`, tiny problems run in Triton's interpreter, and nothing is timed. Exits with
-status 1 if a check of correctness fails.
+status 1 if a check of correctness fails or was not made in time.
 """
 
 import argparse

@@ -109,8 +109,9 @@ class Report:
         if known.get("driver") == "none":
             lines += ["There was no GPU: kernels were interpreted, nothing was timed.", ""]
         checked = [row for row in self._of("correctness") if "value" in row]
-        passed = sum(row["passed"] for row in checked)
-        lines += [f"{passed} of {len(checked)} results lie within their tolerances and repeat bit by bit.", ""]
+        if checked:
+            passed = sum(row["passed"] for row in checked)
+            lines += [f"{passed} of {len(checked)} results lie within their tolerances and repeat bit by bit.", ""]
         for part in (
             self._ops,
             self._models,
