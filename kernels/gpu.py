@@ -81,6 +81,17 @@ def plan(target: Target) -> Iterator[list[Launch]]:
         _plan = _target = None
 
 
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Record launches and run them too; yields the list of `Launch`, which keeps their tensors."""
+    global _plan
+    _plan = []
+    try:
+        yield _plan
+    finally:
+        _plan = None
+
+
 def interpreting() -> bool:
     """Return whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1, set before they are imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -142,7 +153,8 @@ def launch(
         return
     if _plan is not None:
         _plan.append(Launch(kernel, grid, arguments, _options(num_warps, num_stages, limited), passes or {}, flops))
-        return
+        if _target is not None:
+            return
     if os.environ.get(TUNE_VARIABLE) == "1" and not interpreting():
         num_warps, num_stages = _tuned(kernel, grid, arguments, (num_warps, num_stages), limited)
     kernel[grid](**arguments, **_options(num_warps, num_stages, limited))

@@ -6,6 +6,8 @@ import time
 import pytest
 import torch
 
+from visionmix.tools.kernel_checks import poisoned_memory
+
 torch.set_num_threads(1)
 # A GPU is held to float32; convolutions round to TF32 by default.
 torch.backends.cudnn.allow_tf32 = False
@@ -32,9 +34,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty returns with NaN, so that a result that reads memory nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def fresh_memory_is_nan():
+    with poisoned_memory():
+        yield

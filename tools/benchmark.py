@@ -30,7 +30,7 @@ _PROFILED = 10
 _OPS = 30
 
 
-def _build(name: str, img_size: int) -> torch.nn.Module:
+def build(name: str, img_size: int) -> torch.nn.Module:
     """Return the model NAME or NAME+REDUCTION at `img_size`: built for it where its sizes are baked in."""
     torch.manual_seed(0)
     name, _, reduction = name.partition("+")
@@ -41,8 +41,12 @@ def _build(name: str, img_size: int) -> torch.nn.Module:
     return models.reduce_model(model, reduction) if reduction else model
 
 
-def _call(name: str, img_size: int, batch: int, train: bool, device: str, amp: str) -> Callable[[], None]:
-    model = _build(name, img_size).to(device).train(train)
+def call_of(
+    name: str, img_size: int, batch: int, train: bool, device: str, amp: str, compiled: bool = False
+) -> Callable[[], None]:
+    """Return a function that runs the model on random images once: forward, with `train` backward too."""
+    model = build(name, img_size).to(device).train(train)
+    model = torch.compile(model) if compiled else model
     images = torch.randn(batch, 3, img_size, img_size, device=device)
     autocast = torch.autocast(device, getattr(torch, amp or "bfloat16"), enabled=bool(amp))
 
@@ -61,7 +65,7 @@ def _call(name: str, img_size: int, batch: int, train: bool, device: str, amp: s
 
 def profile(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: str) -> None:
     """Print the ops that a call of one model spends its time in, and the page faults it meets."""
-    call = _call(name, img_size, batch, train, device, amp)
+    call = call_of(name, img_size, batch, train, device, amp)
     for _ in range(_WARM):
         call()
     before = timing.page_faults()
@@ -79,9 +83,9 @@ def profile(name: str, *, img_size: int, batch: int, train: bool, device: str, a
 def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: str, memory: bool) -> dict[str, object]:
     """Return the row of one model."""
     timing.wait_until_quiet()
-    call = _call(name, img_size, batch, train, device, amp)
+    call = call_of(name, img_size, batch, train, device, amp)
     time = timing.measure(call)
-    cost = info.measure(_build(name, img_size), (3, img_size, img_size))
+    cost = info.measure(build(name, img_size), (3, img_size, img_size))
     gmacs = sum(cost.macs.values()) / 1e9
     arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
     arguments += [*(["--train"] if train else []), *(["--amp", amp] if amp else [])]
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [f"{name}{reduction}" for name in args.model for reduction in ("", *(f"+{spec}" for spec in args.reduce))]
     torch.set_num_threads(args.threads)
     if args.child:
-        timing.print_growth(_call(args.model[0], args.img_size, args.batch, args.train, "cpu", args.amp))
+        timing.print_growth(call_of(args.model[0], args.img_size, args.batch, args.train, "cpu", args.amp))
         return 0
     options = {"img_size": args.img_size, "batch": args.batch, "train": args.train, "amp": args.amp}
     if args.profile:

@@ -204,24 +204,6 @@ def _batched(batch: int) -> str:
     return "" if batch == 1 else f"{batch}x"
 
 
-def _call(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], None]:
-    if not backward:
-
-        def forward_pass() -> None:
-            with torch.no_grad():
-                function(*inputs)
-
-        return forward_pass
-    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    with torch.no_grad():
-        weight = torch.randn_like(function(*inputs))
-
-    def both_passes() -> None:
-        torch.autograd.grad(function(*inputs), inputs, weight)
-
-    return both_passes
-
-
 def _check_equal(case: Case, tolerance: float) -> None:
     inputs = case.inputs()
     with torch.no_grad():
@@ -251,7 +233,7 @@ def run(name: str, case: Case, setting: Setting, *, memory: bool, skip: set[str]
             if backward and label in case.forward_only:
                 continue
             timing.wait_until_quiet()
-            call = _call(function, inputs, backward)
+            call = timing.passes(function, inputs, backward)
             time = timing.measure(call)
             our_time = our_time or time.p50
             peak = float("nan")
@@ -282,7 +264,7 @@ def _child(name: str, label: str, backward: bool, setting: Setting) -> None:
     inputs = case.inputs()
     # A small call first, so that libraries and compiled code are loaded before the size is read.
     kernels.backends()
-    timing.print_growth(_call(function, inputs, backward))
+    timing.print_growth(timing.passes(function, inputs, backward))
 
 
 def main(argv: list[str] | None = None) -> int:

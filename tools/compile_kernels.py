@@ -182,8 +182,8 @@ def _amd_usage(asm: dict[str, Any]) -> tuple[int, int]:
     return field("vgpr_count"), field("vgpr_spill_count")
 
 
-def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
-    """Compile a launch for a target; return registers per thread, spills and bytes of shared memory."""
+def compiled_kernel(launch: Launch, target: str) -> tuple[Any, str]:
+    """Compile a launch for a target; return Triton's compiled kernel and what the assembler printed."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -199,7 +199,13 @@ def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
             target=GPUTarget(device.target.backend, device.target.arch, device.warp),
             options=launch.options,
         )
-    usage = _nvidia_usage(log.getvalue()) if device.target.backend == "cuda" else _amd_usage(compiled.asm)
+    return compiled, log.getvalue()
+
+
+def compile_launch(launch: Launch, target: str) -> tuple[int, int, int]:
+    """Compile a launch for a target; return registers per thread, spills and bytes of shared memory."""
+    compiled, log = compiled_kernel(launch, target)
+    usage = _nvidia_usage(log) if DEVICES[target].target.backend == "cuda" else _amd_usage(compiled.asm)
     return *usage, compiled.metadata.shared
 
 
@@ -276,23 +282,38 @@ def table(found: list[Report]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visionmix compile-kernels", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--op", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="ops to compile; all")
-    parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES), help="targets; all")
+    parser.add_argument("--target", nargs="+", choices=DEVICES, help="targets; all, or with --count sm_80 and sm_90")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the inputs; all")
     parser.add_argument("--problem", nargs="+", help="names of the shapes to compile for; all")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     parser.add_argument("--csv", type=Path, help="write the reports to this file")
     parser.add_argument("--markdown", type=Path, help="write a table of the kernels to this file")
+    parser.add_argument(
+        "--count", action="store_true", help="count the instructions of the benchmark problems' loops in bfloat16"
+    )
+    parser.add_argument(
+        "--write-counts", action="store_true", help="count, and write benchmarks/kernel_counts.csv anew"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compile what the arguments ask for; return 1 if a kernel spills or exceeds its shared memory."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.count or arguments.write_counts:
+        from visionmix.tools import kernel_counts  # which imports this module
+
+        targets = arguments.target or kernel_counts.TARGETS
+        try:
+            return kernel_counts.report(arguments.op, targets, rewrite=arguments.write_counts)
+        except ValueError as error:
+            parser.error(str(error))
     found = []
     print(
         f"{'kernel':<26}{'dtype':<10}{'target':<8}{'warps':>5}{'regs':>6}{'spills':>8}{'shared':>8}{'occ.':>6}  tiles"
     )
-    for report in reports(arguments.op, arguments.target, arguments.dtype, arguments.problem):
+    for report in reports(arguments.op, arguments.target or list(DEVICES), arguments.dtype, arguments.problem):
         found.append(report)
         print(
             f"{report.kernel:<26}{report.dtype:<10}{report.target:<8}{report.warps:>5}{report.registers:>6}"

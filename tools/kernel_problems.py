@@ -1,4 +1,4 @@
-"""The shapes that the Triton kernels are compiled for ahead of time: those of published models, and odd ones."""
+"""The shapes that the Triton kernels are compiled, compared and timed for: those of published models, and odd ones."""
 
 import importlib
 from collections.abc import Callable
@@ -6,69 +6,116 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from visionmix.kernels.gated_linear_attention import schema as attention
 from visionmix.kernels.neighborhood_attention import schema as neighborhood
+from visionmix.kernels.schema import Schema
 from visionmix.kernels.selective_scan import schema as scan
 from visionmix.kernels.selective_scan_2d import schema as scan_2d
-from visionmix.scans.order_names import count_orders, count_routes
+from visionmix.scans.order_names import count_orders
+
+
+class Tensors:
+    """Makes a problem's tensors, standard normal, the same ones each time: on a device, or without memory on "meta".
+
+    Attributes:
+        dtype: That of activations; parameters are float32.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str = "meta", seed: int = 0):
+        self.dtype, self.device = dtype, device
+        self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def parameter(self, *shape: int) -> Tensor:
+        """Return a float32 tensor."""
+        return torch.randn(shape, generator=self._generator, device=self.device)
+
+    def activation(self, *shape: int) -> Tensor:
+        """Return a tensor of the activations' type."""
+        return self.parameter(*shape).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op; calling it with a dtype makes the launches of both passes, on meta tensors.
+
+    Attributes:
+        schema: Of the op.
+        arguments: Makes what the schema names; None where the kernels are not to run in the type.
+    """
+
+    schema: Schema
+    arguments: Callable[[Tensors], tuple | None]
+
+    def __call__(self, dtype: torch.dtype) -> None:
+        """Run the Triton implementation's forward and backward functions."""
+        arguments = self.arguments(Tensors(dtype))
+        if arguments is None:
+            return
+        _, prefix, folder = self.schema.name.rpartition("bidirectional_")
+        op = importlib.import_module(f"visionmix.kernels.{folder}.triton")
+        outputs = getattr(op, f"{prefix}forward")(arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = dict(zip(self.schema.outputs, outputs, strict=True))
+        given |= {f"grad_{name}": torch.empty_like(x) if x.numel() else None for name, x in given.items()}
+        gradients = self.schema.Gradients(*(given[name] for name in self.schema.Gradients._fields))
+        getattr(op, f"{prefix}backward")(arguments, gradients)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of an op, forward and backward, on meta tensors: `run(dtype)` makes its launches."""
+    """A call with a name."""
 
     name: str
-    run: Callable[[torch.dtype], None]
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _triton(op: str):
-    return importlib.import_module(f"visionmix.kernels.{op}.triton")
+    run: Call
 
 
 def gated_linear_attention(
     length: int, heads: int, dk: int, dv: int, *, batch: int = 1, bidirectional: bool = False, state: bool = False
-) -> Callable[[torch.dtype], None]:
-    """Return the run of `gated_linear_attention`, or the bidirectional form."""
+) -> Call:
+    """Return a call of `gated_linear_attention`, or the bidirectional form."""
 
-    def run(dtype: torch.dtype) -> None:
-        op = _triton("gated_linear_attention")
-        q, k, g, g_backward = (_empty(batch, length, heads, dk, dtype=dtype) for _ in range(4))
-        v, grad_out = (_empty(batch, length, heads, dv, dtype=dtype) for _ in range(2))
+    def arguments(make: Tensors) -> tuple:
+        q, k, *gates = (make.activation(batch, length, heads, dk) for _ in range(3 + bidirectional))
+        v = make.activation(batch, length, heads, dv)
+        gates = [F.logsigmoid(g) for g in gates]
         if bidirectional:
-            both = attention.BidirectionalArguments(q, k, v, g, g_backward, 1.0, "mean")
-            op.bidirectional_forward(both)
-            op.bidirectional_backward(both, attention.BidirectionalGradients(grad_out))
-            return
-        first, grad_last = (_empty(batch, heads, dk, dv) if state else None for _ in range(2))
-        arguments = attention.Arguments(q, k, v, g, 1.0, first, state)
-        op.forward(arguments)
-        op.backward(arguments, attention.Gradients(grad_out, grad_last))
+            return attention.BidirectionalArguments(q, k, v, *gates, 1.0, "mean")
+        first = make.parameter(batch, heads, dk, dv) if state else None
+        return attention.Arguments(q, k, v, *gates, 1.0, first, state)
 
-    return run
+    return Call(attention.BIDIRECTIONAL_SCHEMA if bidirectional else attention.SCHEMA, arguments)
+
+
+def _rates(make: Tensors, *shape: int) -> Tensor:
+    return -make.parameter(*shape).abs() - 0.1
 
 
 def selective_scan(
-    dim: int, length: int, states: int, *, batch: int = 1, groups: int = 1, options: bool = True, constant: bool = False
-) -> Callable[[torch.dtype], None]:
-    """Return the run of `selective_scan`; `options` are D, z, the bias, softplus and the last state."""
+    dim: int,
+    length: int,
+    states: int,
+    *,
+    batch: int = 1,
+    groups: int = 1,
+    options: bool = True,
+    gate: bool = True,
+    constant: bool = False,
+) -> Call:
+    """Return a call of `selective_scan`; `options` are D, bias and softplus, and with `gate` z and the last state."""
 
-    def run(dtype: torch.dtype) -> None:
-        op = _triton("selective_scan")
-        u, delta, z, grad_out = (_empty(batch, dim, length, dtype=dtype) for _ in range(4))
-        A, D, bias = _empty(dim, states), _empty(dim), _empty(dim)
+    def arguments(make: Tensors) -> scan.Arguments:
+        u, delta = (make.activation(batch, dim, length) for _ in range(2))
+        delta = delta - 2 if options else F.softplus(delta - 2)
+        A = _rates(make, dim, states)
         shape = (dim, states) if constant else (batch, groups, states, length)
-        B, C = (_empty(*shape, dtype=dtype) for _ in range(2))
-        given = (D, z, bias) if options else (None, None, None)
-        arguments = scan.Arguments(u, delta, A, B, C, *given, options, options)
-        op.forward(arguments)
-        op.backward(arguments, scan.Gradients(grad_out, _empty(batch, dim, states) if options else None, None))
+        B, C = (make.activation(*shape) for _ in range(2))
+        D, bias = (make.parameter(dim) if options else None for _ in range(2))
+        z = make.activation(batch, dim, length) if options and gate else None
+        return scan.Arguments(u, delta, A, B, C, D, z, bias, options, options and gate)
 
-    return run
+    return Call(scan.SCHEMA, arguments)
 
 
 CROSS = "raster,raster_transposed,raster_reversed,raster_transposed_reversed"
@@ -84,25 +131,19 @@ def selective_scan_2d(
     rank: int = 0,
     orders: str = CROSS,
     merge: str = "sum",
-) -> Callable[[torch.dtype], None]:
-    """Return the run of `selective_scan_2d`, with D, the bias and softplus; delta of low rank where `rank` is given."""
+) -> Call:
+    """Return a call of `selective_scan_2d`, with D, the bias and softplus; delta of low rank where `rank` is given."""
 
-    def run(dtype: torch.dtype) -> None:
-        op = _triton("selective_scan_2d")
-        count = count_orders(orders)
-        x, grad_out = (_empty(batch, height, width, channels, dtype=dtype) for _ in range(2))
-        if merge == "none":
-            grad_out = _empty(batch, height, width, count_routes(orders), channels, dtype=dtype)
-        delta = _empty(batch, height, width, count, rank or channels, dtype=dtype)
-        weight = _empty(count, channels, rank, dtype=dtype) if rank else None
-        B, C = (_empty(batch, height, width, count, states, dtype=dtype) for _ in range(2))
-        D, bias = (_empty(count, channels) for _ in range(2))
-        tensors = (x, delta, weight, _empty(count, channels, states), B, C, D, bias)
-        arguments = scan_2d.Arguments(*tensors, True, orders, merge, "all")
-        op.forward(arguments)
-        op.backward(arguments, scan_2d.Gradients(grad_out, None))
+    def arguments(make: Tensors) -> scan_2d.Arguments:
+        count, cells = count_orders(orders), (batch, height, width)
+        x, delta = make.activation(*cells, channels), make.activation(*cells, count, rank or channels)
+        weight = make.activation(count, channels, rank) * rank**-0.5 if rank else None
+        A = _rates(make, count, channels, states)
+        B, C = (make.activation(*cells, count, states) for _ in range(2))
+        D, bias = make.parameter(count, channels), make.parameter(count, channels) - 2
+        return scan_2d.Arguments(x, delta, weight, A, B, C, D, bias, True, orders, merge, "all")
 
-    return run
+    return Call(scan_2d.SCHEMA, arguments)
 
 
 def neighborhood_attention(
@@ -120,26 +161,20 @@ def neighborhood_attention(
     bias: bool = False,
     circular: bool = False,
     half_only: bool = False,
-) -> Callable[[torch.dtype], None]:
-    """Return the run of `neighborhood_attention`, the window the same on all axes; none in float32 with `half_only`."""
+) -> Call:
+    """Return a call of `neighborhood_attention`, the window the same on all axes; none in float32 with `half_only`."""
 
-    def run(dtype: torch.dtype) -> None:
-        if half_only and dtype == torch.float32:
-            return
-        op = _triton("neighborhood_attention")
+    def arguments(make: Tensors) -> neighborhood.Arguments | None:
+        if half_only and make.dtype == torch.float32:
+            return None
         groups, axes = key_heads or heads, len(grid)
-        q, grad_out, out = (_empty(batch, *grid, heads, dim, dtype=dtype) for _ in range(3))
-        k, v = (_empty(batch, *grid, groups, dim, dtype=dtype) for _ in range(2))
-        lse, grad_lse = (_empty(batch, *grid, heads) for _ in range(2))
-        extras = [_empty(batch, extra, groups, dim, dtype=dtype) if extra else None for _ in range(2)]
-        table = _empty(heads, *[2 * kernel_size - 1] * axes) if bias else None
+        query, key, value = (make.activation(batch, *grid, count, dim) for count in (heads, groups, groups))
+        extras = [make.activation(batch, extra, groups, dim) if extra else None for _ in range(2)]
+        table = make.parameter(heads, *[2 * kernel_size - 1] * axes) if bias else None
         window = ([x] * axes for x in (kernel_size, stride, dilation, int(causal)))
-        options = (*window, dim**-0.5, *extras, table, circular)
-        arguments = neighborhood.Arguments(q, k, v, *options)
-        op.forward(arguments)
-        op.backward(arguments, neighborhood.Gradients(grad_out, grad_lse, out, lse))
+        return neighborhood.Arguments(query, key, value, *window, dim**-0.5, *extras, table, circular)
 
-    return run
+    return Call(neighborhood.SCHEMA, arguments)
 
 
 PROBLEMS = {
@@ -184,4 +219,27 @@ PROBLEMS = {
         Problem("disc", neighborhood_attention((64, 64), 2, 64, 31, circular=True, extra=77)),
         Problem("volume", neighborhood_attention((16, 28, 28), 2, 32, 5, stride=2, bias=True)),
     ],
+}
+
+# At these sizes a GPU is full, but for the single image: the ops are timed beside their peers there.
+BENCHMARKS = {
+    "selective_scan": [Problem("16x384x3136, 16 states", selective_scan(384, 3136, 16, batch=16, gate=False))],
+    "selective_scan_2d": [
+        Problem("128x56x56x96, 4 orders, rank 6", selective_scan_2d(56, 56, 96, 1, rank=6, batch=128)),
+        Problem("1x56x56x96, 4 orders, rank 6", selective_scan_2d(56, 56, 96, 1, rank=6)),
+    ],
+    "gated_linear_attention": [
+        Problem("16x4096, 12 heads, dk 32, dv 64", gated_linear_attention(4096, 12, 32, 64, batch=16)),
+    ],
+    "neighborhood_attention": [
+        Problem("128x56x56, kernel 7, 3 heads of 32", neighborhood_attention((56, 56), 3, 32, 7, batch=128, bias=True)),
+    ],
+}
+
+# Of each op's kind, small enough for Triton's interpreter.
+TINY = {
+    "gated_linear_attention": [Problem("1x6, 1 head", gated_linear_attention(6, 1, 16, 16))],
+    "selective_scan": [Problem("1x4x20, 2 states", selective_scan(4, 20, 2))],
+    "selective_scan_2d": [Problem("1x4x3x8, 4 orders, rank 2", selective_scan_2d(4, 3, 8, 1, rank=2))],
+    "neighborhood_attention": [Problem("1x5x4, kernel 3", neighborhood_attention((5, 4), 1, 8, 3, bias=True))],
 }

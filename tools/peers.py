@@ -75,7 +75,11 @@ def na2d_gather(query: Tensor, key: Tensor, value: Tensor, kernel_size: int, dil
 
 
 def na2d_flex_attention(height: int, width: int, kernel_size: int, dilation: int, device: str) -> Callable[..., Tensor]:
-    """Return a function that computes 2-D neighborhood attention by compiled FlexAttention with the same mask."""
+    """Return a function that computes 2-D neighborhood attention by compiled FlexAttention with the same mask.
+
+    It takes query, key and value (batch, height, width, heads, dim), and a bias or None, (heads, distances, distances)
+    with 2 kernel_size - 1 distances along an axis.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     first_row = window_starts(height, kernel_size, dilation).to(device)
@@ -90,8 +94,16 @@ def na2d_flex_attention(height: int, width: int, kernel_size: int, dilation: int
     mask = create_block_mask(seen, None, None, height * width, height * width, device=device)
     compiled = torch.compile(flex_attention)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        def biased(score, b, h, q, k):
+            row = (k // width - q // width) // dilation + kernel_size - 1
+            column = (k % width - q % width) // dilation + kernel_size - 1
+            # Pairs that the mask hides are computed too.
+            last = 2 * kernel_size - 2
+            return score + bias[h, row.clamp(0, last), column.clamp(0, last)]
+
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
-        return compiled(q, k, v, block_mask=mask).transpose(1, 2).reshape(query.shape)
+        scored = None if bias is None else biased
+        return compiled(q, k, v, score_mod=scored, block_mask=mask).transpose(1, 2).reshape(query.shape)
 
     return attend

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _BUSY = 0.10  # of one core
 _AGREE = 0.10
@@ -75,6 +76,33 @@ def measure(call: Callable[[], object]) -> Time:
             p20, p80 = np.quantile(samples, (0.2, 0.8)).tolist()
             return Time(p20, medians[-1], p80)
     raise NoisyMachine(f"{_ROUNDS} rounds disagree: medians {[f'{value * 1e3:.3g} ms' for value in medians]}")
+
+
+def measure_on_gpu(call: Callable[[], object], seconds: float = 0.3) -> Time:
+    """Return the GPU's time of `call`, its second-level cache emptied before each: a fraction of a second in all."""
+    import triton
+
+    samples = triton.testing.do_bench(call, warmup=100, rep=round(seconds * 1e3), return_mode="all")
+    return Time(*(np.quantile(samples, (0.2, 0.5, 0.8)) / 1e3).tolist())
+
+
+def passes(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], None]:
+    """Return a call of `function` on `inputs`, without gradients or with the gradients of all inputs."""
+    if not backward:
+
+        def forward_pass() -> None:
+            with torch.no_grad():
+                function(*inputs)
+
+        return forward_pass
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    with torch.no_grad():
+        weight = torch.randn_like(function(*inputs))
+
+    def both_passes() -> None:
+        torch.autograd.grad(function(*inputs), inputs, weight)
+
+    return both_passes
 
 
 def peak_memory(arguments: Iterable[str]) -> float:

@@ -1,9 +1,8 @@
-"""How far a result may lie from its float64 reference, relative to the largest value: one table for all tests."""
+"""How far a result may lie from its float64 reference, relative to the largest value, by the table of the tools."""
 
 import torch
 
-# Outputs and gradients are rounded to their dtype; the computation is float32 or better.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+from visionmix.tools.kernel_checks import TOLERANCE
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", *, factor: float = 1.0) -> None:
