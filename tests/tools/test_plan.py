@@ -1,18 +1,25 @@
 """The plan of a training run: what is counted against real tensors and definitions, what is assumed by hand."""
 
+import argparse
 import dataclasses
 import re
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.distributed.run
+import yaml
 from memory import PeakMemory
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from visionmix.tools import info, plan, recipe, step_cost, timing
+from visionmix.tools import info, plan, recipe, step_cost, timing, train
+
+CLUSTER = Path(__file__).parents[2] / "configs" / "cluster"
 
 
 def made(name: str, batch: int, size: int, **train_options) -> recipe.Recipe:
@@ -344,3 +351,51 @@ def test_a_cpu_takes_the_estimated_time(name, batch, monkeypatch):
     step()  # compiles the fused ops
     taken = timing._fastest(step, 5.0)
     assert plan.estimate(cost, plan.cpu("none"), plan._CPU, serial=True).seconds == pytest.approx(taken, rel=0.15)
+
+
+def started(torchrun: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Return what torchrun and visionmix train read from a command line."""
+    launcher = torch.distributed.run.get_args_parser().parse_args(torchrun)
+    assert (launcher.no_python, launcher.training_script) == (True, "visionmix")
+    assert launcher.training_script_args[0] == "train"
+    return launcher, train.parser().parse_args(launcher.training_script_args[1:])
+
+
+def test_the_slurm_script_starts_torchrun_on_each_node(tmp_path):
+    assert subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sbatch")]).returncode == 0
+    for name, text in (("scontrol", 'printf "node7\nnode8\n"'), ("srun", 'printf "%s\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12",
+                   "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}  # fmt: skip
+    command = ["bash", str(CLUSTER / "slurm.sbatch")]
+    arguments = ["imagenet/vig_b.yaml", "--data", "/data/a b", "--batch-size", "16"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
+    program, *torchrun = done.stdout.splitlines()
+    assert program == "torchrun"
+    launcher, given = started(torchrun)
+    assert (launcher.nnodes, launcher.nproc_per_node, launcher.rdzv_endpoint) == ("2", "4", "node7:29500")
+    assert (given.recipe, given.data, given.batch_size, given.resume) == ("imagenet/vig_b.yaml", "/data/a b", 16, "")
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "usage: sbatch" in refused.stderr
+
+
+def test_the_kubeflow_job_starts_torchrun_on_each_node():
+    job = yaml.safe_load((CLUSTER / "pytorchjob.yml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    told = {"PET_NNODES": str(nodes), "PET_NPROC_PER_NODE": job["spec"]["nprocPerNode"], "PET_NODE_RANK": "3",
+            "MASTER_ADDR": "master", "MASTER_PORT": "23456"}  # fmt: skip
+    for replica in replicas.values():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert (container["name"], container["command"]) == ("pytorch", ["torchrun"])
+        launcher, given = started([re.sub(r"\$\((\w+)\)", lambda m: told[m[1]], each) for each in container["args"]])
+        assert (launcher.nnodes, launcher.node_rank, launcher.master_addr) == (str(nodes), 3, "master")
+        assert int(launcher.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+        assert recipe.read(given.recipe).model.name == "vig_b"
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert given.data in mounts
+        assert str(given.output.parent) in mounts
+        assert set(mounts.values()) == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
