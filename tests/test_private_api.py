@@ -2,7 +2,6 @@
 
 import timm
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from visionmix import private_api
 
@@ -14,10 +13,19 @@ def test_parse_schema_reads_names_types_and_defaults():
 
 
 def test_outside_of_tracing_tensors_are_real():
-    with FakeTensorMode():
+    with private_api.FakeTensorMode():
         assert type(torch.ones(2)) is not torch.Tensor
         with private_api.outside_of_tracing():
             assert torch.ones(2).numpy().sum() == 2
+
+
+def test_fake_tensors_have_shapes_types_and_gradients_but_no_memory():
+    with private_api.FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        weight = torch.empty(1 << 20, 1 << 20, requires_grad=True)
+        out = torch.empty(4, 1 << 20) @ weight
+        assert (out.shape, out.dtype, out.device.type) == ((4, 1 << 20), torch.bfloat16, "cpu")
+        out.sum().backward()
+        assert weight.grad.untyped_storage().nbytes() == 1 << 42
 
 
 def test_inside_functorch_sees_transforms():

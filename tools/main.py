@@ -15,6 +15,7 @@ COMMANDS = {
     "draw-predictions": ("draw_predictions", "draw what a detector or segmentation model finds beside the truth"),
     "check-configs": ("check_configs", "build, train a step and run every mmdet and mmseg config"),
     "info": ("info", "parameters, operations and published figures of a model"),
+    "plan": ("plan", "time, memory and GPU-hours of a training run, before it costs anything"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
     "bakeoff": ("bakeoff", "train one skeleton with every mixer, and compare them"),
     "draw-tokens": ("draw_tokens", "draw images with the regions that a reduced model merges"),

@@ -149,19 +149,43 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-@cache
-def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Return (bytes a second of a large copy, reads and writes counted; FLOPs a second of a large product in `dtype`).
+def _copy_and_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], int, Callable[[], object], int]:
+    """Return a large copy, the bytes that it reads and writes, a large matrix product in `dtype`, and its FLOPs.
 
     A GPU is slow on small ones, and faster on zeros and ones than on anything else.
     """
     x = torch.randn(1 << (29 if device == "cuda" else 26), device=device)
     y = torch.empty_like(x)
-    copied = 2 * x.nbytes / measure(lambda: y.copy_(x)).p20
     side = 8192 if device == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
-    multiplied = 2 * side**3 / measure(lambda: a @ a).p20
-    return copied, multiplied
+    return lambda: y.copy_(x), 2 * x.nbytes, lambda: a @ a, 2 * side**3
+
+
+@cache
+def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Return (bytes a second of a large copy, reads and writes; FLOPs a second of a large product in `dtype`)."""
+    copy, moved, product, flops = _copy_and_product(device, dtype)
+    return moved / measure(copy).p20, flops / measure(product).p20
+
+
+def quick_limits(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> tuple[float, float]:
+    """Return what `machine_limits` returns for the CPU, from the fastest of the calls made in `seconds` each.
+
+    A busy machine is not refused, and shows lower limits than it has.
+    """
+    copy, moved, product, flops = _copy_and_product("cpu", dtype)
+    return moved / _fastest(copy, seconds), flops / _fastest(product, seconds)
+
+
+def _fastest(call: Callable[[], object], seconds: float) -> float:
+    """Return the seconds of the fastest call, after a first one that is not counted."""
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def conditions(device: str = "cpu") -> dict[str, str]:

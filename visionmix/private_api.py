@@ -7,12 +7,14 @@ import torch
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._hub import load_model_config_from_path
 from torch._C import parse_schema
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "AnyBatchNorm",
+    "FakeTensorMode",
     "FeatureGetterNet",
     "TorchDispatchMode",
     "feature_take_indices",

@@ -61,3 +61,22 @@ def test_rounds_that_never_agree_are_refused(monkeypatch):
     pretend_rounds(monkeypatch, itertools.cycle([[1.0], [2.0]]))
     with pytest.raises(timing.NoisyMachine, match=r"8 rounds disagree: medians \['1e\+03 ms', '2e\+03 ms'"):
         timing.measure(int)
+
+
+def test_quick_limits_take_the_fastest_of_the_calls_in_a_time(monkeypatch):
+    clock = itertools.count()
+    left = iter([9.0, 4.0, 2.0, 3.0, 5.0])  # the first call is not counted
+    now = [0.0]
+
+    def call():
+        now[0] += next(left)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0] + next(clock) * 1e-9)
+    assert timing._fastest(call, 8.5) == pytest.approx(2.0)
+    assert next(left) == 5.0
+
+
+def test_quick_limits_are_rates(monkeypatch):
+    monkeypatch.setattr(timing, "_fastest", lambda call, seconds: seconds)
+    monkeypatch.setattr(timing, "_copy_and_product", lambda device, dtype: (None, 80, None, 600))
+    assert timing.quick_limits(seconds=2.0) == (40, 300)

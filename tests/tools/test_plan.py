@@ -1,0 +1,401 @@
+"""The plan of a training run: what is counted against real tensors and definitions, what is assumed by hand."""
+
+import argparse
+import dataclasses
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed.run
+import yaml
+from memory import PeakMemory
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.nn import functional as F
+
+from visionmix.tools import info, plan, recipe, step_cost, timing, train
+
+CLUSTER = Path(__file__).parents[2] / "configs" / "cluster"
+
+
+def made(name: str, batch: int, size: int, **train_options) -> recipe.Recipe:
+    """Return a recipe of a model that is built for its size."""
+    tree = {"model": {"name": name}, "data": {"image_size": size, "batch_size": batch}, "train": train_options}
+    return recipe.from_dict(tree, "test")
+
+
+def calls_of(function) -> list[step_cost.Call]:
+    with step_cost._Counter() as counter:
+        function()
+    return counter.take()
+
+
+def test_ops_are_counted_by_hand():
+    x, weight, bias = torch.randn(5, 8), torch.randn(8, 6), torch.randn(6)
+    (product,) = calls_of(lambda: x @ weight)
+    assert (product.flops, product.moved) == (2 * 5 * 8 * 6, 4 * (5 * 8 + 8 * 6 + 5 * 6))
+    (broadcast,) = calls_of(lambda: x[:, :6] + bias.expand(5, 6))
+    assert (broadcast.flops, broadcast.moved) == (0, 4 * (30 + 6 + 30))
+    (in_place,) = calls_of(lambda: x.mul_(2.0))
+    assert in_place.moved == 4 * (40 + 40)
+    (filled,) = calls_of(lambda: x.zero_())
+    assert filled.moved == 4 * 40
+    (half,) = calls_of(lambda: weight.bfloat16())
+    assert (half.moved, half.half) == (48 * 4 + 48 * 2, False)
+    assert not calls_of(lambda: (x.view(8, 5).t()[1:], x.detach(), torch.empty(3)))
+    assert calls_of(lambda: torch._foreach_add_([x, weight], 1.0))[0].moved == 2 * 4 * (40 + 48)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_convolutions_count_each_of_their_gradients_as_the_forward_pass(layer, groups):
+    """Multiply-adds by the definition: every input and output channel of a group, at every place of the kernel."""
+    convolution = layer(8, 16, 3, stride=2, groups=groups, bias=False)
+    images = torch.randn(2, 8, 9, 9, requires_grad=True)
+    out = convolution(images)
+    places = (images if layer is nn.ConvTranspose2d else out)[:, 0].numel()
+    macs = places * 9 * (8 // groups) * (16 // groups) * groups
+    (backward,) = [call for call in calls_of(lambda: out.sum().backward()) if call.flops]
+    assert backward.flops == 2 * 2 * macs
+
+
+def test_the_forward_pass_has_the_flops_that_info_prints():
+    cost = step_cost.count(made("test_vig", 3, 64), 3, classes=1000)
+    macs = info.measure(timm.create_model("test_vig"), (3, 64, 64)).macs
+    assert sum(call.flops for call in cost.forward) == 3 * 2 * sum(macs.values())
+
+
+def real_step(name: str, batch: int, size: int, checkpointing: bool) -> dict[str, int]:
+    """Return the memory of a training step that is really computed."""
+    model = timm.create_model(name, num_classes=1000).train()
+    if checkpointing:
+        model.set_grad_checkpointing(True)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    images, targets = torch.randn(batch, 3, size, size), torch.rand(batch, 1000).softmax(1)
+    weights = [*model.parameters(), *model.buffers()]
+    known = {x.untyped_storage().data_ptr() for x in weights}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with PeakMemory() as memory, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = F.cross_entropy(model(images), targets)
+    activations = sum(x.untyped_storage().nbytes() for key, x in saved.items() if key not in known)
+    forward_peak = memory.peak
+    saved.clear()
+    with PeakMemory() as memory:
+        loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+    optimizer.step()
+    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    return {
+        "parameters": sum(x.nbytes for x in weights),
+        "gradients": sum(x.grad.untyped_storage().nbytes() for x in model.parameters()),
+        "optimizer": sum(x.nbytes for x in state),
+        "activations": activations,
+        "forward_peak": forward_peak,
+        "step_peak": memory.peak,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "size"),
+    [
+        ("test_vig", 4, 96),
+        ("vig_t", 2, 64),
+        ("test_vmamba", 3, 96),
+        ("test_dinat", 3, 96),
+        ("test_vit", 1, 160),
+    ],
+)
+def test_memory_is_that_of_a_real_step(name, batch, size):
+    cost = step_cost.count(made(name, batch, size), batch, classes=1000, foreach=False)
+    real = real_step(name, batch, size, checkpointing=False)
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert getattr(cost, kind) == real[kind]
+    assert cost.activations == pytest.approx(real["activations"], rel=0.15)
+    images = 4 * batch * 3 * size**2  # made before the real step is watched
+    assert max(cost.forward_peak, cost.backward_peak) == pytest.approx(real["step_peak"] + images, rel=0.15)
+    whole = sum(real[kind] for kind in ("parameters", "gradients", "optimizer", "activations"))
+    assert cost.peak() == pytest.approx(whole, rel=0.15)
+
+
+def test_checkpointing_saves_what_it_saves_in_a_real_step():
+    costs = [step_cost.count(made("test_vig", 4, 96), 4, classes=1000, checkpointing=each) for each in (False, True)]
+    real = real_step("test_vig", 4, 96, checkpointing=True)
+    images = 4 * 4 * 3 * 96**2
+    assert max(costs[1].forward_peak, costs[1].backward_peak) == pytest.approx(real["step_peak"] + images, rel=0.15)
+    assert costs[1].activations < costs[0].activations / 3
+    flops = [sum(call.flops for call in cost.backward) for cost in costs]
+    forward = sum(call.flops for call in costs[0].forward)
+    assert flops[0] < flops[1] <= flops[0] + forward
+
+
+def test_mixed_precision_keeps_activations_in_half_the_bytes():
+    costs = {amp: step_cost.count(made("test_vit", 8, 160, amp=amp), 8, classes=1000)
+             for amp in ("none", "bfloat16")}  # fmt: skip
+    assert costs["bfloat16"].activations < 0.75 * costs["none"].activations
+    products = [call for call in costs["bfloat16"].forward if call.flops]
+    assert all(call.half for call in products)
+    assert not any(call.half for call in costs["none"].forward)
+
+
+def test_moving_average_clipping_and_optimisers_are_counted():
+    tree = {"model": {"name": "test_vig"}, "data": {"image_size": 96}, "optimizer": {"name": "sgd"}}
+    plain = step_cost.count(recipe.from_dict(tree, "test"), 2, classes=1000)
+    tree["optimizer"] = {"name": "adamw", "clip_grad": 1.0}
+    tree["train"] = {"ema_decay": 0.9}
+    full = step_cost.count(recipe.from_dict(tree, "test"), 2, classes=1000)
+    assert (plain.optimizer, plain.average) == (plain.gradients, 0)  # timm's sgd has momentum
+    assert full.average == full.parameters
+    assert 2 * full.gradients <= full.optimizer < 2.01 * full.gradients
+    assert full.update[-1].moved == 3 * full.parameters
+    assert sum(call.moved for call in full.update) > sum(call.moved for call in plain.update) + 3 * full.parameters
+
+
+DEVICE = plan.Device(half=100.0, single=10.0, bandwidth=8.0, memory=1e9, link=6.0, network=0.5, source="made up")
+ASSUMED = plan.Assumed(compute=0.5, memory=0.25, fused=0.1, link=0.5, overlap=0.5, launch=1.0, usable=0.9)
+
+
+def test_each_op_takes_the_longer_of_its_flops_and_its_bytes():
+    calls = [
+        step_cost.Call("aten.mm", flops=100, moved=2, half=True),  # 100 / 50 beside 2 / 2
+        step_cost.Call("aten.mm", flops=100, moved=2),  # 100 / 5
+        step_cost.Call("aten.add", flops=0, moved=6),  # 6 / 2
+        step_cost.Call("visionmix.selective_scan", flops=0, moved=4, half=True),  # 4 / 0.8
+    ]
+    part = plan.part(calls, DEVICE, ASSUMED, serial=False)
+    assert (part.flops, part.moved) == (200, 14)
+    assert (part.device, part.host, part.seconds) == pytest.approx((2 + 20 + 3 + 5, 4, 30))
+    assert plan.part(calls, DEVICE, ASSUMED, serial=True).seconds == pytest.approx(34)
+    slow = dataclasses.replace(ASSUMED, launch=20.0)
+    assert plan.part(calls, DEVICE, slow, serial=False).seconds == pytest.approx(80)
+
+
+def test_all_reduce_in_a_node_between_nodes_and_hidden():
+    assert plan.all_reduce(30, 1, 8, DEVICE, ASSUMED) == 0
+    assert plan.all_reduce(30, 4, 8, DEVICE, ASSUMED) == pytest.approx(2 * 3 / 4 * 30 / (6 * 0.5))
+    assert plan.all_reduce(30, 16, 8, DEVICE, ASSUMED) == pytest.approx(2 * 15 / 16 * 30 / (8 * 0.5 * 0.5))
+    backward = [step_cost.Call("aten.add", flops=0, moved=20)]  # 10 seconds, of which half hides
+    cost = step_cost.StepCost([], backward, [], 0, gradients=30, optimizer=0, average=0, activations=0,
+                              forward_peak=0, backward_peak=0, update_peak=0)  # fmt: skip
+    step = plan.estimate(cost, DEVICE, ASSUMED, gpus=4)
+    assert step.exposed == pytest.approx(15 - 5)
+    assert step.seconds == pytest.approx(10 + 10)
+    assert plan.estimate(cost, DEVICE, ASSUMED, gpus=1).exposed == 0
+
+
+def test_the_peak_holds_old_gradients_in_the_forward_pass_and_buffers_between_replicas():
+    cost = step_cost.StepCost([], [], [], parameters=7, gradients=5, optimizer=3, average=2, activations=20,
+                              forward_peak=21, backward_peak=24, update_peak=1)  # fmt: skip
+    assert cost.peak() == 7 + 3 + 2 + 21 + 5
+    assert cost.peak(replicas=2) == cost.peak() + 5
+
+
+@pytest.mark.parametrize("limit", [0, 9, 10, 99, 100, 101, 365, 1000])
+def test_largest_batch(limit):
+    def peak(batch):
+        return max(10 + 3 * batch, 4 + 7 * batch, 90 + 2 * batch if batch > 30 else 0)
+
+    wanted = max((batch for batch in range(1, 400) if peak(batch) <= limit), default=0)
+    assert plan.largest_batch(peak, 400, limit) == wanted
+
+
+def test_a_model_brings_its_packaged_recipe():
+    found, source = plan.read_recipe("vig_b", None, {"schedule": {"epochs": 30}}, [])
+    assert source == "imagenet/vig_b.yaml"
+    assert (found.model.kwargs, found.schedule.epochs) == ({"drop_path_rate": 0.5}, 30)
+    found, source = plan.read_recipe("test_vig", None, {}, [])
+    assert (source, found.schedule.epochs, found.data.image_size) == ("the default settings", 300, 96)
+    found, _ = plan.read_recipe("vig_t", "imagenet/vig_s.yaml", {}, ["optimizer.name=lamb"])
+    assert (found.model.name, found.optimizer.weight_decay, found.optimizer.name) == ("vig_t", 0.1, "lamb")
+
+
+def show(capsys, *arguments: str) -> tuple[int, str]:
+    status = plan.main(["test_vig", *arguments])
+    return status, " ".join(capsys.readouterr().out.replace("│", " ").replace("┃", " ").split())
+
+
+def test_prints_a_plan(capsys):
+    status, shown = show(
+        capsys, "--gpus", "16", "--gpu", "a100", "--batch", "64", "--epochs", "30", "--image-kb", "100"
+    )
+    assert status == 0
+    assert "16 x a100, 64 images a step, 4 a GPU" in shown
+    cost = step_cost.count(made("test_vig", 4, 96), 4, classes=1000)
+    step = plan.estimate(cost, plan.DEVICES["a100"], plan._GPU, gpus=16)
+    assert f"step {step.seconds * 1e3:.2f}" in shown
+    rate = 64 / step.seconds
+    assert f"images a second {rate:,.0f}, {rate / 16:,.1f} a GPU" in shown
+    assert f"data rate {rate * 0.1:,.0f} MB a second at 100 kB an image" in shown
+    test = step.parts["forward"].seconds * 782  # 50,000 images
+    hours = 30 * (1_281_167 // 64 * step.seconds + test) / 3600
+    assert f"hours {hours:,.2f}, {hours * 16:,.1f} GPU-hours" in shown
+    assert "epochs 30 of 1,281,167 images, 20,018 steps each" in shown
+    for stated in ("NVIDIA A100", "--compute 0.7", "--memory 0.55", "--launch 4e-05", "activation checkpointing"):
+        assert stated in shown
+
+
+def test_options_change_what_is_assumed(capsys):
+    _, shown = show(capsys, "--batch", "4", "--launch", "0.01", "--overlap", "0")
+    assert "--launch 0.01" in shown
+    calls = step_cost.count(made("test_vig", 4, 96), 4, classes=1000)
+    host = sum(len(getattr(calls, name)) for name in ("forward", "backward", "update")) * 0.01
+    assert f"step {host * 1e3:.2f}" in shown
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(capsys, monkeypatch):
+    def count(batch, checkpointing=False):
+        return step_cost.count(made("test_vig", batch, 96), batch, classes=1000, checkpointing=checkpointing)
+
+    limit = (count(12).peak(2) + count(13).peak(2)) / 2
+    assert limit > count(14, checkpointing=True).peak(2)
+    small = dataclasses.replace(plan.DEVICES["h100"], memory=limit / plan._GPU.usable)
+    monkeypatch.setitem(plan.DEVICES, "h100", small)
+    status, shown = show(capsys, "--gpus", "2", "--batch", "28")
+    assert status == 1
+    assert "DOES NOT FIT" in shown
+    assert "the largest batch is 12 a GPU, 24 in all" in shown
+    assert "With --checkpointing this batch fits." in shown
+    assert show(capsys, "--gpus", "2", "--batch", "28", "--checkpointing")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vig_x"], r"model='vig_x' is not known \(did you mean 'vig_\w'\?\)"),
+        (["vig_t", "--gpu", "h10"], r"gpu='h10' is not known \(did you mean 'h100'\?\); choose one of a100, h100"),
+        (["vig_t", "--recipe", "imagenet/vig_q.yaml"], r"there is no recipe 'imagenet/vig_q.yaml'.*did you mean 'im"),
+        (["vig_t", "--batch", "100", "--gpus", "16"], r"batch=100 is not divisible by gpus=16; give 96 or 112"),
+        (["vig_t", "--batch", "3", "--gpus", "16"], r"batch=3 is not divisible by gpus=16; give 16 or 16"),
+        (["vig_t", "--gpus", "0"], r"gpus=0 is too small; it must be at least 1"),
+        (["vig_t", "--batch", "0"], r"batch=0 is too small"),
+        (["vig_t", "--epochs", "0"], r"schedule.epochs=0"),
+        (["vig_t", "--amp", "bf16"], r"train.amp='bf16' is not one of none, float16, bfloat16"),
+        (["vig_t", "--gpu", "cpu", "--gpus", "2"], r"gpus=2 with gpu='cpu'"),
+        (["vig_t", "--compute", "1.5"], r"compute=1.5 is out of range; give a share between 0 and 1"),
+        (["vig_t", "--memory", "nan"], r"memory=nan is out of range"),
+        (["vig_t", "--launch", "-1"], r"launch=-1 is out of range; give 0 or more seconds"),
+        (["vig_t", "--image-kb", "0"], r"image_kb=0 is not a size"),
+        (["vig_t", "--images", "100"], r"images=100 are fewer than a step of batch=128 takes"),
+        (["vig_t", "--set", "optimizer.nam=sgd"], r"optimizer.nam='sgd' is not a key"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_work(arguments, message, capsys, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(plan, "count", work)
+    monkeypatch.setattr(plan, "cpu", work)
+    with pytest.raises(SystemExit) as caught:
+        plan.main(arguments)
+    assert caught.value.code == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "optimizer.name=adamx"], "optimizer.name='adamx' is not one of timm.optim.list_optimizers()"),
+        (["--set", "optimizer.name=adamp"], "optimizer.name='adamp' cannot be counted without data"),
+        (["--set", "optimizer.kwargs.moment=1"], "does not take kwargs={'moment': 1}"),
+        (["--set", "model.kwargs.depht=1"], "does not take these arguments"),
+        (["--img-size", "8"], "does not take RGB images of image_size=8"),
+    ],
+)
+def test_a_recipe_that_cannot_be_made_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        plan.main(["test_vig", *arguments])
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_without_checkpointing_says_so(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["dla46x_c", "--img-size", "64", "--checkpointing"])
+    assert "has no activation checkpointing; leave --checkpointing out" in capsys.readouterr().err
+
+
+def test_this_cpu_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(timing, "quick_limits", lambda *_: (8e9, 50e9))
+    status, shown = show(capsys, "--gpu", "cpu", "--batch", "4")
+    assert status == 0
+    assert "a copy and a matrix product, measured now" in shown
+    assert "0.05 in float32, memory 8 GB/s" in shown
+    assert "all-reduce buffers 0.00" in shown
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "batch"), [("vig_t", 4), ("vmamba_tiny", 2)])
+def test_a_cpu_takes_the_estimated_time(name, batch, monkeypatch):
+    """224 pixels, float32, one thread, in CPU time: other processes then matter only where they share memory."""
+    monkeypatch.setattr(timing.time, "perf_counter", time.thread_time)
+    recipe = made(name, batch, 224)
+    cost = step_cost.count(recipe, batch, classes=1000, foreach=False)
+    model = timm.create_model(name, num_classes=1000).train()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    images, targets = torch.randn(batch, 3, 224, 224), torch.rand(batch, 1000).softmax(1)
+
+    def step():
+        loss = F.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()  # compiles the fused ops
+    taken = timing._fastest(step, 5.0)
+    assert plan.estimate(cost, plan.cpu("none"), plan._CPU, serial=True).seconds == pytest.approx(taken, rel=0.15)
+
+
+def started(torchrun: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Return what torchrun and visionmix train read from a command line."""
+    launcher = torch.distributed.run.get_args_parser().parse_args(torchrun)
+    assert (launcher.no_python, launcher.training_script) == (True, "visionmix")
+    assert launcher.training_script_args[0] == "train"
+    return launcher, train.parser().parse_args(launcher.training_script_args[1:])
+
+
+def test_the_slurm_script_starts_torchrun_on_each_node(tmp_path):
+    assert subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sbatch")]).returncode == 0
+    for name, text in (("scontrol", 'printf "node7\nnode8\n"'), ("srun", 'printf "%s\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12",
+                   "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}  # fmt: skip
+    command = ["bash", str(CLUSTER / "slurm.sbatch")]
+    arguments = ["imagenet/vig_b.yaml", "--data", "/data/a b", "--batch-size", "16"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
+    program, *torchrun = done.stdout.splitlines()
+    assert program == "torchrun"
+    launcher, given = started(torchrun)
+    assert (launcher.nnodes, launcher.nproc_per_node, launcher.rdzv_endpoint) == ("2", "4", "node7:29500")
+    assert (given.recipe, given.data, given.batch_size, given.resume) == ("imagenet/vig_b.yaml", "/data/a b", 16, "")
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "usage: sbatch" in refused.stderr
+
+
+def test_the_kubeflow_job_starts_torchrun_on_each_node():
+    job = yaml.safe_load((CLUSTER / "pytorchjob.yml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    told = {"PET_NNODES": str(nodes), "PET_NPROC_PER_NODE": job["spec"]["nprocPerNode"], "PET_NODE_RANK": "3",
+            "MASTER_ADDR": "master", "MASTER_PORT": "23456"}  # fmt: skip
+    for replica in replicas.values():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert (container["name"], container["command"]) == ("pytorch", ["torchrun"])
+        launcher, given = started([re.sub(r"\$\((\w+)\)", lambda m: told[m[1]], each) for each in container["args"]])
+        assert (launcher.nnodes, launcher.node_rank, launcher.master_addr) == (str(nodes), 3, "master")
+        assert int(launcher.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+        assert recipe.read(given.recipe).model.name == "vig_b"
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert given.data in mounts
+        assert str(given.output.parent) in mounts
+        assert set(mounts.values()) == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}

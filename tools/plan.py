@@ -1,0 +1,457 @@
+"""Plan a training run before it costs anything: time a step, memory a GPU, data rate, hours and GPU-hours.
+
+    visionmix plan vig_b --gpus 256 --gpu h100 --batch 4096
+    visionmix plan vmamba_tiny --gpus 8 --gpu a100 --batch 1024 --amp bfloat16 --epochs 100
+
+Counted, on tensors without data: the FLOPs of every op, the bytes that it reads and writes, and the memory that is
+alive at any time in a step of the recipe (`tools/step_cost.py` says how). Assumed, printed and set by options: the
+shares of a device's peak rates that are reached, and the host's time to start an op. An op takes the longer of its
+FLOPs at the peak rate and its bytes at the peak bandwidth. On a GPU a pass takes the longer of its ops' time and the
+host's; on a CPU, their sum.
+
+Not counted: loading and augmentation of images, which must keep up with the data rate; saving; restarts; compilation by
+`torch.compile`, which would join ops. Ops are those of PyTorch on a CPU: under autocast a GPU casts a few more values
+to float32, and an RMSNorm in float32 is one op there.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from visionmix.registry import nearest
+from visionmix.tools import display, models, recipe, timing
+from visionmix.tools.arguments import check_least
+from visionmix.tools.evaluation import AMP_DTYPES
+from visionmix.tools.recipe import Recipe
+from visionmix.tools.step_cost import Call, StepCost, count
+
+_GIB = 2**30
+# ImageNet-1k: images to train and to test on, classes, and the mean file (147.9 GB of training images).
+_TRAIN, _TEST, _CLASSES, _IMAGE_KB = 1_281_167, 50_000, 1000, 115.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates of a device, without sparsity, and where they are printed.
+
+    Attributes:
+        half: FLOPs a second of matrix products in bfloat16 and float16, with sums in float32.
+        single: FLOPs a second in float32.
+        bandwidth: Bytes a second of its memory.
+        memory: Bytes; data sheets print GiB as GB.
+        link: Bytes a second that it sends to the others of its node.
+        network: Bytes a second that it sends to other nodes: its share of the network cards of the vendor's server.
+        source: The data sheet.
+    """
+
+    half: float
+    single: float
+    bandwidth: float
+    memory: float
+    link: float
+    network: float
+    source: str
+
+
+DEVICES = {
+    "a100": Device(
+        312e12, 19.5e12, 2.039e12, 80 * _GIB, 300e9, 25e9, "NVIDIA A100 80GB SXM and DGX A100 data sheets, 2021"
+    ),
+    "h100": Device(
+        989e12, 67e12, 3.35e12, 80 * _GIB, 450e9, 50e9, "NVIDIA H100 SXM and DGX H100 data sheets, 2023"
+    ),
+    "h200": Device(
+        989e12, 67e12, 4.8e12, 141 * _GIB, 450e9, 50e9, "NVIDIA H200 SXM and DGX H200 data sheets, 2024"
+    ),
+    "b200": Device(
+        2.25e15, 75e12, 8e12, 180 * _GIB, 900e9, 50e9, "NVIDIA HGX B200 and DGX B200 data sheets, 2025"
+    ),
+    "rtx4090": Device(
+        165e12, 82.6e12, 1.008e12, 24 * _GIB, 32e9, 12.5e9,
+        "NVIDIA Ada GPU architecture white paper, 2022; PCIe 4.0 x16, and 100 Gb/s of network a GPU supposed",
+    ),
+    "mi300x": Device(
+        1307e12, 163.4e12, 5.3e12, 192 * _GIB, 448e9, 50e9,
+        "AMD Instinct MI300X and MI300X platform data sheets, 2023; 400 Gb/s of network a GPU supposed",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is assumed, not counted.
+
+    Attributes:
+        compute: Share of the peak FLOP rate that an op reaches.
+        memory: Share of the peak bandwidth that an op reaches.
+        fused: Share of either that the library's fused ops reach.
+        link: Share of the bandwidth between devices that an all-reduce reaches.
+        overlap: Share of the backward pass that hides an all-reduce.
+        launch: Seconds of the host to start an op.
+        usable: Share of a device's memory that tensors may take.
+    """
+
+    compute: float
+    memory: float
+    fused: float
+    link: float
+    overlap: float
+    launch: float
+    usable: float
+
+
+_GPU = Assumed(compute=0.7, memory=0.55, fused=0.02, link=0.8, overlap=0.8, launch=40e-6, usable=0.9)
+_CPU = Assumed(compute=0.85, memory=0.6, fused=0.3, link=1.0, overlap=0.0, launch=5e-6, usable=0.9)
+_OPTIONS = {
+    "compute": "share of the peak FLOP rate that an op reaches",
+    "memory": "share of the peak memory bandwidth that an op reaches",
+    "fused": "share of either that this library's fused ops reach",
+    "link": "share of the bandwidth between GPUs that an all-reduce reaches",
+    "overlap": "share of the backward pass that hides the all-reduce",
+    "launch": "seconds of the host to start an op",
+    "usable": "share of a GPU's memory that tensors may take; the rest is for CUDA, its libraries and gaps",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step: FLOPs, bytes moved, and seconds of the device, of the host, and in all."""
+
+    flops: int
+    moved: int
+    device: float
+    host: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step is estimated to take.
+
+    Attributes:
+        parts: Forward pass, backward pass and update.
+        all_reduce: Seconds that the gradients' all-reduce takes.
+        exposed: Seconds of it that the backward pass does not hide.
+    """
+
+    parts: dict[str, Part]
+    all_reduce: float
+    exposed: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step."""
+        return sum(part.seconds for part in self.parts.values()) + self.exposed
+
+
+def part(calls: list[Call], device: Device, assumed: Assumed, serial: bool) -> Part:
+    """Return the estimate of a part of a step; `serial` says that the host computes, too, and waits for each op."""
+    seconds = 0.0
+    for call in calls:
+        compute = call.flops / (device.half if call.half else device.single) / assumed.compute
+        memory = call.moved / device.bandwidth / assumed.memory
+        if call.fused:
+            compute = call.flops / device.single / assumed.fused
+            memory = call.moved / device.bandwidth / assumed.fused
+        seconds += max(compute, memory)
+    host = len(calls) * assumed.launch
+    total = seconds + host if serial else max(seconds, host)
+    return Part(sum(call.flops for call in calls), sum(call.moved for call in calls), seconds, host, total)
+
+
+def all_reduce(size: int, gpus: int, a_node: int, device: Device, assumed: Assumed) -> float:
+    """Return the seconds of an all-reduce of `size` bytes over `gpus` devices, `a_node` of them in a node.
+
+    In a ring each device, and so each node, sends 2 (gpus - 1) / gpus of the bytes; a node's network cards share them.
+    """
+    rate = device.link if gpus <= a_node else min(device.link, a_node * device.network)
+    return 2 * (gpus - 1) / gpus * size / (rate * assumed.link) if gpus > 1 else 0.0
+
+
+def estimate(
+    cost: StepCost, device: Device, assumed: Assumed, *, gpus: int = 1, a_node: int = 8, serial: bool = False
+) -> Estimate:
+    """Return what a step of `cost` takes on each of `gpus` devices; arguments as `part` and `all_reduce` take them."""
+    parts = {name: part(getattr(cost, name), device, assumed, serial) for name in ("forward", "backward", "update")}
+    reduce = all_reduce(cost.gradients, gpus, a_node, device, assumed)
+    return Estimate(parts, reduce, max(0.0, reduce - assumed.overlap * parts["backward"].seconds))
+
+
+def largest_batch(peak: Callable[[int], int], batch: int, limit: float) -> int:
+    """Return the largest batch whose `peak` is at most `limit`, 0 if there is none; that of `batch` is larger.
+
+    The peak is the largest of a few sums that are linear in the batch, so that a line through two points leads near.
+    """
+    top = peak(batch)
+    slope = (peak(2 * batch) - top) / batch
+    while batch > 0 and top > limit:
+        batch = max(0, min(batch - 1, batch - math.ceil((top - limit) / slope)))
+        top = peak(batch) if batch else 0
+    return batch
+
+
+def cpu(amp: str) -> Device:
+    """Return this machine's CPU as a device; its rates are measured in a few seconds, with PyTorch's threads."""
+    bandwidth, single = timing.quick_limits()
+    half = timing.quick_limits(AMP_DTYPES[amp])[1] if amp in AMP_DTYPES else single
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not told on this system
+        memory = math.inf
+    return Device(half, single, bandwidth, memory, math.inf, math.inf, "a copy and a matrix product, measured now")
+
+
+def read_recipe(model: str, name: str | None, overrides: dict, settings: list[str]) -> tuple[Recipe, str]:
+    """Return the recipe called `name` for `model`, and where it comes from.
+
+    Without a name it is the packaged recipe of the model, or else the default settings at the model's own image size.
+
+    Raises:
+        FileNotFoundError: there is no recipe of this name.
+        ValueError: the model is unknown, or a key or value of the recipe is wrong.
+        TypeError: a value of the recipe has the wrong type.
+    """
+    size = (models.weights_cfg(model).input_size or (3, 224, 224))[-1]
+    overrides.setdefault("model", {})["name"] = model
+    if name is not None:
+        return recipe.read(name, overrides, settings), name
+    packaged = f"imagenet/{model.partition('.')[0]}.yaml"
+    try:
+        return recipe.read(packaged, overrides, settings), packaged
+    except FileNotFoundError:
+        overrides.setdefault("data", {}).setdefault("image_size", size)
+        return recipe.override({}, "the default settings", overrides, settings), "the default settings"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run to be planned: its recipe, whose batch size is that of a GPU, and the machines."""
+
+    made: Recipe
+    source: str
+    gpu: str
+    device: Device
+    assumed: Assumed
+    gpus: int
+    a_node: int
+    images: int
+    image_kb: float
+
+    @property
+    def batch(self) -> int:
+        """Images of all GPUs at each step."""
+        return self.made.data.batch_size * self.gpus
+
+    def count(self, batch: int, checkpointing: bool) -> StepCost:
+        """Return what a step of `batch` images a GPU costs; raises as `step_cost.count` does."""
+        return count(self.made, batch, classes=_CLASSES, checkpointing=checkpointing, foreach=self.gpu != "cpu")
+
+    def estimate(self, cost: StepCost) -> Estimate:
+        """Return what a step of this cost takes."""
+        serial = self.gpu == "cpu"
+        return estimate(cost, self.device, self.assumed, gpus=self.gpus, a_node=self.a_node, serial=serial)
+
+    def seconds(self, step: Estimate) -> float:
+        """Return the seconds of all epochs, each with a test of ImageNet-1k's 50,000 test images."""
+        test = step.parts["forward"].seconds * math.ceil(_TEST / self.batch)
+        return self.made.schedule.epochs * (self.images // self.batch * step.seconds + test)
+
+
+def show(run: Run, checkpointing: bool, console: Console) -> bool:
+    """Print the plan of `run`; return whether its memory fits."""
+    made, device, assumed = run.made, run.device, run.assumed
+    per_gpu = made.data.batch_size
+    costs = {kept: run.count(per_gpu, not kept) for kept in (True, False) if kept or _checkpoints(made)}
+    if checkpointing and False not in costs:
+        raise ValueError(f"model {made.model.name!r} has no activation checkpointing; leave --checkpointing out")
+    cost = costs[not checkpointing]
+    step = run.estimate(cost)
+    console.print(
+        f"{made.model.name}, {made.data.image_size} pixels, by {run.source}, amp {made.train.amp}: {run.gpus} x "
+        f"{run.gpu}, {run.batch} images a step, {per_gpu} a GPU{', activation checkpointing' if checkpointing else ''}",
+        style="bold",
+    )
+    console.print(_step_table(step))
+    limit = device.memory * assumed.usable
+    console.print(_memory_table(costs, run.gpus, limit))
+    peak = cost.peak(run.gpus)
+    if peak > limit:
+        most = largest_batch(lambda batch: run.count(batch, checkpointing).peak(run.gpus), per_gpu, limit)
+        advice = f"the largest batch is {most} a GPU, {most * run.gpus} in all" if most else "no batch does"
+        console.print(f"DOES NOT FIT: {_gib(peak)} of {_gib(limit)} GiB; {advice}", style="bold red")
+        if not checkpointing and False in costs:
+            fits = "fits" if costs[False].peak(run.gpus) <= limit else "does not fit, either"
+            console.print(f"With --checkpointing this batch {fits}.", style="red")
+    console.print(_run_table(run, step))
+    if False in costs and not checkpointing:
+        slower = run.estimate(costs[False]).seconds / step.seconds
+        console.print(f"Activation checkpointing would take {slower:.2f} times the time of a step.")
+    _print_assumptions(run, console)
+    return peak <= limit
+
+
+def _checkpoints(made: Recipe) -> bool:
+    """Return whether the model offers activation checkpointing."""
+    with torch.device("meta"):
+        model = models.create_model(made.model.name, **made.model.kwargs)
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        return False
+    return True
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f}"
+
+
+def _step_table(step: Estimate) -> Table:
+    table = Table(title="a step, on each GPU")
+    for column in ("part", "TFLOP", "GB moved", "device, ms", "host, ms", "estimate, ms"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, each in step.parts.items():
+        figures = (each.device * 1e3, each.host * 1e3, each.seconds * 1e3)
+        table.add_row(
+            name, f"{each.flops / 1e12:.3f}", f"{each.moved / 1e9:.2f}", *(f"{figure:.2f}" for figure in figures)
+        )
+    table.add_row("all-reduce", "", "", f"{step.all_reduce * 1e3:.2f}", "", f"{step.exposed * 1e3:.2f} not hidden")
+    table.add_row("step", "", "", "", "", f"{step.seconds * 1e3:.2f}", style="bold")
+    return table
+
+
+def _memory_table(costs: dict[bool, StepCost], gpus: int, limit: float) -> Table:
+    table = Table(title=f"memory of a GPU, GiB, of {_gib(limit)}")
+    table.add_column("")
+    for kept in costs:
+        table.add_column("all activations kept" if kept else "activation checkpointing", justify="right")
+    rows: dict[str, Callable[[StepCost], float]] = {
+        "parameters and buffers": lambda cost: cost.parameters,
+        "gradients": lambda cost: cost.gradients,
+        "optimiser state": lambda cost: cost.optimizer,
+        "moving average": lambda cost: cost.average,
+        "all-reduce buffers": lambda cost: cost.gradients if gpus > 1 else 0,
+        "activations": lambda cost: cost.activations,
+    }
+    for name, size in rows.items():
+        table.add_row(name, *(_gib(size(cost)) for cost in costs.values()))
+    rest = (cost.peak(gpus) - sum(size(cost) for size in rows.values()) for cost in costs.values())
+    table.add_row("working space", *(_gib(size) for size in rest))
+    table.add_row("peak", *(_gib(cost.peak(gpus)) for cost in costs.values()), style="bold")
+    return table
+
+
+def _run_table(run: Run, step: Estimate) -> Table:
+    rate = run.batch / step.seconds
+    hours = run.seconds(step) / 3600
+    table = Table(title="the run", show_header=False)
+    table.add_row("images a second", f"{rate:,.0f}, {rate / run.gpus:,.1f} a GPU")
+    table.add_row("data rate", f"{rate * run.image_kb / 1e3:,.0f} MB a second at {run.image_kb:g} kB an image")
+    table.add_row(
+        "epochs", f"{run.made.schedule.epochs} of {run.images:,} images, {run.images // run.batch:,} steps each"
+    )
+    table.add_row("hours", f"{hours:,.2f}, {hours * run.gpus:,.1f} GPU-hours, with a test after each epoch")
+    return table
+
+
+def _print_assumptions(run: Run, console: Console) -> None:
+    device = run.device
+    console.print(
+        f"Peak rates of {run.gpu} ({device.source}): {device.half / 1e12:.4g} TFLOP/s in 16 bits, "
+        f"{device.single / 1e12:.4g} in float32, memory {device.bandwidth / 1e9:.4g} GB/s, link "
+        f"{device.link / 1e9:.4g} GB/s, network {device.network / 1e9:.4g} GB/s a GPU, {run.a_node} GPUs a node."
+    )
+    options = (f"--{name} {value:g}" for name, value in dataclasses.asdict(run.assumed).items())
+    console.print(f"Counted: FLOPs, bytes and memory of every op. Assumed: {', '.join(options)}; see --help.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    parse = argparse.ArgumentParser(
+        prog="visionmix plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("model", help="timm model name")
+    parse.add_argument("--gpu", default="h100", help=f"{', '.join(DEVICES)}, or cpu: this machine, measured (h100)")
+    parse.add_argument("--gpus", type=int, default=1, help="how many, a process each (1)")
+    parse.add_argument("--gpus-per-node", type=int, default=8, help="of them in a machine (8)")
+    parse.add_argument("--batch", type=int, help="images of all GPUs at each step (the recipe's, times --gpus)")
+    parse.add_argument("--recipe", help="a path or packaged name (imagenet/MODEL.yaml if there is one, else defaults)")
+    parse.add_argument("--epochs", type=int, help="epochs in all (schedule.epochs)")
+    parse.add_argument("--img-size", type=int, help="side of the input in pixels (data.image_size)")
+    parse.add_argument("--amp", help="mixed precision: none, float16 or bfloat16 (train.amp)")
+    parse.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
+    parse.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass")
+    parse.add_argument("--images", type=int, default=_TRAIN, help=f"images of an epoch ({_TRAIN}, ImageNet-1k's)")
+    parse.add_argument("--image-kb", type=float, default=_IMAGE_KB, help=f"kB of a file ({_IMAGE_KB:g}, ImageNet-1k's)")
+    for name, text in _OPTIONS.items():
+        gpu, processor = getattr(_GPU, name), getattr(_CPU, name)
+        parse.add_argument(f"--{name}", type=float, help=f"{text} ({gpu:g}; of a CPU {processor:g})")
+    return parse
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Return the run that the arguments ask for, everything checked before any work.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: at a wrong name, value or combination of arguments.
+        TypeError: at a recipe value of the wrong type.
+    """
+    if args.gpu != "cpu" and args.gpu not in DEVICES:
+        raise ValueError(
+            f"gpu={args.gpu!r} is not known{nearest(args.gpu, DEVICES)}; choose one of {', '.join(DEVICES)}, or cpu"
+        )
+    check_least(1, gpus=args.gpus, gpus_per_node=args.gpus_per_node, batch=args.batch, images=args.images)
+    if args.gpu == "cpu" and args.gpus > 1:
+        raise ValueError(f"gpus={args.gpus} with gpu='cpu'; the plan of a CPU is that of one process, leave --gpus out")
+    if args.batch is not None and args.batch % args.gpus:
+        below = args.batch // args.gpus * args.gpus
+        raise ValueError(
+            f"batch={args.batch} is not divisible by gpus={args.gpus}; give {below or args.gpus} or {below + args.gpus}"
+        )
+    if not 0 < args.image_kb < math.inf:
+        raise ValueError(f"image_kb={args.image_kb:g} is not a size; give the mean size of a file in kB, e.g. 115")
+    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    for name, value in given.items():
+        least, most = (0 if name in ("overlap", "launch") else 1e-6), (math.inf if name == "launch" else 1)
+        if not least <= value <= most:
+            wanted = "0 or more seconds" if name == "launch" else "a share between 0 and 1"
+            raise ValueError(f"{name}={value:g} is out of range; give {wanted}")
+    overrides: dict = {}
+    for section, option, value in (
+        ("schedule", "epochs", args.epochs),
+        ("data", "image_size", args.img_size),
+        ("data", "batch_size", None if args.batch is None else args.batch // args.gpus),
+        ("train", "amp", args.amp),
+    ):
+        if value is not None:
+            overrides.setdefault(section, {})[option] = value
+    made, source = read_recipe(args.model, args.recipe, overrides, args.set)
+    batch = made.data.batch_size * args.gpus
+    if args.images < batch:
+        raise ValueError(f"images={args.images} are fewer than a step of batch={batch} takes; lower --batch")
+    assumed = dataclasses.replace(_CPU if args.gpu == "cpu" else _GPU, **given)
+    device = cpu(made.train.amp) if args.gpu == "cpu" else DEVICES[args.gpu]
+    return Run(made, source, args.gpu, device, assumed, args.gpus, args.gpus_per_node, args.images, args.image_kb)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; return 0, or 1 where the memory does not fit."""
+    parse = parser()
+    args = parse.parse_args(argv)
+    try:
+        fits = show(prepare(args), args.checkpointing, display.table_console())
+    except (ValueError, TypeError, OSError) as error:
+        parse.error(str(error))
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
