@@ -246,6 +246,14 @@ class EpochSampler(Sampler):
 
     For training, the keys are a permutation drawn from (seed, epoch), cut to whole steps of all processes. For testing,
     they are in order and all dealt out, so that every image is counted exactly once.
+
+    Args:
+        size: images there are.
+        batch: images of a training step in each process.
+        seed: with the epoch it determines the permutation.
+        shuffle: whether this is training.
+        rank: of this process.
+        world: number of processes.
     """
 
     def __init__(self, size: int, *, batch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
@@ -315,22 +323,32 @@ def eval_transform(image_size: int, interpolation: str, crop_pct: float, normali
 
 
 def make_loader(
-    dataset: Dataset, *, batch: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1
+    dataset: Dataset,
+    *,
+    batch: int,
+    workers: int,
+    shuffle: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
 ) -> DataLoader:
-    """Return a loader of `Batch`es; its sampler is an `EpochSampler`.
+    """Return a loader of `Batch`es, `accumulate` of them for each training step; its sampler is an `EpochSampler`.
 
     Raises:
         ValueError: a training set is smaller than one step of all processes.
     """
-    if shuffle and len(dataset) < batch * world:
+    step = batch * accumulate
+    if shuffle and len(dataset) < step * world:
+        times, also = (f" x train.accumulate={accumulate}", " or train.accumulate") if accumulate > 1 else ("", "")
         raise ValueError(
             f"the training set has {len(dataset)} images, fewer than one step takes ({world} process(es) x "
-            f"data.batch_size={batch}); lower data.batch_size"
+            f"data.batch_size={batch}{times}); lower data.batch_size{also}"
         )
     return DataLoader(
         dataset,
         batch_size=batch,
-        sampler=EpochSampler(len(dataset), batch=batch, seed=seed, shuffle=shuffle, rank=rank, world=world),
+        sampler=EpochSampler(len(dataset), batch=step, seed=seed, shuffle=shuffle, rank=rank, world=world),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -43,7 +43,7 @@ class DataRecipe:
     Attributes:
         path: folder with train/CLASS/* and val/CLASS/*.
         image_size: side of the model's input in pixels.
-        batch_size: images that a process takes at each step.
+        batch_size: images that a process takes at once; a step takes train.accumulate such batches of each process.
         workers: data-loading processes of each training process.
         interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
         crop_pct: at test the shorter side is resized to image_size / crop_pct, then the centre is cut out.
@@ -105,10 +105,13 @@ class OptimizerRecipe:
     Attributes:
         name: as `timm.optim.list_optimizers()` lists it.
         lr: peak learning rate, for a total batch of `lr_batch`.
-        lr_batch: lr, warmup_lr and min_lr are multiplied by (total batch / lr_batch); None takes them as they are.
+        lr_batch: lr, warmup_lr and min_lr are multiplied by (images a step / lr_batch); None takes them as they are.
         weight_decay: decoupled, as AdamW has it.
-        kwargs: further arguments of the optimiser, e.g. {betas: [0.9, 0.999], eps: 1.0e-8}.
-        clip_grad: greatest norm of the gradient; None for no clipping.
+        kwargs: further arguments of the optimiser, e.g. {betas: [0.9, 0.999], eps: 1.0e-8}, and of
+            `timm.optim.create_optimizer_v2`, e.g. {layer_decay: 0.75}: each layer learns so much slower than the next.
+        clip_grad: bound of the gradient, of which clip_mode says what it bounds; None for no clipping.
+        clip_mode: "norm" of the whole gradient, "value" of each number, or "agc": the norm of each unit's gradient over
+            that of its weights, the classifier's aside (adaptive clipping, as nets without batch norm need).
     """
 
     name: str = "adamw"
@@ -117,6 +120,7 @@ class OptimizerRecipe:
     weight_decay: float = 0.05
     kwargs: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
 
 
 @dataclass
@@ -136,17 +140,25 @@ class TrainRecipe:
 
     Attributes:
         seed: determines data order, augmentation and weights.
-        label_smoothing: of the cross entropy.
+        loss: "cross_entropy", or "bce": a binary one for each class, as ResNet strikes back and DeiT III have.
+        bce_target_threshold: soft targets above it count as 1, others as 0; None leaves them soft.
+        bce_sum: sum the binary losses over classes, where the mean makes gradients of many classes small.
+        label_smoothing: of the targets.
         ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
         ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
         amp: "none", "float16" (with a loss scaler) or "bfloat16".
+        accumulate: batches whose mean gradient makes a step, as a published batch needs that memory has no room for.
     """
 
     seed: int = 0
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    bce_target_threshold: float | None = None
+    bce_sum: bool = False
     label_smoothing: float = 0.1
     ema_decay: float | None = None
     ema_warmup: bool = False
     amp: Literal["none", "float16", "bfloat16"] = "none"
+    accumulate: int = 1
 
 
 @dataclass
@@ -175,6 +187,7 @@ _RANGES = {
     "schedule.epochs": (1, math.inf),
     "schedule.warmup_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
+    "train.accumulate": (1, math.inf),
 }
 
 
@@ -382,6 +395,21 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         raise ValueError(
             f"{source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
             f"schedule.epochs={recipe.schedule.epochs}; lower it"
+        )
+    train, optimizer = recipe.train, recipe.optimizer
+    for option, value in (("bce_target_threshold", train.bce_target_threshold), ("bce_sum", train.bce_sum or None)):
+        if value is not None and train.loss != "bce":
+            raise ValueError(f"{source}: train.{option}={value} belongs to train.loss=bce, not to {train.loss}")
+    if train.bce_target_threshold is not None and not 0 <= train.bce_target_threshold < 1:
+        raise ValueError(
+            f"{source}: train.bce_target_threshold={train.bce_target_threshold} must be between 0 and 1, or null"
+        )
+    if optimizer.clip_grad is not None and not optimizer.clip_grad > 0:
+        raise ValueError(f"{source}: optimizer.clip_grad={optimizer.clip_grad} must be above 0, or null for none")
+    if optimizer.clip_mode != "norm" and optimizer.clip_grad is None:
+        raise ValueError(
+            f"{source}: optimizer.clip_mode={optimizer.clip_mode!r} clips nothing without a bound; "
+            "give optimizer.clip_grad"
         )
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")

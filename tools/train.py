@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from visionmix.tools import checkpoint, data, models, pictures, recipe
 from visionmix.tools.display import Display, duration
@@ -28,8 +29,8 @@ FLAGS = {
     "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
     "model": ("model.name", str, "timm model name"),
     "epochs": ("schedule.epochs", int, "epochs in all"),
-    "batch_size": ("data.batch_size", int, "images a process takes at each step"),
-    "lr": ("optimizer.lr", float, "peak learning rate, for a total batch of optimizer.lr_batch"),
+    "batch_size": ("data.batch_size", int, "images a process takes at once"),
+    "lr": ("optimizer.lr", float, "peak learning rate, for optimizer.lr_batch images a step"),
     "img_size": ("data.image_size", int, "side of the input in pixels"),
     "workers": ("data.workers", int, "data-loading processes of each process"),
     "seed": ("train.seed", int, "of weights, data order and augmentation"),
@@ -131,7 +132,7 @@ def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, displa
             "test_top1": result.top1,
             "test_top5": result.top5,
             "lr": lr,
-            "images_per_second": trainer.steps * trainer.recipe.data.batch_size * trainer.world / trained,
+            "images_per_second": trainer.steps * trainer.images_a_step / trained,
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),
             **{f"loss_{name}": value.item() for name, value in trainer.own_losses.items()},
@@ -213,35 +214,49 @@ def train(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
 
 
+def make_run(
+    made: recipe.Recipe, classes: list[str], device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Trainer, DataLoader, DataLoader]:
+    """Return (trainer, loader of training images, loader of test images) of a recipe, before the first step.
+
+    Raises:
+        ValueError: the recipe names a model, an optimiser or arguments that do not exist or fit, or the data are too
+            few or of other classes.
+        OSError: the data cannot be read.
+    """
+    root, seed, accumulate = Path(made.data.path), made.train.seed, made.train.accumulate
+    sets = {
+        split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
+        for split in ("train", "val")
+    }
+    both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
+    train_loader = data.make_loader(sets["train"], shuffle=True, seed=seed, accumulate=accumulate, **both)
+    test_loader = data.make_loader(sets["val"], shuffle=False, **both)
+    trainer = Trainer(made, classes, len(train_loader) // accumulate, device, rank, world)
+    normalise = trainer.input.normalise
+    sets["train"].transform = data.train_transform(made, normalise)
+    sets["val"].transform = data.eval_transform(
+        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
+    )
+    return trainer, train_loader, test_loader
+
+
 def _train(made, output, content, last, classes, device, rank, world) -> int:
-    root = Path(made.data.path)
-    seed = made.train.seed
     try:
-        sets = {
-            split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
-            for split in ("train", "val")
-        }
-        both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
-        train_loader = data.make_loader(sets["train"], shuffle=True, seed=seed, **both)
-        test_loader = data.make_loader(sets["val"], shuffle=False, **both)
-        trainer = Trainer(made, classes, len(train_loader), device, rank, world)
+        trainer, train_loader, test_loader = make_run(made, classes, device, rank, world)
         if content:
             trainer.load_state(content, str(last))
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    normalise = trainer.input.normalise
-    sets["train"].transform = data.train_transform(made, normalise)
-    sets["val"].transform = data.eval_transform(
-        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
-    )
     saved = output / "last.pt"
     with Display(made.schedule.epochs, trainer.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
         parameters = sum(p.numel() for p in trainer.model.parameters())
+        images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(
-            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {len(sets['train'])} "
-            f"train and {len(sets['val'])} test images of {made.data.image_size} px, {world} process(es) on {device}",
+            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {images} of "
+            f"{made.data.image_size} px, {world} process(es) on {device}",
             "bold",
         )
         if content:

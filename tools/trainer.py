@@ -5,15 +5,16 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -58,6 +59,24 @@ class Stop:
             raise Interrupted
 
 
+def _full(values: torch.Tensor) -> torch.Tensor:
+    """Return the values in float32 at least, in which losses are computed."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def criterion(recipe: Recipe) -> nn.Module:
+    """Return the loss of logits and targets: class indices, or soft targets where mixup or CutMix is on."""
+    wanted = recipe.train
+    soft = bool(recipe.augment.mixup or recipe.augment.cutmix)  # then the targets come smoothed
+    if wanted.loss == "bce":
+        return BinaryCrossEntropy(
+            smoothing=0.0 if soft else wanted.label_smoothing,
+            target_threshold=wanted.bce_target_threshold,
+            sum_classes=wanted.bce_sum,
+        )
+    return SoftTargetCrossEntropy() if soft else nn.CrossEntropyLoss(label_smoothing=wanted.label_smoothing)
+
+
 class _WithLosses(nn.Module):
     """From images to (logits, losses of the model's own by name), by the model's `forward_train` if it has one."""
 
@@ -81,7 +100,7 @@ class Trainer:
     Args:
         recipe: settings of the run.
         classes: names, in the order of the model's outputs.
-        steps: training steps an epoch.
+        steps: training steps an epoch, each of `train.accumulate` batches.
         device: where the model lives.
         rank: of this process.
         world: number of processes.
@@ -97,6 +116,7 @@ class Trainer:
             recipe, classes, steps, device, rank, world,
         )  # fmt: skip
         self.epoch, self.step, self.history = 0, 0, []
+        self.gathered = 0  # batches whose gradients wait for the step
         self.own_losses: dict[str, torch.Tensor] = {}  # of the model: means over the last epoch
         data.seed_everything(recipe.train.seed)
         self.model = models.create_model(
@@ -129,11 +149,7 @@ class Trainer:
                 label_smoothing=recipe.train.label_smoothing,
                 num_classes=len(classes),
             )
-        self.criterion = (
-            SoftTargetCrossEntropy()
-            if self.mixup
-            else nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
-        )
+        self.criterion = criterion(recipe)
         self.running = _WithLosses(self.model)
         if world > 1:
             self.running = DistributedDataParallel(
@@ -145,14 +161,15 @@ class Trainer:
         wanted, schedule = self.recipe.optimizer, self.recipe.schedule
         if wanted.name not in list_optimizers():
             raise ValueError(f"optimizer.name={wanted.name!r} is not one of timm.optim.list_optimizers()")
-        total = self.recipe.data.batch_size * self.world
-        scale = total / wanted.lr_batch if wanted.lr_batch else 1.0
+        scale = self.images_a_step / wanted.lr_batch if wanted.lr_batch else 1.0
         try:
             optimizer = create_optimizer_v2(
                 self.model, opt=wanted.name, lr=wanted.lr * scale, weight_decay=wanted.weight_decay, **wanted.kwargs
             )
         except TypeError as error:
             raise ValueError(f"optimizer {wanted.name!r} does not take kwargs={wanted.kwargs}: {error}") from error
+        except (AssertionError, ImportError, RuntimeError) as error:  # timm's words for a missing library or device
+            raise ValueError(f"optimizer.name={wanted.name!r} cannot be used: {error}") from error
         # Published schedules count the warm-up among the epochs; timm's warmup_prefix adds it to num_epochs.
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -166,6 +183,11 @@ class Trainer:
             updates_per_epoch=self.steps,
         )
         return optimizer, scheduler
+
+    @property
+    def images_a_step(self) -> int:
+        """Images that all processes together take at each step."""
+        return self.recipe.data.batch_size * self.recipe.train.accumulate * self.world
 
     @property
     def tested(self) -> nn.Module:
@@ -185,7 +207,9 @@ class Trainer:
         data.seed_everything(recipe.train.seed, self.epoch + 1, self.rank)
         loader.sampler.set_epoch(self.epoch)
         self.running.train()
-        display.begin(self.epoch + 1, "train", self.steps)
+        accumulate = recipe.train.accumulate
+        batches, self.gathered = self.steps * accumulate, 0
+        display.begin(self.epoch + 1, "train", batches)
         # Reading the loss waits for a GPU to finish the step, so there it is read now and then.
         every = 1 if self.device.type == "cpu" else 20
         total, unreadable = torch.zeros((), dtype=torch.float64), []
@@ -201,10 +225,10 @@ class Trainer:
                 )
             loss = self._update(batch)
             pending.append(loss.detach())
-            if (index + 1) % every == 0 or index + 1 == self.steps:
+            if (index + 1) % every == 0 or index + 1 == batches:
                 values = torch.stack(pending).double().cpu()
                 if not values.isfinite().all():
-                    bad = index + 2 - len(pending) + int((~values.isfinite()).nonzero()[0])
+                    bad = (index + 1 - len(pending) + int((~values.isfinite()).nonzero()[0])) // accumulate + 1
                     raise FloatingPointError(f"the loss is {values[~values.isfinite()][0]} in epoch {self.epoch + 1}, "
                                              f"step {bad} of {self.steps}")  # fmt: skip
                 total += values.sum()
@@ -221,8 +245,8 @@ class Trainer:
             distribute_bn(self.model, self.world, reduce=True)
             if self.ema:
                 distribute_bn(self.ema.module, self.world, reduce=True)
-        self.own_losses = {name: value / (self.steps * self.world) for name, value in self.own_losses.items()}
-        return total.item() / (self.steps * self.world), gather_lines(unreadable)
+        self.own_losses = {name: value / (batches * self.world) for name, value in self.own_losses.items()}
+        return total.item() / (batches * self.world), gather_lines(unreadable)
 
     def _set_progress(self) -> None:
         done = min(self.step / (self.steps * self.recipe.schedule.epochs), 1.0)
@@ -231,21 +255,42 @@ class Trainer:
                 model.set_progress(done)
 
     def _update(self, batch: data.Batch) -> torch.Tensor:
+        """Add a batch's share to the gradient, make a step where it is complete, and return the batch's loss."""
+        self.gathered = self.gathered % self.recipe.train.accumulate + 1
+        complete = self.gathered == self.recipe.train.accumulate
         images = batch.images.to(self.device, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
-        with autocast(self.device, self.recipe.train.amp):
-            logits, losses = self.running(images)
-        loss = self.criterion(logits.float(), targets)
-        for name, value in losses.items():
-            loss = loss + value.float()
-            self.own_losses[name] = self.own_losses.get(name, 0.0) + value.detach().double()
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if self.recipe.optimizer.clip_grad is not None:
+        if self.gathered == 1:
+            self.optimizer.zero_grad()
+        # The processes add up their gradients once a step, in the last backward pass.
+        with nullcontext() if complete or self.world == 1 else self.running.no_sync():
+            with autocast(self.device, self.recipe.train.amp):
+                logits, losses = self.running(images)
+            loss = self.criterion(_full(logits), targets)
+            for name, value in losses.items():
+                loss = loss + _full(value)
+                self.own_losses[name] = self.own_losses.get(name, 0.0) + value.detach().double()
+            # A second-order optimiser differentiates the gradient once more.
+            self.scaler.scale(loss / self.recipe.train.accumulate).backward(
+                create_graph=getattr(self.optimizer, "is_second_order", False)
+            )
+        if complete:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        wanted = self.recipe.optimizer
+        if wanted.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
+            spared = models.classifiers(self.model) if wanted.clip_mode == "agc" else []
+            names = {id(parameter) for layer in spared for parameter in layer.parameters()}
+            dispatch_clip_grad(
+                [parameter for parameter in self.running.parameters() if id(parameter) not in names],
+                wanted.clip_grad,
+                mode=wanted.clip_mode,
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -253,7 +298,6 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model, step=self.step)
         self._set_progress()
-        return loss
 
     def test(self, loader: DataLoader, display: Display, stop: Stop) -> Evaluation:
         """Test the weights that are to be used.
@@ -316,13 +360,14 @@ class Trainer:
         checkpoint.load_weights(self.model, content["model"], source)
         if self.ema:
             checkpoint.load_weights(self.ema.module, content["ema"] or content["model"], source)
-        fresh = [{key: group.get(key) for key in ("lr", "initial_lr", "weight_decay")}
+        fresh = [{key: group[key] for key in ("lr", "initial_lr", "lr_scale", "weight_decay") if key in group}
                  for group in self.optimizer.param_groups]  # fmt: skip
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"{source} holds the state of another optimiser: {error}") from error
         for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.pop("lr_scale", None)
             group.update(values)
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])

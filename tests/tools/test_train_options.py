@@ -1,0 +1,325 @@
+"""What the options of a recipe do to a run: steps, losses, gradients, learning rates."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from timm.optim import list_optimizers
+from torch import nn
+
+from visionmix.tools import data, models, recipe, train
+from visionmix.tools.display import Display
+from visionmix.tools.trainer import Stop, Trainer
+
+CPU = torch.device("cpu")
+CLASSES = ["blue", "green", "red"]
+
+# Nothing here draws a random number but the order of the images; a test turns on what it is about.
+STILL = {
+    "model": {"name": "small"},
+    "data": {"image_size": 32, "batch_size": 4, "workers": 0, "crop_pct": 1.0},
+    "augment": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0, "color_jitter": 0.0},
+    "optimizer": {"lr": 2e-3, "lr_batch": None},
+    "schedule": {"epochs": 5, "warmup_epochs": 1},
+}
+
+
+class Small(nn.Module):
+    """A convolution, a norm and a classifier: trained in milliseconds."""
+
+    def __init__(self, num_classes, width=8):
+        super().__init__()
+        self.num_classes, self.num_features, self.head_hidden_size = num_classes, width, width
+        self.conv = nn.Conv2d(3, width, 8, 8)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def get_classifier(self):
+        return self.head
+
+    def group_matcher(self, coarse=False):
+        return {"stem": "^conv", "blocks": "^norm"}
+
+    def forward_features(self, x):
+        return nn.functional.gelu(self.conv(x)).mean((2, 3))
+
+    def forward_head(self, x, pre_logits=False):
+        x = self.norm(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Let the model "small" be `Small`; another name is made as always."""
+    create = models.create_model
+
+    def create_model(name, **options):
+        options.pop("pretrained", None) if name == "small" else None
+        return Small(**options) if name == "small" else create(name, **options)
+
+    monkeypatch.setattr(models, "create_model", create_model)
+
+
+def make(tree: Path | None, **sections) -> recipe.Recipe:
+    """Return STILL with these sections' options laid over it."""
+    settings = copy.deepcopy(STILL)
+    for section, options in sections.items():
+        settings.setdefault(section, {}).update(options)
+    if tree:
+        settings["data"]["path"] = str(tree)
+    return recipe.from_dict(settings, "test")
+
+
+def begin(**sections) -> Trainer:
+    """Return a trainer of 4 steps an epoch, without images."""
+    return Trainer(make(None, **sections), CLASSES, 4, CPU)
+
+
+def run(tree: Path, epochs: int, **sections) -> Trainer:
+    """Train so many epochs and return the trainer."""
+    trainer, loader, _ = train.make_run(make(tree, **sections), CLASSES, CPU)
+    go_on(trainer, loader, epochs)
+    return trainer
+
+
+def go_on(trainer: Trainer, loader, epochs: int) -> None:
+    for _ in range(epochs):
+        loss, _ = trainer.train_epoch(loader, Display(5, trainer.steps, quiet=True), Stop())
+        trainer.finish_epoch({"train_loss": loss, "test_top1": 0.0})
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["train_loss"] for row in trainer.history]
+
+
+def refused(words: tuple[str, ...], error=ValueError, **sections) -> None:
+    with pytest.raises(error) as caught:
+        begin(**sections)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# Accumulation
+
+
+def test_accumulated_batches_make_the_steps_of_one_large_batch(small, tree):
+    torch.set_default_dtype(torch.float64)
+    try:
+        once = run(tree, 5, data={"batch_size": 4})
+        twice = run(tree, 5, data={"batch_size": 2}, train={"accumulate": 2})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert once.step == twice.step == 20
+    assert once.images_a_step == twice.images_a_step == 4
+    start = begin(data={"batch_size": 4}).model.state_dict()
+    for name, value in once.model.state_dict().items():
+        assert value.dtype == torch.float64
+        assert (value - start[name]).abs().max() > 1e-3
+        torch.testing.assert_close(twice.model.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    torch.testing.assert_close(losses(twice), losses(once), rtol=1e-5, atol=0)
+
+
+def test_accumulation_counts_schedule_average_and_lr_by_steps(small, tree, monkeypatch):
+    sections = {"data": {"batch_size": 2}, "optimizer": {"lr_batch": 12}}
+    trainer, loader, _ = train.make_run(make(tree, train={"accumulate": 3, "ema_decay": 0.5}, **sections), CLASSES, CPU)
+    told = {"optimizer": 0, "ema": [], "schedule": []}
+
+    def count(*args):
+        told["optimizer"] += 1
+
+    trainer.optimizer.register_step_post_hook(count)
+    monkeypatch.setattr(trainer.ema, "update", lambda model, step: told["ema"].append(step))
+    monkeypatch.setattr(trainer.scheduler, "step_update", told["schedule"].append)
+    go_on(trainer, loader, 2)
+    assert len(loader) == 9
+    assert trainer.step == told["optimizer"] == 6
+    assert told["ema"] == told["schedule"] == [1, 2, 3, 4, 5, 6]
+    assert trainer.scheduler.base_values == [1e-3, 1e-3]  # 6 images a step
+
+
+def test_a_loss_that_is_not_finite_is_told_by_its_step(small, tree, monkeypatch):
+    trainer, loader, _ = train.make_run(make(tree, data={"batch_size": 2}, train={"accumulate": 3}), CLASSES, CPU)
+    update, calls = trainer._update, []
+
+    def spoil(batch):
+        calls.append(batch)
+        return update(batch) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(trainer, "_update", spoil)
+    with pytest.raises(FloatingPointError, match="in epoch 1, step 2 of 3"):
+        go_on(trainer, loader, 1)
+
+
+def test_a_set_smaller_than_an_accumulated_step_is_refused(small, tree):
+    with pytest.raises(ValueError, match=r"18 images.*data.batch_size=4 x train.accumulate=5.*or train.accumulate"):
+        train.make_run(make(tree, train={"accumulate": 5}), CLASSES, CPU)
+    with pytest.raises(ValueError, match=r"train.accumulate=0 is out of range"):
+        make(tree, train={"accumulate": 0})
+
+
+# Losses
+
+
+def batch(size=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    return data.Batch(images, torch.arange(size) % len(CLASSES), [], 0)
+
+
+@pytest.mark.parametrize(("threshold", "summed"), [(None, False), (0.2, False), (None, True)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_binary_cross_entropy(small, threshold, summed, mixed):
+    options = {"loss": "bce", "bce_target_threshold": threshold, "bce_sum": summed, "label_smoothing": 0.3}
+    trainer = begin(train=options, augment={"mixup": 1.0 if mixed else 0.0}, optimizer={"lr": 0.0})
+    given = batch()
+    targets = 0.7 * nn.functional.one_hot(given.targets, 3) + 0.3 / 3
+    images = given.images.clone()
+    if mixed:
+        with data._Repeatable(5):
+            images, targets = trainer.mixup(images, given.targets)
+        assert ((targets > 0.15) & (targets < 0.75)).any()
+    if threshold is not None:
+        targets = (targets > threshold).float()
+    p = trainer.model(images).sigmoid()
+    each = -(targets * p.log() + (1 - targets) * (1 - p).log())
+    wanted = each.sum(1).mean() if summed else each.mean()
+    with data._Repeatable(5):
+        loss = trainer._update(given)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_options_of_a_loss_that_is_not_chosen_are_refused():
+    for options in ({"bce_target_threshold": 0.2}, {"bce_sum": True}):
+        (key,) = options
+        with pytest.raises(ValueError, match=f"train.{key}=.* belongs to train.loss=bce"):
+            make(None, train=options)
+    with pytest.raises(ValueError, match=r"train.bce_target_threshold=1.5 .* between 0 and 1"):
+        make(None, train={"loss": "bce", "bce_target_threshold": 1.5})
+    with pytest.raises(ValueError, match=r"train.loss='ce' is not one of cross_entropy, bce"):
+        make(None, train={"loss": "ce"})
+
+
+# Clipping
+
+
+def clipped(monkeypatch, **optimizer):
+    """Return (gradients before clipping, gradients of the step, parameters before it) by name."""
+    before, after = {}, {}
+    trainer = begin(optimizer=optimizer)
+    parameters = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    step = trainer.scaler.step
+
+    def look(optimizer):
+        after.update({name: value.grad.clone() for name, value in trainer.model.named_parameters()})
+        step(optimizer)
+
+    monkeypatch.setattr(trainer.scaler, "step", look)
+    given = batch()
+    given.images *= 100
+    nn.functional.cross_entropy(trainer.model(given.images), given.targets, label_smoothing=0.1).backward()
+    before.update({name: value.grad.clone() for name, value in trainer.model.named_parameters()})
+    trainer._update(given)
+    return before, after, parameters
+
+
+def norm(gradients):
+    return torch.cat([value.flatten() for value in gradients.values()]).norm()
+
+
+def test_gradients_are_clipped_by_norm(small, monkeypatch):
+    before, after, _ = clipped(monkeypatch, clip_grad=0.01)
+    assert norm(before) > 0.02
+    torch.testing.assert_close(norm(after), torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_gradients_are_clipped_by_value(small, monkeypatch):
+    before, after, _ = clipped(monkeypatch, clip_grad=0.01, clip_mode="value")
+    assert norm(before) > 0.02
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value.clamp(-0.01, 0.01))
+
+
+def test_gradients_are_clipped_by_the_size_of_their_unit_except_in_the_classifier(small, monkeypatch):
+    before, after, parameters = clipped(monkeypatch, clip_grad=0.01, clip_mode="agc")
+    rows = {name: value.flatten(1).norm(dim=1) for name, value in before.items() if value.ndim > 1}
+    allowed = 0.01 * parameters["conv.weight"].flatten(1).norm(dim=1).clamp(min=1e-3)
+    assert (rows["conv.weight"] > allowed).any()
+    torch.testing.assert_close(after["conv.weight"].flatten(1).norm(dim=1), rows["conv.weight"].minimum(allowed))
+    for name in ("head.weight", "head.bias"):
+        torch.testing.assert_close(after[name], before[name])
+    assert (rows["head.weight"] > 0.01 * parameters["head.weight"].norm(dim=1)).any()
+
+
+def test_a_way_of_clipping_without_a_bound_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.clip_mode='agc' .* optimizer.clip_grad"):
+        make(None, optimizer={"clip_mode": "agc"})
+    with pytest.raises(ValueError, match=r"optimizer.clip_grad=0.0 must be above 0"):
+        make(None, optimizer={"clip_grad": 0.0})
+
+
+# Optimisers
+
+
+def test_layer_decay_lowers_the_learning_rate_of_early_layers():
+    trainer = begin(
+        model={"name": "test_vig"}, data={"image_size": 64}, optimizer={"kwargs": {"layer_decay": 0.5}, "lr": 1.0}
+    )
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    rates = {names[id(value)]: group["lr_scale"] for group in trainer.optimizer.param_groups
+             for value in group["params"]}  # fmt: skip
+    depth = len(trainer.model.blocks)
+    assert depth > 1
+    for name, rate in rates.items():
+        if name.startswith("blocks."):
+            assert rate == rates["head.fc.weight"] * 0.5 ** (depth - int(name.split(".")[1])), name
+    early = [rate for name, rate in rates.items() if not name.startswith(("blocks.", "head.", "norm."))]
+    assert early
+    assert max(early) < rates["blocks.0.norm1.weight"]
+    trainer.scheduler.step_update(2)
+    for group in trainer.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(group["lr_scale"] * max(g["lr"] for g in trainer.optimizer.param_groups))
+
+
+def test_resuming_takes_the_layer_decay_of_the_recipe(small):
+    old = begin(optimizer={"kwargs": {"layer_decay": 0.5}})
+    old._update(batch())
+    state = copy.deepcopy(old.state())
+    new = begin(optimizer={"kwargs": {"layer_decay": 0.75}})
+    wanted = [group["lr_scale"] for group in new.optimizer.param_groups]
+    assert wanted != [group["lr_scale"] for group in old.optimizer.param_groups]
+    new.load_state(state, "old")
+    assert [group["lr_scale"] for group in new.optimizer.param_groups] == wanted
+
+
+def stepped(name):
+    """Let the optimiser called `name` make two steps; return what was refused, or None."""
+    try:
+        trainer = begin(optimizer={"name": name, "lr": 0.1}, schedule={"warmup_epochs": 0})
+    except ValueError as error:
+        return str(error)
+    before = trainer.model.conv.weight.clone()
+    for seed in range(2):  # some warm up in their first step
+        trainer._update(batch(seed=seed))
+    assert trainer.model.conv.weight.isfinite().all(), name
+    assert not torch.equal(trainer.model.conv.weight, before), name
+    return None
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "lion", "adahessian"])
+def test_other_optimisers_step(small, name):
+    assert stepped(name) is None
+
+
+def test_an_optimiser_whose_library_is_missing_is_refused_by_name(small):
+    assert "optimizer.name='fusedadam' cannot be used: " in stepped("fusedadam")
+
+
+@pytest.mark.long
+def test_every_optimiser_of_timm_steps_or_is_refused_by_name(small):
+    refusals = {name: stepped(name) for name in list_optimizers()}
+    refusals = {name: words for name, words in refusals.items() if words}
+    assert all(name.startswith(("bnb", "fused")) for name in refusals)
+    assert all(f"optimizer.name={name!r} cannot be used: " in words for name, words in refusals.items())
