@@ -125,13 +125,32 @@ class OptimizerRecipe:
 
 @dataclass
 class ScheduleRecipe:
-    """The learning rate over time: linear warm-up from warmup_lr to lr, then `name` down to min_lr, step by step."""
+    """The learning rate over time: linear warm-up from warmup_lr to lr, then `name` down to min_lr, step by step.
 
-    name: Literal["cosine", "tanh", "step", "poly"] = "cosine"
+    Attributes:
+        name: a schedule of `timm.scheduler.create_scheduler_v2`. "plateau" goes by epochs, and by the test's top-1.
+        epochs: in all, warm-up and cool-down among them.
+        warmup_epochs: of linear warm-up.
+        warmup_lr: at the start of the warm-up.
+        min_lr: at the end of the schedule.
+        cooldown_epochs: held at min_lr after the schedule, where the average of the weights settles.
+        stop_epoch: end the run after this epoch, with the schedule of all `epochs`, as a first part or a trial.
+        kwargs: further arguments of the schedule, e.g. {decay_milestones: [100, 200], decay_rate: 0.5} of "multistep".
+    """
+
+    name: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau"] = "cosine"
     epochs: int = 300
     warmup_epochs: int = 20
     warmup_lr: float = 5e-7
     min_lr: float = 5e-6
+    cooldown_epochs: int = 0
+    stop_epoch: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which the run ends."""
+        return self.epochs if self.stop_epoch is None else self.stop_epoch
 
 
 @dataclass
@@ -186,9 +205,27 @@ _RANGES = {
     "optimizer.lr": (0, math.inf),
     "schedule.epochs": (1, math.inf),
     "schedule.warmup_epochs": (0, math.inf),
+    "schedule.cooldown_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
 }
+
+
+_CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay")
+# Arguments that timm's schedules read; the others would be passed over in silence.
+_SCHEDULE_KWARGS = {
+    "cosine": (*_CYCLES, "k_decay"),
+    "tanh": _CYCLES,
+    "step": ("decay_epochs", "decay_rate"),
+    "multistep": ("decay_milestones", "decay_rate"),
+    "poly": (*_CYCLES, "k_decay", "decay_rate"),
+    "wsd": ("decay_epochs", "decay_fn"),
+    "rsqrt": ("decay_epochs", "decay_fn", "stable_timescale"),
+    "constant": (),
+    "plateau": ("patience_epochs", "decay_rate"),
+}
+_NOISE = ("noise", "noise_pct", "noise_std", "noise_seed")
+_HAVE_AN_END = ("cosine", "tanh", "poly", "wsd", "rsqrt")
 
 
 def from_dict(tree: dict, source: str) -> Recipe:
@@ -391,11 +428,7 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
     if not 0 < recipe.data.crop_pct <= 1:
         raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
-    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs and recipe.schedule.warmup_epochs:
-        raise ValueError(
-            f"{source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
-            f"schedule.epochs={recipe.schedule.epochs}; lower it"
-        )
+    _check_schedule(recipe.schedule, source)
     train, optimizer = recipe.train, recipe.optimizer
     for option, value in (("bce_target_threshold", train.bce_target_threshold), ("bce_sum", train.bce_sum or None)):
         if value is not None and train.loss != "bce":
@@ -413,3 +446,29 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         )
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+
+
+def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
+    spent = wanted.warmup_epochs + wanted.cooldown_epochs
+    if spent >= wanted.epochs and spent:
+        also = f" and schedule.cooldown_epochs={wanted.cooldown_epochs}" if wanted.cooldown_epochs else ""
+        raise ValueError(
+            f"{source}: schedule.warmup_epochs={wanted.warmup_epochs}{also} leaves nothing of "
+            f"schedule.epochs={wanted.epochs}; lower it"
+        )
+    if wanted.stop_epoch is not None and not 1 <= wanted.stop_epoch <= wanted.epochs:
+        raise ValueError(
+            f"{source}: schedule.stop_epoch={wanted.stop_epoch} must be between 1 and schedule.epochs={wanted.epochs}"
+        )
+    if wanted.cooldown_epochs and wanted.name not in _HAVE_AN_END:
+        raise ValueError(
+            f"{source}: schedule.cooldown_epochs={wanted.cooldown_epochs} follows the end of a schedule, which "
+            f"schedule.name={wanted.name!r} does not have; {', '.join(_HAVE_AN_END)} do"
+        )
+    known = (*_SCHEDULE_KWARGS[wanted.name], *_NOISE)
+    for name, value in wanted.kwargs.items():
+        if name not in known:
+            raise ValueError(
+                f"{source}: schedule.kwargs.{name}={value!r} is not an argument of schedule.name={wanted.name!r}"
+                f"{nearest(name, known)}; it takes {', '.join(known)}"
+            )

@@ -118,7 +118,7 @@ def resume_command(path: Path, *more: str) -> str:
 def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, display: Display, stop: Stop) -> None:
     """Train and test until the recipe's last epoch, saving after each; raises as `Trainer.train_epoch` does."""
     main = trainer.rank == 0
-    while trainer.epoch < trainer.recipe.schedule.epochs:
+    while trainer.epoch < trainer.recipe.schedule.last_epoch:
         start = time.perf_counter()
         lr = max(group["lr"] for group in trainer.optimizer.param_groups)
         loss, unreadable = trainer.train_epoch(train_loader, display, stop)
@@ -251,7 +251,7 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 2
     saved = output / "last.pt"
-    with Display(made.schedule.epochs, trainer.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
+    with Display(made.schedule.last_epoch, trainer.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
         parameters = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(
@@ -260,7 +260,7 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
             "bold",
         )
         if content:
-            display.note(f"going on from {last}, {trainer.epoch} of {made.schedule.epochs} epochs done")
+            display.note(f"going on from {last}, {trainer.epoch} of {made.schedule.last_epoch} epochs done")
             for line in recipe.differences(content["recipe"], recipe.to_dict(made)):
                 display.note(f"  changed: {line}", "yellow")
         try:

@@ -13,7 +13,6 @@ import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +22,7 @@ from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines
 from visionmix.tools.recipe import Recipe, to_dict
+from visionmix.tools.schedule import make_scheduler
 
 _logger = logging.getLogger("visionmix.tools.trainer")
 
@@ -106,7 +106,7 @@ class Trainer:
         world: number of processes.
 
     Raises:
-        ValueError: when the recipe names a model, an optimiser or arguments that do not exist or fit.
+        ValueError: when the recipe names a model, an optimiser, a schedule or arguments that do not exist or fit.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Trainer:
         self._set_progress()
 
     def _optimizer(self):
-        wanted, schedule = self.recipe.optimizer, self.recipe.schedule
+        wanted = self.recipe.optimizer
         if wanted.name not in list_optimizers():
             raise ValueError(f"optimizer.name={wanted.name!r} is not one of timm.optim.list_optimizers()")
         scale = self.images_a_step / wanted.lr_batch if wanted.lr_batch else 1.0
@@ -170,19 +170,7 @@ class Trainer:
             raise ValueError(f"optimizer {wanted.name!r} does not take kwargs={wanted.kwargs}: {error}") from error
         except (AssertionError, ImportError, RuntimeError) as error:  # timm's words for a missing library or device
             raise ValueError(f"optimizer.name={wanted.name!r} cannot be used: {error}") from error
-        # Published schedules count the warm-up among the epochs; timm's warmup_prefix adds it to num_epochs.
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=schedule.name,
-            num_epochs=schedule.epochs - schedule.warmup_epochs,
-            warmup_epochs=schedule.warmup_epochs,
-            warmup_prefix=True,
-            warmup_lr=schedule.warmup_lr * scale,
-            min_lr=schedule.min_lr * scale,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps,
-        )
-        return optimizer, scheduler
+        return optimizer, make_scheduler(optimizer, self.recipe.schedule, self.steps, scale)
 
     @property
     def images_a_step(self) -> int:
@@ -330,6 +318,7 @@ class Trainer:
         best = max((old["test_top1"] for old in self.history), default=-math.inf)
         self.epoch += 1
         self.history.append(row)
+        self.scheduler.step(self.epoch, row["test_top1"])
         return row["test_top1"] > best
 
     def state(self) -> dict:
@@ -372,6 +361,8 @@ class Trainer:
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.step, self.history = content["epoch"], content["step"], list(content["history"])
+        for epoch, row in enumerate(self.history, 1):  # what a plateau's schedule has seen
+            self.scheduler.step(epoch, row["test_top1"])
         self.scheduler.step_update(self.step)
         self._set_progress()
 
