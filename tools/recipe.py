@@ -70,8 +70,8 @@ class AugmentRecipe:
         ratio: least and greatest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation jitter; unused beside auto_augment.
-        auto_augment: policy, e.g. "rand-m9-mstd0.5-inc1"; None for none.
+        color_jitter: strength of brightness, contrast and saturation jitter; unused beside auto_augment, except "3a".
+        auto_augment: policy, e.g. "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2" or "3a" (3-Augment); None for none.
         erase_prob: probability of random erasing.
         erase_mode: what fills an erased box: "const", "rand" (one colour) or "pixel" (noise).
         mixup: alpha of mixup; 0 for none.
@@ -79,6 +79,8 @@ class AugmentRecipe:
         mix_prob: probability that a batch is mixed at all.
         mix_switch_prob: probability of CutMix where both are on.
         mix_mode: one mixing strength per "batch", "pair" or "elem".
+        repeats: times that each image comes, augmented anew, where epochs keep their length (repeated augmentation).
+        splits: views of each image, the first without auto_augment, for train.loss=jsd; 0 for one view.
     """
 
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
@@ -94,6 +96,8 @@ class AugmentRecipe:
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
     mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    repeats: int = 1
+    splits: int = 0
 
 
 @dataclass
@@ -159,7 +163,8 @@ class TrainRecipe:
 
     Attributes:
         seed: determines data order, augmentation and weights.
-        loss: "cross_entropy", or "bce": a binary one for each class, as ResNet strikes back and DeiT III have.
+        loss: "cross_entropy"; "bce", a binary one for each class, as DeiT III has; or "jsd", the
+            cross entropy of the first of augment.splits and the Jensen-Shannon divergence of all, as AugMix has.
         bce_target_threshold: soft targets above it count as 1, others as 0; None leaves them soft.
         bce_sum: sum the binary losses over classes, where the mean makes gradients of many classes small.
         label_smoothing: of the targets.
@@ -170,7 +175,7 @@ class TrainRecipe:
     """
 
     seed: int = 0
-    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    loss: Literal["cross_entropy", "bce", "jsd"] = "cross_entropy"
     bce_target_threshold: float | None = None
     bce_sum: bool = False
     label_smoothing: float = 0.1
@@ -202,6 +207,8 @@ _RANGES = {
     "augment.erase_prob": (0, 1),
     "augment.mixup": (0, math.inf),
     "augment.cutmix": (0, math.inf),
+    "augment.repeats": (1, math.inf),
+    "augment.splits": (0, math.inf),
     "optimizer.lr": (0, math.inf),
     "schedule.epochs": (1, math.inf),
     "schedule.warmup_epochs": (0, math.inf),
@@ -436,6 +443,16 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
     if train.bce_target_threshold is not None and not 0 <= train.bce_target_threshold < 1:
         raise ValueError(
             f"{source}: train.bce_target_threshold={train.bce_target_threshold} must be between 0 and 1, or null"
+        )
+    if (train.loss == "jsd") != (recipe.augment.splits > 1):
+        raise ValueError(
+            f"{source}: train.loss={train.loss!r} and augment.splits={recipe.augment.splits} do not fit; jsd compares "
+            "two or more splits, and the other losses take none"
+        )
+    if recipe.augment.splits and (recipe.augment.mixup or recipe.augment.cutmix):
+        raise ValueError(
+            f"{source}: augment.splits={recipe.augment.splits} does not go with mixup and CutMix, which would mix the "
+            "views of an image with those of others; set augment.mixup and augment.cutmix to 0"
         )
     if optimizer.clip_grad is not None and not optimizer.clip_grad > 0:
         raise ValueError(f"{source}: optimizer.clip_grad={optimizer.clip_grad} must be above 0, or null for none")

@@ -224,15 +224,22 @@ def make_run(
             few or of other classes.
         OSError: the data cannot be read.
     """
-    root, seed, accumulate = Path(made.data.path), made.train.seed, made.train.accumulate
+    root, seed = Path(made.data.path), made.train.seed
     sets = {
         split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
         for split in ("train", "val")
     }
     both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
-    train_loader = data.make_loader(sets["train"], shuffle=True, seed=seed, accumulate=accumulate, **both)
+    train_loader = data.make_loader(
+        sets["train"],
+        shuffle=True,
+        seed=seed,
+        accumulate=made.train.accumulate,
+        repeats=made.augment.repeats,
+        **both,
+    )
     test_loader = data.make_loader(sets["val"], shuffle=False, **both)
-    trainer = Trainer(made, classes, len(train_loader) // accumulate, device, rank, world)
+    trainer = Trainer(made, classes, len(train_loader) // made.train.accumulate, device, rank, world)
     normalise = trainer.input.normalise
     sets["train"].transform = data.train_transform(made, normalise)
     sets["val"].transform = data.eval_transform(

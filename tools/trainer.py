@@ -11,7 +11,7 @@ from types import FrameType
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
@@ -74,6 +74,8 @@ def criterion(recipe: Recipe) -> nn.Module:
             target_threshold=wanted.bce_target_threshold,
             sum_classes=wanted.bce_sum,
         )
+    if wanted.loss == "jsd":
+        return JsdCrossEntropy(recipe.augment.splits, smoothing=wanted.label_smoothing)
     return SoftTargetCrossEntropy() if soft else nn.CrossEntropyLoss(label_smoothing=wanted.label_smoothing)
 
 
