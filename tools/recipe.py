@@ -170,8 +170,13 @@ class TrainRecipe:
         label_smoothing: of the targets.
         ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
         ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
-        amp: "none", "float16" (with a loss scaler) or "bfloat16".
+        amp: "none", "float16" (with a loss scaler), "bfloat16", or "pure_bfloat16": no float32 copy of weights, gradients
+            and the optimiser's state, for half their memory; the moving average stays in float32.
         accumulate: batches whose mean gradient makes a step, as a published batch needs that memory has no room for.
+        compile: run training steps through torch.compile, for speed; each image size is compiled once.
+        checkpointing: compute each block's activations again in the backward pass, for memory.
+        channels_last: lay images and convolutions out with channels last, in which convolutions of GPUs are faster.
+        sync_bn: take batch norms' statistics over all processes, where one has too few images.
     """
 
     seed: int = 0
@@ -181,8 +186,12 @@ class TrainRecipe:
     label_smoothing: float = 0.1
     ema_decay: float | None = None
     ema_warmup: bool = False
-    amp: Literal["none", "float16", "bfloat16"] = "none"
+    amp: Literal["none", "float16", "bfloat16", "pure_bfloat16"] = "none"
     accumulate: int = 1
+    compile: bool = False
+    checkpointing: bool = False
+    channels_last: bool = False
+    sync_bn: bool = False
 
 
 @dataclass

@@ -34,7 +34,7 @@ FLAGS = {
     "img_size": ("data.image_size", int, "side of the input in pixels"),
     "workers": ("data.workers", int, "data-loading processes of each process"),
     "seed": ("train.seed", int, "of weights, data order and augmentation"),
-    "amp": ("train.amp", str, "mixed precision: none, float16 or bfloat16"),
+    "amp": ("train.amp", str, "mixed precision: none, float16, bfloat16 or pure_bfloat16"),
 }
 
 

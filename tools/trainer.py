@@ -11,6 +11,7 @@ from types import FrameType
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
-from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines
+from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines, model_dtype
 from visionmix.tools.recipe import Recipe, to_dict
 from visionmix.tools.schedule import make_scheduler
 
@@ -62,6 +63,17 @@ class Stop:
 def _full(values: torch.Tensor) -> torch.Tensor:
     """Return the values in float32 at least, in which losses are computed."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class _Float32:
+    """A model's state dict in float32, from which an average in float32 is updated."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        state = self.model.state_dict()
+        return {name: _full(value) if value.is_floating_point() else value for name, value in state.items()}
 
 
 def criterion(recipe: Recipe) -> nn.Module:
@@ -120,6 +132,8 @@ class Trainer:
         self.epoch, self.step, self.history = 0, 0, []
         self.gathered = 0  # batches whose gradients wait for the step
         self.own_losses: dict[str, torch.Tensor] = {}  # of the model: means over the last epoch
+        if recipe.train.sync_bn and world > 1 and device.type == "cpu":
+            raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
         data.seed_everything(recipe.train.seed)
         self.model = models.create_model(
             recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
@@ -134,11 +148,10 @@ class Trainer:
             mean=wanted.mean,
             std=wanted.std,
         )
+        self.ema = None
+        self._prepare()
         self.optimizer, self.scheduler = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "float16")
-        self.ema = None
-        if recipe.train.ema_decay is not None:
-            self.ema = ModelEmaV3(self.model, recipe.train.ema_decay, use_warmup=recipe.train.ema_warmup)
         augment = recipe.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -153,11 +166,33 @@ class Trainer:
             )
         self.criterion = criterion(recipe)
         self.running = _WithLosses(self.model)
+        if recipe.train.compile:
+            self.running = torch.compile(self.running, dynamic=False)
         if world > 1:
             self.running = DistributedDataParallel(
                 self.running, device_ids=[device.index] if device.type == "cuda" else None
             )
         self._set_progress()
+
+    def _prepare(self) -> None:
+        """Bring the model into the layout and type of the recipe, and make the moving average."""
+        wanted = self.recipe.train
+        if wanted.sync_bn:
+            self.model = convert_sync_batchnorm(self.model)
+        self.layout = torch.channels_last if wanted.channels_last else torch.preserve_format
+        self.model.to(memory_format=self.layout)
+        if wanted.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model, wanted.ema_decay, use_warmup=wanted.ema_warmup)
+        if wanted.amp == "pure_bfloat16":  # but not the average: its small updates would round to nothing
+            self.model.to(torch.bfloat16)
+        self.dtype = model_dtype(self.model)
+        if wanted.checkpointing:
+            try:
+                self.model.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError) as error:
+                raise ValueError(
+                    f"train.checkpointing=True is not for model {self.recipe.model.name!r} ({error}); set it to false"
+                ) from error
 
     def _optimizer(self):
         wanted = self.recipe.optimizer
@@ -252,6 +287,7 @@ class Trainer:
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
+        images = images.to(self.dtype, memory_format=self.layout)
         if self.gathered == 1:
             self.optimizer.zero_grad()
         # The processes add up their gradients once a step, in the last backward pass.
@@ -286,7 +322,7 @@ class Trainer:
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.ema:
-            self.ema.update(self.model, step=self.step)
+            self.ema.update(_Float32(self.model) if self.dtype == torch.bfloat16 else self.model, step=self.step)
         self._set_progress()
 
     def test(self, loader: DataLoader, display: Display, stop: Stop) -> Evaluation:
@@ -383,7 +419,7 @@ def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> 
         except data.UnreadableImage:
             continue
         with autocast(trainer.device, trainer.recipe.train.amp):
-            logits = model(dataset.transform(image)[None].to(trainer.device))
+            logits = model(dataset.transform(image)[None].to(trainer.device, model_dtype(model)))
         probability, guess = logits.float().softmax(1)[0].max(0)
         images.append(image)
         true.append(trainer.classes[target])

@@ -10,7 +10,7 @@ from torch import nn
 
 from visionmix.tools import data, models, recipe, train
 from visionmix.tools.display import Display
-from visionmix.tools.trainer import Stop, Trainer
+from visionmix.tools.trainer import Stop, Trainer, predict_some
 
 CPU = torch.device("cpu")
 CLASSES = ["blue", "green", "red"]
@@ -28,10 +28,11 @@ STILL = {
 class Small(nn.Module):
     """A convolution, a norm and a classifier: trained in milliseconds."""
 
-    def __init__(self, num_classes, width=8):
+    def __init__(self, num_classes, width=8, batch_norm=False):
         super().__init__()
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, width, width
         self.conv = nn.Conv2d(3, width, 8, 8)
+        self.bn = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
 
@@ -42,7 +43,7 @@ class Small(nn.Module):
         return {"stem": "^conv", "blocks": "^norm"}
 
     def forward_features(self, x):
-        return nn.functional.gelu(self.conv(x)).mean((2, 3))
+        return nn.functional.gelu(self.bn(self.conv(x))).mean((2, 3))
 
     def forward_head(self, x, pre_logits=False):
         x = self.norm(x)
@@ -323,3 +324,119 @@ def test_every_optimiser_of_timm_steps_or_is_refused_by_name(small):
     refusals = {name: words for name, words in refusals.items() if words}
     assert all(name.startswith(("bnb", "fused")) for name in refusals)
     assert all(f"optimizer.name={name!r} cannot be used: " in words for name, words in refusals.items())
+
+
+# Layout, type and compilation
+
+
+def steps(trainer: Trainer, count: int = 3) -> list[float]:
+    return [trainer._update(batch(seed=seed)).item() for seed in range(count)]
+
+
+VIT = {
+    "model": {"name": "vit_tiny_patch16_224", "kwargs": {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 3}}
+}
+
+
+def compiled_by(monkeypatch, backend):
+    """Let torch.compile use this backend; return the options of its calls."""
+    options, compile = [], torch.compile
+
+    def call(model, **given):
+        options.append(given)
+        return compile(model, backend=backend, **given)
+
+    monkeypatch.setattr(torch, "compile", call)
+    return options
+
+
+def test_compiled_steps_have_equal_losses(small, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = compiled_by(monkeypatch, backend)
+    plain = begin()
+    assert options == []
+    trainer = begin(train={"compile": True})
+    assert options == [{"dynamic": False}]
+    assert steps(trainer) == steps(plain)
+    assert len(graphs) == 1
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert all(torch.equal(value, plain.model.state_dict()[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.long
+def test_steps_of_the_default_compiler_have_equal_losses(small):
+    for sections in ({}, VIT, {"model": {"name": "test_vig"}}):
+        found = steps(begin(train={"compile": True}, **sections))
+        assert found == pytest.approx(steps(begin(**sections)), rel=1e-5)
+
+
+def test_checkpointing_saves_fewer_numbers_for_equal_gradients():
+    found, kept = {}, {}
+    for on in (False, True):
+        trainer = begin(train={"checkpointing": on}, **VIT)
+        sizes = []
+
+        def pack(value, sizes=sizes):
+            sizes.append(value.numel())
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            trainer._update(batch())
+        kept[on] = sum(sizes)
+        found[on] = {name: value.grad for name, value in trainer.model.named_parameters()}
+    assert kept[True] < 0.6 * kept[False]
+    for name, value in found[False].items():
+        torch.testing.assert_close(found[True][name], value, msg=name)
+
+
+def test_checkpointing_of_a_model_that_has_none_is_refused(small):
+    refused(("train.checkpointing=True", "'small'"), train={"checkpointing": True})
+
+
+def test_channels_last_reaches_weights_and_images(small):
+    plain, trainer = begin(), begin(train={"channels_last": True})
+    seen = []
+    trainer.model.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    assert steps(trainer) == pytest.approx(steps(plain), rel=1e-5)
+    for value in (trainer.model.conv.weight, *seen):
+        assert value.is_contiguous(memory_format=torch.channels_last)
+        assert not value.is_contiguous()
+    assert plain.model.conv.weight.is_contiguous()
+
+
+def test_batch_norms_are_synchronised(small):
+    sections = {"model": {"kwargs": {"batch_norm": True}}}
+    plain, trainer = begin(**sections), begin(train={"sync_bn": True, "ema_decay": 0.9}, **sections)
+    assert type(plain.model.bn) is nn.BatchNorm2d
+    assert type(trainer.model.bn) is type(trainer.ema.module.bn) is nn.SyncBatchNorm
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert steps(trainer) == steps(plain)
+
+
+def test_synchronised_batch_norms_of_cpu_processes_are_refused():
+    with pytest.raises(ValueError, match=r"train.sync_bn=True needs GPUs, and 2 processes run on the CPU"):
+        Trainer(make(None, train={"sync_bn": True}), CLASSES, 4, CPU, 0, 2)
+
+
+def test_pure_bfloat16_keeps_weights_and_states_in_bfloat16_and_the_average_in_float32(small, tree):
+    trainer, loader, tests = train.make_run(
+        make(tree, train={"amp": "pure_bfloat16", "ema_decay": 0.9}, augment={"mixup": 0.5}), CLASSES, CPU
+    )
+    go_on(trainer, loader, 1)
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.bfloat16}
+    states = [value for state in trainer.optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert {value.dtype for value in states} == {torch.bfloat16}
+    assert {value.dtype for value in trainer.ema.module.parameters()} == {torch.float32}
+    weights = begin().model.conv.weight
+    moved = trainer.ema.module.conv.weight - weights.bfloat16()
+    assert moved.abs().max() > 1e-4
+    assert not torch.equal(trainer.ema.module.conv.weight, trainer.ema.module.conv.weight.bfloat16().float())
+    assert trainer.test(tests, Display(1, 1, quiet=True), Stop()).count == 9
+    trainer.ema = None
+    assert trainer.test(tests, Display(1, 1, quiet=True), Stop()).count == 9
+    assert len(predict_some(trainer, tests.dataset, 3)[0]) == 3
