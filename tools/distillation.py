@@ -154,5 +154,6 @@ def make_student(model: nn.Module, recipe: Recipe, teacher: Teacher | None) -> S
             raise ValueError(f"distill.kind='features' leaves out the losses that {name} has of its own; take logits")
         channels = feature_channels(model, name), teacher.num_features
         if channels[0] != channels[1]:
-            projection = nn.Linear(*channels)
+            weight = next(model.parameters())
+            projection = nn.Linear(*channels, device=weight.device, dtype=weight.dtype)
     return Student(model, kind, projection)

@@ -170,8 +170,12 @@ class TrainRecipe:
         label_smoothing: of the targets.
         ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
         ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
-        amp: "none", "float16" (with a loss scaler), "bfloat16", or "pure_bfloat16": no float32 copy of weights, gradients
-            and the optimiser's state, for half their memory; the moving average stays in float32.
+        mesa: weight of the divergence from the moving average's logits, which makes minima flatter (MESA, arXiv
+            2205.14083); 0 for none. VSSD and MILA add it as a cross entropy, which has the same gradient.
+        mesa_start: share of the epochs after which it begins, when the average knows something.
+        mesa_temperature: by which both logits are divided.
+        amp: "none", "float16" (with a loss scaler), "bfloat16", or "pure_bfloat16": weights, gradients and the
+            optimiser's state too, for half their memory; the moving average stays in float32.
         accumulate: batches whose mean gradient makes a step, as a published batch needs that memory has no room for.
         compile: run training steps through torch.compile, for speed; each image size is compiled once.
         checkpointing: compute each block's activations again in the backward pass, for memory.
@@ -186,12 +190,44 @@ class TrainRecipe:
     label_smoothing: float = 0.1
     ema_decay: float | None = None
     ema_warmup: bool = False
+    mesa: float = 0.0
+    mesa_start: float = 0.25
+    mesa_temperature: float = 1.0
     amp: Literal["none", "float16", "bfloat16", "pure_bfloat16"] = "none"
     accumulate: int = 1
     compile: bool = False
     checkpointing: bool = False
     channels_last: bool = False
     sync_bn: bool = False
+
+
+@dataclass
+class DistillRecipe:
+    """A teacher whose outputs the model learns besides the labels.
+
+    Attributes:
+        teacher: timm model name; None for no teacher, or for that of the checkpoint.
+        checkpoint: the teacher's weights, of any file that `visionmix validate` reads; None takes the published ones.
+        kind: what is matched: "logits", pooled "features" (through a learned projection where their widths differ), or
+            "tokens": the teacher's logits, by the distillation token of a model that has one, as DeiT.
+        weight: of the distance from the teacher.
+        task_weight: of the loss by labels beside it.
+        temperature: by which logits are divided; the higher, the more small probabilities count.
+        hard: match the teacher's first guess by a cross entropy, as DeiT does, in place of its probabilities.
+    """
+
+    teacher: str | None = None
+    checkpoint: str | None = None
+    kind: Literal["logits", "features", "tokens"] = "logits"
+    weight: float = 1.0
+    task_weight: float = 1.0
+    temperature: float = 1.0
+    hard: bool = False
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a teacher."""
+        return self.teacher is not None or self.checkpoint is not None
 
 
 @dataclass
@@ -204,6 +240,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
 
 
 _SCHEMA = OmegaConf.structured(Recipe)
@@ -224,6 +261,10 @@ _RANGES = {
     "schedule.cooldown_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
+    "train.mesa": (0, math.inf),
+    "train.mesa_start": (0, 1),
+    "distill.weight": (0, math.inf),
+    "distill.task_weight": (0, math.inf),
 }
 
 
@@ -463,6 +504,20 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             f"{source}: augment.splits={recipe.augment.splits} does not go with mixup and CutMix, which would mix the "
             "views of an image with those of others; set augment.mixup and augment.cutmix to 0"
         )
+    for key, value in (
+        ("train.mesa_temperature", train.mesa_temperature),
+        ("distill.temperature", recipe.distill.temperature),
+    ):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{source}: {key}={value} must be above 0")
+    if train.mesa and train.ema_decay is None:
+        raise ValueError(f"{source}: train.mesa={train.mesa} needs the moving average; give train.ema_decay")
+    if recipe.distill != DistillRecipe() and not recipe.distill.on:
+        raise ValueError(
+            f"{source}: the section distill has no effect without distill.teacher or distill.checkpoint; give one"
+        )
+    if recipe.distill.hard and recipe.distill.kind == "features":
+        raise ValueError(f"{source}: distill.hard=True takes guesses, which distill.kind='features' does not have")
     if optimizer.clip_grad is not None and not optimizer.clip_grad > 0:
         raise ValueError(f"{source}: optimizer.clip_grad={optimizer.clip_grad} must be above 0, or null for none")
     if optimizer.clip_mode != "norm" and optimizer.clip_grad is None:

@@ -94,6 +94,8 @@ def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None,
     if made.data.path is None:
         raise ValueError("--data is missing: give the folder that holds train/ and val/")
     made.data.path = str(Path(made.data.path).resolve())
+    if made.distill.checkpoint:
+        made.distill.checkpoint = str(Path(made.distill.checkpoint).resolve())
     return made, output, content, last if content else None
 
 

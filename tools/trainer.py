@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
+from visionmix.tools.distillation import Teacher, divergence, full, make_student
 from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines, model_dtype
 from visionmix.tools.recipe import Recipe, to_dict
 from visionmix.tools.schedule import make_scheduler
@@ -60,11 +61,6 @@ class Stop:
             raise Interrupted
 
 
-def _full(values: torch.Tensor) -> torch.Tensor:
-    """Return the values in float32 at least, in which losses are computed."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 class _Float32:
     """A model's state dict in float32, from which an average in float32 is updated."""
 
@@ -73,7 +69,7 @@ class _Float32:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
-        return {name: _full(value) if value.is_floating_point() else value for name, value in state.items()}
+        return {name: full(value) if value.is_floating_point() else value for name, value in state.items()}
 
 
 def criterion(recipe: Recipe) -> nn.Module:
@@ -89,19 +85,6 @@ def criterion(recipe: Recipe) -> nn.Module:
     if wanted.loss == "jsd":
         return JsdCrossEntropy(recipe.augment.splits, smoothing=wanted.label_smoothing)
     return SoftTargetCrossEntropy() if soft else nn.CrossEntropyLoss(label_smoothing=wanted.label_smoothing)
-
-
-class _WithLosses(nn.Module):
-    """From images to (logits, losses of the model's own by name), by the model's `forward_train` if it has one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if hasattr(self.model, "forward_train"):
-            return self.model.forward_train(images)
-        return self.model(images), {}
 
 
 class Trainer:
@@ -131,7 +114,7 @@ class Trainer:
         )  # fmt: skip
         self.epoch, self.step, self.history = 0, 0, []
         self.gathered = 0  # batches whose gradients wait for the step
-        self.own_losses: dict[str, torch.Tensor] = {}  # of the model: means over the last epoch
+        self.own_losses: dict[str, torch.Tensor] = {}  # beside that of the labels: means over the last epoch
         if recipe.train.sync_bn and world > 1 and device.type == "cpu":
             raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
         data.seed_everything(recipe.train.seed)
@@ -150,6 +133,8 @@ class Trainer:
         )
         self.ema = None
         self._prepare()
+        self.teacher = Teacher(recipe, self.input, classes, device) if recipe.distill.on else None
+        self.student = make_student(self.model, recipe, self.teacher)
         self.optimizer, self.scheduler = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "float16")
         augment = recipe.augment
@@ -165,7 +150,7 @@ class Trainer:
                 num_classes=len(classes),
             )
         self.criterion = criterion(recipe)
-        self.running = _WithLosses(self.model)
+        self.running = self.student
         if recipe.train.compile:
             self.running = torch.compile(self.running, dynamic=False)
         if world > 1:
@@ -180,7 +165,8 @@ class Trainer:
         if wanted.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
         self.layout = torch.channels_last if wanted.channels_last else torch.preserve_format
-        self.model.to(memory_format=self.layout)
+        if wanted.channels_last:
+            self.model.to(memory_format=self.layout)
         if wanted.ema_decay is not None:
             self.ema = ModelEmaV3(self.model, wanted.ema_decay, use_warmup=wanted.ema_warmup)
         if wanted.amp == "pure_bfloat16":  # but not the average: its small updates would round to nothing
@@ -207,6 +193,8 @@ class Trainer:
             raise ValueError(f"optimizer {wanted.name!r} does not take kwargs={wanted.kwargs}: {error}") from error
         except (AssertionError, ImportError, RuntimeError) as error:  # timm's words for a missing library or device
             raise ValueError(f"optimizer.name={wanted.name!r} cannot be used: {error}") from error
+        if self.student.projection is not None:
+            optimizer.add_param_group({"params": list(self.student.projection.parameters())})
         return optimizer, make_scheduler(optimizer, self.recipe.schedule, self.steps, scale)
 
     @property
@@ -287,23 +275,35 @@ class Trainer:
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
-        images = images.to(self.dtype, memory_format=self.layout)
         if self.gathered == 1:
             self.optimizer.zero_grad()
         # The processes add up their gradients once a step, in the last backward pass.
         with nullcontext() if complete or self.world == 1 else self.running.no_sync():
-            with autocast(self.device, self.recipe.train.amp):
-                logits, losses = self.running(images)
-            loss = self.criterion(_full(logits), targets)
-            for name, value in losses.items():
-                loss = loss + _full(value)
-                self.own_losses[name] = self.own_losses.get(name, 0.0) + value.detach().double()
+            loss = self._loss(images, targets)
             # A second-order optimiser differentiates the gradient once more.
             self.scaler.scale(loss / self.recipe.train.accumulate).backward(
                 create_graph=getattr(self.optimizer, "is_second_order", False)
             )
         if complete:
             self._step()
+        return loss
+
+    def _loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wanted = self.recipe.train
+        with autocast(self.device, wanted.amp):
+            logits, matched, losses = self.running(images.to(self.dtype, memory_format=self.layout))
+            given = self.teacher(images) if self.teacher else None
+            if wanted.mesa and self.epoch >= int(wanted.mesa_start * self.recipe.schedule.epochs):
+                with torch.no_grad():
+                    averaged = self.ema.module(images)
+                losses = losses | {"mesa": wanted.mesa * divergence(logits, averaged, wanted.mesa_temperature)}
+        loss = self.criterion(full(logits), targets)
+        if self.teacher:
+            loss = self.recipe.distill.task_weight * loss
+            losses = losses | {"distill": self.teacher.loss(matched, given)}
+        for name, value in losses.items():
+            loss = loss + full(value)
+            self.own_losses[name] = self.own_losses.get(name, 0.0) + value.detach().double()
         return loss
 
     def _step(self) -> None:
@@ -372,6 +372,7 @@ class Trainer:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "projection": self.student.projection.state_dict() if self.student.projection else None,
         }
 
     def load_state(self, content: dict, source: str) -> None:
@@ -387,6 +388,8 @@ class Trainer:
         checkpoint.load_weights(self.model, content["model"], source)
         if self.ema:
             checkpoint.load_weights(self.ema.module, content["ema"] or content["model"], source)
+        if self.student.projection is not None:
+            checkpoint.load_weights(self.student.projection, content.get("projection") or {}, source)
         fresh = [{key: group[key] for key in ("lr", "initial_lr", "lr_scale", "weight_decay") if key in group}
                  for group in self.optimizer.param_groups]  # fmt: skip
         try:

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from small_runs import Small
+
+from visionmix.tools import models
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
 
@@ -58,3 +61,17 @@ def recipe_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def cut():
     return truncate
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Let the model "small" be `Small`; others are made as always."""
+    create = models.create_model
+
+    def create_model(name, **options):
+        if name != "small":
+            return create(name, **options)
+        options.pop("pretrained", None)
+        return Small(**options)
+
+    monkeypatch.setattr(models, "create_model", create_model)
