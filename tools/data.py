@@ -180,11 +180,19 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class Key(NamedTuple):
-    """An image of an epoch: together with the seed, all that its augmentation depends on."""
+    """An image of an epoch: together with the seed, all that its augmentation depends on.
+
+    Attributes:
+        epoch: from 0.
+        index: of the image in the set.
+        copy: of the image in the epoch, from 0.
+        size: side of the input in pixels; 0 where there is only one.
+    """
 
     epoch: int
     index: int
     copy: int = 0
+    size: int = 0
 
 
 class FolderSet(Dataset):
@@ -193,7 +201,7 @@ class FolderSet(Dataset):
     Args:
         folder: of class folders.
         classes: names of all class folders.
-        transform: from a PIL image to a float32 tensor, or a `Views`.
+        transform: from a PIL image to a float32 tensor, or a `Views`; a dictionary of them where keys have sizes.
         seed: with the key it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
         outputs: the model's output for each of `classes`; their own order where None.
@@ -236,7 +244,8 @@ class FolderSet(Dataset):
         return read_rgb(path), target
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        epoch, index, copy = Key(*key)
+        epoch, index, copy, size = Key(*key)
+        transform = self.transform[size] if size else self.transform
         others = np.random.default_rng([self.seed, epoch, index])
         unreadable: list[str] = []
         for _ in range(MAX_DRAWS if self.replace else 1):
@@ -247,7 +256,7 @@ class FolderSet(Dataset):
                 index = int(others.integers(len(self)))
                 continue
             with _Repeatable(self.seed, epoch, index, *[copy] * (copy > 0)):
-                return Sample(self.transform(image), target, unreadable)
+                return Sample(transform(image), target, unreadable)
         return Sample(None, -1, unreadable)
 
 
@@ -262,19 +271,31 @@ class EpochSampler(Sampler):
 
     Args:
         size: images there are.
-        batch: images of a training step in each process.
+        batch: images that each process takes at once.
         seed: with the epoch it determines the permutation.
         shuffle: whether this is training.
         rank: of this process.
         world: number of processes.
+        accumulate: batches of a training step.
         repeats: times that an image comes in training, each augmented anew.
+        sizes: sides of training images by epoch, as a recipe's `data.sizes`; all processes draw the same for a batch.
     """
 
     def __init__(
-        self, size: int, *, batch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1, repeats: int = 1
+        self,
+        size: int,
+        *,
+        batch: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        repeats: int = 1,
+        sizes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.size, self.batch, self.seed, self.shuffle, self.rank, self.world = size, batch, seed, shuffle, rank, world
-        self.repeats = repeats if shuffle else 1
+        self.accumulate, self.repeats, self.sizes = accumulate, repeats if shuffle else 1, sizes or [[0, 0]]
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -283,7 +304,8 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         if self.shuffle:
-            return self.size // (self.batch * self.world) * self.batch
+            step = self.batch * self.accumulate
+            return self.size // (step * self.world) * step
         return len(range(self.rank, self.size, self.world))
 
     def __iter__(self) -> Iterator[Key]:
@@ -291,7 +313,12 @@ class EpochSampler(Sampler):
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         places = range(self.rank, self.size * self.repeats, self.world)[: len(self)]
-        return (Key(self.epoch, int(order[place // self.repeats]), place % self.repeats) for place in places)
+        choices = [sizes for first, *sizes in self.sizes if first <= self.epoch][-1]
+        drawn = np.random.default_rng([self.seed, self.epoch, 0, 1]).choice(choices, len(self) // self.batch + 1)
+        return (
+            Key(self.epoch, int(order[place // self.repeats]), place % self.repeats, int(drawn[number // self.batch]))
+            for number, place in enumerate(places)
+        )
 
 
 def _quiet_worker(_: int) -> None:
@@ -300,10 +327,21 @@ def _quiet_worker(_: int) -> None:
 
 
 def train_transform(recipe: Recipe, normalise: dict):
-    """Return timm's training transform of the recipe; `normalise` holds the model's mean and std."""
+    """Return timm's training transform of the recipe, or one by each of its sizes.
+
+    Args:
+        recipe: of the run.
+        normalise: the model's mean and std.
+    """
+    if recipe.data.sizes is None:
+        return _train_transform(recipe, normalise, recipe.data.image_size)
+    return {size: _train_transform(recipe, normalise, size) for _, *sizes in recipe.data.sizes for size in sizes}
+
+
+def _train_transform(recipe: Recipe, normalise: dict, size: int):
     augment = recipe.augment
     transform = create_transform(
-        recipe.data.image_size,
+        size,
         is_training=True,
         scale=tuple(augment.scale),
         ratio=tuple(augment.ratio),
@@ -378,6 +416,7 @@ def make_loader(
     world: int = 1,
     accumulate: int = 1,
     repeats: int = 1,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> DataLoader:
     """Return a loader of `Batch`es, `accumulate` of them for each training step; its sampler is an `EpochSampler`.
 
@@ -395,7 +434,15 @@ def make_loader(
         dataset,
         batch_size=batch,
         sampler=EpochSampler(
-            len(dataset), batch=step, seed=seed, shuffle=shuffle, rank=rank, world=world, repeats=repeats
+            len(dataset),
+            batch=batch,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+            repeats=repeats,
+            sizes=sizes,
         ),
         num_workers=workers,
         collate_fn=collate,

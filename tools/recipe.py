@@ -42,7 +42,9 @@ class DataRecipe:
 
     Attributes:
         path: folder with train/CLASS/* and val/CLASS/*.
-        image_size: side of the model's input in pixels.
+        image_size: side of the model's input in pixels, at test and, without sizes, in training.
+        sizes: sides of training images by epoch, [first epoch, side, ...] each, e.g. [[0, 128], [100, 160, 192]], since
+            small images are faster to begin with; of several sides, each batch draws one.
         batch_size: images that a process takes at once; a step takes train.accumulate such batches of each process.
         workers: data-loading processes of each training process.
         interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
@@ -53,6 +55,7 @@ class DataRecipe:
 
     path: str | None = None
     image_size: int = 224
+    sizes: list[list[int]] | None = None
     batch_size: int = 128
     workers: int = 8
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
@@ -442,7 +445,7 @@ def _refused(error: Exception, key: str, value: object, source: str) -> Exceptio
         return ValueError(f"{source}: {key}={value!r} is not one of {', '.join(typing.get_args(kind))}")
     wanted = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
     owner = "it"
-    if isinstance(value, list | tuple) and "list" in wanted:  # one of its items is refused
+    if isinstance(value, list | tuple) and str(error.full_key).startswith(f"{key}["):  # one of its items is refused
         owner, key, value = option, error.full_key, error.value
     return TypeError(f"{source}: {key}={value!r} is {type(value).__name__}; {owner} must be {wanted}")
 
@@ -486,6 +489,8 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
     if not 0 < recipe.data.crop_pct <= 1:
         raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
     _check_schedule(recipe.schedule, source)
+    if recipe.data.sizes is not None:
+        _check_sizes(recipe.data.sizes, recipe.schedule.epochs, source)
     train, optimizer = recipe.train, recipe.optimizer
     for option, value in (("bce_target_threshold", train.bce_target_threshold), ("bce_sum", train.bce_sum or None)):
         if value is not None and train.loss != "bce":
@@ -553,3 +558,16 @@ def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
                 f"{source}: schedule.kwargs.{name}={value!r} is not an argument of schedule.name={wanted.name!r}"
                 f"{nearest(name, known)}; it takes {', '.join(known)}"
             )
+
+
+def _check_sizes(sizes: list[list[int]], epochs: int, source: str) -> None:
+    starts = [entry[0] for entry in sizes if entry]
+    if len(starts) < len(sizes) or not all(len(entry) > 1 and min(entry[1:]) > 0 for entry in sizes):
+        raise ValueError(f"{source}: data.sizes={sizes} needs [first epoch, side, ...] in each entry, sides above 0")
+    if starts[:1] != [0] or starts != sorted(set(starts)):
+        raise ValueError(f"{source}: data.sizes={sizes} must begin with epoch 0 and go on with ever later epochs")
+    if starts[-1] >= epochs:
+        raise ValueError(
+            f"{source}: data.sizes={sizes} has sides from epoch {starts[-1]} on, after the last of "
+            f"schedule.epochs={epochs}; epochs count from 0"
+        )

@@ -238,6 +238,7 @@ def make_run(
         seed=seed,
         accumulate=made.train.accumulate,
         repeats=made.augment.repeats,
+        sizes=made.data.sizes,
         **both,
     )
     test_loader = data.make_loader(sets["val"], shuffle=False, **both)

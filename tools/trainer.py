@@ -121,7 +121,9 @@ class Trainer:
         self.model = models.create_model(
             recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
         ).to(device)
-        models.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
+        sizes = {recipe.data.image_size, *(size for _, *sizes in recipe.data.sizes or () for size in sizes)}
+        for size in sorted(sizes):
+            models.check_input(self.model, recipe.model.name, size, device)
         wanted = recipe.data
         self.input = models.model_input(
             self.model,
@@ -133,7 +135,11 @@ class Trainer:
         )
         self.ema = None
         self._prepare()
-        self.teacher = Teacher(recipe, self.input, classes, device) if recipe.distill.on else None
+        self.teacher = None
+        if recipe.distill.on:
+            self.teacher = Teacher(recipe, self.input, classes, device)
+            for size in sorted(sizes):
+                models.check_input(self.teacher.model, self.teacher.name, size, device)
         self.student = make_student(self.model, recipe, self.teacher)
         self.optimizer, self.scheduler = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "float16")
