@@ -1,16 +1,24 @@
 """What the options of a recipe do to a run: steps, losses, gradients, learning rates."""
 
 import copy
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from small_runs import CLASSES, CPU, VIT, batch, begin, go_on, losses, make, run, steps
+import yaml
+from small_runs import CLASSES, CPU, STILL, VIT, batch, begin, go_on, losses, make, run, steps
 from timm.optim import list_optimizers
 from torch import nn
 
-from visionmix.tools import data, train
+from visionmix.tools import checkpoint, data, train
 from visionmix.tools.display import Display
 from visionmix.tools.trainer import Stop, Trainer, predict_some
+
+ROOT = Path(__file__).parents[2]
 
 
 def refused(words: tuple[str, ...], error=ValueError, **sections) -> None:
@@ -341,3 +349,53 @@ def test_pure_bfloat16_keeps_weights_and_states_in_bfloat16_and_the_average_in_f
     trainer.ema = None
     assert trainer.test(tests, Display(1, 1, quiet=True), Stop()).count == 9
     assert len(predict_some(trainer, tests.dataset, 3)[0]) == 3
+
+
+# Several processes
+
+
+def test_processes_add_up_their_gradients_once_a_step(small, monkeypatch):
+    trainer, passes = begin(train={"accumulate": 3}), []
+
+    class Parallel:
+        """Counts the forward passes inside and outside of no_sync, as DistributedDataParallel has it."""
+
+        quiet = False
+
+        @contextmanager
+        def no_sync(self):
+            self.quiet = True
+            yield
+            self.quiet = False
+
+        def __call__(self, images):
+            passes.append("quiet" if self.quiet else "added up")
+            return trainer.student(images)
+
+    trainer.world, trainer.running = 2, Parallel()
+    steps(trainer, 6)
+    assert passes == ["quiet", "quiet", "added up"] * 2
+    assert trainer.step == 2
+
+
+@pytest.mark.long
+def test_two_processes_accumulate_as_one_takes_the_whole_batch(tree, tmp_path):
+    settings = {**STILL, **VIT, "optimizer": {"name": "sgd", "lr": 0.1, "lr_batch": None, "clip_grad": 1.0}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    results = []
+    for processes, size, accumulate in (("1", 8, 1), ("2", 2, 2)):
+        more = ["--set", f"data.batch_size={size}", "--set", f"train.accumulate={accumulate}", "--epochs", "2"]
+        where = ["--data", str(tree), "--output", str(tmp_path / processes), "--device", "cpu"]
+        script = [str(ROOT / "tools" / "train.py"), str(tmp_path / "r.yaml")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        done = subprocess.run(
+            [*command, processes, *script, *where, *more], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(checkpoint.read(tmp_path / processes / "last.pt"))
+    one, two = results
+    assert one["step"] == two["step"] == 4
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert [row["train_loss"] for row in two["history"]] == pytest.approx([row["train_loss"] for row in one["history"]])
