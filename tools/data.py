@@ -24,7 +24,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from visionmix.tools.images import UnreadableImage, find_files, is_hidden, is_image, log_left_out, read_rgb
-from visionmix.tools.recipe import Recipe
+from visionmix.tools.recipe_keys import Recipe
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 # Draws after which a training batch gives up finding a readable image.

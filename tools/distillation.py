@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visionmix.tools import models
-from visionmix.tools.recipe import Recipe
+from visionmix.tools.recipe_keys import Recipe
 
 
 def full(values: torch.Tensor) -> torch.Tensor:

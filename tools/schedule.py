@@ -5,7 +5,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
-from visionmix.tools.recipe import ScheduleRecipe
+from visionmix.tools.recipe_keys import ScheduleRecipe
 
 
 def make_scheduler(optimizer: Optimizer, wanted: ScheduleRecipe, steps: int, scale: float) -> Scheduler:

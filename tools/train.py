@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from visionmix.tools import checkpoint, data, models, pictures, recipe
+from visionmix.tools import checkpoint, data, models, pictures, recipe, recipe_keys
 from visionmix.tools.display import Display, duration
 from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.lr=1e-3"
     )
+    parse.add_argument("--keys", action="store_true", help="print the keys of a recipe with defaults and meanings")
     parse.add_argument("--output", type=Path, help="folder of the results (default: output/RECIPE)")
     parse.add_argument(
         "--resume", nargs="?", const="", metavar="FILE",
@@ -301,7 +302,11 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `train` command with these arguments."""
-    return train(parser().parse_args(argv))
+    args = parser().parse_args(argv)
+    if args.keys:
+        print(recipe_keys.tables())
+        return 0
+    return train(args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
 from visionmix.tools.distillation import Teacher, divergence, full, make_student
 from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines, model_dtype
-from visionmix.tools.recipe import Recipe, to_dict
+from visionmix.tools.recipe import to_dict
+from visionmix.tools.recipe_keys import Recipe
 from visionmix.tools.schedule import make_scheduler
 
 _logger = logging.getLogger("visionmix.tools.trainer")
