@@ -373,6 +373,11 @@ def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
                 f"{source}: schedule.kwargs.{name}={value!r} is not an argument of schedule.name={wanted.name!r}"
                 f"{nearest(name, known)}; it takes {', '.join(known)}"
             )
+    milestones = wanted.kwargs.get("decay_milestones", [])
+    if not isinstance(milestones, list) or milestones != sorted(milestones):
+        raise ValueError(
+            f"{source}: schedule.kwargs.decay_milestones={milestones} must be a list of epochs in ascending order"
+        )
 
 
 def _check_sizes(sizes: list[list[int]], epochs: int, source: str) -> None:

@@ -22,9 +22,9 @@ def make_scheduler(optimizer: Optimizer, wanted: ScheduleRecipe, steps: int, sca
     """
     # Published schedules count the warm-up among the epochs; timm's warmup_prefix adds it to num_epochs.
     epochs: float = wanted.epochs - wanted.warmup_epochs - wanted.cooldown_epochs
-    if (cycles := wanted.kwargs.get("cycle_limit", 1)) > 1:  # num_epochs is the first cycle's length
-        epochs /= sum(wanted.kwargs.get("cycle_mul", 1.0) ** cycle for cycle in range(cycles))
     try:
+        if (cycles := wanted.kwargs.get("cycle_limit", 1)) != 1:  # num_epochs is the first cycle's length
+            epochs /= sum(wanted.kwargs.get("cycle_mul", 1.0) ** cycle for cycle in range(cycles))
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=wanted.name,
@@ -38,7 +38,7 @@ def make_scheduler(optimizer: Optimizer, wanted: ScheduleRecipe, steps: int, sca
             updates_per_epoch=steps,
             **wanted.kwargs,
         )
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"schedule.name={wanted.name!r} with schedule.kwargs={wanted.kwargs}: {error}") from error
     if scheduler is None:
         raise ValueError(f"schedule.name={wanted.name!r} is not in timm {timm.__version__}; install a newer timm")

@@ -262,7 +262,7 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 2
     saved = output / "last.pt"
-    with Display(made.schedule.last_epoch, trainer.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
+    with Display(made.schedule.last_epoch, len(train_loader), quiet=rank > 0) as display, Stop(display.note) as stop:
         parameters = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(

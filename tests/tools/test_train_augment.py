@@ -26,7 +26,7 @@ def test_repeats_are_dealt_out_as_timm_does(world, repeats):
     order = [key.index for key in data.EpochSampler(50, batch=1, seed=3, shuffle=True)]
     for rank in range(world):
         mine = data.EpochSampler(50, batch=5, seed=3, shuffle=True, rank=rank, world=world, repeats=repeats)
-        published = RepeatAugSampler(order, world, rank, shuffle=False, num_repeats=repeats)
+        published = RepeatAugSampler(order, world, rank, False, repeats, selected_round=0)
         assert len(list(mine)) == len(mine) == 50 // (5 * world) * 5
         assert [key.index for key in mine] == [order[place] for place in published][: len(mine)]
 

@@ -1,6 +1,7 @@
 """A run that is resumed ends in the numbers of the uninterrupted one, whatever the recipe sets."""
 
 import pytest
+import timm.scheduler
 import torch
 from small_runs import CLASSES, CPU, begin, go_on, losses, make, run
 
@@ -50,6 +51,8 @@ RUNS = {
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_ends_in_the_same_numbers(small, tree, tmp_path, name):
+    if name == "plateau" and not hasattr(timm.scheduler, "WSDLRScheduler"):
+        pytest.skip("an older timm")
     sections = RUNS[name]
     if "distill" in sections:
         checkpoint.save(tmp_path / "teacher.pt", begin(model=vit()).state())
