@@ -113,12 +113,16 @@ def to_dict(recipe: Recipe) -> dict:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Return a line for each option that differs between two recipes given as dictionaries."""
+    """Return a line for each option that differs between two recipes given as dictionaries.
+
+    An option that the old one lacks, as recipes of earlier versions do, had its default.
+    """
+    default = to_dict(Recipe())
     return [
-        f"{section}.{key}={new[section].get(key)!r} (was {old.get(section, {}).get(key)!r})"
-        for section in new
-        for key in new[section]
-        if old.get(section, {}).get(key) != new[section].get(key)
+        f"{section}.{key}={value!r} (was {was!r})"
+        for section, options in new.items()
+        for key, value in options.items()
+        if (was := old.get(section, {}).get(key, default[section][key])) != value
     ]
 
 

@@ -258,7 +258,6 @@ _RANGES = {
     "distill.task_weight": (0, math.inf),
 }
 
-
 _CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay")
 # Arguments that timm's schedules read; the others would be passed over in silence.
 _SCHEDULE_KWARGS = {
@@ -313,6 +312,10 @@ def check_values(recipe: Recipe, source: str) -> None:
     if train.bce_target_threshold is not None and not 0 <= train.bce_target_threshold < 1:
         raise ValueError(
             f"{source}: train.bce_target_threshold={train.bce_target_threshold} must be between 0 and 1, or null"
+        )
+    if train.label_smoothing == 1 and train.loss != "cross_entropy":
+        raise ValueError(
+            f"{source}: train.label_smoothing=1.0 leaves train.loss={train.loss} nothing to learn; lower it"
         )
     if (train.loss == "jsd") != (recipe.augment.splits > 1):
         raise ValueError(
@@ -374,7 +377,8 @@ def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
                 f"{nearest(name, known)}; it takes {', '.join(known)}"
             )
     milestones = wanted.kwargs.get("decay_milestones", [])
-    if not isinstance(milestones, list) or milestones != sorted(milestones):
+    numbers = isinstance(milestones, list | tuple) and all(isinstance(value, int | float) for value in milestones)
+    if not numbers or list(milestones) != sorted(milestones):
         raise ValueError(
             f"{source}: schedule.kwargs.decay_milestones={milestones} must be a list of epochs in ascending order"
         )

@@ -117,6 +117,8 @@ def test_options_of_a_loss_that_is_not_chosen_are_refused():
             make(None, train=options)
     with pytest.raises(ValueError, match=r"train.bce_target_threshold=1.5 .* between 0 and 1"):
         make(None, train={"loss": "bce", "bce_target_threshold": 1.5})
+    with pytest.raises(ValueError, match=r"train.label_smoothing=1.0 leaves train.loss=bce nothing to learn"):
+        make(None, train={"loss": "bce", "label_smoothing": 1.0})
     with pytest.raises(ValueError, match=r"train.loss='ce' is not one of cross_entropy, bce"):
         make(None, train={"loss": "ce"})
 

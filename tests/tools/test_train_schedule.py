@@ -104,6 +104,10 @@ def test_noise_moves_the_rate_within_its_part():
         ({"kwargs": {"cycle_limit": 0}}, ("schedule.name='cosine'", "'cycle_limit': 0")),
         ({"kwargs": {"cycle_limit": "two"}}, ("schedule.name='cosine'", "'cycle_limit': 'two'")),
         ({"name": "multistep", "kwargs": {"decay_milestones": [9, 5]}}, ("decay_milestones=[9, 5]", "ascending")),
+        (
+            {"name": "multistep", "kwargs": {"decay_milestones": [5, "9"]}},
+            ("decay_milestones=[5, '9']", "list of epochs"),
+        ),
         ({"name": "multistep", "kwargs": {"decay_milestones": 5}}, ("decay_milestones=5", "list of epochs")),
         ({"stop_epoch": 13}, ("schedule.stop_epoch=13", "between 1 and schedule.epochs=12")),
         ({"stop_epoch": 0}, ("schedule.stop_epoch=0",)),
