@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from small_runs import Small
-
-from visionmix.tools import models
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
 
@@ -66,6 +63,11 @@ def cut():
 @pytest.fixture
 def small(monkeypatch):
     """Let the model "small" be `Small`; others are made as always."""
+    # Imported here, because most tests of this folder train nothing.
+    from small_runs import Small
+
+    from visionmix.tools import models
+
     create = models.create_model
 
     def create_model(name, **options):
