@@ -23,7 +23,7 @@ import torch
 
 from visionmix import list_mixers
 from visionmix.mixers.registry import mixer_options
-from visionmix.tools import data, pictures, recipe, timing
+from visionmix.tools import data, pictures, recipe, recipe_keys, timing
 from visionmix.tools.checkpoint import write_aside
 
 _AGREE = 0.03
@@ -31,7 +31,7 @@ _RATIOS = (0.5, 32.0)  # of the hidden width that is searched
 _HALVINGS = 4  # of a mixer's expand
 
 
-def count_parameters(model: recipe.ModelRecipe, num_classes: int, mixer: str | dict, mlp_ratio: float) -> int:
+def count_parameters(model: recipe_keys.ModelRecipe, num_classes: int, mixer: str | dict, mlp_ratio: float) -> int:
     """Return the parameters of the recipe's model with this mixer and ratio, without building it for real."""
     kwargs = model.kwargs | {"mixer": mixer, "mlp_ratio": mlp_ratio}
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def fit_ratio(count: Callable[[float], int], wanted: int) -> float:
     return ratio
 
 
-def fit_mixer(model: recipe.ModelRecipe, num_classes: int, name: str, wanted: int) -> dict[str, object]:
+def fit_mixer(model: recipe_keys.ModelRecipe, num_classes: int, name: str, wanted: int) -> dict[str, object]:
     """Return the model's arguments with which the mixer called `name` makes `wanted` parameters, within 3 %.
 
     Raises:

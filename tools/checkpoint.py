@@ -13,6 +13,7 @@ A checkpoint is a dictionary of tensors and plain values, written by torch.save:
     ema         state dict of the moving average, or None
     optimizer   state dict
     scaler      state dict of the float16 loss scaler
+    projection  state dict of the layer between a student's features and its teacher's, or None
 """
 
 import errno

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from visionmix.tools.images import UnreadableImage, find_files, is_hidden, is_image, log_left_out, read_rgb
-from visionmix.tools.recipe import Recipe
+from visionmix.tools.recipe_keys import Recipe
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 # Draws after which a training batch gives up finding a readable image.
@@ -134,7 +135,7 @@ class Sample:
     """One image ready for the model; `image` is None where nothing readable was found.
 
     Attributes:
-        image: float32 (channels, height, width), normalised.
+        image: float32 (channels, height, width), normalised; of several `Views`, (views, channels, height, width).
         target: class index.
         unreadable: a line for each file that was passed over on the way, with its path and the reason.
     """
@@ -149,7 +150,7 @@ class Batch:
     """A batch of the samples that could be read.
 
     Attributes:
-        images: float32 (batch, channels, height, width), normalised.
+        images: float32 (views * batch, channels, height, width), normalised; the first views of all come first.
         targets: int64 (batch,).
         unreadable: a line for each file that could not be read, with its path and the reason.
         missing: samples for which nothing was found.
@@ -169,22 +170,39 @@ class Batch:
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch, leaving out the missing ones."""
     found = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in found]) if found else torch.zeros(0)
     return Batch(
-        images=torch.stack([sample.image for sample in found]) if found else torch.zeros(0),
+        images=images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images,
         targets=torch.tensor([sample.target for sample in found], dtype=torch.int64),
         unreadable=[path for sample in samples for path in sample.unreadable],
         missing=len(samples) - len(found),
     )
 
 
+class Key(NamedTuple):
+    """An image of an epoch: together with the seed, all that its augmentation depends on.
+
+    Attributes:
+        epoch: from 0.
+        index: of the image in the set.
+        copy: of the image in the epoch, from 0.
+        size: side of the input in pixels; 0 where there is only one.
+    """
+
+    epoch: int
+    index: int
+    copy: int = 0
+    size: int = 0
+
+
 class FolderSet(Dataset):
-    """The images of one split, by (epoch, image index). Files that are not images are left out and logged.
+    """The images of one split, by `Key`. Files that are not images are left out and logged.
 
     Args:
         folder: of class folders.
         classes: names of all class folders.
-        transform: from a PIL image to a float32 tensor.
-        seed: with epoch and index it determines the augmentation.
+        transform: from a PIL image to a float32 tensor, or a `Views`; a dictionary of them where keys have sizes.
+        seed: with the key it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
         outputs: the model's output for each of `classes`; their own order where None.
 
@@ -225,8 +243,9 @@ class FolderSet(Dataset):
         path, target = self.samples[index]
         return read_rgb(path), target
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, index, copy, size = Key(*key)
+        transform = self.transform[size] if size else self.transform
         others = np.random.default_rng([self.seed, epoch, index])
         unreadable: list[str] = []
         for _ in range(MAX_DRAWS if self.replace else 1):
@@ -236,20 +255,47 @@ class FolderSet(Dataset):
                 unreadable.append(str(error))
                 index = int(others.integers(len(self)))
                 continue
-            with _Repeatable(self.seed, epoch, index):
-                return Sample(self.transform(image), target, unreadable)
+            with _Repeatable(self.seed, epoch, index, *[copy] * (copy > 0)):
+                return Sample(transform(image), target, unreadable)
         return Sample(None, -1, unreadable)
 
 
 class EpochSampler(Sampler):
-    """This process's share of (epoch, index) keys; call `set_epoch` before each pass.
+    """This process's share of an epoch's `Key`s; call `set_epoch` before each pass.
 
     For training, the keys are a permutation drawn from (seed, epoch), cut to whole steps of all processes. For testing,
     they are in order and all dealt out, so that every image is counted exactly once.
+
+    With `repeats` (repeated augmentation; Hoffer et al. 2019, arXiv 1901.09335), each image of the permutation comes so
+    many times in a row, to other processes where there are several, until as many are dealt out as without.
+
+    Args:
+        size: images there are.
+        batch: images that each process takes at once.
+        seed: with the epoch it determines the permutation.
+        shuffle: whether this is training.
+        rank: of this process.
+        world: number of processes.
+        accumulate: batches of a training step.
+        repeats: times that an image comes in training, each augmented anew.
+        sizes: sides of training images by epoch, as a recipe's `data.sizes`; all processes draw the same for a batch.
     """
 
-    def __init__(self, size: int, *, batch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        repeats: int = 1,
+        sizes: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.size, self.batch, self.seed, self.shuffle, self.rank, self.world = size, batch, seed, shuffle, rank, world
+        self.accumulate, self.repeats, self.sizes = accumulate, repeats if shuffle else 1, sizes or [[0, 0]]
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,15 +304,21 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         if self.shuffle:
-            return self.size // (self.batch * self.world) * self.batch
+            step = self.batch * self.accumulate
+            return self.size // (step * self.world) * step
         return len(range(self.rank, self.size, self.world))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         order = np.arange(self.size)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        mine = order[self.rank :: self.world][: len(self)]
-        return ((self.epoch, int(index)) for index in mine)
+        places = range(self.rank, self.size * self.repeats, self.world)[: len(self)]
+        choices = [sizes for first, *sizes in self.sizes if first <= self.epoch][-1]
+        drawn = np.random.default_rng([self.seed, self.epoch, 0, 1]).choice(choices, len(self) // self.batch + 1)
+        return (
+            Key(self.epoch, int(order[place // self.repeats]), place % self.repeats, int(drawn[number // self.batch]))
+            for number, place in enumerate(places)
+        )
 
 
 def _quiet_worker(_: int) -> None:
@@ -275,10 +327,21 @@ def _quiet_worker(_: int) -> None:
 
 
 def train_transform(recipe: Recipe, normalise: dict):
-    """Return timm's training transform of the recipe; `normalise` holds the model's mean and std."""
+    """Return timm's training transform of the recipe, or one by each of its sizes.
+
+    Args:
+        recipe: of the run.
+        normalise: the model's mean and std.
+    """
+    if recipe.data.sizes is None:
+        return _train_transform(recipe, normalise, recipe.data.image_size)
+    return {size: _train_transform(recipe, normalise, size) for _, *sizes in recipe.data.sizes for size in sizes}
+
+
+def _train_transform(recipe: Recipe, normalise: dict, size: int):
     augment = recipe.augment
     transform = create_transform(
-        recipe.data.image_size,
+        size,
         is_training=True,
         scale=tuple(augment.scale),
         ratio=tuple(augment.ratio),
@@ -289,12 +352,40 @@ def train_transform(recipe: Recipe, normalise: dict):
         interpolation=recipe.data.interpolation,
         re_prob=augment.erase_prob,
         re_mode=augment.erase_mode,
+        separate=augment.splits > 1,
         **normalise,
     )
+    if augment.splits > 1:
+        transform = Views(*transform, augment.splits)
     for op in _augmentations(transform):
         if op.aug_fn is posterize:
             op.aug_fn = _posterize
     return transform
+
+
+class Views:
+    """Several views of an image, of one crop: the first as it is, the others augmented, as `timm.data.AugMixDataset`.
+
+    Args:
+        crop: from the image to the part that all views show.
+        augment: between images.
+        finish: from an image to a normalised tensor.
+        count: views of an image.
+    """
+
+    def __init__(self, crop, augment, finish, count: int) -> None:
+        self.crop, self.augment, self.finish, self.count = crop, augment, finish, count
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the views, float32 (views, channels, height, width)."""
+        image = self.crop(image)
+        views = [image, *(self.augment(image) for _ in range(self.count - 1))]
+        return torch.stack([self.finish(view) for view in views])
+
+    @property
+    def transforms(self) -> list:
+        """The parts of all three."""
+        return [*self.crop.transforms, *self.augment.transforms, *self.finish.transforms]
 
 
 def _augmentations(transform) -> Iterator[AugmentOp]:
@@ -315,22 +406,44 @@ def eval_transform(image_size: int, interpolation: str, crop_pct: float, normali
 
 
 def make_loader(
-    dataset: Dataset, *, batch: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1
+    dataset: Dataset,
+    *,
+    batch: int,
+    workers: int,
+    shuffle: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    repeats: int = 1,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> DataLoader:
-    """Return a loader of `Batch`es; its sampler is an `EpochSampler`.
+    """Return a loader of `Batch`es, `accumulate` of them for each training step; its sampler is an `EpochSampler`.
 
     Raises:
         ValueError: a training set is smaller than one step of all processes.
     """
-    if shuffle and len(dataset) < batch * world:
+    step = batch * accumulate
+    if shuffle and len(dataset) < step * world:
+        times, also = (f" x train.accumulate={accumulate}", " or train.accumulate") if accumulate > 1 else ("", "")
         raise ValueError(
             f"the training set has {len(dataset)} images, fewer than one step takes ({world} process(es) x "
-            f"data.batch_size={batch}); lower data.batch_size"
+            f"data.batch_size={batch}{times}); lower data.batch_size{also}"
         )
     return DataLoader(
         dataset,
         batch_size=batch,
-        sampler=EpochSampler(len(dataset), batch=batch, seed=seed, shuffle=shuffle, rank=rank, world=world),
+        sampler=EpochSampler(
+            len(dataset),
+            batch=batch,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+            repeats=repeats,
+            sizes=sizes,
+        ),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

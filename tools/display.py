@@ -29,11 +29,11 @@ class _Figures(ProgressColumn):
 
 
 class Display:
-    """Shows a run of `epochs` epochs of `steps` steps; silent on every process but the first.
+    """Shows a run of `epochs` epochs of `steps` batches; silent on every process but the first.
 
     Args:
         epochs: of the whole run.
-        steps: training steps per epoch.
+        steps: training batches per epoch.
         quiet: show nothing.
         console: where to; standard output by default.
         log_seconds: between two plain lines, where there is no terminal.

@@ -51,8 +51,13 @@ class Evaluation:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Return the mixed-precision context of "none", "float16" or "bfloat16"."""
+    """Return the mixed-precision context of a recipe's `train.amp`; weights of "pure_bfloat16" need none."""
     return torch.autocast(device.type, dtype=AMP_DTYPES.get(amp, torch.bfloat16), enabled=amp in AMP_DTYPES)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of a model's weights, in which it takes images."""
+    return next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.get_default_dtype())
 
 
 def gather_lines(lines: list[str]) -> list[str]:
@@ -81,13 +86,14 @@ def evaluate(
         loader: of `visionmix.tools.data.Batch`.
         classes: outputs of the model.
         device: where the model is.
-        amp: "none", "float16" or "bfloat16".
+        amp: "none", "float16", "bfloat16" or "pure_bfloat16", as a recipe has it.
         after_batch: called with the number of images after each batch.
 
     Raises:
         UnreadableData: not one image could be read.
     """
     model.eval()
+    dtype = model_dtype(model)
     start = time.perf_counter()
     # compute() of torchmetrics reduces over all processes.
     # "disable" leaves NaN as it is: a loss that is not a number must show, and looking for one would wait for the GPU.
@@ -105,7 +111,7 @@ def evaluate(
         if len(batch.targets):
             target = batch.targets.to(device)
             with autocast(device, amp):
-                logits = model(batch.images.to(device, non_blocking=True))
+                logits = model(batch.images.to(device, dtype, non_blocking=True))
             logits = logits.float()
             loss.update(F.cross_entropy(logits, target, reduction="none"))
             top1.update(logits, target)

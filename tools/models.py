@@ -165,7 +165,7 @@ def load_published(
         more = f"\n  and {len(lines) - 12} more lines" if len(lines) > 12 else ""
         raise ValueError(f"{source}: " + "\n  ".join(lines[:12]) + more) from error
     model.pretrained_cfg.pop("state_dict", None)
-    for layer in _classifiers(model):
+    for layer in classifiers(model):
         wanted = layer.weight.detach()
         if not any(_holds(tensor, wanted) for tensor in tensors.values()):
             raise ValueError(
@@ -174,7 +174,8 @@ def load_published(
     return model
 
 
-def _classifiers(model: nn.Module) -> list[nn.Module]:
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that make the logits: one, or two of a distilled model."""
     found = model.get_classifier()
     return [layer for layer in (found if isinstance(found, tuple) else (found,)) if hasattr(layer, "weight")]
 

@@ -13,9 +13,7 @@ import ast
 import copy
 import dataclasses
 import json
-import math
 import typing
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -25,157 +23,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, UnsupportedValueType
 
 from visionmix.registry import nearest
-
-
-@dataclass
-class ModelRecipe:
-    """The model: `timm.create_model(name, num_classes=..., **kwargs)`."""
-
-    name: str = "vig_s"
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
-
-
-@dataclass
-class DataRecipe:
-    """The images, and how they reach the model.
-
-    Attributes:
-        path: folder with train/CLASS/* and val/CLASS/*.
-        image_size: side of the model's input in pixels.
-        batch_size: images that a process takes at each step.
-        workers: data-loading processes of each training process.
-        interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
-        crop_pct: at test the shorter side is resized to image_size / crop_pct, then the centre is cut out.
-        mean: of each channel, of pixels in 0..1; None takes the model's own.
-        std: of each channel, of pixels in 0..1; None takes the model's own.
-    """
-
-    path: str | None = None
-    image_size: int = 224
-    batch_size: int = 128
-    workers: int = 8
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    crop_pct: float = 0.875
-    mean: list[float] | None = None
-    std: list[float] | None = None
-
-
-@dataclass
-class AugmentRecipe:
-    """Augmentation of training images, as `timm.data.create_transform` and `timm.data.Mixup` understand it.
-
-    Attributes:
-        scale: least and greatest area of the random crop, as a fraction of the image.
-        ratio: least and greatest aspect ratio of the random crop.
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation jitter; unused beside auto_augment.
-        auto_augment: policy, e.g. "rand-m9-mstd0.5-inc1"; None for none.
-        erase_prob: probability of random erasing.
-        erase_mode: what fills an erased box: "const", "rand" (one colour) or "pixel" (noise).
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of CutMix; 0 for none.
-        mix_prob: probability that a batch is mixed at all.
-        mix_switch_prob: probability of CutMix where both are on.
-        mix_mode: one mixing strength per "batch", "pair" or "elem".
-    """
-
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
-    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float = 0.4
-    auto_augment: str | None = None
-    erase_prob: float = 0.0
-    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    mix_switch_prob: float = 0.5
-    mix_mode: Literal["batch", "pair", "elem"] = "batch"
-
-
-@dataclass
-class OptimizerRecipe:
-    """The optimiser, by its timm name, and the settings of its step.
-
-    Biases, one-dimensional parameters and those that the model's `no_weight_decay()` names are not decayed.
-
-    Attributes:
-        name: as `timm.optim.list_optimizers()` lists it.
-        lr: peak learning rate, for a total batch of `lr_batch`.
-        lr_batch: lr, warmup_lr and min_lr are multiplied by (total batch / lr_batch); None takes them as they are.
-        weight_decay: decoupled, as AdamW has it.
-        kwargs: further arguments of the optimiser, e.g. {betas: [0.9, 0.999], eps: 1.0e-8}.
-        clip_grad: greatest norm of the gradient; None for no clipping.
-    """
-
-    name: str = "adamw"
-    lr: float = 5e-4
-    lr_batch: int | None = 512
-    weight_decay: float = 0.05
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    clip_grad: float | None = None
-
-
-@dataclass
-class ScheduleRecipe:
-    """The learning rate over time: linear warm-up from warmup_lr to lr, then `name` down to min_lr, step by step."""
-
-    name: Literal["cosine", "tanh", "step", "poly"] = "cosine"
-    epochs: int = 300
-    warmup_epochs: int = 20
-    warmup_lr: float = 5e-7
-    min_lr: float = 5e-6
-
-
-@dataclass
-class TrainRecipe:
-    """The other settings of a run.
-
-    Attributes:
-        seed: determines data order, augmentation and weights.
-        label_smoothing: of the cross entropy.
-        ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
-        ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
-        amp: "none", "float16" (with a loss scaler) or "bfloat16".
-    """
-
-    seed: int = 0
-    label_smoothing: float = 0.1
-    ema_decay: float | None = None
-    ema_warmup: bool = False
-    amp: Literal["none", "float16", "bfloat16"] = "none"
-
-
-@dataclass
-class Recipe:
-    """Everything that a training run depends on, except the images."""
-
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    data: DataRecipe = field(default_factory=DataRecipe)
-    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
-
+from visionmix.tools.recipe_keys import Recipe, check_values
 
 _SCHEMA = OmegaConf.structured(Recipe)
 _SECTIONS = {section.name: typing.get_type_hints(section.type) for section in dataclasses.fields(Recipe)}
 _KEYS = [f"{section}.{option}" for section, options in _SECTIONS.items() for option in options]
-_RANGES = {
-    "data.image_size": (1, math.inf),
-    "data.batch_size": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "augment.erase_prob": (0, 1),
-    "augment.mixup": (0, math.inf),
-    "augment.cutmix": (0, math.inf),
-    "optimizer.lr": (0, math.inf),
-    "schedule.epochs": (1, math.inf),
-    "schedule.warmup_epochs": (0, math.inf),
-    "train.label_smoothing": (0, 1),
-}
 
 
 def from_dict(tree: dict, source: str) -> Recipe:
@@ -194,7 +46,7 @@ def from_dict(tree: dict, source: str) -> Recipe:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # a reference that leads nowhere, or to a value of another type
         raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
-    _check_ranges(recipe, source)
+    check_values(recipe, source)
     return recipe
 
 
@@ -261,12 +113,16 @@ def to_dict(recipe: Recipe) -> dict:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Return a line for each option that differs between two recipes given as dictionaries."""
+    """Return a line for each option that differs between two recipes given as dictionaries.
+
+    An option that the old one lacks, as recipes of earlier versions do, had its default.
+    """
+    default = to_dict(Recipe())
     return [
-        f"{section}.{key}={new[section].get(key)!r} (was {old.get(section, {}).get(key)!r})"
-        for section in new
-        for key in new[section]
-        if old.get(section, {}).get(key) != new[section].get(key)
+        f"{section}.{key}={value!r} (was {was!r})"
+        for section, options in new.items()
+        for key, value in options.items()
+        if (was := old.get(section, {}).get(key, default[section][key])) != value
     ]
 
 
@@ -335,7 +191,7 @@ def _refused(error: Exception, key: str, value: object, source: str) -> Exceptio
         return ValueError(f"{source}: {key}={value!r} is not one of {', '.join(typing.get_args(kind))}")
     wanted = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
     owner = "it"
-    if isinstance(value, list | tuple) and "list" in wanted:  # one of its items is refused
+    if isinstance(value, list | tuple) and str(error.full_key).startswith(f"{key}["):  # one of its items is refused
         owner, key, value = option, error.full_key, error.value
     return TypeError(f"{source}: {key}={value!r} is {type(value).__name__}; {owner} must be {wanted}")
 
@@ -364,24 +220,3 @@ def _check_taken(given: Any, taken: Any, key: str, source: str) -> None:
         if not isinstance(meant, str) and isinstance(OmegaConf.from_dotlist([f"value={given}"]).value, str):
             written = "null" if meant is None else json.dumps(meant)
             raise ValueError(f"{source}: {key}={given!r} is a text in YAML; write {written}, without quotes")
-
-
-def _check_ranges(recipe: Recipe, source: str) -> None:
-    """Raise ValueError at a value out of range."""
-    for key, (least, greatest) in _RANGES.items():
-        section, option = key.split(".")
-        value = getattr(getattr(recipe, section), option)
-        if not least <= value <= greatest:
-            bounds = f"at least {least}" if greatest == math.inf else f"between {least} and {greatest}"
-            raise ValueError(f"{source}: {key}={value} is out of range; it must be {bounds}")
-    if recipe.train.ema_decay is not None and not 0 <= recipe.train.ema_decay < 1:
-        raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
-    if not 0 < recipe.data.crop_pct <= 1:
-        raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
-    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs and recipe.schedule.warmup_epochs:
-        raise ValueError(
-            f"{source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
-            f"schedule.epochs={recipe.schedule.epochs}; lower it"
-        )
-    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
-        raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")

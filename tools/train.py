@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from visionmix.tools import checkpoint, data, models, pictures, recipe
+from visionmix.tools import checkpoint, data, models, pictures, recipe, recipe_keys
 from visionmix.tools.display import Display, duration
 from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
@@ -28,12 +29,12 @@ FLAGS = {
     "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
     "model": ("model.name", str, "timm model name"),
     "epochs": ("schedule.epochs", int, "epochs in all"),
-    "batch_size": ("data.batch_size", int, "images a process takes at each step"),
-    "lr": ("optimizer.lr", float, "peak learning rate, for a total batch of optimizer.lr_batch"),
+    "batch_size": ("data.batch_size", int, "images a process takes at once"),
+    "lr": ("optimizer.lr", float, "peak learning rate, for optimizer.lr_batch images a step"),
     "img_size": ("data.image_size", int, "side of the input in pixels"),
     "workers": ("data.workers", int, "data-loading processes of each process"),
     "seed": ("train.seed", int, "of weights, data order and augmentation"),
-    "amp": ("train.amp", str, "mixed precision: none, float16 or bfloat16"),
+    "amp": ("train.amp", str, "mixed precision: none, float16, bfloat16 or pure_bfloat16"),
 }
 
 
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.lr=1e-3"
     )
+    parse.add_argument("--keys", action="store_true", help="print the keys of a recipe with defaults and meanings")
     parse.add_argument("--output", type=Path, help="folder of the results (default: output/RECIPE)")
     parse.add_argument(
         "--resume", nargs="?", const="", metavar="FILE",
@@ -93,6 +95,8 @@ def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None,
     if made.data.path is None:
         raise ValueError("--data is missing: give the folder that holds train/ and val/")
     made.data.path = str(Path(made.data.path).resolve())
+    if made.distill.checkpoint:
+        made.distill.checkpoint = str(Path(made.distill.checkpoint).resolve())
     return made, output, content, last if content else None
 
 
@@ -117,7 +121,7 @@ def resume_command(path: Path, *more: str) -> str:
 def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, display: Display, stop: Stop) -> None:
     """Train and test until the recipe's last epoch, saving after each; raises as `Trainer.train_epoch` does."""
     main = trainer.rank == 0
-    while trainer.epoch < trainer.recipe.schedule.epochs:
+    while trainer.epoch < trainer.recipe.schedule.last_epoch:
         start = time.perf_counter()
         lr = max(group["lr"] for group in trainer.optimizer.param_groups)
         loss, unreadable = trainer.train_epoch(train_loader, display, stop)
@@ -131,7 +135,7 @@ def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, displa
             "test_top1": result.top1,
             "test_top5": result.top5,
             "lr": lr,
-            "images_per_second": trainer.steps * trainer.recipe.data.batch_size * trainer.world / trained,
+            "images_per_second": trainer.steps * trainer.images_a_step / trained,
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),
             **{f"loss_{name}": value.item() for name, value in trainer.own_losses.items()},
@@ -213,39 +217,61 @@ def train(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
 
 
+def make_run(
+    made: recipe.Recipe, classes: list[str], device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Trainer, DataLoader, DataLoader]:
+    """Return (trainer, loader of training images, loader of test images) of a recipe, before the first step.
+
+    Raises:
+        ValueError: the recipe names a model, an optimiser or arguments that do not exist or fit, or the data are too
+            few or of other classes.
+        OSError: the data cannot be read.
+    """
+    root, seed = Path(made.data.path), made.train.seed
+    sets = {
+        split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
+        for split in ("train", "val")
+    }
+    both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
+    train_loader = data.make_loader(
+        sets["train"],
+        shuffle=True,
+        seed=seed,
+        accumulate=made.train.accumulate,
+        repeats=made.augment.repeats,
+        sizes=made.data.sizes,
+        **both,
+    )
+    test_loader = data.make_loader(sets["val"], shuffle=False, **both)
+    trainer = Trainer(made, classes, len(train_loader) // made.train.accumulate, device, rank, world)
+    normalise = trainer.input.normalise
+    sets["train"].transform = data.train_transform(made, normalise)
+    sets["val"].transform = data.eval_transform(
+        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
+    )
+    return trainer, train_loader, test_loader
+
+
 def _train(made, output, content, last, classes, device, rank, world) -> int:
-    root = Path(made.data.path)
-    seed = made.train.seed
     try:
-        sets = {
-            split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
-            for split in ("train", "val")
-        }
-        both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}
-        train_loader = data.make_loader(sets["train"], shuffle=True, seed=seed, **both)
-        test_loader = data.make_loader(sets["val"], shuffle=False, **both)
-        trainer = Trainer(made, classes, len(train_loader), device, rank, world)
+        trainer, train_loader, test_loader = make_run(made, classes, device, rank, world)
         if content:
             trainer.load_state(content, str(last))
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    normalise = trainer.input.normalise
-    sets["train"].transform = data.train_transform(made, normalise)
-    sets["val"].transform = data.eval_transform(
-        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
-    )
     saved = output / "last.pt"
-    with Display(made.schedule.epochs, trainer.steps, quiet=rank > 0) as display, Stop(display.note) as stop:
+    with Display(made.schedule.last_epoch, len(train_loader), quiet=rank > 0) as display, Stop(display.note) as stop:
         parameters = sum(p.numel() for p in trainer.model.parameters())
+        images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(
-            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {len(sets['train'])} "
-            f"train and {len(sets['val'])} test images of {made.data.image_size} px, {world} process(es) on {device}",
+            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {images} of "
+            f"{made.data.image_size} px, {world} process(es) on {device}",
             "bold",
         )
         if content:
-            display.note(f"going on from {last}, {trainer.epoch} of {made.schedule.epochs} epochs done")
+            display.note(f"going on from {last}, {trainer.epoch} of {made.schedule.last_epoch} epochs done")
             for line in recipe.differences(content["recipe"], recipe.to_dict(made)):
                 display.note(f"  changed: {line}", "yellow")
         try:
@@ -276,7 +302,11 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `train` command with these arguments."""
-    return train(parser().parse_args(argv))
+    args = parser().parse_args(argv)
+    if args.keys:
+        print(recipe_keys.tables())
+        return 0
+    return train(args)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,27 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
+from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
-from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines
-from visionmix.tools.recipe import Recipe, to_dict
+from visionmix.tools.distillation import Teacher, divergence, full, make_student
+from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines, model_dtype
+from visionmix.tools.recipe import to_dict
+from visionmix.tools.recipe_keys import Recipe
+from visionmix.tools.schedule import make_scheduler
 
 _logger = logging.getLogger("visionmix.tools.trainer")
 
@@ -58,17 +62,30 @@ class Stop:
             raise Interrupted
 
 
-class _WithLosses(nn.Module):
-    """From images to (logits, losses of the model's own by name), by the model's `forward_train` if it has one."""
+class _Float32:
+    """A model's state dict in float32, from which an average in float32 is updated."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if hasattr(self.model, "forward_train"):
-            return self.model.forward_train(images)
-        return self.model(images), {}
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        state = self.model.state_dict()
+        return {name: full(value) if value.is_floating_point() else value for name, value in state.items()}
+
+
+def criterion(recipe: Recipe) -> nn.Module:
+    """Return the loss of logits and targets: class indices, or soft targets where mixup or CutMix is on."""
+    wanted = recipe.train
+    soft = bool(recipe.augment.mixup or recipe.augment.cutmix)  # then the targets come smoothed
+    if wanted.loss == "bce":
+        return BinaryCrossEntropy(
+            smoothing=0.0 if soft else wanted.label_smoothing,
+            target_threshold=wanted.bce_target_threshold,
+            sum_classes=wanted.bce_sum,
+        )
+    if wanted.loss == "jsd":
+        return JsdCrossEntropy(recipe.augment.splits, smoothing=wanted.label_smoothing)
+    return SoftTargetCrossEntropy() if soft else nn.CrossEntropyLoss(label_smoothing=wanted.label_smoothing)
 
 
 class Trainer:
@@ -81,13 +98,13 @@ class Trainer:
     Args:
         recipe: settings of the run.
         classes: names, in the order of the model's outputs.
-        steps: training steps an epoch.
+        steps: training steps an epoch, each of `train.accumulate` batches.
         device: where the model lives.
         rank: of this process.
         world: number of processes.
 
     Raises:
-        ValueError: when the recipe names a model, an optimiser or arguments that do not exist or fit.
+        ValueError: when the recipe names a model, an optimiser, a schedule or arguments that do not exist or fit.
     """
 
     def __init__(
@@ -97,12 +114,17 @@ class Trainer:
             recipe, classes, steps, device, rank, world,
         )  # fmt: skip
         self.epoch, self.step, self.history = 0, 0, []
-        self.own_losses: dict[str, torch.Tensor] = {}  # of the model: means over the last epoch
+        self.gathered = 0  # batches whose gradients wait for the step
+        self.own_losses: dict[str, torch.Tensor] = {}  # beside that of the labels: means over the last epoch
+        if recipe.train.sync_bn and world > 1 and device.type == "cpu":
+            raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
         data.seed_everything(recipe.train.seed)
         self.model = models.create_model(
             recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
         ).to(device)
-        models.check_input(self.model, recipe.model.name, recipe.data.image_size, device)
+        sizes = {recipe.data.image_size, *(size for _, *sizes in recipe.data.sizes or () for size in sizes)}
+        for size in sorted(sizes):
+            models.check_input(self.model, recipe.model.name, size, device)
         wanted = recipe.data
         self.input = models.model_input(
             self.model,
@@ -112,11 +134,16 @@ class Trainer:
             mean=wanted.mean,
             std=wanted.std,
         )
+        self.ema = None
+        self._prepare()
+        self.teacher = None
+        if recipe.distill.on:
+            self.teacher = Teacher(recipe, self.input, classes, device)
+            for size in sorted(sizes):
+                models.check_input(self.teacher.model, self.teacher.name, size, device)
+        self.student = make_student(self.model, recipe, self.teacher)
         self.optimizer, self.scheduler = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "float16")
-        self.ema = None
-        if recipe.train.ema_decay is not None:
-            self.ema = ModelEmaV3(self.model, recipe.train.ema_decay, use_warmup=recipe.train.ema_warmup)
         augment = recipe.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -129,43 +156,58 @@ class Trainer:
                 label_smoothing=recipe.train.label_smoothing,
                 num_classes=len(classes),
             )
-        self.criterion = (
-            SoftTargetCrossEntropy()
-            if self.mixup
-            else nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
-        )
-        self.running = _WithLosses(self.model)
+        self.criterion = criterion(recipe)
+        self.running = self.student
+        if recipe.train.compile:
+            self.running = torch.compile(self.running, dynamic=False)
         if world > 1:
             self.running = DistributedDataParallel(
                 self.running, device_ids=[device.index] if device.type == "cuda" else None
             )
         self._set_progress()
 
+    def _prepare(self) -> None:
+        """Bring the model into the layout and type of the recipe, and make the moving average."""
+        wanted = self.recipe.train
+        if wanted.sync_bn:
+            self.model = convert_sync_batchnorm(self.model)
+        self.layout = torch.channels_last if wanted.channels_last else torch.preserve_format
+        if wanted.channels_last:
+            self.model.to(memory_format=self.layout)
+        if wanted.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model, wanted.ema_decay, use_warmup=wanted.ema_warmup)
+        if wanted.amp == "pure_bfloat16":  # but not the average: its small updates would round to nothing
+            self.model.to(torch.bfloat16)
+        self.dtype = model_dtype(self.model)
+        if wanted.checkpointing:
+            try:
+                self.model.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError) as error:
+                raise ValueError(
+                    f"train.checkpointing=True is not for model {self.recipe.model.name!r} ({error}); set it to false"
+                ) from error
+
     def _optimizer(self):
-        wanted, schedule = self.recipe.optimizer, self.recipe.schedule
+        wanted = self.recipe.optimizer
         if wanted.name not in list_optimizers():
             raise ValueError(f"optimizer.name={wanted.name!r} is not one of timm.optim.list_optimizers()")
-        total = self.recipe.data.batch_size * self.world
-        scale = total / wanted.lr_batch if wanted.lr_batch else 1.0
+        scale = self.images_a_step / wanted.lr_batch if wanted.lr_batch else 1.0
         try:
             optimizer = create_optimizer_v2(
                 self.model, opt=wanted.name, lr=wanted.lr * scale, weight_decay=wanted.weight_decay, **wanted.kwargs
             )
         except TypeError as error:
             raise ValueError(f"optimizer {wanted.name!r} does not take kwargs={wanted.kwargs}: {error}") from error
-        # Published schedules count the warm-up among the epochs; timm's warmup_prefix adds it to num_epochs.
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=schedule.name,
-            num_epochs=schedule.epochs - schedule.warmup_epochs,
-            warmup_epochs=schedule.warmup_epochs,
-            warmup_prefix=True,
-            warmup_lr=schedule.warmup_lr * scale,
-            min_lr=schedule.min_lr * scale,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps,
-        )
-        return optimizer, scheduler
+        except (AssertionError, ImportError, RuntimeError) as error:  # timm's words for a missing library or device
+            raise ValueError(f"optimizer.name={wanted.name!r} cannot be used: {error}") from error
+        if self.student.projection is not None:
+            optimizer.add_param_group({"params": list(self.student.projection.parameters())})
+        return optimizer, make_scheduler(optimizer, self.recipe.schedule, self.steps, scale)
+
+    @property
+    def images_a_step(self) -> int:
+        """Images that all processes together take at each step."""
+        return self.recipe.data.batch_size * self.recipe.train.accumulate * self.world
 
     @property
     def tested(self) -> nn.Module:
@@ -185,7 +227,9 @@ class Trainer:
         data.seed_everything(recipe.train.seed, self.epoch + 1, self.rank)
         loader.sampler.set_epoch(self.epoch)
         self.running.train()
-        display.begin(self.epoch + 1, "train", self.steps)
+        accumulate = recipe.train.accumulate
+        batches, self.gathered = self.steps * accumulate, 0
+        display.begin(self.epoch + 1, "train", batches)
         # Reading the loss waits for a GPU to finish the step, so there it is read now and then.
         every = 1 if self.device.type == "cpu" else 20
         total, unreadable = torch.zeros((), dtype=torch.float64), []
@@ -201,10 +245,10 @@ class Trainer:
                 )
             loss = self._update(batch)
             pending.append(loss.detach())
-            if (index + 1) % every == 0 or index + 1 == self.steps:
+            if (index + 1) % every == 0 or index + 1 == batches:
                 values = torch.stack(pending).double().cpu()
                 if not values.isfinite().all():
-                    bad = index + 2 - len(pending) + int((~values.isfinite()).nonzero()[0])
+                    bad = (index + 1 - len(pending) + int((~values.isfinite()).nonzero()[0])) // accumulate + 1
                     raise FloatingPointError(f"the loss is {values[~values.isfinite()][0]} in epoch {self.epoch + 1}, "
                                              f"step {bad} of {self.steps}")  # fmt: skip
                 total += values.sum()
@@ -221,8 +265,8 @@ class Trainer:
             distribute_bn(self.model, self.world, reduce=True)
             if self.ema:
                 distribute_bn(self.ema.module, self.world, reduce=True)
-        self.own_losses = {name: value / (self.steps * self.world) for name, value in self.own_losses.items()}
-        return total.item() / (self.steps * self.world), gather_lines(unreadable)
+        self.own_losses = {name: value / (batches * self.world) for name, value in self.own_losses.items()}
+        return total.item() / (batches * self.world), gather_lines(unreadable)
 
     def _set_progress(self) -> None:
         done = min(self.step / (self.steps * self.recipe.schedule.epochs), 1.0)
@@ -231,29 +275,62 @@ class Trainer:
                 model.set_progress(done)
 
     def _update(self, batch: data.Batch) -> torch.Tensor:
+        """Add a batch's share to the gradient, make a step where it is complete, and return the batch's loss."""
+        self.gathered = self.gathered % self.recipe.train.accumulate + 1
+        complete = self.gathered == self.recipe.train.accumulate
         images = batch.images.to(self.device, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
-        with autocast(self.device, self.recipe.train.amp):
-            logits, losses = self.running(images)
-        loss = self.criterion(logits.float(), targets)
+        if self.gathered == 1:
+            self.optimizer.zero_grad()
+        # The processes add up their gradients once a step, in the last backward pass.
+        with nullcontext() if complete or self.world == 1 else self.running.no_sync():
+            loss = self._loss(images, targets)
+            # A second-order optimiser differentiates the gradient once more.
+            self.scaler.scale(loss / self.recipe.train.accumulate).backward(
+                create_graph=getattr(self.optimizer, "is_second_order", False)
+            )
+        if complete:
+            self._step()
+        return loss
+
+    def _loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wanted = self.recipe.train
+        with autocast(self.device, wanted.amp):
+            logits, matched, losses = self.running(images.to(self.dtype, memory_format=self.layout))
+            given = self.teacher(images) if self.teacher else None
+            if wanted.mesa and self.epoch >= int(wanted.mesa_start * self.recipe.schedule.epochs):
+                with torch.no_grad():
+                    averaged = self.ema.module(images)
+                losses = losses | {"mesa": wanted.mesa * divergence(logits, averaged, wanted.mesa_temperature)}
+        loss = self.criterion(full(logits), targets)
+        if self.teacher:
+            loss = self.recipe.distill.task_weight * loss
+            losses = losses | {"distill": self.teacher.loss(matched, given)}
         for name, value in losses.items():
-            loss = loss + value.float()
+            loss = loss + full(value)
             self.own_losses[name] = self.own_losses.get(name, 0.0) + value.detach().double()
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if self.recipe.optimizer.clip_grad is not None:
+        return loss
+
+    def _step(self) -> None:
+        wanted = self.recipe.optimizer
+        if wanted.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
+            spared = models.classifiers(self.model) if wanted.clip_mode == "agc" else []
+            names = {id(parameter) for layer in spared for parameter in layer.parameters()}
+            dispatch_clip_grad(
+                [parameter for parameter in self.running.parameters() if id(parameter) not in names],
+                wanted.clip_grad,
+                mode=wanted.clip_mode,
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.ema:
-            self.ema.update(self.model, step=self.step)
+            self.ema.update(_Float32(self.model) if self.dtype == torch.bfloat16 else self.model, step=self.step)
         self._set_progress()
-        return loss
 
     def test(self, loader: DataLoader, display: Display, stop: Stop) -> Evaluation:
         """Test the weights that are to be used.
@@ -286,6 +363,7 @@ class Trainer:
         best = max((old["test_top1"] for old in self.history), default=-math.inf)
         self.epoch += 1
         self.history.append(row)
+        self.scheduler.step(self.epoch, row["test_top1"])
         return row["test_top1"] > best
 
     def state(self) -> dict:
@@ -301,6 +379,7 @@ class Trainer:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "projection": self.student.projection.state_dict() if self.student.projection else None,
         }
 
     def load_state(self, content: dict, source: str) -> None:
@@ -316,17 +395,22 @@ class Trainer:
         checkpoint.load_weights(self.model, content["model"], source)
         if self.ema:
             checkpoint.load_weights(self.ema.module, content["ema"] or content["model"], source)
-        fresh = [{key: group.get(key) for key in ("lr", "initial_lr", "weight_decay")}
+        if self.student.projection is not None:
+            checkpoint.load_weights(self.student.projection, content.get("projection") or {}, source)
+        fresh = [{key: group[key] for key in ("lr", "initial_lr", "lr_scale", "weight_decay") if key in group}
                  for group in self.optimizer.param_groups]  # fmt: skip
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"{source} holds the state of another optimiser: {error}") from error
         for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.pop("lr_scale", None)
             group.update(values)
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.step, self.history = content["epoch"], content["step"], list(content["history"])
+        for epoch, row in enumerate(self.history, 1):  # what a plateau's schedule has seen
+            self.scheduler.step(epoch, row["test_top1"])
         self.scheduler.step_update(self.step)
         self._set_progress()
 
@@ -345,7 +429,7 @@ def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> 
         except data.UnreadableImage:
             continue
         with autocast(trainer.device, trainer.recipe.train.amp):
-            logits = model(dataset.transform(image)[None].to(trainer.device))
+            logits = model(dataset.transform(image)[None].to(trainer.device, model_dtype(model)))
         probability, guess = logits.float().softmax(1)[0].max(0)
         images.append(image)
         true.append(trainer.classes[target])

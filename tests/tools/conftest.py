@@ -83,3 +83,22 @@ def finished(whole_run, tmp_path) -> Path:
 @pytest.fixture
 def cut():
     return truncate
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Let the model "small" be `Small`; others are made as always."""
+    # Imported here, because most tests of this folder train nothing.
+    from small_runs import Small
+
+    from visionmix.tools import models
+
+    create = models.create_model
+
+    def create_model(name, **options):
+        if name != "small":
+            return create(name, **options)
+        options.pop("pretrained", None)
+        return Small(**options)
+
+    monkeypatch.setattr(models, "create_model", create_model)

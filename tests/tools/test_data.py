@@ -193,7 +193,7 @@ def test_epoch_sampler_shares_the_images_among_processes():
         sampler = data.EpochSampler(23, batch=4, seed=0, rank=rank, world=2, **kwargs)
         sampler.set_epoch(5)
         assert len(list(sampler)) == len(sampler)
-        return [index for _, index in sampler]
+        return [key.index for key in sampler]
 
     both = keys(0, shuffle=True), keys(1, shuffle=True)
     assert [len(own) for own in both] == [8, 8]

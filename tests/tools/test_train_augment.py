@@ -1,0 +1,129 @@
+"""Repeated augmentation, views of an image, 3-Augment, and the loss that compares views."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.nn import functional as F
+
+from visionmix.tools import data, recipe
+from visionmix.tools.trainer import criterion
+
+CLASSES = ["blue", "green", "red"]
+NORMALISE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def sampler(**options):
+    made = data.EpochSampler(50, batch=5, seed=3, shuffle=True, **options)
+    made.set_epoch(2)
+    return made
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_repeats_are_dealt_out_as_timm_does(world, repeats):
+    order = [key.index for key in data.EpochSampler(50, batch=1, seed=3, shuffle=True)]
+    for rank in range(world):
+        mine = data.EpochSampler(50, batch=5, seed=3, shuffle=True, rank=rank, world=world, repeats=repeats)
+        published = RepeatAugSampler(order, world, rank, False, repeats, selected_round=0)
+        assert len(list(mine)) == len(mine) == 50 // (5 * world) * 5
+        assert [key.index for key in mine] == [order[place] for place in published][: len(mine)]
+
+
+def test_the_copies_of_an_image_are_told_apart_and_go_to_other_processes():
+    keys = [list(sampler(rank=rank, world=3, repeats=3)) for rank in range(3)]
+    assert len({key for mine in keys for key in mine}) == 3 * 15
+    for mine in zip(*keys, strict=True):
+        assert len({key.index for key in mine}) == 1
+        assert sorted(key.copy for key in mine) == [0, 1, 2]
+
+
+def images(tree, **augment):
+    made = recipe.from_dict({"data": {"image_size": 16}, "train": augment.pop("train", {}), "augment": augment}, "test")
+    return data.FolderSet(tree / "train", CLASSES, data.train_transform(made, NORMALISE), seed=0, replace=True)
+
+
+def test_each_copy_is_augmented_anew_and_the_first_as_without_repeats(tree):
+    found = images(tree)
+    views = [found[data.Key(1, 4, copy)].image for copy in range(3)]
+    assert torch.equal(views[0], found[1, 4].image)
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views[1], views[2])
+    assert torch.equal(views[2], found[1, 4, 2].image)
+
+
+JSD = {"splits": 3, "auto_augment": "augmix-m9-w3", "train": {"loss": "jsd"}}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_of_a_batch_come_one_view_after_another(tree, workers):
+    found = images(tree, **JSD)
+    loader = data.make_loader(found, batch=6, workers=workers, shuffle=True)
+    batch = next(iter(loader))
+    assert batch.images.shape == (18, 3, 16, 16)
+    assert batch.targets.shape == (6,)
+    plain = images(tree)  # the same crops, without augmentation but jitter
+    plain.transform.transforms[:] = [
+        part for part in plain.transform.transforms if type(part).__name__ != "ColorJitter"
+    ]
+    keys = list(loader.sampler)[:6]
+    assert torch.equal(batch.images[:6], torch.stack([plain[key].image for key in keys]))
+    for first, second in ((0, 6), (6, 12), (0, 12)):
+        assert not torch.equal(batch.images[first : first + 6], batch.images[second : second + 6])
+    for number, key in enumerate(keys):
+        assert torch.equal(batch.images[number::6], found[key].image)
+
+
+def test_the_divergence_of_views_is_added_to_the_loss_of_the_first():
+    made = recipe.from_dict(
+        {"augment": {"splits": 3}, "train": {"loss": "jsd", "label_smoothing": 0.0}, "data": {"batch_size": 4}}, "test"
+    )
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 1, 2, 3])
+    p = logits.view(3, 4, 5).softmax(-1)
+    mean = p.mean(0)
+    divergence = (p * (p.log() - mean.log())).sum(-1).mean()
+    wanted = F.cross_entropy(logits[:4], targets) + 12 * divergence
+    torch.testing.assert_close(criterion(made)(logits, targets), wanted)
+    alike = logits[:4].repeat(3, 1)
+    torch.testing.assert_close(criterion(made)(alike, targets), F.cross_entropy(logits[:4], targets))
+
+
+def test_three_augment_is_solarised_grey_or_blurred_and_then_jittered():
+    made = recipe.from_dict(
+        {
+            "data": {"image_size": 16},
+            "augment": {"auto_augment": "3a", "color_jitter": 0.3, "scale": [1, 1], "ratio": [1, 1], "hflip": 0.0},
+        },
+        "test",
+    )
+    transform = data.train_transform(made, NORMALISE)
+    assert [type(part).__name__ for part in transform.transforms][1:3] == ["AutoAugment", "ColorJitter"]
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    policy, seen = transform.transforms[1], set()
+    for seed in range(20):
+        with data._Repeatable(seed):
+            result = np.asarray(policy(Image.fromarray(pixels))).astype(int)
+        if np.array_equal(result, np.where(pixels < 128, pixels, 255 - pixels)):
+            seen.add("solarised")
+        elif (np.ptp(result, axis=2) == 0).all():
+            seen.add("grey")
+        elif result.std() < pixels.std():
+            seen.add("blurred")
+    assert seen == {"solarised", "grey", "blurred"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"augment": {"repeats": 0}}, "augment.repeats=0 is out of range"),
+        ({"augment": {"splits": 3}}, "train.loss='cross_entropy' and augment.splits=3 do not fit"),
+        ({"train": {"loss": "jsd"}}, "train.loss='jsd' and augment.splits=0 do not fit"),
+        ({"train": {"loss": "jsd"}, "augment": {"splits": 1}}, "augment.splits=1 do not fit"),
+        ({"train": {"loss": "jsd"}, "augment": {"splits": 3, "mixup": 1.0}}, "augment.splits=3 does not go with mixup"),
+    ],
+)
+def test_mistakes_are_named(sections, words):
+    with pytest.raises(ValueError, match=words):
+        recipe.from_dict(sections, "test")

@@ -1,0 +1,76 @@
+"""A run that is resumed ends in the numbers of the uninterrupted one, whatever the recipe sets."""
+
+import pytest
+import timm.scheduler
+import torch
+from small_runs import CLASSES, CPU, begin, go_on, losses, make, run
+
+from visionmix.tools import checkpoint, train
+
+NOISY = {
+    "scale": [0.5, 1.0],
+    "hflip": 0.5,
+    "color_jitter": 0.4,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "erase_prob": 0.5,
+}
+
+
+def vit(name="vit_tiny_patch16_224"):
+    kwargs = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 3, "proj_drop_rate": 0.1}
+    return {"name": name, "kwargs": kwargs}
+
+
+RUNS = {
+    "accumulation": {
+        "model": vit(),
+        "augment": NOISY | {"mixup": 0.8, "cutmix": 1.0, "repeats": 3},
+        "data": {"batch_size": 2},
+        "optimizer": {"clip_grad": 0.1, "clip_mode": "agc", "kwargs": {"layer_decay": 0.7}},
+        "schedule": {"name": "multistep", "kwargs": {"decay_milestones": [2], "noise": 0.2}},
+        "train": {
+            "accumulate": 2, "loss": "bce", "ema_decay": 0.9, "mesa": 1.0, "checkpointing": True, "channels_last": True,
+        },
+    },
+    "pure_bfloat16": {
+        "augment": NOISY,
+        "train": {"amp": "pure_bfloat16", "ema_decay": 0.9},
+        "optimizer": {"name": "lamb"},
+    },
+    "plateau": {
+        "schedule": {"name": "plateau", "kwargs": {"patience_epochs": 0, "decay_rate": 0.5}, "warmup_epochs": 1},
+    },
+    "views": {"augment": NOISY | {"auto_augment": "augmix-m3-w2", "splits": 2}, "train": {"loss": "jsd"}},
+    "batch norms": {"model": {"kwargs": {"batch_norm": True}}, "train": {"sync_bn": True, "accumulate": 2}},
+    "tokens": {
+        "model": vit("deit_tiny_distilled_patch16_224"), "distill": {"kind": "tokens", "hard": True}, "augment": NOISY,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_in_the_same_numbers(small, tree, tmp_path, name):
+    if name == "plateau" and not hasattr(timm.scheduler, "WSDLRScheduler"):
+        pytest.skip("an older timm")
+    sections = RUNS[name]
+    if "distill" in sections:
+        checkpoint.save(tmp_path / "teacher.pt", begin(model=vit()).state())
+        sections = sections | {"distill": sections["distill"] | {"checkpoint": str(tmp_path / "teacher.pt")}}
+    whole = run(tree, 3, **sections)
+    checkpoint.save(tmp_path / "last.pt", run(tree, 2, **sections).state())
+    torch.manual_seed(99)  # a new process starts with other generators
+    again, loader, _ = train.make_run(make(tree, **sections), CLASSES, CPU)
+    again.load_state(checkpoint.read(tmp_path / "last.pt"), "last.pt")
+    go_on(again, loader, 1)
+    assert losses(again) == losses(whole)
+    assert (again.step, again.epoch) == (whole.step, 3)
+    first, second = again.state(), whole.state()
+    for part in ("model", "ema"):
+        for key, value in (second[part] or {}).items():
+            assert torch.equal(first[part][key], value), (part, key)
+    for number, state in second["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(first["optimizer"]["state"][number][key]), torch.as_tensor(value)), key
+    for ours, theirs in zip(again.optimizer.param_groups, whole.optimizer.param_groups, strict=True):
+        assert ours["lr"] == theirs["lr"]

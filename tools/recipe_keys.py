@@ -1,0 +1,397 @@
+"""The keys of a recipe: their types, defaults and meanings, and which values they take."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from visionmix.registry import nearest
+
+
+@dataclass
+class ModelRecipe:
+    """The model: `timm.create_model(name, num_classes=..., **kwargs)`.
+
+    Attributes:
+        name: as timm lists it, with a tag where several weights are published.
+        kwargs: its arguments, e.g. {drop_path_rate: 0.2}.
+        pretrained: start from the published weights, with a fresh classifier where the classes are others.
+    """
+
+    name: str = "vig_s"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+@dataclass
+class DataRecipe:
+    """The images, and how they reach the model.
+
+    Attributes:
+        path: folder with train/CLASS/* and val/CLASS/*.
+        image_size: side of the model's input in pixels, at test and, without sizes, in training.
+        sizes: sides of training images by epoch, [first epoch, side, ...] each, e.g. [[0, 128], [100, 160, 192]], since
+            small images are faster to begin with; of several sides, each batch draws one.
+        batch_size: images that a process takes at once; a step takes train.accumulate such batches of each process.
+        workers: data-loading processes of each training process.
+        interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
+        crop_pct: at test the shorter side is resized to image_size / crop_pct, then the centre is cut out.
+        mean: of each channel, of pixels in 0..1; None takes the model's own.
+        std: of each channel, of pixels in 0..1; None takes the model's own.
+    """
+
+    path: str | None = None
+    image_size: int = 224
+    sizes: list[list[int]] | None = None
+    batch_size: int = 128
+    workers: int = 8
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    crop_pct: float = 0.875
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass
+class AugmentRecipe:
+    """Augmentation of training images, as `timm.data.create_transform` and `timm.data.Mixup` understand it.
+
+    Attributes:
+        scale: least and greatest area of the random crop, as a fraction of the image.
+        ratio: least and greatest aspect ratio of the random crop.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        color_jitter: strength of brightness, contrast and saturation jitter; unused beside auto_augment, except "3a".
+        auto_augment: policy, e.g. "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2" or "3a" (3-Augment); None for none.
+        erase_prob: probability of random erasing.
+        erase_mode: what fills an erased box: "const", "rand" (one colour) or "pixel" (noise).
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+        mix_prob: probability that a batch is mixed at all.
+        mix_switch_prob: probability of CutMix where both are on.
+        mix_mode: one mixing strength per "batch", "pair" or "elem".
+        repeats: times that each image comes, augmented anew, where epochs keep their length (repeated augmentation).
+        splits: views of each image, the first without auto_augment, for train.loss=jsd; 0 for one view.
+    """
+
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    auto_augment: str | None = None
+    erase_prob: float = 0.0
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    repeats: int = 1
+    splits: int = 0
+
+
+@dataclass
+class OptimizerRecipe:
+    """The optimiser, by its timm name, and the settings of its step.
+
+    Biases, one-dimensional parameters and those that the model's `no_weight_decay()` names are not decayed.
+
+    Attributes:
+        name: as `timm.optim.list_optimizers()` lists it.
+        lr: peak learning rate, for lr_batch images a step.
+        lr_batch: lr, warmup_lr and min_lr are multiplied by (images a step / lr_batch); None takes them as they are.
+        weight_decay: decoupled, as AdamW has it.
+        kwargs: further arguments of the optimiser, e.g. {betas: [0.9, 0.999], eps: 1.0e-8}, and of
+            `timm.optim.create_optimizer_v2`, e.g. {layer_decay: 0.75}: each layer learns so much slower than the next.
+        clip_grad: bound of the gradient, of which clip_mode says what it bounds; None for no clipping.
+        clip_mode: "norm" of the whole gradient, "value" of each number, or "agc": the norm of each unit's gradient over
+            that of its weights, the classifier's aside (adaptive clipping, as nets without batch norm need).
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    lr_batch: int | None = 512
+    weight_decay: float = 0.05
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+
+
+@dataclass
+class ScheduleRecipe:
+    """The learning rate over time: linear warm-up from warmup_lr to lr, then `name` down to min_lr, step by step.
+
+    Attributes:
+        name: a schedule of `timm.scheduler.create_scheduler_v2`. "plateau" goes by epochs, and by the test's top-1.
+        epochs: in all, warm-up and cool-down among them.
+        warmup_epochs: of linear warm-up.
+        warmup_lr: at the start of the warm-up.
+        min_lr: at the end of the schedule.
+        cooldown_epochs: held at min_lr after the schedule, where the average of the weights settles.
+        stop_epoch: end the run after this epoch, with the schedule of all `epochs`, as a first part or a trial.
+        kwargs: further arguments of the schedule, e.g. {decay_milestones: [100, 200], decay_rate: 0.5} of "multistep".
+    """
+
+    name: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau"] = "cosine"
+    epochs: int = 300
+    warmup_epochs: int = 20
+    warmup_lr: float = 5e-7
+    min_lr: float = 5e-6
+    cooldown_epochs: int = 0
+    stop_epoch: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which the run ends."""
+        return self.epochs if self.stop_epoch is None else self.stop_epoch
+
+
+@dataclass
+class TrainRecipe:
+    """The other settings of a run.
+
+    Attributes:
+        seed: determines data order, augmentation and weights.
+        loss: "cross_entropy"; "bce", a binary one for each class, as DeiT III has; or "jsd", the
+            cross entropy of the first of augment.splits and the Jensen-Shannon divergence of all, as AugMix has.
+        bce_target_threshold: soft targets above it count as 1, others as 0; None leaves them soft.
+        bce_sum: sum the binary losses over classes, where the mean makes gradients of many classes small.
+        label_smoothing: of the targets.
+        ema_decay: of the moving average of the weights, which is then tested and saved in their place; None for none.
+        ema_warmup: let the decay grow from 0 during the first steps, as short runs need.
+        mesa: weight of the divergence from the moving average's logits, which makes minima flatter (MESA, arXiv
+            2205.14083); 0 for none. VSSD and MILA add it as a cross entropy, which has the same gradient.
+        mesa_start: share of the epochs after which it begins, when the average knows something.
+        mesa_temperature: by which both logits are divided.
+        amp: "none", "float16" (with a loss scaler), "bfloat16", or "pure_bfloat16": weights, gradients and the
+            optimiser's state too, for half their memory; the moving average stays in float32.
+        accumulate: batches whose mean gradient makes a step, as a published batch needs that memory has no room for.
+        compile: run training steps through torch.compile, for speed; each image size is compiled once.
+        checkpointing: compute each block's activations again in the backward pass, for memory.
+        channels_last: lay images and convolutions out with channels last, in which convolutions of GPUs are faster.
+        sync_bn: take batch norms' statistics over all processes, where one has too few images.
+    """
+
+    seed: int = 0
+    loss: Literal["cross_entropy", "bce", "jsd"] = "cross_entropy"
+    bce_target_threshold: float | None = None
+    bce_sum: bool = False
+    label_smoothing: float = 0.1
+    ema_decay: float | None = None
+    ema_warmup: bool = False
+    mesa: float = 0.0
+    mesa_start: float = 0.25
+    mesa_temperature: float = 1.0
+    amp: Literal["none", "float16", "bfloat16", "pure_bfloat16"] = "none"
+    accumulate: int = 1
+    compile: bool = False
+    checkpointing: bool = False
+    channels_last: bool = False
+    sync_bn: bool = False
+
+
+@dataclass
+class DistillRecipe:
+    """A teacher whose outputs the model learns besides the labels.
+
+    Attributes:
+        teacher: timm model name; None for no teacher, or for that of the checkpoint.
+        checkpoint: the teacher's weights, of any file that `visionmix validate` reads; None takes the published ones.
+        kind: what is matched: "logits", pooled "features" (through a learned projection where their widths differ), or
+            "tokens": the teacher's logits, by the distillation token of a model that has one, as DeiT.
+        weight: of the distance from the teacher.
+        task_weight: of the loss by labels beside it.
+        temperature: by which logits are divided; the higher, the more small probabilities count.
+        hard: match the teacher's first guess by a cross entropy, as DeiT does, in place of its probabilities.
+    """
+
+    teacher: str | None = None
+    checkpoint: str | None = None
+    kind: Literal["logits", "features", "tokens"] = "logits"
+    weight: float = 1.0
+    task_weight: float = 1.0
+    temperature: float = 1.0
+    hard: bool = False
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a teacher."""
+        return self.teacher is not None or self.checkpoint is not None
+
+
+@dataclass
+class Recipe:
+    """Everything that a training run depends on, except the images."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
+
+
+_RANGES = {
+    "data.image_size": (1, math.inf),
+    "data.batch_size": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "augment.erase_prob": (0, 1),
+    "augment.mixup": (0, math.inf),
+    "augment.cutmix": (0, math.inf),
+    "augment.repeats": (1, math.inf),
+    "augment.splits": (0, math.inf),
+    "optimizer.lr": (0, math.inf),
+    "schedule.epochs": (1, math.inf),
+    "schedule.warmup_epochs": (0, math.inf),
+    "schedule.cooldown_epochs": (0, math.inf),
+    "train.label_smoothing": (0, 1),
+    "train.accumulate": (1, math.inf),
+    "train.mesa": (0, math.inf),
+    "train.mesa_start": (0, 1),
+    "distill.weight": (0, math.inf),
+    "distill.task_weight": (0, math.inf),
+}
+
+_CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay")
+# Arguments that timm's schedules read; the others would be passed over in silence.
+_SCHEDULE_KWARGS = {
+    "cosine": (*_CYCLES, "k_decay"),
+    "tanh": _CYCLES,
+    "step": ("decay_epochs", "decay_rate"),
+    "multistep": ("decay_milestones", "decay_rate"),
+    "poly": (*_CYCLES, "k_decay", "decay_rate"),
+    "wsd": ("decay_epochs", "decay_fn"),
+    "rsqrt": ("decay_epochs", "decay_fn", "stable_timescale"),
+    "constant": (),
+    "plateau": ("patience_epochs", "decay_rate"),
+}
+_NOISE = ("noise", "noise_pct", "noise_std", "noise_seed")
+_HAVE_AN_END = ("cosine", "tanh", "poly", "wsd", "rsqrt")
+
+
+def tables() -> str:
+    """Return a Markdown table for each section: its keys, defaults and meanings, from the docstrings above."""
+    return "\n\n".join("\n".join(_table(section)) for section in dataclasses.fields(Recipe))
+
+
+def _table(section: dataclasses.Field) -> Iterator[str]:
+    text = " ".join(section.type.__doc__.partition("Attributes:")[0].split())
+    yield f"### {section.name}\n\n{text}\n\n| key | default | meaning |\n| --- | --- | --- |"
+    written = section.type.__doc__.partition("Attributes:")[2].replace("None", "null")
+    meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {9,}.*)*)", written, re.MULTILINE))
+    for name, default in vars(section.type()).items():
+        value = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
+        yield f"| `{name}` | {value} | {' '.join(meanings[name].split())} |"
+
+
+def check_values(recipe: Recipe, source: str) -> None:
+    """Raise ValueError at a value out of range, or one that does not go with another."""
+    for key, (least, greatest) in _RANGES.items():
+        section, option = key.split(".")
+        value = getattr(getattr(recipe, section), option)
+        if not least <= value <= greatest:
+            bounds = f"at least {least}" if greatest == math.inf else f"between {least} and {greatest}"
+            raise ValueError(f"{source}: {key}={value} is out of range; it must be {bounds}")
+    if recipe.train.ema_decay is not None and not 0 <= recipe.train.ema_decay < 1:
+        raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
+    if not 0 < recipe.data.crop_pct <= 1:
+        raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
+    _check_schedule(recipe.schedule, source)
+    if recipe.data.sizes is not None:
+        _check_sizes(recipe.data.sizes, recipe.schedule.epochs, source)
+    train, optimizer = recipe.train, recipe.optimizer
+    for option, value in (("bce_target_threshold", train.bce_target_threshold), ("bce_sum", train.bce_sum or None)):
+        if value is not None and train.loss != "bce":
+            raise ValueError(f"{source}: train.{option}={value} belongs to train.loss=bce, not to {train.loss}")
+    if train.bce_target_threshold is not None and not 0 <= train.bce_target_threshold < 1:
+        raise ValueError(
+            f"{source}: train.bce_target_threshold={train.bce_target_threshold} must be between 0 and 1, or null"
+        )
+    if train.label_smoothing == 1 and train.loss != "cross_entropy":
+        raise ValueError(
+            f"{source}: train.label_smoothing=1.0 leaves train.loss={train.loss} nothing to learn; lower it"
+        )
+    if (train.loss == "jsd") != (recipe.augment.splits > 1):
+        raise ValueError(
+            f"{source}: train.loss={train.loss!r} and augment.splits={recipe.augment.splits} do not fit; jsd compares "
+            "two or more splits, and the other losses take none"
+        )
+    if recipe.augment.splits and (recipe.augment.mixup or recipe.augment.cutmix):
+        raise ValueError(
+            f"{source}: augment.splits={recipe.augment.splits} does not go with mixup and CutMix, which would mix the "
+            "views of an image with those of others; set augment.mixup and augment.cutmix to 0"
+        )
+    for key, value in (
+        ("train.mesa_temperature", train.mesa_temperature),
+        ("distill.temperature", recipe.distill.temperature),
+    ):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{source}: {key}={value} must be above 0")
+    if train.mesa and train.ema_decay is None:
+        raise ValueError(f"{source}: train.mesa={train.mesa} needs the moving average; give train.ema_decay")
+    if recipe.distill != DistillRecipe() and not recipe.distill.on:
+        raise ValueError(
+            f"{source}: the section distill has no effect without distill.teacher or distill.checkpoint; give one"
+        )
+    if recipe.distill.hard and recipe.distill.kind == "features":
+        raise ValueError(f"{source}: distill.hard=True takes guesses, which distill.kind='features' does not have")
+    if optimizer.clip_grad is not None and not optimizer.clip_grad > 0:
+        raise ValueError(f"{source}: optimizer.clip_grad={optimizer.clip_grad} must be above 0, or null for none")
+    if optimizer.clip_mode != "norm" and optimizer.clip_grad is None:
+        raise ValueError(
+            f"{source}: optimizer.clip_mode={optimizer.clip_mode!r} clips nothing without a bound; "
+            "give optimizer.clip_grad"
+        )
+    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
+        raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+
+
+def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
+    spent = wanted.warmup_epochs + wanted.cooldown_epochs
+    if spent >= wanted.epochs and spent:
+        also = f" and schedule.cooldown_epochs={wanted.cooldown_epochs}" if wanted.cooldown_epochs else ""
+        raise ValueError(
+            f"{source}: schedule.warmup_epochs={wanted.warmup_epochs}{also} leaves nothing of "
+            f"schedule.epochs={wanted.epochs}; lower it"
+        )
+    if wanted.stop_epoch is not None and not 1 <= wanted.stop_epoch <= wanted.epochs:
+        raise ValueError(
+            f"{source}: schedule.stop_epoch={wanted.stop_epoch} must be between 1 and schedule.epochs={wanted.epochs}"
+        )
+    if wanted.cooldown_epochs and wanted.name not in _HAVE_AN_END:
+        raise ValueError(
+            f"{source}: schedule.cooldown_epochs={wanted.cooldown_epochs} follows the end of a schedule, which "
+            f"schedule.name={wanted.name!r} does not have; {', '.join(_HAVE_AN_END)} do"
+        )
+    known = (*_SCHEDULE_KWARGS[wanted.name], *_NOISE)
+    for name, value in wanted.kwargs.items():
+        if name not in known:
+            raise ValueError(
+                f"{source}: schedule.kwargs.{name}={value!r} is not an argument of schedule.name={wanted.name!r}"
+                f"{nearest(name, known)}; it takes {', '.join(known)}"
+            )
+    milestones = wanted.kwargs.get("decay_milestones", [])
+    numbers = isinstance(milestones, list | tuple) and all(isinstance(value, int | float) for value in milestones)
+    if not numbers or list(milestones) != sorted(milestones):
+        raise ValueError(
+            f"{source}: schedule.kwargs.decay_milestones={milestones} must be a list of epochs in ascending order"
+        )
+
+
+def _check_sizes(sizes: list[list[int]], epochs: int, source: str) -> None:
+    starts = [entry[0] for entry in sizes if entry]
+    if len(starts) < len(sizes) or not all(len(entry) > 1 and min(entry[1:]) > 0 for entry in sizes):
+        raise ValueError(f"{source}: data.sizes={sizes} needs [first epoch, side, ...] in each entry, sides above 0")
+    if starts[:1] != [0] or starts != sorted(set(starts)):
+        raise ValueError(f"{source}: data.sizes={sizes} must begin with epoch 0 and go on with ever later epochs")
+    if starts[-1] >= epochs:
+        raise ValueError(
+            f"{source}: data.sizes={sizes} has sides from epoch {starts[-1]} on, after the last of "
+            f"schedule.epochs={epochs}; epochs count from 0"
+        )
