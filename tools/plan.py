@@ -363,10 +363,13 @@ def _run_table(run: Run, step: Estimate) -> Table:
 
 def _print_assumptions(run: Run, console: Console) -> None:
     device = run.device
+    links = (
+        f", link {device.link / 1e9:.4g} GB/s, network {device.network / 1e9:.4g} GB/s a GPU, {run.a_node} GPUs a node"
+    )
     console.print(
         f"Peak rates of {run.gpu} ({device.source}): {device.half / 1e12:.4g} TFLOP/s in 16 bits, "
-        f"{device.single / 1e12:.4g} in float32, memory {device.bandwidth / 1e9:.4g} GB/s, link "
-        f"{device.link / 1e9:.4g} GB/s, network {device.network / 1e9:.4g} GB/s a GPU, {run.a_node} GPUs a node."
+        f"{device.single / 1e12:.4g} in float32, memory {device.bandwidth / 1e9:.4g} GB/s"
+        f"{links if run.gpus > 1 else ''}."
     )
     options = (f"--{name} {value:g}" for name, value in dataclasses.asdict(run.assumed).items())
     console.print(f"Counted: FLOPs, bytes and memory of every op. Assumed: {', '.join(options)}; see --help.")

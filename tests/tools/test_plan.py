@@ -238,7 +238,14 @@ def test_prints_a_plan(capsys):
     hours = 30 * (1_281_167 // 64 * step.seconds + test) / 3600
     assert f"hours {hours:,.2f}, {hours * 16:,.1f} GPU-hours" in shown
     assert "epochs 30 of 1,281,167 images, 20,018 steps each" in shown
-    for stated in ("NVIDIA A100", "--compute 0.7", "--memory 0.55", "--launch 4e-05", "activation checkpointing"):
+    for stated in (
+        "NVIDIA A100",
+        "link 300 GB/s, network 25 GB/s a GPU, 8 GPUs a node.",
+        "--compute 0.7",
+        "--memory 0.55",
+        "--launch 4e-05",
+        "activation checkpointing",
+    ):
         assert stated in shown
 
 
@@ -327,7 +334,7 @@ def test_this_cpu_is_measured(capsys, monkeypatch):
     status, shown = show(capsys, "--gpu", "cpu", "--batch", "4")
     assert status == 0
     assert "a copy and a matrix product, measured now" in shown
-    assert "0.05 in float32, memory 8 GB/s" in shown
+    assert "0.05 in float32, memory 8 GB/s." in shown
     assert "all-reduce buffers 0.00" in shown
 
 
