@@ -281,7 +281,7 @@ def test_compiled_steps_have_equal_losses(small, monkeypatch):
 
 @pytest.mark.long
 def test_steps_of_the_default_compiler_have_equal_losses(small):
-    for sections in ({}, VIT, {"model": {"name": "test_vig"}}):
+    for sections in ({}, {"model": {"name": "test_vig"}}):
         found = steps(begin(train={"compile": True}, **sections))
         assert found == pytest.approx(steps(begin(**sections)), rel=1e-5)
 
