@@ -134,7 +134,8 @@ def source(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], 
 
     def specialised(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
         if isinstance(value, tuple) and not parameter.is_constexpr:
-            return tuple(specialised(x, (*path, number), parameter) for number, x in enumerate(value))
+            parts = [specialised(x, (*path, number), parameter) for number, x in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         exact = not parameter.do_not_specialize and isinstance(value, int) and value == 1
         if parameter.is_constexpr or value is None or exact:
             constants[path] = value
@@ -208,7 +209,7 @@ def _tiles(launch: Launch) -> str:
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
-            shown[parameter.name] = value
+            shown |= value._asdict() if hasattr(value, "_fields") else {parameter.name: value}
         elif value is None:
             shown[f"no {parameter.name.removeprefix('p_')}"] = True
     return " ".join(
