@@ -166,6 +166,7 @@ PROBLEMS = {
     "selective_scan_2d": [
         Problem("vmamba_tiny stage 1", selective_scan_2d(56, 56, 96, 1, rank=6)),
         Problem("vmamba_tiny stage 1, merged", selective_scan_2d(56, 56, 96, 1, rank=6, batch=128)),
+        Problem("vmamba_tiny stage 2, merged", selective_scan_2d(28, 28, 192, 1, rank=12, batch=128)),
         Problem("vmamba_tiny stage 4, merged", selective_scan_2d(7, 7, 768, 1, rank=48, batch=128)),
         Problem("full delta", selective_scan_2d(14, 14, 96, 1)),
         Problem("16 states", selective_scan_2d(14, 14, 96, 16, rank=6)),
