@@ -98,9 +98,9 @@ def selective_scan_2d(
         B, C = (_empty(batch, height, width, count, states, dtype=dtype) for _ in range(2))
         D, bias = (_empty(count, channels) for _ in range(2))
         tensors = (x, delta, weight, _empty(count, channels, states), B, C, D, bias)
-        arguments = scan_2d.Arguments(*tensors, True, orders, merge, "all")
-        op.forward(arguments)
-        op.backward(arguments, scan_2d.Gradients(grad_out, None))
+        arguments = scan_2d.Arguments(*tensors, True, orders, merge, "all", keep_states=True)
+        _, entering = op.forward(arguments)
+        op.backward(arguments, scan_2d.Gradients(grad_out, entering))
 
     return run
 

@@ -458,7 +458,6 @@ def gradients_kernel(
             b_dy *= scale
         b_delta = _delta(p_delta, p_weight, p_bias, i_k, at, s, size, K)
         o_enter = (i_b * size.orders + i_k) * size.chunks + i_t
-        o_k = (o_sum + i_k) * size.channels + o_c
         b_dx = tl.zeros((STEPS, K.BC), tl.float32)
         b_ddelta = tl.zeros((STEPS, K.BC), tl.float32)
         for n in tl.range(K.N, disable_licm=True):
@@ -483,13 +482,15 @@ def gradients_kernel(
             o_map, m_map = _by_route(i_k, here, size.routes, K)
             b_direct = b_dy * _projection(p_C, i_k, n, here, s.C, K)
             b_ds = _state_gradients(b_a, b_direct, tl.load(p_flow + o_h, mask=m_c, other=0.0), not BACK)
-            tl.store(p_dB + o_part * K.N + n + o_map * K.N, _over_channels(b_ds * (b_delta * b_x)), mask=m_map)
             b_dx += b_ds * b_B
             b_through = b_ds * b_s
             b_ddelta += b_through * b_A[None, :]
-            _add_to(p_dA + (o_k - o_c) * K.N + n * size.channels + o_c, tl.sum(b_through * b_delta, axis=0), m_c)
+            tl.store(p_dB + o_part * K.N + n + o_map * K.N, _over_channels(b_ds * (b_delta * b_x)), mask=m_map)
+            p_sum = p_dA + ((o_sum + i_k) * K.N + n) * size.channels + o_c
+            _add_to(p_sum, tl.sum(b_through * b_delta, axis=0), m_c)
         at = _place(p_slots, i_b, i_t, i_k, size, K)
         o_map, m_map = _by_route(i_k, at, size.routes, K)
+        o_k = (o_sum + i_k) * size.channels + o_c
         b_ddelta += b_dx * b_x
         b_dx *= b_delta
         if K.SOFTPLUS:
