@@ -387,7 +387,7 @@ def outputs_kernel(
                 tl.debug_barrier()
                 here = _place(p_slots + tl.program_id(2) * size.steps, i_b, i_t, i_k, size, K)
             b_a = tl.exp2(b_delta * (_rates(p_A, i_k, n, here, s.A) * LOG2_E)[None, :])
-            b_in = b_delta * b_x * _projection(p_B, i_k, n, here, s.B, K)
+            b_in = b_delta * (b_x * _projection(p_B, i_k, n, here, s.B, K))
             b_h = tl.load(p_enter + (o_enter * K.N + n) * size.channels + o_c, mask=m_c, other=0.0)
             b_y += _scan(b_a, b_in, b_h, d == 1) * _projection(p_C, i_k, n, here, s.C, K)
         b_D += _vector(p_D, i_k, at, size)
@@ -471,7 +471,8 @@ def gradients_kernel(
             b_A = _rates(p_A, i_k, n, here, s.A)
             b_B = _projection(p_B, i_k, n, here, s.B, K)
             b_a = tl.exp2(b_delta * (b_A * LOG2_E)[None, :])
-            b_in = b_delta * b_x * b_B
+            # A product of delta and x would be kept over the states' loop.
+            b_in = b_delta * (b_x * b_B)
             o_h = (o_enter * K.N + n) * size.channels + o_c
             b_s = _scan(b_a, b_in, tl.load(p_enter + o_h, mask=m_c, other=0.0), BACK)
             tl.store(p_dC + o_part * K.N + n + o_map * K.N, _over_channels(b_dy * b_s), mask=m_map)
@@ -485,7 +486,7 @@ def gradients_kernel(
             b_dx += b_ds * b_B
             b_through = b_ds * b_s
             b_ddelta += b_through * b_A[None, :]
-            tl.store(p_dB + o_part * K.N + n + o_map * K.N, _over_channels(b_ds * (b_delta * b_x)), mask=m_map)
+            tl.store(p_dB + o_part * K.N + n + o_map * K.N, _over_channels(b_ds * b_delta * b_x), mask=m_map)
             p_sum = p_dA + ((o_sum + i_k) * K.N + n) * size.channels + o_c
             _add_to(p_sum, tl.sum(b_through * b_delta, axis=0), m_c)
         at = _place(p_slots, i_b, i_t, i_k, size, K)
