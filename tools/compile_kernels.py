@@ -215,7 +215,7 @@ def _tiles(launch: Launch) -> str:
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
-            shown[parameter.name] = value
+            shown |= value._asdict() if hasattr(value, "_fields") else {parameter.name: value}
         elif value is None:
             shown[f"no {parameter.name.removeprefix('p_')}"] = True
     return " ".join(

@@ -35,9 +35,8 @@ TILES: dict[str, list[tuple[str, str, list]]] = {
         ("triton", "_BACKWARD_TILE", [(1, 4), (2, 4), (2, 8)]),
     ],
     "selective_scan_2d": [
-        ("triton", "_FORWARD_TILE", [(8, 32), (16, 64), (32, 32)]),
-        ("triton", "_WIDE_TILE", [(16, 32), (16, 64), (8, 32)]),
-        ("triton", "_BACKWARD_TILE", [(8, 16), (8, 32), (16, 32)]),
+        ("triton", "_WIDE", [32, 128]),
+        ("triton", "_ENOUGH_PROGRAMS", [1024, 16384]),
     ],
     "gated_linear_attention": [],
     "neighborhood_attention": [

@@ -141,7 +141,7 @@ def selective_scan_2d(
         A = _rates(make, count, channels, states)
         B, C = (make.activation(*cells, count, states) for _ in range(2))
         D, bias = make.parameter(count, channels), make.parameter(count, channels) - 2
-        return scan_2d.Arguments(x, delta, weight, A, B, C, D, bias, True, orders, merge, "all")
+        return scan_2d.Arguments(x, delta, weight, A, B, C, D, bias, True, orders, merge, "all", keep_states=True)
 
     return Call(scan_2d.SCHEMA, arguments)
 
@@ -201,6 +201,7 @@ PROBLEMS = {
     "selective_scan_2d": [
         Problem("vmamba_tiny stage 1", selective_scan_2d(56, 56, 96, 1, rank=6)),
         Problem("vmamba_tiny stage 1, merged", selective_scan_2d(56, 56, 96, 1, rank=6, batch=128)),
+        Problem("vmamba_tiny stage 2, merged", selective_scan_2d(28, 28, 192, 1, rank=12, batch=128)),
         Problem("vmamba_tiny stage 4, merged", selective_scan_2d(7, 7, 768, 1, rank=48, batch=128)),
         Problem("full delta", selective_scan_2d(14, 14, 96, 1)),
         Problem("16 states", selective_scan_2d(14, 14, 96, 16, rank=6)),

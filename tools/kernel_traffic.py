@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -98,9 +99,11 @@ def rows(target: Target) -> list[str]:
             for layer in model(pixels):
                 with plan(target) as launches:
                     layer.run(torch.bfloat16)
-                # The forward pass writes the first output; all launches up to it are its own.
+                # The forward pass writes the first output, maybe in several launches; all up to these are its own.
                 names = [launch.kernel.fn.__qualname__ for launch in launches]
-                cut = 1 + next(i for i, name in enumerate(names) if name.endswith(("mix_kernel", "forward_kernel")))
+                ends = ("mix_kernel", "forward_kernel", "outputs_kernel")
+                first = next(i for i, name in enumerate(names) if name.endswith(ends))
+                cut = first + len(list(takewhile(names[first].__eq__, names[first:])))
                 forward, backward = (
                     sum(launch.bytes_moved() for launch in part) for part in (launches[:cut], launches[cut:])
                 )

@@ -20,19 +20,10 @@ _RANKS |= {"delta_bias": (1,), "gap": (3,)}
 
 
 def selective_scan_op(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    return_last_state: bool,
-    gap: Tensor | None = None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, return_last_state: bool, gap: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (output, last state) of the selective scan, the state empty unless asked for.
 
     The output has `out_dtype`, or u's type if None: torch.float32 where a norm follows that needs what half precision
@@ -68,19 +59,10 @@ def _check_projection(name: str, x: Tensor, batch: int, dim: int, states: int, l
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    gap: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+    gap: Tensor | None = None, out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The selective scan: a diagonal linear state space whose step size, input and output depend on the token.
 
     `h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `y_t = sum_n C_tn h_tn + D u_t`, times `silu(z_t)` where z is

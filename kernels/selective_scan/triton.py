@@ -19,7 +19,7 @@ from visionmix.kernels.gpu import launch
 from visionmix.kernels.selective_scan import reference
 from visionmix.kernels.selective_scan.chunks import CHUNK, entering_shape
 from visionmix.kernels.selective_scan.schema import Arguments, Gradients
-from visionmix.kernels.selective_scan.triton_kernels import backward_kernel, forward_kernel
+from visionmix.kernels.selective_scan.triton_kernels import Constants, Strides, backward_kernel, forward_kernel
 
 # Channels of a thread, and warps, each with its own. More channels read B and C less often and leave fewer partial sums
 # of their gradients, until registers spill.
@@ -36,9 +36,9 @@ def _is_constant(projection: Tensor) -> bool:
     return projection.dim() == 2
 
 
-def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
-    """Return a tensor's strides under the kernels' names, 0 for a tensor that is not given."""
-    return {f"s{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate(axes)}
+def _strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Return a tensor's first strides, 0 for a tensor that is not given."""
+    return (0,) * axes if x is None else x.stride()[:axes]
 
 
 def _empty_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -82,10 +82,17 @@ class _Problem:
         channels, self.warps = tile
         self.tiles = triton.cdiv(group_dim, channels * self.warps)
         self.grid = (self.batch, self.groups, self.tiles)
-        strides = _strides("u", u, "bd") | _strides("d", delta, "bd") | _strides("z", z, "bd")
-        for name, x in {"B": B, "C": C}.items():
-            values = (0, *x.stride()) if _is_constant(x) else x.stride()[:3]
-            strides |= {f"s{name}_{axis}": value for axis, value in zip("bcn", values, strict=True)}
+        maps = ((0, *x.stride()) if _is_constant(x) else _strides(x, 3) for x in (B, C))
+        strides = Strides(*(_strides(x, 2) for x in (u, delta, z, A)), *maps, _strides(D, 1))
+        constants = Constants(
+            self.states,
+            channels,
+            self.warps,
+            _lanes(self.length),
+            SOFTPLUS=a.delta_softplus,
+            B_CONSTANT=_is_constant(B),
+            C_CONSTANT=_is_constant(C),
+        )
         self.arguments = {
             "p_u": u,
             "p_delta": delta,
@@ -98,16 +105,8 @@ class _Problem:
             "length": self.length,
             "dim": self.dim,
             "group_dim": group_dim,
-            **strides,
-            **_strides("A", A, "dn"),
-            **_strides("D", D, "d"),
-            "N": self.states,
-            "R": channels,
-            "W": self.warps,
-            "LANES": _lanes(self.length),
-            "SOFTPLUS": a.delta_softplus,
-            "B_CONSTANT": _is_constant(B),
-            "C_CONSTANT": _is_constant(C),
+            "s": strides,
+            "K": constants,
         }
         self.passes = {name: self.tiles for name, x in (("p_B", B), ("p_C", C)) if not _is_constant(x)}
         self.size = self.batch * self.dim * self.length
@@ -186,7 +185,7 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         backward_kernel,
         problem.grid,
         **problem.arguments,
-        **_strides("g", grad_out, "bd"),
+        s_grad=_strides(grad_out, 2),
         p_states=states,
         p_grad=grad_out,
         p_flow=flow,

@@ -4,13 +4,42 @@ A program has R x W channels: a thread's R channels lie in its registers, and ea
 is LANES x 8 tokens, eight of them side by side in a lane: one access of 16 bytes in half precision. So a warp reads B
 and C of a chunk once for R channels, and a recurrence crosses lanes once in eight tokens.
 
-Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s<tensor>_<axis>.
+Values are named b_, pointers p_, offsets o_, masks m_, indices i_, strides s.<tensor>[axis].
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Strides(NamedTuple):
+    """Strides of u, delta, z (batch, dim), A (dim, N), B, C (batch, groups, N) and D (dim,); 0 for what is not given.
+
+    Constant B and C have (0, dim, N).
+    """
+
+    u: tuple[int, int]
+    delta: tuple[int, int]
+    z: tuple[int, int]
+    A: tuple[int, int]
+    B: tuple[int, int, int]
+    C: tuple[int, int, int]
+    D: tuple[int]
+
+
+class Constants(NamedTuple):
+    """Constants of a problem: N states, tiles of R x W channels and LANES x 8 tokens, and which options it has."""
+
+    N: int
+    R: int
+    W: int
+    LANES: int
+    SOFTPLUS: bool
+    B_CONSTANT: bool
+    C_CONSTANT: bool
 
 
 @triton.jit
@@ -169,25 +198,25 @@ def _enter_backward(b_decay, b_g, b_flow):
 
 
 @triton.jit
-def _group(p_x, i_b, i_g, stride_b, stride_c, stride_n, CONSTANT: tl.constexpr):
+def _group(p_x, i_b, i_g, s, CONSTANT: tl.constexpr):
     """B or C of the program's image and group, and the stride of its states."""
     if CONSTANT:
-        return p_x, stride_n
+        return p_x, s[2]
     else:
-        return p_x + i_b * _eights(stride_b) + i_g * _eights(stride_c), _eights(stride_n)
+        return p_x + i_b * _eights(s[0]) + i_g * _eights(s[1]), _eights(s[2])
 
 
 @triton.jit
-def _load(p_x, i_b, o_c, o_first, o_t, stride_b, stride_c, mask):
+def _load(p_x, i_b, o_c, o_first, o_t, s, mask):
     """A (R, W, LANES, 8) tile in float32, 0 outside."""
-    o_row = i_b * _eights(stride_b) + o_c * _eights(stride_c) + o_first
+    o_row = i_b * _eights(s[0]) + o_c * _eights(s[1]) + o_first
     return tl.load(p_x + o_row[:, :, :, None] + o_t, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS: tl.constexpr):
+def _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, s, length, mask, SOFTPLUS: tl.constexpr):
     """The step sizes, 0 after the last token, where a step changes nothing, and what softplus took."""
-    b_raw = _load(p_delta, i_b, o_c, o_first, o_t, sd_b, sd_d, mask) + b_bias
+    b_raw = _load(p_delta, i_b, o_c, o_first, o_t, s, mask) + b_bias
     b_delta = softplus(b_raw) if SOFTPLUS else b_raw
     return tl.where(o_t < (length - o_first).to(tl.int32), b_delta, 0.0), b_raw
 
@@ -220,62 +249,62 @@ def _projection(p_x, o_c, o_first, o_t, m_c, m_t, stride_c, W: tl.constexpr, CON
         return _split(tl.load(p_x + o_first + (o_w + o_t), mask=m_t & (o_w == 0), other=0.0).to(tl.float32))
 
 
+@triton.jit
+def _program(p_B, p_C, p_D, p_bias, group_dim, s, K: tl.constexpr):
+    """The program's place, B and C with the strides of their states, the bias and D."""
+    i_b = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(1).to(tl.int64)
+    o_c, m_c = _channels(group_dim, K.R, K.W)
+    B = _group(p_B, i_b, i_g, s.B, K.B_CONSTANT)
+    C = _group(p_C, i_b, i_g, s.C, K.C_CONSTANT)
+    return (i_b, o_c, m_c, _tokens(K.LANES)), B, C, _vector(p_bias, o_c, m_c, 1), _vector(p_D, o_c, m_c, s.D[0])
+
+
 @triton.jit(do_not_specialize=["length"])
 def forward_kernel(
-    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_out, p_states, length, dim, group_dim,
-    su_b, su_d, sd_b, sd_d, sz_b, sz_d, sA_d, sA_n, sB_b, sB_c, sB_n, sC_b, sC_c, sC_n, sD_d,
-    N: tl.constexpr, R: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
-    SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
+    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_out, p_states, length, dim, group_dim, s, K: tl.constexpr
 ):  # fmt: skip
     """`h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `out_t = (sum_n C_tn h_tn + D u_t) silu(z_t)`, chunk by chunk.
 
     `states` (batch, chunks + 1, N, dim) takes the states entering the chunks, and the last. A program reads there what
     it wrote a chunk before. Where no `out` is given, C, D and z are not read.
-    u, delta and z are (batch, dim, length), as is out; B and C (batch, groups, N, length), stride sB_c that of groups.
-    Their tokens lie side by side; rows begin at multiples of 8 and go on to one with zeros. Constant B and C are
-    (dim, N), stride sB_c that of channels.
+    u, delta and z are (batch, dim, length), as is out; B and C (batch, groups, N, length), or (dim, N) where constant.
+    Tokens lie side by side; rows begin at multiples of 8 and go on to one with zeros.
     Grid: (batch, groups, tiles of a group's channels).
     """
-    T: tl.constexpr = LANES * 8
-    i_b = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1).to(tl.int64)
-    o_c, m_c = _channels(group_dim, R, W)
-    o_t = _tokens(LANES)
+    (i_b, o_c, m_c, o_t), (p_B, sB_n), (p_C, sC_n), b_bias, b_D = _program(p_B, p_C, p_D, p_bias, group_dim, s, K)
+    T: tl.constexpr = K.LANES * 8
     chunks = tl.cdiv(length, T).to(tl.int64)
-    p_B, sB_n = _group(p_B, i_b, i_g, sB_b, sB_c, sB_n, B_CONSTANT)
-    p_C, sC_n = _group(p_C, i_b, i_g, sC_b, sC_c, sC_n, C_CONSTANT)
-    b_bias = _vector(p_bias, o_c, m_c, 1)
-    b_D = _vector(p_D, o_c, m_c, sD_d)
-    p_h = p_states + i_b * (chunks + 1) * N * dim + o_c
-    for n in range(N):
-        tl.store(p_h + n * dim, tl.zeros((R, W, 1), tl.float32), mask=m_c)
+    p_h = p_states + i_b * (chunks + 1) * K.N * dim + o_c
+    for n in range(K.N):
+        tl.store(p_h + n * dim, tl.zeros((K.R, K.W, 1), tl.float32), mask=m_c)
     for i_t in range(chunks):
         tl.debug_barrier()
         o_first = i_t * T
         m_t = o_t < (_eights(length + 7) - o_first).to(tl.int32)
         mask = m_c[:, :, :, None] & m_t
         # (R, W, LANES, 8)
-        b_u = _load(p_u, i_b, o_c, o_first, o_t, su_b, su_d, mask)
-        b_delta, _ = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS)
+        b_u = _load(p_u, i_b, o_c, o_first, o_t, s.u, mask)
+        b_delta, _ = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, s.delta, length, mask, K.SOFTPLUS)
         b_steps, b_x, b_y = _split(b_delta), _split(b_delta * b_u), _split(_skip(p_D, b_u, b_D))
         b_sum = _total(b_steps)
-        for n in range(N):
+        for n in range(K.N):
             # (R, W, 1); B and C by token
             b_h = tl.load(p_h + n * dim, mask=m_c, other=0.0)
-            b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32) * LOG2_E
-            b_B = _projection(p_B + n * sB_n, o_c, o_first, o_t, m_c, m_t, sB_c, W, B_CONSTANT)
+            b_A = tl.load(p_A + o_c * s.A[0] + n * s.A[1], mask=m_c, other=0.0).to(tl.float32) * LOG2_E
+            b_B = _projection(p_B + n * sB_n, o_c, o_first, o_t, m_c, m_t, s.B[1], K.W, K.B_CONSTANT)
             b_decay, b_in = _decays(b_steps, b_A), _products(b_x, b_B)
             b_end = _states(b_decay, b_in, tl.zeros(b_sum.shape, tl.float32))
             b_enter, b_leave = _enter(tl.exp2(b_sum * b_A), b_end[7], b_h)
-            tl.store(p_h + (N + n) * dim, b_leave, mask=m_c)
+            tl.store(p_h + (K.N + n) * dim, b_leave, mask=m_c)
             if p_out is not None:
-                b_C = _projection(p_C + n * sC_n, o_c, o_first, o_t, m_c, m_t, sC_c, W, C_CONSTANT)
+                b_C = _projection(p_C + n * sC_n, o_c, o_first, o_t, m_c, m_t, s.C[1], K.W, K.C_CONSTANT)
                 b_y = _add_products(b_y, _states(b_decay, b_in, b_enter), b_C)
-        p_h += N * dim
+        p_h += K.N * dim
         if p_out is not None:
             b_out = _join(b_y)
             if p_z is not None:
-                b_z = _load(p_z, i_b, o_c, o_first, o_t, sz_b, sz_d, mask)
+                b_z = _load(p_z, i_b, o_c, o_first, o_t, s.z, mask)
                 b_out *= b_z * sigmoid(b_z)
             o_out = (i_b * dim + o_c) * _eights(length + 7) + o_first
             tl.store(
@@ -304,10 +333,7 @@ def _projection_gradient(p_sum, p_grad, b_x, o_t, m_c, m_t, CONSTANT: tl.constex
 @triton.jit(do_not_specialize=["length"])
 def backward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_states, p_grad, p_flow,
-    p_du, p_ddelta, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, length, dim, group_dim,
-    su_b, su_d, sd_b, sd_d, sz_b, sz_d, sg_b, sg_d, sA_d, sA_n, sB_b, sB_c, sB_n, sC_b, sC_c, sC_n, sD_d,
-    N: tl.constexpr, R: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
-    SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
+    p_du, p_ddelta, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, length, dim, group_dim, s, s_grad, K: tl.constexpr
 ):  # fmt: skip
     """With `g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1)` the gradient of h_t, dy that of y before the gate:
 
@@ -322,57 +348,50 @@ def backward_kernel(
     (tiles, batch, groups, N, length), in rows, to be summed over the tiles, or like dA where B or C is constant.
     Grid: (batch, groups, tiles of a group's channels).
     """
-    T: tl.constexpr = LANES * 8
-    i_b = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1).to(tl.int64)
-    o_c, m_c = _channels(group_dim, R, W)
-    o_t = _tokens(LANES)
+    (i_b, o_c, m_c, o_t), (p_B, sB_n), (p_C, sC_n), b_bias, b_D = _program(p_B, p_C, p_D, p_bias, group_dim, s, K)
+    T: tl.constexpr = K.LANES * 8
     chunks = tl.cdiv(length, T).to(tl.int64)
-    p_B, sB_n = _group(p_B, i_b, i_g, sB_b, sB_c, sB_n, B_CONSTANT)
-    p_C, sC_n = _group(p_C, i_b, i_g, sC_b, sC_c, sC_n, C_CONSTANT)
-    i_part = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_b) * tl.num_programs(1) + i_g
-    b_bias = _vector(p_bias, o_c, m_c, 1)
-    b_D = _vector(p_D, o_c, m_c, sD_d)
-    o_sum = i_b * N * dim + o_c
-    p_h = p_states + (i_b * (chunks + 1) + chunks) * N * dim + o_c
-    b_dD = tl.zeros((R, W, LANES), tl.float32)
-    b_dbias = tl.zeros((R, W, LANES), tl.float32)
+    i_part = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_b) * tl.num_programs(1) + tl.program_id(1)
+    o_sum = i_b * K.N * dim + o_c
+    p_h = p_states + (i_b * (chunks + 1) + chunks) * K.N * dim + o_c
+    b_dD = tl.zeros((K.R, K.W, K.LANES), tl.float32)
+    b_dbias = tl.zeros((K.R, K.W, K.LANES), tl.float32)
     for step in range(chunks):
         tl.debug_barrier()
         i_t = chunks - 1 - step
         o_first = i_t * T
-        p_h -= N * dim
+        p_h -= K.N * dim
         m_t = o_t < (_eights(length + 7) - o_first).to(tl.int32)
         mask = m_c[:, :, :, None] & m_t
         # (R, W, LANES, 8)
-        b_u = _load(p_u, i_b, o_c, o_first, o_t, su_b, su_d, mask)
-        b_delta, b_raw = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS)
-        b_dy = _load(p_grad, i_b, o_c, o_first, o_t, sg_b, sg_d, mask)
+        b_u = _load(p_u, i_b, o_c, o_first, o_t, s.u, mask)
+        b_delta, b_raw = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, s.delta, length, mask, K.SOFTPLUS)
+        b_dy = _load(p_grad, i_b, o_c, o_first, o_t, s_grad, mask)
         if p_z is not None:
-            b_z = _load(p_z, i_b, o_c, o_first, o_t, sz_b, sz_d, mask)
+            b_z = _load(p_z, i_b, o_c, o_first, o_t, s.z, mask)
             b_dy *= b_z * sigmoid(b_z)
         b_steps, b_x, b_direct, b_y = _split(b_delta), _split(b_delta * b_u), _split(b_dy), _split(_skip(p_D, b_u, b_D))
-        b_zero = tl.zeros((R, W, LANES), tl.float32)
+        b_zero = tl.zeros((K.R, K.W, K.LANES), tl.float32)
         b_dx = (b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero)
         b_dsteps = b_dx
         b_sum = _total(b_steps)
-        for n in range(N):
+        for n in range(K.N):
             # (R, W, 1); B and C by token
             b_h = tl.load(p_h + n * dim, mask=m_c, other=0.0)
             b_flow = tl.load(p_flow + o_sum + n * dim, mask=m_c, other=0.0)
-            b_A = tl.load(p_A + o_c * sA_d + n * sA_n, mask=m_c, other=0.0).to(tl.float32)
-            b_B = _projection(p_B + n * sB_n, o_c, o_first, o_t, m_c, m_t, sB_c, W, B_CONSTANT)
+            b_A = tl.load(p_A + o_c * s.A[0] + n * s.A[1], mask=m_c, other=0.0).to(tl.float32)
+            b_B = _projection(p_B + n * sB_n, o_c, o_first, o_t, m_c, m_t, s.B[1], K.W, K.B_CONSTANT)
             b_decay, b_in = _decays(b_steps, b_A * LOG2_E), _products(b_x, b_B)
             b_lane = tl.exp2(b_sum * (b_A * LOG2_E))
             b_end = _states(b_decay, b_in, b_zero)
             b_enter, _ = _enter(b_lane, b_end[7], b_h)
             b_s = _states(b_decay, b_in, b_enter)
-            o_grad = (i_part * N + n) * _eights(length + 7) + o_first
+            o_grad = (i_part * K.N + n) * _eights(length + 7) + o_first
             _projection_gradient(
-                p_dC + o_sum + n * dim, p_dC + o_grad, _products(b_direct, b_s), o_t, m_c, m_t, C_CONSTANT
+                p_dC + o_sum + n * dim, p_dC + o_grad, _products(b_direct, b_s), o_t, m_c, m_t, K.C_CONSTANT
             )
             # Read as late as that, since registers are few.
-            b_C = _projection(p_C + n * sC_n, o_c, o_first, o_t, m_c, m_t, sC_c, W, C_CONSTANT)
+            b_C = _projection(p_C + n * sC_n, o_c, o_first, o_t, m_c, m_t, s.C[1], K.W, K.C_CONSTANT)
             if p_z is not None:
                 b_y = _add_products(b_y, b_s, b_C)
             b_dy_C = _products(b_direct, b_C)
@@ -380,7 +399,9 @@ def backward_kernel(
             b_from, b_leave = _enter_backward(b_lane, b_g, b_flow)
             b_ds, _ = _state_gradients(b_decay, b_dy_C, b_from)
             tl.store(p_flow + o_sum + n * dim, b_leave, mask=m_c)
-            _projection_gradient(p_dB + o_sum + n * dim, p_dB + o_grad, _products(b_ds, b_x), o_t, m_c, m_t, B_CONSTANT)
+            _projection_gradient(
+                p_dB + o_sum + n * dim, p_dB + o_grad, _products(b_ds, b_x), o_t, m_c, m_t, K.B_CONSTANT
+            )
             b_dx = _add_products(b_dx, b_ds, b_B)
             # The decayed part of a state is the state without the step's own input.
             b_through = (b_ds[0] * (b_s[0] - b_in[0]),)
@@ -391,18 +412,18 @@ def backward_kernel(
             _add_to(p_dA + o_sum + n * dim, b_dA, m_c)
         # (R, W, LANES, 8), loaded again: registers hold no more than the states' loop needs.
         b_dx, b_dsteps = _join(b_dx), _join(b_dsteps)
-        b_u = _load(p_u, i_b, o_c, o_first, o_t, su_b, su_d, mask)
-        b_delta, b_raw = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, sd_b, sd_d, length, mask, SOFTPLUS)
-        b_dy = _load(p_grad, i_b, o_c, o_first, o_t, sg_b, sg_d, mask)
+        b_u = _load(p_u, i_b, o_c, o_first, o_t, s.u, mask)
+        b_delta, b_raw = _steps(p_delta, b_bias, i_b, o_c, o_first, o_t, s.delta, length, mask, K.SOFTPLUS)
+        b_dy = _load(p_grad, i_b, o_c, o_first, o_t, s_grad, mask)
         o_out = ((i_b * dim + o_c) * _eights(length + 7) + o_first)[:, :, :, None] + o_t
         if p_z is not None:
-            b_z = _load(p_z, i_b, o_c, o_first, o_t, sz_b, sz_d, mask)
+            b_z = _load(p_z, i_b, o_c, o_first, o_t, s.z, mask)
             b_open = sigmoid(b_z)
             b_dz = b_dy * b_open * (1.0 + b_z * (1.0 - b_open)) * _join(b_y)
             tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=mask)
             b_dy *= b_z * b_open
         b_ddelta = b_dsteps + b_dx * b_u
-        if SOFTPLUS:
+        if K.SOFTPLUS:
             b_ddelta *= sigmoid(b_raw)
         b_ddelta = tl.where(o_t < (length - o_first).to(tl.int32), b_ddelta, 0.0)
         b_dbias += tl.sum(b_ddelta, axis=3)

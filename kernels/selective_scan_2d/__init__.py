@@ -24,20 +24,10 @@ _RANKS = {"x": 4, "delta": 5, "delta_weight": 3, "A": 3, "B": 5, "C": 5, "D": 2,
 
 
 def selective_scan_2d_op(
-    x: Tensor,
-    delta: Tensor,
-    delta_weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: str,
-    merge: str,
-    permute: str = "all",
+    x: Tensor, delta: Tensor, delta_weight: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, orders: str, merge: str, permute: str = "all",
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the selective scan over several orders of a map; `orders` are their names joined by commas.
 
     `delta` is (batch, height, width, K, channels), or (batch, height, width, K, rank) with `delta_weight`. `permute` is
@@ -87,19 +77,10 @@ def _check_orders(orders: Sequence[str], permute: str, height: int, width: int) 
 
 
 def selective_scan_2d(
-    x: Tensor,
-    delta: Tensor | tuple[Tensor, Tensor],
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    orders: Sequence[str] = _CROSS,
-    merge: str = "sum",
-    permute: str = "all",
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    x: Tensor, delta: Tensor | tuple[Tensor, Tensor], A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, orders: Sequence[str] = _CROSS,
+    merge: str = "sum", permute: str = "all", out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """The selective scan of a map in K orders, each with its own parameters, brought back to the map and merged.
 
     Each order is a `selective_scan` of the sequence of cells that it reads; the output of a step goes to the cell that

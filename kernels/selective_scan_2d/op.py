@@ -4,7 +4,7 @@ import torch
 
 from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.registration import register_op
-from visionmix.kernels.selective_scan_2d import cpu, reference
+from visionmix.kernels.selective_scan_2d import chunks, cpu, reference
 from visionmix.kernels.selective_scan_2d.routes import count_steps
 from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
 from visionmix.scans.order_names import count_routes
@@ -14,10 +14,11 @@ def _fake(a: Arguments):
     x = a.x
     shape = (*x.shape[:3], count_routes(a.orders), x.shape[3]) if a.merge == "none" else x.shape
     dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
-    compiled = dispatch.resolve("selective_scan_2d", a.implementation, x.device) == "cpu" and dtype == torch.float32
+    shapes = {"cpu": cpu.entering_shape, "triton": chunks.entering_shape}
+    entering = shapes.get(dispatch.resolve("selective_scan_2d", a.implementation, x.device))
     kept = (0,)
-    if a.keep_states and compiled:
-        kept = cpu.entering_shape(x, a.A, count_steps(a.orders, *x.shape[1:3]))
+    if a.keep_states and entering is not None and dtype == torch.float32:
+        kept = entering(x, a.A, count_steps(a.orders, *x.shape[1:3]))
     return x.new_empty(shape, dtype=a.out_dtype), x.new_empty(kept, dtype=dtype)
 
 

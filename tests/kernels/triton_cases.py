@@ -14,6 +14,8 @@ from random_calls import OPS, dense, stray
 from tolerance import TOLERANCE, assert_close, gradients
 
 from visionmix import kernels
+from visionmix.kernels.selective_scan_2d.chunks import entering_shape
+from visionmix.kernels.selective_scan_2d.schema import Arguments, Gradients
 
 CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 
@@ -220,7 +222,13 @@ def selective_scan_2d(delta, delta_weight=None, **rest):
     return kernels.selective_scan_2d(delta=delta if delta_weight is None else (delta, delta_weight), **rest)
 
 
-@pytest.mark.parametrize("tile", ["wide", "narrow"])
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Few channels a program where every number is interpreted."""
+    if TRITON_DEVICE == "cpu":
+        monkeypatch.setattr(importlib.import_module("visionmix.kernels.selective_scan_2d.triton"), "_NARROW", 4)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "states", "rank", "orders", "merge"),
     [
@@ -229,15 +237,14 @@ def selective_scan_2d(delta, delta_weight=None, **rest):
         (5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none"),
         (5, 7, 1, 0, ("window_2", "raster"), "sum"),
         (2, 3, 1, 20, ("raster", "raster_reversed"), "sum"),
+        (3, 6, 1, 2, ("raster", "hilbert_reversed", "raster_reversed", "hilbert"), "mean"),
         pytest.param(1, 1, 1, 2, CROSS, "sum", marks=pytest.mark.long),
         pytest.param(9, 37, 1, 0, ("raster", "raster_reversed"), "none", marks=pytest.mark.long),
         pytest.param(9, 11, 1, 2, CROSS, "mean", marks=pytest.mark.long),
         pytest.param(9, 11, 3, 2, ("window_2", "atrous_2+raster"), "sum", marks=pytest.mark.long),
     ],
 )
-def test_selective_scan_2d(monkeypatch, height, width, states, rank, orders, merge, tile):
-    module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
-    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1 if tile == "wide" else 1 << 30)
+def test_selective_scan_2d(height, width, states, rank, orders, merge):
     tensors = maps(height, width, 5, states, len(orders), rank, options=merge != "mean")
     check(selective_scan_2d, tensors, delta_softplus=True, orders=orders, merge=merge)
 
@@ -253,6 +260,21 @@ def test_offsets_of_large_maps_and_rows_apart(monkeypatch, orders):
         return selective_scan_2d(x=x, delta=delta, B=B, C=C, **rest)
 
     check(cut, maps(3, 4, 5, 2, len(orders), 2), delta_softplus=True, orders=orders)
+
+
+def test_states_over_maps_are_kept_or_found_again():
+    module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")
+    orders = CROSS[:1] + CROSS[2:3]
+    tensors = {name: x.to(TRITON_DEVICE, torch.float32) for name, x in maps(3, 7, 3, 2, 2, 2).items()}
+    weight = tensors.pop("delta_weight")
+    names = ("x", "delta", "A", "B", "C", "D", "delta_bias")
+    x, delta, *parameters = (tensors[name] for name in names)
+    arguments = Arguments(x, delta, weight, *parameters, True, ",".join(orders), "sum", "all", keep_states=True)
+    out, entering = module.forward(arguments)
+    assert entering.shape == entering_shape(x, tensors["A"], 21)
+    assert torch.equal(module.forward(arguments._replace(keep_states=False))[0], out)
+    kept, found = (module.backward(arguments, Gradients(out, states)) for states in (entering, None))
+    assert all(map(torch.equal, kept, found))
 
 
 def test_selective_scan_2d_in_bfloat16():
