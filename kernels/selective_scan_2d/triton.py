@@ -216,7 +216,7 @@ class _Problem:
             kernel,
             (along, tiles, len(orders)),
             **{name: value for name, value in given.items() if name in used} | arguments,
-            num_warps=1,
+            num_warps=2 if kernel is gradients_kernel else 1,
             passes={"p_x": len(orders), "p_slots": size.batch * tiles, "p_delta": share} | by_tile | passes,
             flops=round(self.values * share) * flops,
         )
