@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from visionmix.kernels.dispatch import log_slow_path
-from visionmix.kernels.gpu import dot_precision, launch
+from visionmix.kernels.gpu import dot_precision, launch, target
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.chunks import CHUNK, entering_shape
 from visionmix.kernels.selective_scan_2d.routes import count_steps, routes
@@ -195,6 +195,13 @@ class _Problem:
             largest = max(largest, sum((size - 1) * stride for size, stride in steps))
         return largest >= 1 << 31
 
+    @property
+    def gradient_warps(self) -> int:
+        """Warps of a program of gradients: one makes fewer instructions, where its registers hold a chunk."""
+        here, K = target(), self.constants
+        few = 0 < self.rank <= RANKS.value and K.N == 1 and K.PRECISION != "tf32x3"
+        return 1 if few and (here.backend == "hip" or here.arch <= 90) else 2
+
     def launch(
         self, kernel: Any, along: int, i: int | None, *, passes: dict[str, float], flops: int, **arguments: Any
     ) -> None:
@@ -216,7 +223,7 @@ class _Problem:
             kernel,
             (along, tiles, len(orders)),
             **{name: value for name, value in given.items() if name in used} | arguments,
-            num_warps=2 if kernel is gradients_kernel else 1,
+            num_warps=self.gradient_warps if kernel is gradients_kernel else 1,
             passes={"p_x": len(orders), "p_slots": size.batch * tiles, "p_delta": share} | by_tile | passes,
             flops=round(self.values * share) * flops,
         )
