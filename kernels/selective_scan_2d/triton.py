@@ -200,7 +200,7 @@ class _Problem:
         """Warps of a program of gradients: one makes fewer instructions, where its registers hold a chunk."""
         here, K = target(), self.constants
         few = 0 < self.rank <= RANKS.value and K.N == 1 and K.PRECISION != "tf32x3"
-        return 1 if few and (here.backend == "hip" or here.arch <= 90) else 2
+        return 1 if few and (here.backend != "cuda" or here.arch <= 90) else 2
 
     def launch(
         self, kernel: Any, along: int, i: int | None, *, passes: dict[str, float], flops: int, **arguments: Any
