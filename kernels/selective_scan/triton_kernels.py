@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from visionmix.kernels.triton_products import LOG2_E
 
 
 class Strides(NamedTuple):
