@@ -1,6 +1,7 @@
 """One thread a test process (tools/test.sh runs one process a core), NaN in fresh memory, no TF32, a time limit."""
 
 import datetime
+import gc
 import time
 
 import pytest
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # A step that shares no factor with most counts goes through all places of the list.
         first = datetime.date.today().toordinal() * 61 % len(items)
         items[:] = items[first:] + items[:first]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the modules and collected tests, which stay, and most of the collector's passes: a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

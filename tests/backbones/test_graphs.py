@@ -11,7 +11,7 @@ from torch.export import Dim
 import visionmix
 
 # Every model's graphs are tested; those of one in the quick suite too, since each takes up to a minute.
-QUICK = ("test_vig",)
+QUICK = ("test_plain",)
 ANY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in TINY])
 SIZES = [(96, 128), (96, 96), (225, 193)]
 

@@ -234,10 +234,10 @@ def small_tiles(monkeypatch):
     [
         (3, 5, 1, 3, CROSS, "sum"),
         (5, 4, 2, 0, ("hilbert", "raster_reversed"), "mean"),
-        (5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none"),
-        (5, 7, 1, 0, ("window_2", "raster"), "sum"),
         (2, 3, 1, 20, ("raster", "raster_reversed"), "sum"),
         (3, 6, 1, 2, ("raster", "hilbert_reversed", "raster_reversed", "hilbert"), "mean"),
+        pytest.param(5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none", marks=pytest.mark.long),
+        pytest.param(5, 7, 1, 0, ("window_2", "raster"), "sum", marks=pytest.mark.long),
         pytest.param(1, 1, 1, 2, CROSS, "sum", marks=pytest.mark.long),
         pytest.param(9, 37, 1, 0, ("raster", "raster_reversed"), "none", marks=pytest.mark.long),
         pytest.param(9, 11, 1, 2, CROSS, "mean", marks=pytest.mark.long),

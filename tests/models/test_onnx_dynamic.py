@@ -42,6 +42,7 @@ def test_models_run_at_sizes_they_were_not_exported_at(name, tmp_path):
     runs_at_all(IMAGES, timm.create_model(name).eval(), tmp_path / "model.onnx")
 
 
+@pytest.mark.long
 def test_windows_and_stripes_run_at_sizes_they_were_not_exported_at(tmp_path):
     mixer = [{"name": "window", "window_size": 3, "shift": True}, {"name": "cross_window", "split_size": 3}]
     model = timm.create_model("test_plain", mixer=mixer, depth=2, num_classes=10)

@@ -13,12 +13,8 @@ from visionmix.tools.kernel_problems import PROBLEMS
 
 QUICK = [
     ("gated_linear_attention", "4x4", "sm_90", "bfloat16"),
-    ("gated_linear_attention", "4x4", "gfx942", "float16"),
-    ("selective_scan", "one state", "sm_100", "bfloat16"),
     ("selective_scan", "one state", "gfx942", "float32"),
     ("selective_scan_2d", "windows, not merged", "sm_90", "bfloat16"),
-    ("selective_scan_2d", "full delta", "gfx942", "float16"),
-    ("neighborhood_attention", "heads of 128", "sm_100", "bfloat16"),
     ("neighborhood_attention", "heads of 64", "gfx942", "float32"),
     ("neighborhood_attention", "nat_mini stage 4", "sm_80", "float16"),
 ]
