@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visionmix import scans
+from visionmix.scans.cells import numbered
 
 
 @pytest.mark.parametrize("name", scans.direction_sets())
@@ -55,3 +56,10 @@ def test_unknown_sets(name, error, message):
         scans.direction_names(name)
     with pytest.raises(error, match=message):
         scans.directions(name, 4, 4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 61])
+def test_numbers_are_counted_up(count):
+    like = torch.zeros(3)
+    assert torch.equal(numbered(count, like), torch.arange(count))
+    assert numbered(count, like.to("meta")).device.type == "meta"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from visionmix.layers.maps import pad
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import softmax_attention
-from visionmix.scans.cells import row_and_column
+from visionmix.scans.cells import numbered, row_and_column
 
 
 @register_mixer("cross_window")
@@ -145,7 +145,7 @@ def _separated_values(cells: Tensor, size: int) -> Tensor:
 @torch.fx.wrap
 def _stripe_order(rows: int, count: int, size: int, like: Tensor) -> Tensor:
     """Return where in a map of `count` stripes every cell of every stripe lies."""
-    index = torch.arange(count * rows * size, device=like.device)
+    index = numbered(count * rows * size, like)
     line, column = row_and_column(index, size)
     stripe, row = row_and_column(line, rows)
     return (row * count + stripe) * size + column
@@ -154,7 +154,7 @@ def _stripe_order(rows: int, count: int, size: int, like: Tensor) -> Tensor:
 @torch.fx.wrap
 def _cell_order(rows: int, count: int, size: int, columns: int, like: Tensor) -> Tensor:
     """Return where among the stripes' cells every cell of the map that they were padded from lies."""
-    row, column = row_and_column(torch.arange(rows * columns, device=like.device), columns)
+    row, column = row_and_column(numbered(rows * columns, like), columns)
     stripe, column = row_and_column(column + (count * size - columns) // 2, size)
     return (stripe * rows + row) * size + column
 
@@ -163,5 +163,5 @@ def _cell_order(rows: int, count: int, size: int, columns: int, like: Tensor) ->
 def _between(local: Tensor, size: int, columns: int) -> Tensor:
     """Return `local`, shaped as `_separated_values`, as (batch, rows, columns, channels) without what was put there."""
     missing = local.shape[3] // (size + 1) * size - columns
-    column = torch.arange(columns, device=local.device) + missing // 2
+    column = numbered(columns, local) + missing // 2
     return local.permute(0, 2, 3, 1).index_select(2, column // size + column)

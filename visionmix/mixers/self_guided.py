@@ -13,6 +13,7 @@ from visionmix.layers.maps import channels_first
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
 from visionmix.mixers.window import into_windows, out_of_windows
+from visionmix.scans.cells import numbered
 
 # Which quarters of the ranked cells each part takes, by the number of parts.
 _QUARTERS = {0: (), 1: (4,), 2: (2, 2), 3: (1, 2, 1), 4: (1, 1, 1, 1)}
@@ -201,8 +202,10 @@ class SelfGuidedAttention(_LocallyEnhanced):
             size, end = self.group_sizes[index], begin + self.quarters[index]
             cells = ranking.index_select(1, _ranks(tokens, begin, end, size)).unsqueeze(-1)
             # Groups of all images in one axis: a graph exported where an image has one group would serve no more.
-            groups = tokens.gather(1, cells.expand(-1, -1, dim)).view(-1, dim).view(-1, size, dim)
-            merged.append(merge(groups.transpose(1, 2)).view(-1).view(batch, -1, dim))
+            taken = tokens.gather(1, cells.expand(-1, -1, dim))
+            count = taken.shape[1] // size
+            keys = merge(_regrouped(taken, batch * count, size).transpose(1, 2)).squeeze(-1)
+            merged.append(_regrouped(keys.unsqueeze(1), batch, count))
             begin = end
         return torch.cat(merged, dim=1)
 
@@ -212,8 +215,20 @@ def _enlarged(x: Tensor, height: int, width: int, side: int) -> Tensor:
     """Return x (batch, rows, columns) with side x side cells for each of its cells, cut to (batch, height, width)."""
     # By index: a slice of a repeated map would compile one graph for sizes that `side` divides and another for the
     # rest.
-    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    row, column = numbered(height, x), numbered(width, x)
     return x.index_select(1, row // side).index_select(2, column // side)
+
+
+@torch.fx.wrap
+def _regrouped(x: Tensor, count: int, size: int) -> Tensor:
+    """Return contiguous x (images, rows, dim) as (count, size, dim)."""
+    dim = x.shape[2]
+    if torch.jit.is_scripting():
+        return x.view(count, size, dim)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Strides alone: SymPy takes ten seconds over each index that Inductor makes of a view whose sizes are symbols.
+        return x.as_strided((count, size, dim), (size * dim, dim, 1))
+    return x.view(-1).view(count, size, dim)
 
 
 @torch.fx.wrap
@@ -222,4 +237,4 @@ def _ranks(tokens: Tensor, begin: int, end: int, size: int) -> Tensor:
     cells = tokens.shape[1]
     first, count = cells * begin // 4, cells * end // 4 - cells * begin // 4
     places = (count + size - 1) // size * size
-    return first + torch.arange(places, device=tokens.device) * count // places
+    return first + numbered(places, tokens) * count // places

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visionmix.layers import pad
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
-from visionmix.scans.cells import row_and_column
+from visionmix.scans.cells import numbered, row_and_column
 
 
 @register_mixer("window")
@@ -148,7 +148,7 @@ def out_of_windows(x: Tensor, height: int, width: int, side: int, shift: int = 0
 def _rolled(rows: int, columns: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row and the column, in the rolled map, of every cell of every window."""
     # Lines are the `side` cells of a row of a window. No remainders: see `row_and_column`.
-    cell = torch.arange(rows * columns * side * side, device=like.device)
+    cell = numbered(rows * columns * side * side, like)
     line = cell // side
     window = line // side
     window_row = window // columns
@@ -162,8 +162,8 @@ def _window_order(rows: int, columns: int, side: int, shift: int, like: Tensor) 
     row, column = _rolled(rows, columns, side, like)
     height, width = rows * side, columns * side
     if shift > 0:
-        row = torch.arange(height, device=like.device).roll(-shift).index_select(0, row)
-        column = torch.arange(width, device=like.device).roll(-shift).index_select(0, column)
+        row = numbered(height, like).roll(-shift).index_select(0, row)
+        column = numbered(width, like).roll(-shift).index_select(0, column)
     return row * width + column
 
 
@@ -175,13 +175,13 @@ def _cell_order(height: int, width: int, side: int, shift: int, like: Tensor) ->
     by_column = _along(columns, side, 1, side * side, like)
     if shift > 0:
         by_row, by_column = by_row.roll(shift), by_column.roll(shift)
-    row, column = row_and_column(torch.arange(height * width, device=like.device), width)
+    row, column = row_and_column(numbered(height * width, like), width)
     return by_row.index_select(0, row) + by_column.index_select(0, column)
 
 
 def _along(windows: int, side: int, step: int, window_step: int, like: Tensor) -> Tensor:
     """Return ``window * window_step + place * step`` for each place of each window along an axis."""
-    place = torch.arange(windows * side, device=like.device)
+    place = numbered(windows * side, like)
     return place // side * (window_step - side * step) + place * step
 
 
