@@ -164,7 +164,7 @@ def test_fine_tuning_starts_from_weights_and_takes_two_steps(tree, tmp_path, nam
         ("vim_tiny_stride8", {"depth": 1}),
         ("agent_swin_base_384", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
         ("agent_cswin_base_384", {"depths": (1, 1, 1, 1)}),
-        ("mambar_base", {"depth": 1}),
+        ("mambar_base_final", {"depth": 1}),
     ],
 )
 def test_a_model_takes_weights_of_the_earlier_size(tmp_path, name, kwargs):
@@ -208,3 +208,5 @@ def test_the_last_parts_weights_are_those_of_the_one_before():
         overlay = written(path).get("model", {}).get("kwargs", {}).get("pretrained_cfg_overlay", {})
         if "file" in overlay:
             assert Path(overlay["file"]).parent.name in RECIPES
+            assert Path(overlay["file"]).parent.name != path.stem  # output/RECIPE is where a run writes
+    assert not RECIPES.keys() & FINE.keys()
