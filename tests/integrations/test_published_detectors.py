@@ -55,7 +55,6 @@ CASES = [
     ("mmdet/mask_rcnn_agent_pvt_tiny_1x", "agent_pvt_tiny", None, r"(head|norm|cls_token|pos_embed_cls)"),
     ("mmdet/mask_rcnn_swin_tiny_prepbn_1x", "swin_tiny_prepbn", "norm{}", r"(head|norm)\."),
     ("mmdet/mask_rcnn_raftmlp_s_1x", "raftmlp_s", None, r"(classifier|head|norm)"),
-    ("mmseg/upernet_plainmamba_l1_160k", "plainmamba_l1", None, r"(head|norm)\."),
     ("mmdet/cascade_mask_rcnn_dinats_tiny_3x", "dinats_tiny", "norm{}", r"(head|norm)\."),
 ]
 QUICK = ("mmdet/retinanet_mavit_tiny_1x",)
