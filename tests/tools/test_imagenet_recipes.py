@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import golden
 import pytest
 import timm
 import torch
@@ -126,6 +127,17 @@ def test_a_recipe_names_its_model_its_source_and_its_drop_path(name):
     assert 0 <= tree["model"]["kwargs"]["drop_path_rate"] < 1
     if tag:
         assert tree["data"]["image_size"] == timm.get_pretrained_cfg(f"{model}.{tag}").input_size[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "path", [*RECIPES.values(), *FINE.values()], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_a_recipes_own_model_is_built(path):
+    made = recipe.read(str(path))
+    with golden.quick_start():
+        model = timm.create_model(made.model.name, num_classes=7, **made.model.kwargs)
+    assert model.num_classes == 7
 
 
 def fake_weights(tmp_path, name: str, **kwargs) -> dict:
