@@ -4,8 +4,9 @@
     python tools/check_configs.py mmseg vig_h_t      # those whose name holds every word
 
 The training step is the config's own: its optimiser, its settings by parameter, one batch of two images. The loss must
-be finite and every parameter must have a gradient, since distributed training waits for all of them. The exit status is
-1 where any config fails, 2 where OpenMMLab is not installed.
+be finite and every parameter must have a gradient, since distributed training waits for all of them. A second stage
+sees 32 boxes of an image in place of 512, for time. The exit status is 1 where any config fails, 2 where OpenMMLab is
+not installed.
 """
 
 import argparse
@@ -19,13 +20,14 @@ import torch
 
 from visionmix.tools import openmmlab
 
+ROOT = Path(str(resources.files("visionmix.configs")))
 SIZE = (64, 96)  # height and width of the images
+BOXES = 32  # of an image, in a second stage
 
 
 def configs(words: list[str]) -> list[str]:
     """Return the packaged configs whose name holds all of `words`, as names inside the package."""
-    root = Path(str(resources.files("visionmix.configs")))
-    names = (path.relative_to(root).as_posix() for path in sorted(root.glob("*/*.py")))
+    names = (path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("*/*.py")))
     return [name for name in names if all(word in name for word in words)]
 
 
@@ -65,6 +67,17 @@ def segmentation_batch(config: Any, images: list[torch.Tensor]) -> dict[str, lis
     return {"inputs": images, "data_samples": samples}
 
 
+def see_fewer_boxes(model: Any) -> None:
+    """Let the second stage of a detector's config, if it has one, train and predict on `BOXES` boxes of an image."""
+    stages = model.get("train_cfg", {}).get("rcnn") or []
+    for stage in stages if isinstance(stages, list) else [stages]:
+        stage.sampler.num = BOXES
+    for part in ("train_cfg.rpn_proposal", "test_cfg.rpn"):
+        section, key = part.split(".")
+        if proposals := model.get(section, {}).get(key):
+            proposals.max_per_img = BOXES
+
+
 BATCHES = {"mmdet": detection_batch, "mmseg": segmentation_batch}
 
 
@@ -84,6 +97,7 @@ def check(name: str) -> str:
     config = openmmlab.read(name, options={"model.backbone.pretrained": False})
     if config.model.data_preprocessor.get("size"):
         config.model.data_preprocessor.size = SIZE
+    see_fewer_boxes(config.model)
     init_default_scope(config.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(config.model)

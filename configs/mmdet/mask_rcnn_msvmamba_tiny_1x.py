@@ -1,3 +1,4 @@
-# MSVMamba (arXiv 2405.14174).
+# MSVMamba (arXiv 2405.14174), github.com/YuHengsss/MSVMamba,
+# detection/configs/ms_vssm/mask_rcnn_ms_vssm_fpn_coco_tiny.py.
 _base_ = "_base_/mask_rcnn_1x.py"
-model = dict(backbone=dict(name="msvmamba_tiny"), neck=dict(in_channels=[96, 192, 384, 768]))
+model = dict(backbone=dict(name="msvmamba_tiny", drop_path_rate=0.1), neck=dict(in_channels=[96, 192, 384, 768]))

@@ -1,4 +1,5 @@
-# Agent Attention (arXiv 2312.08874).
+# Agent Attention (arXiv 2312.08874), github.com/LeapLabTHU/Agent-Attention,
+# downstream/segmentation/configs/agent_swin/upernet_agent_swin_t_9-12-14-7.py.
 _base_ = "_base_/upernet_160k.py"
 model = dict(
     backbone=dict(name="agent_swin_tiny", drop_path_rate=0.3),

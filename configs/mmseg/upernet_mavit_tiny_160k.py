@@ -1,4 +1,4 @@
-# MAViT (arXiv 2507.00698).
+# MALA (arXiv 2507.00698), github.com/qhfan/MALA, segmentation/configs/MALA/Uper_t_2x.py.
 _base_ = "_base_/upernet_160k.py"
 model = dict(
     backbone=dict(name="mavit_tiny", drop_path_rate=0.1),

@@ -1,7 +1,8 @@
-# NAT (arXiv 2204.07143).
+# NAT (arXiv 2204.07143), github.com/SHI-Labs/Neighborhood-Attention-Transformer,
+# segmentation/configs/nat/upernet_nat_mini_512x512_160k_ade20k.py.
 _base_ = "_base_/upernet_160k.py"
 model = dict(
-    backbone=dict(name="nat_mini"),
+    backbone=dict(name="nat_mini", drop_path_rate=0.2),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
     auxiliary_head=dict(in_channels=256),
 )

@@ -1,7 +1,8 @@
-# VMamba (arXiv 2401.10166).
+# VMamba (arXiv 2401.10166), github.com/MzeroMiko/VMamba,
+# segmentation/configs/vssm1/upernet_vssm_4xb4-160k_ade20k-512x512_tiny1.py.
 _base_ = "_base_/upernet_160k.py"
 model = dict(
-    backbone=dict(name="vmamba_tiny"),
+    backbone=dict(name="vmamba_tiny", drop_path_rate=0.2),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )

@@ -1,6 +1,7 @@
 """The backbone inside mmdet, mmseg and mmpretrain; the configs; the commands."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ pytest.importorskip("mmdet", reason=REASON)
 pytest.importorskip("mmseg", reason=REASON)
 pytest.importorskip("mmcv.ops", reason=REASON)
 
+from visionmix.models import list_family_models  # noqa: E402
+from visionmix.models.family import variant_of  # noqa: E402
 from visionmix.tools import check_configs, demo_data, draw_predictions, openmmlab, train_det, train_seg  # noqa: E402
 from visionmix.tools.wheel_data import MANIFEST  # noqa: E402
 
@@ -18,6 +21,45 @@ QUICK = ("demo/trees.py", "demo/nuclei.py")
 
 @pytest.mark.parametrize("name", QUICK)
 def test_small_configs_train_and_predict(name):
+    assert "loss" in check_configs.check(name)
+
+
+TINY = {"name": "test_vmamba", "pretrained": False}
+MAPS = [16, 32, 64, 128]  # its channels
+KINDS = [
+    ("mmdet/mask_rcnn_vmamba_tiny_1x.py", {"neck.in_channels": MAPS}),
+    ("mmdet/cascade_mask_rcnn_nat_mini_3x.py", {"neck.in_channels": MAPS}),
+    ("mmdet/retinanet_vmamba_tiny_1x.py", {"neck.in_channels": MAPS[1:]}),
+    ("mmseg/upernet_vmamba_tiny_160k.py", {"decode_head.in_channels": MAPS, "auxiliary_head.in_channels": MAPS[2]}),
+    ("mmseg/semantic_fpn_mavit_tiny_80k.py", {"neck.in_channels": MAPS}),
+]
+
+
+def narrow(node) -> None:
+    """Give the necks and heads of a config 16 channels wherever they have 128 or more."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict | list):
+            narrow(value)
+        if str(key).endswith("channels"):
+            wide = value if isinstance(value, list) else [value]
+            if all(width >= 128 for width in wide):
+                node[key] = [16] * len(wide) if isinstance(value, list) else 16
+
+
+@pytest.mark.parametrize(("name", "channels"), KINDS)
+def test_a_config_of_each_kind_trains_and_predicts(monkeypatch, name, channels):
+    """With a tiny model, few boxes and narrow heads."""
+    read = openmmlab.read
+
+    def tiny_model(name, **options):
+        config = read(name, **options)
+        narrow(config.model)
+        config.merge_from_dict({f"model.{key}": value for key, value in channels.items()})
+        config.model.backbone.update(TINY)
+        return config
+
+    monkeypatch.setattr(openmmlab, "read", tiny_model)
+    monkeypatch.setattr(check_configs, "BOXES", 4)
     assert "loss" in check_configs.check(name)
 
 
@@ -54,13 +96,55 @@ def test_check_configs_sees_parameters_without_a_gradient(monkeypatch):
         check_configs.check("demo/trees.py")
 
 
-def test_every_family_kind_has_its_three_configs():
+# Families by what their papers train, each by the first model of it here.
+PAPERS = {
+    "mmdet/mask_rcnn_{}_1x.py": "agent_pvt_tiny agent_swin_tiny efficient_vmamba_tiny flatten_pvt_tiny mavit_tiny "
+    "msvmamba_nano raftmlp_s ravlt_tiny sgformer_small slab_swin_tiny vig_h_t vmamba_tiny",
+    "mmdet/mask_rcnn_{}_3x.py": "agent_swin_tiny dinat_mini dinats_tiny efficient_vmamba_base flatten_swin_tiny "
+    "mavit_small msvmamba_tiny nat_mini ravlt_small sgformer_small swin_tiny_prepbn vmamba_tiny",
+    "mmdet/cascade_mask_rcnn_{}_3x.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_small nat_mini "
+    "ravlt_small",
+    "mmdet/retinanet_{}_1x.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny raftmlp_s ravlt_tiny",
+    "mmseg/upernet_{}_160k.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_tiny msvmamba_nano "
+    "nat_mini plainmamba_l1 ravlt_small sgformer_small vig_h_t vmamba_tiny",
+    "mmseg/semantic_fpn_{}_80k.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny ravlt_small",
+}
+
+
+def test_every_family_has_the_configs_of_its_paper():
     names = check_configs.configs(["mm"])
-    models = ["agent_swin_tiny", "mavit_tiny", "msvmamba_tiny", "nat_mini", "vig_h_t", "vmamba_tiny"]
-    wanted = [f"mmdet/mask_rcnn_{model}_1x.py" for model in models]
-    wanted += [f"mmdet/retinanet_{model}_1x.py" for model in models]
-    wanted += [f"mmseg/upernet_{model}_160k.py" for model in models]
-    assert sorted(names) == sorted(wanted)
+    assert [
+        name.format(model)
+        for name, models in PAPERS.items()
+        for model in models.split()
+        if name.format(model) not in names
+    ] == []
+
+
+@pytest.mark.parametrize("name", check_configs.configs(["mm"]))
+def test_a_config_names_its_model_and_its_source(name):
+    """Without OpenMMLab's own merging, which takes a tenth of a second each."""
+    text = (check_configs.ROOT / name).read_text()
+    (model,) = re.findall(r'name="(\w+)"', text)
+    assert f"_{model}_" in name
+    assert model in list_family_models()
+    assert "arXiv" in text.split("_base_ =")[0]
+    channels = list(variant_of(model).layout.options.get("embed_dims", ()))
+    if channels and "retinanet" not in name:
+        assert f"in_channels={channels}" in text
+
+
+def test_layer_decay_reaches_the_optimiser():
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS, init_default_scope
+
+    config = openmmlab.read("mmseg/upernet_vim_tiny_60k.py", options={"model.backbone.pretrained": False})
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    rates = {round(group["lr"], 12) for group in groups}
+    assert max(rates) == 1e-4
+    assert min(rates) == pytest.approx(1e-4 * 0.92**25)  # 24 blocks and the stem, below the heads
 
 
 def test_mmpretrain_trains_a_classifier():

@@ -41,10 +41,14 @@ def test_published_recipes(name):
     assert (made.train.ema_decay, made.train.label_smoothing) == (0.9999, 0.1)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
-def test_every_packaged_recipe_is_found_by_path_and_by_name(path):
-    by_name = recipe.read(str(path.relative_to(CONFIGS)))
-    assert by_name == recipe.read(str(path)) == recipe.read(f"configs/{path.relative_to(CONFIGS)}")
+def test_every_packaged_recipe_is_found_by_path_and_by_name():
+    paths = sorted(CONFIGS.glob("*/*.yaml"))
+    for path in paths:
+        name = str(path.relative_to(CONFIGS))
+        for given in (name, name.removesuffix(".yaml"), str(path), f"configs/{name}"):
+            assert recipe.find(given).samefile(path)
+    name = str(paths[0].relative_to(CONFIGS))
+    assert recipe.read(name) == recipe.read(str(paths[0])) == recipe.read(f"configs/{name}")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The models as backbones of mmdet 3, mmseg 1 and mmpretrain 1.
 
 A config that holds ``custom_imports = dict(imports=["visionmix.integrations.openmmlab"])`` may then say
-``backbone=dict(type="visionmix.Backbone", name="vmamba_tiny")``. ``sh tools/install_openmmlab.sh`` installs everything
+``backbone=dict(type="visionmix.Backbone", name="vmamba_tiny")``, and ``constructor="visionmix.LayerDecay"`` in its
+`optim_wrapper`; see `visionmix.integrations.layer_decay`. ``sh tools/install_openmmlab.sh`` installs everything
 that OpenMMLab needs with current PyTorch.
 """
 
+import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,10 +19,17 @@ from mmengine.registry import Registry
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from visionmix.integrations.layer_decay import LayerDecayConstructor
 from visionmix.models.family import family_of
+from visionmix.models.loading import load_checkpoint
+
+__all__ = ["MODELS", "Backbone", "LayerDecayConstructor"]
 
 # A registry of this library's own below the root one: mmengine reads the dot of "visionmix.Backbone" as a scope.
 MODELS = Registry("model", parent=ROOT, scope="visionmix")
+
+# The norm after a stage's map, as published code of mmdet and mmseg calls it: outnorm0, norm0 or extra_norms.0.
+_OUTPUT_NORM = re.compile(r"^(?:outnorm|norm|extra_norms\.)(\d+)\.(\w+)$")
 
 
 @MODELS.register_module()
@@ -35,6 +44,10 @@ class Backbone(BaseModule):
     `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would silently
     take for a pyramid; so a plain model with several maps is built only if `one_stride` says that the neck or head
     takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
+
+    A detector or segmentation model with this backbone also loads what the family's authors published for theirs, by
+    `load_from`, by ``--cfg-options load_from=FILE`` or by its `load_state_dict`: keys of the backbone are renamed as
+    those of classifiers are, and a backbone that does not fit whole is refused.
 
     Args:
         name: Model, one of `visionmix.models.list_family_models()`.
@@ -102,6 +115,8 @@ class Backbone(BaseModule):
             layer.requires_grad_(False)
         norms = [LayerNorm2d(width, eps=1e-5) if norm_output else nn.Identity() for width in self.channels]
         self.norms = nn.ModuleList(norms)
+        self.name, self.norm_output = name, norm_output
+        self.register_load_state_dict_pre_hook(_rename_published)
 
     def _layers_to_freeze(self, name: str) -> list[nn.Module]:
         model = self.features.model
@@ -134,3 +149,25 @@ def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     if not indices or list(indices) != sorted(set(indices)):
         raise ValueError(f"out_indices={out_indices!r} must be stage numbers in rising order, each once")
     return indices
+
+
+def _rename_published(backbone: Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Put the tensors of a published detector's backbone, which begin with `prefix`, under the names of `backbone`.
+
+    Raises:
+        ValueError: they are not those of this model, whole.
+    """
+    given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not given or any(key.startswith("features.") for key in given):
+        return
+    for key in given:
+        del state[prefix + key]
+    stages = list(backbone.features.feature_info.out_indices)
+    if backbone.norm_output:
+        for match in filter(None, map(_OUTPUT_NORM.match, list(given))):
+            value = given.pop(match[0])
+            if int(match[1]) in stages:  # the norm of a map that nobody reads is left out
+                state[f"{prefix}norms.{stages.index(int(match[1]))}.{match[2]}"] = value
+    model = backbone.features.model
+    load_checkpoint(model, given, name=backbone.name)
+    state.update({f"{prefix}features.model.{key}": value for key, value in model.state_dict().items()})

@@ -1,0 +1,4 @@
+# DiNAT-s (arXiv 2209.15001), github.com/SHI-Labs/Neighborhood-Attention-Transformer,
+# detection/configs/dinat_s/cascade_mask_rcnn_dinat_s_small_3x_coco.py.
+_base_ = "_base_/cascade_mask_rcnn_3x.py"
+model = dict(backbone=dict(name="dinats_small", drop_path_rate=0.5), neck=dict(in_channels=[96, 192, 384, 768]))

@@ -1,0 +1,3 @@
+# FLatten (arXiv 2308.00442). Its settings are not published: Swin's.
+_base_ = "_base_/cascade_mask_rcnn_3x.py"
+model = dict(backbone=dict(name="flatten_swin_base", drop_path_rate=0.3), neck=dict(in_channels=[128, 256, 512, 1024]))

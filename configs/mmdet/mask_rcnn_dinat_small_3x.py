@@ -1,0 +1,4 @@
+# DiNAT (arXiv 2209.15001), github.com/SHI-Labs/Neighborhood-Attention-Transformer,
+# detection/configs/dinat/mask_rcnn_dinat_small_3x_coco.py.
+_base_ = "_base_/mask_rcnn_3x.py"
+model = dict(backbone=dict(name="dinat_small", drop_path_rate=0.35), neck=dict(in_channels=[96, 192, 384, 768]))

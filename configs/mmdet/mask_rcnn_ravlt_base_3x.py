@@ -1,0 +1,3 @@
+# RALA (arXiv 2411.07635), github.com/qhfan/RALA, detection/configs/RALA/maskrcnn_m_3x.py.
+_base_ = "_base_/mask_rcnn_3x.py"
+model = dict(backbone=dict(name="ravlt_base", drop_path_rate=0.4), neck=dict(in_channels=[96, 192, 384, 512]))

@@ -1,0 +1,3 @@
+# VMamba (arXiv 2401.10166), github.com/MzeroMiko/VMamba, detection/configs/vssm1/mask_rcnn_vssm_fpn_coco_base.py.
+_base_ = "_base_/mask_rcnn_1x.py"
+model = dict(backbone=dict(name="vmamba_base_s2l15", drop_path_rate=0.6), neck=dict(in_channels=[128, 256, 512, 1024]))

@@ -1,0 +1,8 @@
+# DiNAT (arXiv 2209.15001), github.com/SHI-Labs/Neighborhood-Attention-Transformer,
+# segmentation/configs/dinat/upernet_dinat_base_512x512_160k_ade20k.py.
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="dinat_base", drop_path_rate=0.5),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)

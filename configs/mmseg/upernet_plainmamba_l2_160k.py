@@ -1,0 +1,8 @@
+# PlainMamba (arXiv 2403.17695), github.com/ChenhongyiYang/PlainMamba,
+# downstream/mmsegmentation/plain_mamba_seg_configs/l2_upernet.py.
+_base_ = "_base_/upernet_plain_160k.py"
+model = dict(
+    backbone=dict(name="plainmamba_l2", drop_path_rate=0.2, out_indices=(5, 11, 17, 23)),
+    decode_head=dict(in_channels=[384, 384, 384, 384]),
+    auxiliary_head=dict(in_channels=384, in_index=3),
+)

@@ -1,0 +1,7 @@
+# RALA (arXiv 2411.07635), github.com/qhfan/RALA, segmentation/configs/RALA/RALA_Uper_s_2x.py.
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="ravlt_small", drop_path_rate=0.15),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+    auxiliary_head=dict(in_channels=320),
+)
