@@ -10,6 +10,7 @@ the number of workers, and a resumed run sees the images that the uninterrupted 
 import itertools
 import random
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
 from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from visionmix.tools.images import UnreadableImage, find_files, is_hidden, is_image, log_left_out, read_rgb
 from visionmix.tools.recipe_keys import Recipe
@@ -261,7 +263,7 @@ class FolderSet(Dataset):
 
 
 class EpochSampler(Sampler):
-    """This process's share of an epoch's `Key`s; call `set_epoch` before each pass.
+    """This process's share of an epoch's `Key`s; call `set_epoch` before each pass, or `start_at` to go on in one.
 
     For training, the keys are a permutation drawn from (seed, epoch), cut to whole steps of all processes. For testing,
     they are in order and all dealt out, so that every image is counted exactly once.
@@ -296,11 +298,16 @@ class EpochSampler(Sampler):
     ) -> None:
         self.size, self.batch, self.seed, self.shuffle, self.rank, self.world = size, batch, seed, shuffle, rank, world
         self.accumulate, self.repeats, self.sizes = accumulate, repeats if shuffle else 1, sizes or [[0, 0]]
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation and the augmentation of the next pass."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.start_at(epoch, 0)
+
+    def start_at(self, epoch: int, images: int) -> None:
+        """Let the next pass be the rest of this epoch after its first `images`, of all processes together."""
+        self.epoch, self.start = epoch, images // self.world
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -308,7 +315,11 @@ class EpochSampler(Sampler):
             return self.size // (step * self.world) * step
         return len(range(self.rank, self.size, self.world))
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> "_Pass":
+        return _Pass(self)
+
+    def keys(self) -> Iterator[Key]:
+        """Return the keys of the whole epoch."""
         order = np.arange(self.size)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
@@ -319,6 +330,71 @@ class EpochSampler(Sampler):
             Key(self.epoch, int(order[place // self.repeats]), place % self.repeats, int(drawn[number // self.batch]))
             for number, place in enumerate(places)
         )
+
+
+class _Pass(Iterator):
+    """The keys from a sampler's start on; its state is how far it is, which torchdata notes with each batch."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler, self.keys = sampler, None
+
+    def __next__(self) -> Key:
+        if self.keys is None:  # only now, since loaders make iterators that they never use
+            self.epoch, self.seen = self.sampler.epoch, self.sampler.start
+            self.sampler.start = 0
+            self.keys = itertools.islice(self.sampler.keys(), self.seen, None)
+        key = next(self.keys)
+        self.seen += 1
+        return key
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, seen = (self.sampler.epoch, self.sampler.start) if self.keys is None else (self.epoch, self.seen)
+        batches = -(-seen // self.sampler.batch)  # the last one of a test may be short, and shorter in one process
+        return {"epoch": epoch, "images": batches * self.sampler.batch * self.sampler.world}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.start_at(**state)
+        self.keys = None
+
+
+class Loader(StatefulDataLoader):
+    """torchdata's loader over an `EpochSampler`, with a state that does not depend on how many processes and workers.
+
+    All that the rest of an epoch depends on, besides the arguments of `make_loader`, is how many of its images were
+    handed out. Batches that workers hold ready do not count.
+    """
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place after the last batch: {"epoch": ..., "images": of all processes}, the same in each."""
+        if self._iterator is None:
+            return iter(self.sampler).state_dict()
+        return _find_place(super().state_dict())
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next pass go on there; `sampler.set_epoch` of another epoch gives that epoch from its start.
+
+        Raises:
+            ValueError: `state` is no place within an epoch, or one between two batches of this many processes.
+        """
+        epoch, images = (state.get(name) if isinstance(state, dict) else None for name in ("epoch", "images"))
+        if not (isinstance(epoch, int) and isinstance(images, int) and epoch >= 0 and images >= 0):
+            raise ValueError(f'state={state!r} is no place of a loader; it must be {{"epoch": ..., "images": ...}}')
+        step = self.batch_size * self.sampler.world
+        if images % step and images < self.sampler.size:
+            raise ValueError(
+                f"state={state} lies within a batch of {self.sampler.world} process(es) x "
+                f"data.batch_size={self.batch_size}; go on with as many images a step as before, or from an epoch's end"
+            )
+        super().load_state_dict({})  # ends the present pass
+        self.sampler.start_at(epoch, images)
+
+
+def _find_place(state: dict) -> dict[str, int]:
+    """Return the state of the `_Pass` among those of the loader, its workers and samplers."""
+    if "images" in state:
+        return state
+    inner = (value for value in state.values() if isinstance(value, dict))
+    return next((found for value in inner if (found := _find_place(value))), {})
 
 
 def _quiet_worker(_: int) -> None:
@@ -417,8 +493,10 @@ def make_loader(
     accumulate: int = 1,
     repeats: int = 1,
     sizes: Sequence[Sequence[int]] | None = None,
-) -> DataLoader:
+) -> Loader:
     """Return a loader of `Batch`es, `accumulate` of them for each training step; its sampler is an `EpochSampler`.
+
+    Its `state_dict()` is the place within an epoch, from which `load_state_dict()` goes on.
 
     Raises:
         ValueError: a training set is smaller than one step of all processes.
@@ -430,24 +508,26 @@ def make_loader(
             f"the training set has {len(dataset)} images, fewer than one step takes ({world} process(es) x "
             f"data.batch_size={batch}{times}); lower data.batch_size{also}"
         )
-    return DataLoader(
-        dataset,
-        batch_size=batch,
-        sampler=EpochSampler(
-            len(dataset),
-            batch=batch,
-            seed=seed,
-            shuffle=shuffle,
-            rank=rank,
-            world=world,
-            accumulate=accumulate,
-            repeats=repeats,
-            sizes=sizes,
-        ),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_quiet_worker,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the training's
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.14
+        return Loader(
+            dataset,
+            batch_size=batch,
+            sampler=EpochSampler(
+                len(dataset),
+                batch=batch,
+                seed=seed,
+                shuffle=shuffle,
+                rank=rank,
+                world=world,
+                accumulate=accumulate,
+                repeats=repeats,
+                sizes=sizes,
+            ),
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_quiet_worker,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the training's
+        )
