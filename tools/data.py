@@ -120,7 +120,7 @@ def open_split(
         wanted: the recipe's section.
         split: "train" or "val".
         classes: names of all classes, as `check_data` returns them.
-        transform: from a PIL image to a tensor, or a `Views`; a dictionary of them where keys have sizes.
+        transform: from a PIL image to a tensor, or a tensor and its boxes; a dictionary of them where keys have sizes.
         seed: with a `Key` it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
         outputs: the model's output for each of `classes`; their own order where None.

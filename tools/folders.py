@@ -75,7 +75,7 @@ class FolderSet(ImageSet):
     Args:
         folder: of class folders.
         classes: names of all class folders.
-        transform: from a PIL image to a float32 tensor, or a `Views`; a dictionary of them where keys have sizes.
+        transform: from a PIL image to a tensor, or a tensor and its boxes; a dictionary of them where keys have sizes.
         seed: with the key it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
         outputs: the model's output for each of `classes`; their own order where None.

@@ -15,13 +15,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from visionmix.tools.images import UnreadableImage
 
 # Names that a split may have, in folders and data sets.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+# Of a box to erase: image or view, top, left, height, width, seed of what fills it.
+BOX = 6
+NO_BOXES = torch.zeros(0, BOX, dtype=torch.int64)
 # Draws after which a training batch gives up finding a readable image.
 MAX_DRAWS = 20
 
@@ -30,32 +33,39 @@ class UnreadableData(ValueError):
     """So few files can be read that there is nothing to work with."""
 
 
-def seed_everything(*words: int) -> None:
-    """Seed python's, numpy's and torch's generators (those of all devices) with a hash of `words`."""
+def _seed(*words: int) -> int:
+    """Seed python's and numpy's generators with a hash of `words`; return a seed for torch's."""
     state = np.random.SeedSequence(words).generate_state(3, np.uint64)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]) % 2**32)
-    torch.manual_seed(int(state[2]) % 2**63)
+    return int(state[2]) % 2**63
+
+
+def seed_everything(*words: int) -> None:
+    """Seed python's, numpy's and torch's generators (those of all devices) with a hash of `words`."""
+    torch.manual_seed(_seed(*words))
 
 
 class Repeatable:
-    """Context in which a hash of `words` seeds the three generators; on exit they are as they were before."""
+    """Context in which a hash of `words` seeds the three generators.
+
+    On exit they are as they were before, except in a loader's workers, which have no other use for them.
+    """
 
     def __init__(self, *words: int) -> None:
-        self.words = words
+        self.words, self.states = words, None
 
     def __enter__(self) -> None:
-        self.states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-        state = np.random.SeedSequence(self.words).generate_state(3, np.uint64)
-        random.seed(int(state[0]))
-        np.random.seed(int(state[1]) % 2**32)
-        torch.random.default_generator.manual_seed(int(state[2]) % 2**63)
+        if get_worker_info() is None:
+            self.states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        torch.random.default_generator.manual_seed(_seed(*self.words))
 
     def __exit__(self, *exc: object) -> None:
-        python, numpy, pytorch = self.states
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.random.set_rng_state(pytorch)
+        if self.states:
+            python, numpy, pytorch = self.states
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.random.set_rng_state(pytorch)
 
 
 @dataclass
@@ -63,14 +73,16 @@ class Sample:
     """One image ready for the model; `image` is None where nothing readable was found.
 
     Attributes:
-        image: float32 (channels, height, width), normalised; of several `Views`, (views, channels, height, width).
+        image: (channels, height, width), uint8 or normalised float32; of `Views`, (views, channels, height, width).
         target: class index.
         unreadable: a line for each file that was passed over on the way, with its path and the reason.
+        boxes: to erase, int64 (boxes, 6): view, top, left, height, width, seed.
     """
 
     image: torch.Tensor | None
     target: int
     unreadable: list[str]
+    boxes: torch.Tensor = NO_BOXES
 
 
 @dataclass
@@ -78,16 +90,19 @@ class Batch:
     """A batch of the samples that could be read.
 
     Attributes:
-        images: float32 (views * batch, channels, height, width), normalised; the first views of all come first.
+        images: (views * batch, channels, height, width), uint8 for `transforms.Finish` or normalised float32; the first
+            views of all come first.
         targets: int64 (batch,).
         unreadable: a line for each file that could not be read, with its path and the reason.
         missing: samples for which nothing was found.
+        boxes: to erase, int64 (boxes, 6): image, top, left, height, width, seed.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     unreadable: list[str]
     missing: int
+    boxes: torch.Tensor = NO_BOXES
 
     def pin_memory(self) -> "Batch":
         """Pin the tensors for a quicker copy to the GPU; DataLoader calls this."""
@@ -98,13 +113,29 @@ class Batch:
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch, leaving out the missing ones."""
     found = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in found]) if found else torch.zeros(0)
+    images = _stack([sample.image for sample in found]) if found else torch.zeros(0)
+    boxes = torch.cat([NO_BOXES, *(sample.boxes for sample in found)])
+    places = [number for number, sample in enumerate(found) for _ in sample.boxes]
+    boxes[:, 0] = boxes[:, 0] * len(found) + torch.tensor(places, dtype=torch.int64)
     return Batch(
         images=images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images,
         targets=torch.tensor([sample.target for sample in found], dtype=torch.int64),
         unreadable=[path for sample in samples for path in sample.unreadable],
         missing=len(samples) - len(found),
+        boxes=boxes,
     )
+
+
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
+    """Stack images that have their channels first or, as those of Pillow, last in memory; to turn them costs time."""
+    if images[0].is_contiguous():
+        return torch.stack(images)
+    return torch.stack([image.movedim(-3, -1) for image in images]).movedim(-1, -3)
+
+
+def with_boxes(found: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the pixels and boxes that a transform gave; one without boxes gives the pixels alone."""
+    return found if isinstance(found, tuple) else (found, NO_BOXES)
 
 
 class Key(NamedTuple):
@@ -127,7 +158,7 @@ class ImageSet(Dataset):
     """The images of one split, by `Key`; each kind of data has its own `load` and length.
 
     Args:
-        transform: from a PIL image to a float32 tensor, or a `Views`; a dictionary of them where keys have sizes.
+        transform: from a PIL image to a tensor, or a tensor and its boxes; a dictionary of them where keys have sizes.
         seed: with the key it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
     """
@@ -143,19 +174,23 @@ class ImageSet(Dataset):
         raise NotImplementedError
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        epoch, index, copy, size = Key(*key)
+        epoch, first, copy, size = Key(*key)
+        index = first
         transform = self.transform[size] if size else self.transform
-        others = np.random.default_rng([self.seed, epoch, index])
+        others = None
         unreadable: list[str] = []
         for _ in range(MAX_DRAWS if self.replace else 1):
             try:
                 image, target = self.load(index)
             except UnreadableImage as error:
                 unreadable.append(str(error))
+                others = others or np.random.default_rng([self.seed, epoch, first])
                 index = int(others.integers(len(self)))
                 continue
             with Repeatable(self.seed, epoch, index, *[copy] * (copy > 0)):
-                return Sample(transform(image), target, unreadable)
+                found = transform(image)
+            pixels, boxes = with_boxes(found)
+            return Sample(pixels, target, unreadable, boxes)
         return Sample(None, -1, unreadable)
 
 

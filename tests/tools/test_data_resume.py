@@ -24,7 +24,7 @@ def make(tree, *, batch=2, workers=0, world=1, rank=0, shuffle=True, **options):
 
 
 def plain(batch):
-    return batch.images, batch.targets.tolist(), batch.unreadable, batch.missing
+    return batch.images, batch.targets.tolist(), batch.unreadable, batch.missing, batch.boxes.tolist()
 
 
 def same(batches, others):
@@ -48,7 +48,7 @@ def test_the_rest_of_an_epoch_and_the_next_are_those_of_an_uninterrupted_run(tre
         loader = make(tree, **shared)
         whole, following = epoch_of(loader, 1), epoch_of(loader, 2)
         assert len(whole) == {1: 8, 2: 4}[world]
-        left_out += [line for _, _, unreadable, _ in whole for line in unreadable]
+        left_out += [line for _, _, unreadable, *_ in whole for line in unreadable]
         for count in (0, 1, 3, len(whole)):
             stopped = make(tree, **shared)
             same(epoch_of(stopped, 1, count), whole[:count])
@@ -96,9 +96,9 @@ def test_one_process_goes_on_where_two_stopped(tree):
     one = make(tree, batch=4)
     one.load_state_dict(two[0].state_dict())
     rest = epoch_of(one, 1)
-    labels = sorted(label for _, targets, _, _ in [*begun[0], *begun[1], *rest] for label in targets)
+    labels = sorted(label for _, targets, *_ in [*begun[0], *begun[1], *rest] for label in targets)
     whole = epoch_of(make(tree, batch=4), 1)
-    assert labels == sorted(label for _, targets, _, _ in whole for label in targets)
+    assert labels == sorted(label for _, targets, *_ in whole for label in targets)
     same(rest, whole[3:])
 
 
@@ -106,7 +106,7 @@ def test_a_test_set_whose_last_batch_is_short(tree):
     for rank in range(2):
         loader = make(tree, batch=4, world=2, rank=rank, shuffle=False)
         whole = epoch_of(loader, 0)
-        assert [len(targets) for _, targets, _, _ in whole] == [4, 4, 1]
+        assert [len(targets) for _, targets, *_ in whole] == [4, 4, 1]
         assert loader.state_dict() == {"epoch": 0, "images": 24}
         loader.load_state_dict({"epoch": 0, "images": 16})
         same(epoch_of(loader, 0), whole[2:])
