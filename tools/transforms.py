@@ -41,7 +41,7 @@ def _train_transform(recipe: Recipe, normalise: dict, size: int):
         color_jitter=augment.color_jitter or None,
         auto_augment=augment.auto_augment,
         interpolation=recipe.data.interpolation,
-        use_prefetcher=True,  # which ends the transform with 8-bit integers
+        normalize=False,  # which ends the transform with 8-bit integers
         separate=augment.splits > 1,
         **normalise,
     )

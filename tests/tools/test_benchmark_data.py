@@ -33,16 +33,19 @@ def test_both_loaders_give_the_same_kind_of_batches(few, tmp_path):
     assert sorted(mine.targets.tolist()) == sorted(theirs[1].tolist())
 
 
+@pytest.mark.long
 def test_the_command_prints_both_rates_and_their_ratio(few, capsys):
     assert benchmark.main(["--data"]) == 0
     printed = capsys.readouterr().out
     assert "timm" in printed
     assert "imagenet/defaults.yaml" in printed
-    with pytest.raises(SystemExit):
-        benchmark.main([])
-    with pytest.raises(SystemExit):
-        benchmark.main(["--data", "vig_s"])
-    assert "give names of models, or --data" in capsys.readouterr().err
+
+
+def test_names_or_data_are_needed(capsys):
+    for arguments in ([], ["--data", "vig_s"]):
+        with pytest.raises(SystemExit):
+            benchmark.main(arguments)
+        assert "give names of models, or --data" in capsys.readouterr().err
 
 
 def test_a_rate_is_images_over_seconds_of_the_workers_after_the_first_pass(few, tmp_path, monkeypatch):

@@ -145,6 +145,24 @@ def test_validation_and_upper_case_names(tree):
     assert len(train_set(tree)) == 18
 
 
+def test_the_keys_train_and_val_name_the_folders(tree):
+    for split, name in (("train", "first"), ("val", "second")):
+        (tree / split).rename(tree / name)
+    wanted = recipe.from_dict({"data": {"path": str(tree), "train": "first", "val": "second"}}, "test").data
+    assert data.check_data(wanted) == CLASSES
+    assert [len(data.open_split(wanted, split, CLASSES)) for split in ("train", "val")] == [18, 9]
+    wanted.val = "third"
+    with pytest.raises(FileNotFoundError, match=r"data.val='third': there is no folder .*/third"):
+        data.check_data(wanted)
+
+
+def test_a_number_of_classes_that_the_folders_do_not_have_is_refused(tree):
+    with pytest.raises(ValueError, match=r"data.classes=4, but .*/train has 3 class folders; leave it out"):
+        data.check_data(recipe.from_dict({"data": {"path": str(tree), "classes": 4}}, "test").data)
+    with pytest.raises(ValueError, match=r"data.classes=1 must be at least 2, or null"):
+        recipe.from_dict({"data": {"classes": 1}}, "test")
+
+
 def test_images_of_16_bits_keep_their_brightness(tree):
     values = np.arange(32 * 32).reshape(32, 32).astype(np.uint16) * 64
     Image.fromarray(values).save(tree / "val" / "red" / "grey.png")

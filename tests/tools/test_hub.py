@@ -133,6 +133,7 @@ def test_the_library_missing_is_said_with_the_remedy(monkeypatch):
         data.check_data(DataRecipe(path="hf:anything"))
 
 
+@pytest.mark.long
 def test_a_training_run(tree, recipe_file, tmp_path, capsys):
     path = saved(tree, tmp_path / "saved")
     arguments = [str(recipe_file), "--data", str(path), "--output", str(tmp_path / "out"), "--device", "cpu"]
