@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionmix.tools.images import UnreadableImage, extensions, read_rgb
+from visionmix.tools.images import UnreadableImage, extensions, is_hidden, read_rgb
 from visionmix.tools.loading import SPLITS, ImageSet, match_classes
 
 _logger = logging.getLogger(__name__)
@@ -61,9 +61,18 @@ class Table:
 
 
 def has_shards(path: str) -> bool:
-    """Return whether `path` is a pattern of .tar files, or a folder that holds some itself or in a split's folder."""
+    """Return whether `path` is a pattern of .tar files, or a folder that holds some itself or in a split's folder.
+
+    A folder with .tar files beside other folders is an image folder, in which an archive was left.
+    """
     folders = [Path(path), *(Path(path, name) for names in SPLITS.values() for name in names)]
-    return path.endswith(".tar") or any(any(folder.glob("*.tar")) for folder in folders if folder.is_dir())
+    return path.endswith(".tar") or any(_is_of_shards(folder) for folder in folders if folder.is_dir())
+
+
+def _is_of_shards(folder: Path) -> bool:
+    return any(folder.glob("*.tar")) and not any(
+        path.is_dir() and not is_hidden(path.name) for path in folder.iterdir()
+    )
 
 
 def expand(pattern: str) -> list[Path]:

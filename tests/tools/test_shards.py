@@ -58,6 +58,16 @@ def test_shards_hold_the_images_and_classes_of_the_folder(tree, packed):
         split_of(packed, classes=["blue", "green"])
 
 
+def test_an_archive_left_in_an_image_folder_does_not_make_it_shards(tree, packed):
+    for place in (tree, tree / "train"):
+        (place / "ILSVRC2012.tar").write_bytes(b"")
+    assert not shards.has_shards(str(tree))
+    assert data.check_data(DataRecipe(path=str(tree))) == CLASSES
+    assert shards.has_shards(str(packed))
+    assert shards.has_shards(str(packed / "train"))
+    assert shards.has_shards(f"{packed}/train/train-{{000000..000001}}.tar")
+
+
 def test_each_way_to_say_where_shards_are(packed, tmp_path):
     count = len(list((packed / "train").glob("*.tar")))
     numbers = f"{{000000..{count - 1:06d}}}"
