@@ -4,12 +4,14 @@
     python tools/benchmark.py deit_small_patch16_224 --reduce tome:r=13 --reduce evit:keep_rate=0.5 --batch 8
     python tools/benchmark.py vmamba_tiny swin_tiny_patch4_window7_224 --device cuda --batch 128 --amp bfloat16
     python tools/benchmark.py vig_s --profile
+    python tools/benchmark.py --data
 
 Appends a row per model to benchmarks/models.csv. Any name that timm knows will do; all are measured in one run, in
 float32 unless `--amp` is given and in eval mode unless `--train` is, which times a forward and backward pass.
 `--reduce` adds each model with that token reduction, as NAME+METHOD:OPTIONS. `--profile` records nothing but shows
 where time goes, by op and shape, and how often memory was fetched from the system: a page fault costs some
-microseconds, and a model that allocates and frees more than the C library keeps meets a thousand per image.
+microseconds, and a model that allocates and frees more than the C library keeps meets a thousand per image. `--data`
+compares the loaders of training images instead.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
-from visionmix.tools import display, info, models, timing
+from visionmix.tools import benchmark_data, display, info, models, timing
 
 _CSV = Path("benchmarks/models.csv")
 _WARM = 5
@@ -113,19 +115,25 @@ def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
     parser = argparse.ArgumentParser(prog="visionmix benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="+", help="names that timm knows; the others are compared with the first")
+    parser.add_argument("model", nargs="*", help="names that timm knows; the others are compared with the first")
     parser.add_argument("--reduce", action="append", default=[], metavar="METHOD:OPTIONS", help="may be repeated")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="time a forward and backward pass")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), default="", help="compute under autocast")
     parser.add_argument("--profile", action="store_true", help="print the ops that take the time; record nothing")
+    parser.add_argument("--data", action="store_true", help="images a second a core of the loader, beside timm's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.data == bool(args.model):
+        parser.error("give names of models, or --data for the loaders")
+    if args.data:
+        benchmark_data.show(benchmark_data.run())
+        return 0
     unknown = [name for name in args.model if not timm.is_model(name.partition("+")[0])]
     if unknown:
         parser.error(f"timm knows no model called {unknown[0]!r}; timm.list_models() has those it knows")

@@ -30,11 +30,12 @@ class UnreadableImage(ValueError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image`, of any of Pillow's modes, in 8-bit RGB.
+    """Return `image`, of any of Pillow's modes, in 8-bit RGB; it comes back itself where it is.
 
     Integers of 16 bits are scaled from [0, 65535] to [0, 255], or from the own range of a TIFF with fewer bits. So is
-    mode I, which Pillow uses for 16-bit PGM. Floats (mode F) are scaled from [0, 1]. As in torchvision and timm, alpha
-    is dropped, not composed, and the EXIF orientation is not applied.
+    mode I, which Pillow uses for 16-bit PGM. Of several channels with 16 bits, Pillow keeps the high bytes. Floats
+    (mode F) are scaled from [0, 1]. As in torchvision and timm, alpha is dropped, not composed, also where a palette
+    has it, and the EXIF orientation is not applied.
 
     Raises:
         ValueError: mode I or F with values outside that range: nothing says which value is white.
@@ -43,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _to_grey(image)
     if image.mode in VIA:
         image = image.convert(VIA[image.mode])
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
@@ -73,6 +74,7 @@ def read_rgb(source: Path | str | BinaryIO) -> Image.Image:
     """
     try:
         with Image.open(source) as image:
+            image.load()
             return to_rgb(image)
     except UnidentifiedImageError as error:
         raise UnreadableImage(f"{source}: not in a format that Pillow decodes") from error

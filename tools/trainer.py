@@ -26,6 +26,7 @@ from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_li
 from visionmix.tools.recipe import to_dict
 from visionmix.tools.recipe_keys import Recipe
 from visionmix.tools.schedule import make_scheduler
+from visionmix.tools.transforms import Finish
 
 _logger = logging.getLogger("visionmix.tools.trainer")
 
@@ -156,6 +157,7 @@ class Trainer:
                 label_smoothing=recipe.train.label_smoothing,
                 num_classes=len(classes),
             )
+        self.finish_batch = Finish(self.input.normalise, augment.erase_mode, device)
         self.criterion = criterion(recipe)
         self.running = self.student
         if recipe.train.compile:
@@ -278,7 +280,7 @@ class Trainer:
         """Add a batch's share to the gradient, make a step where it is complete, and return the batch's loss."""
         self.gathered = self.gathered % self.recipe.train.accumulate + 1
         complete = self.gathered == self.recipe.train.accumulate
-        images = batch.images.to(self.device, non_blocking=True)
+        images = self.finish_batch(batch)
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
@@ -416,7 +418,7 @@ class Trainer:
 
 
 @torch.inference_mode()
-def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
+def predict_some(trainer: Trainer, dataset: data.ImageSet, count: int = 50) -> tuple[list, list, list, list]:
     """Return (images, true, predicted, sure) of `count` test images drawn at random, those that can be read."""
     rng = np.random.default_rng(trainer.recipe.train.seed)
     chosen = np.sort(rng.choice(len(dataset), min(count, len(dataset)), replace=False))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionmix.tools import data, recipe
+from visionmix.tools import data, recipe, transforms
 from visionmix.tools.evaluation import evaluate
 
 CLASSES = ["blue", "green", "red"]
@@ -55,7 +55,7 @@ def test_a_class_of_val_that_train_lacks_is_refused(tree):
     copy(tree, "val/red/0.jpg", "val/white/0.jpg")
     with pytest.raises(ValueError, match=r"different classes; only in val/: white; give both"):
         data.check_folders(tree)
-    with pytest.raises(ValueError, match=r"val has class folders that the model does not know: white"):
+    with pytest.raises(ValueError, match=r"val has classes that the model does not know: white"):
         val_set(tree)
 
 
@@ -79,7 +79,7 @@ def test_one_folder_around_the_classes_is_refused(tree):
         (tree / split).rename(tree / "images")
         (tree / split).mkdir()
         (tree / "images").rename(tree / split / "images")
-    with pytest.raises(ValueError, match=r"train has only one class folder, 'images', .* directly in train/"):
+    with pytest.raises(ValueError, match=r"has only one class, 'images', .* directly in train/"):
         data.check_folders(tree)
 
 
@@ -145,6 +145,24 @@ def test_validation_and_upper_case_names(tree):
     assert len(train_set(tree)) == 18
 
 
+def test_the_keys_train_and_val_name_the_folders(tree):
+    for split, name in (("train", "first"), ("val", "second")):
+        (tree / split).rename(tree / name)
+    wanted = recipe.from_dict({"data": {"path": str(tree), "train": "first", "val": "second"}}, "test").data
+    assert data.check_data(wanted) == CLASSES
+    assert [len(data.open_split(wanted, split, CLASSES)) for split in ("train", "val")] == [18, 9]
+    wanted.val = "third"
+    with pytest.raises(FileNotFoundError, match=r"data.val='third': there is no folder .*/third"):
+        data.check_data(wanted)
+
+
+def test_a_number_of_classes_that_the_folders_do_not_have_is_refused(tree):
+    with pytest.raises(ValueError, match=r"data.classes=4, but .*/train has 3 class folders; leave it out"):
+        data.check_data(recipe.from_dict({"data": {"path": str(tree), "classes": 4}}, "test").data)
+    with pytest.raises(ValueError, match=r"data.classes=1 must be at least 2, or null"):
+        recipe.from_dict({"data": {"classes": 1}}, "test")
+
+
 def test_images_of_16_bits_keep_their_brightness(tree):
     values = np.arange(32 * 32).reshape(32, 32).astype(np.uint16) * 64
     Image.fromarray(values).save(tree / "val" / "red" / "grey.png")
@@ -176,7 +194,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree, workers):
 def test_posterize_at_its_highest_level_is_black(policy):
     made = recipe.read("imagenet/defaults.yaml", {}, [f"augment.auto_augment={policy}"])
     transform = data.train_transform(made, NORMALISE)
-    ops = [op for op in data._augmentations(transform) if op.name.startswith("Posterize")]
+    ops = [op for op in transforms._augmentations(transform) if op.name.startswith("Posterize")]
     assert ops
     image = Image.new("RGB", (4, 4), (200, 100, 50))
     colours = set()
