@@ -225,6 +225,17 @@ class DistillRecipe:
 
 
 @dataclass
+class LogRecipe:
+    """Where figures go beside the display, summary.csv and TensorBoard.
+
+    Attributes:
+        wandb: project of Weights & Biases; None for none.
+    """
+
+    wandb: str | None = None
+
+
+@dataclass
 class Recipe:
     """Everything that a training run depends on, except the images."""
 
@@ -235,6 +246,7 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     distill: DistillRecipe = field(default_factory=DistillRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
 
 
 _RANGES = {

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 tools/train.py configs/imagenet/vig_s.yaml --data /data/imagenet
 
 Leaves in --output: last.pt and best.pt (to resume from, or for validate and predict), best.safetensors (weights alone),
-summary.csv (a row an epoch), curves.png, confusion.png and predictions.png.
+summary.csv (a row an epoch), tensorboard/, curves.png, confusion.png and predictions.png.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from visionmix.tools import checkpoint, data, models, pictures, recipe, recipe_keys
+from visionmix.tools import checkpoint, data, logs, models, pictures, recipe, recipe_keys
 from visionmix.tools.display import Display, duration
 from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
@@ -94,6 +94,7 @@ def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None,
         made = recipe.override(content["recipe"], str(last), overrides, args.set)
     if made.data.path is None:
         raise ValueError("--data is missing: give the folder that holds train/ and val/")
+    logs.check_installed(made)
     made.data.path = str(Path(made.data.path).resolve())
     if made.distill.checkpoint:
         made.distill.checkpoint = str(Path(made.distill.checkpoint).resolve())
@@ -139,9 +140,11 @@ def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, displa
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),
             **{f"loss_{name}": value.item() for name, value in trainer.own_losses.items()},
+            **{f"seconds_{part}": value for part, value in trainer.watch.totals().items()},
         }
         best = trainer.finish_epoch(row)
         display.end_epoch(row, best)
+        trainer.logs.epoch(trainer.step, row)
         if unreadable:
             display.note(f"{len(unreadable)} image(s) cannot be read and were left out in this epoch:", "yellow")
             for path in unreadable:
@@ -165,9 +168,14 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         return
     name = trainer.recipe.model.name
     display.note("drawing pictures ...")
-    pictures.draw_curves(trainer.history, output / "curves.png", f"{name} on {Path(trainer.recipe.data.path).name}")
-    pictures.draw_confusion(result.confusion.numpy(), trainer.classes, output / "confusion.png")
-    pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), output / "predictions.png")
+    files = {name: output / f"{name}.png" for name in ("curves", "confusion", "predictions")}
+    try:
+        pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(trainer.recipe.data.path).name}")
+        pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
+        pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), files["predictions"])
+    except OSError as error:  # of a full disk: the training stands without them
+        display.note(str(error), "yellow")
+    trainer.logs.pictures(trainer.step, {name: file for name, file in files.items() if file.is_file()})
     best = max(trainer.history, key=lambda row: row["test_top1"])
     seconds = sum(row["seconds"] for row in trainer.history)
     display.note(
@@ -183,8 +191,10 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         ("curves.png", "loss and accuracy"),
         ("confusion.png", "confusion matrix"),
         ("predictions.png", "test images with predictions"),
+        ("tensorboard", "figures by step and epoch, for tensorboard --logdir"),
     ):
-        display.note(f"  {output / file!s:<40} {meaning}")
+        if (output / file).exists():
+            display.note(f"  {output / file!s:<40} {meaning}")
 
 
 def start_processes(device: str | None) -> tuple[torch.device, int, int]:
@@ -262,7 +272,11 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 2
     saved = output / "last.pt"
-    with Display(made.schedule.last_epoch, len(train_loader), quiet=rank > 0) as display, Stop(display.note) as stop:
+    with (
+        Display(made.schedule.last_epoch, len(train_loader), quiet=rank > 0) as display,
+        Stop(display.note) as stop,
+        logs.Logs(None if rank else output, made, step=trainer.step, note=display.note) as trainer.logs,
+    ):
         parameters = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(

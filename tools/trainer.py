@@ -23,9 +23,11 @@ from visionmix.tools import checkpoint, data, models
 from visionmix.tools.display import Display
 from visionmix.tools.distillation import Teacher, divergence, full, make_student
 from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines, model_dtype
+from visionmix.tools.logs import Logs
 from visionmix.tools.recipe import to_dict
 from visionmix.tools.recipe_keys import Recipe
 from visionmix.tools.schedule import make_scheduler
+from visionmix.tools.stopwatch import Stopwatch
 
 _logger = logging.getLogger("visionmix.tools.trainer")
 
@@ -164,6 +166,7 @@ class Trainer:
             self.running = DistributedDataParallel(
                 self.running, device_ids=[device.index] if device.type == "cuda" else None
             )
+        self.watch, self.logs = Stopwatch(device, self.running, world), Logs()
         self._set_progress()
 
     def _prepare(self) -> None:
@@ -235,7 +238,9 @@ class Trainer:
         total, unreadable = torch.zeros((), dtype=torch.float64), []
         pending: list[torch.Tensor] = []
         self.own_losses = {}
+        self.watch.start()
         for index, batch in enumerate(loader):
+            self.watch.lap("data")
             stop.check()
             unreadable += batch.unreadable
             if batch.missing:
@@ -254,9 +259,11 @@ class Trainer:
                 total += values.sum()
                 shown = values[-1].item()
                 pending.clear()
-            display.step(
-                len(batch.targets), shown if not pending else None, max(g["lr"] for g in self.optimizer.param_groups)
-            )
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            display.step(len(batch.targets), shown if not pending else None, lr)
+            if not pending:
+                self.logs.step(self.step, {"loss": shown, "lr": lr})
+            self.watch.lap(None)
         if self.world > 1:
             total = total.to(self.device)
             for value in (total, *self.own_losses.values()):
@@ -291,8 +298,10 @@ class Trainer:
             self.scaler.scale(loss / self.recipe.train.accumulate).backward(
                 create_graph=getattr(self.optimizer, "is_second_order", False)
             )
+        self.watch.lap("compute")
         if complete:
             self._step()
+            self.watch.lap("optimizer")
         return loss
 
     def _loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
