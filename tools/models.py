@@ -293,8 +293,13 @@ def load_trained(
     labels = content.get("classes")
     if pretrained or folder:
         source = f"local-dir:{file}" if folder else name
-        published_outputs(source, classes)  # refuses before anything is fetched
+        expected = published_outputs(source, classes)  # refuses before anything is fetched
         model = create_model(source, pretrained=True)
+        if model.num_classes != expected.count:  # timm has put a fresh classifier in the place of the file's
+            raise ValueError(
+                f"the weights of {source} are said to have {expected.count} outputs, and the model made for them has "
+                f"{model.num_classes}, with a random classifier; make its num_classes agree everywhere in its config"
+            )
     elif made:
         model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))

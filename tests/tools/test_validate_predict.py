@@ -143,7 +143,10 @@ def test_a_foreign_file_is_loaded_whole_or_not_at_all(name, tree, tmp_path, caps
     model = timm.create_model("test_vit", num_classes=3)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vit.pth")
     given = ["--data", str(tree), "--checkpoint", str(tmp_path / "vit.pth"), "--workers", "0"]
-    assert validate.main(["--model", "test_vit", *given]) == 0
+    assert validate.main(["--model", "test_vit", *given]) == 2
+    assert "which output each stands for" in capsys.readouterr().err
+    (tmp_path / "map").write_text("blue\ngreen\nred\n")
+    assert validate.main(["--model", "test_vit", *given, "--class-map", str(tmp_path / "map")]) == 0
     assert validate.main(given) == 2
     assert "does not say which model it holds" in capsys.readouterr().err
     assert validate.main(["--model", name, *given]) == 2
