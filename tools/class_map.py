@@ -2,7 +2,8 @@
 
 A class map is a text file with a line `FOLDER OUTPUT` for each folder, split at a tab or else at the first space, or it
 is JSON, `{"FOLDER": OUTPUT, ...}`. An output is an index, an ImageNet synset (n01440764), or a label of the model. A
-text file of folder names alone, as timm takes it, numbers the outputs by line from 0.
+text file of folder names alone, as timm takes it, numbers the outputs by line from 0; of a model that has more outputs,
+and knows these names, it is refused.
 """
 
 import json
@@ -101,6 +102,15 @@ def find_outputs(
     if class_map is not None:
         if missing := [folder for folder in folders if folder not in class_map]:
             raise ValueError(f"--class-map lacks {len(missing)} folder(s) of {where}: {', '.join(missing[:5])}")
+        numbered = list(class_map.values()) == [str(place) for place in range(len(class_map))]
+        if numbered and len(class_map) < count:  # names alone, which number the outputs of a model of so many classes
+            named = [folder for folder, place in class_map.items() if labels.get(folder, [int(place)]) != [int(place)]]
+            if named:
+                raise ValueError(
+                    f"--class-map numbers {len(class_map)} folders from 0, so that {named[0]} is output "
+                    f"{class_map[named[0]]}, where {name} has it as output {labels[named[0]][0]} of {count}; write lines "
+                    f'"{named[0]} {named[0]}"'
+                )
         try:
             return [_output(class_map[folder], labels, count) for folder in folders]
         except ValueError as error:

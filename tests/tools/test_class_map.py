@@ -114,6 +114,17 @@ def test_one_synset_among_other_names_is_refused():
         find_outputs(["n01440764", *(f"class {number:04d}" for number in range(1, 1000))], outputs(1000), WHERE)
 
 
+def test_names_alone_do_not_number_the_outputs_of_a_model_that_has_more():
+    names = ImageNetInfo().label_names()[100:103]  # as `ls` prints them of a folder of ImageNet-A
+    numbers = {name: str(place) for place, name in enumerate(names)}
+    with pytest.raises(
+        ValueError, match=f'{names[0]} is output 0, where test_vit has it as output 100 .*"{names[0]} n'
+    ):
+        find_outputs(names, outputs(1000), WHERE, numbers)
+    assert find_outputs(names, outputs(3), WHERE, numbers) == [0, 1, 2]
+    assert find_outputs(["cat"], outputs(1000), WHERE, {"cat": "0"}) == [0]
+
+
 def test_all_outputs_of_a_map_with_folders_that_are_not_there():
     assert all_outputs(outputs(1000), {"a": "7", "b": "tench", "c": "7"}) == [0, 7]
 
