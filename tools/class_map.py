@@ -108,8 +108,8 @@ def find_outputs(
             if named:
                 raise ValueError(
                     f"--class-map numbers {len(class_map)} folders from 0, so that {named[0]} is output "
-                    f"{class_map[named[0]]}, where {name} has it as output {labels[named[0]][0]} of {count}; write lines "
-                    f'"{named[0]} {named[0]}"'
+                    f"{class_map[named[0]]}, where {name} has it as output {labels[named[0]][0]} of {count}; "
+                    f'write lines "{named[0]} {named[0]}"'
                 )
         try:
             return [_output(class_map[folder], labels, count) for folder in folders]

@@ -1,6 +1,7 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
 import ast
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -325,6 +326,23 @@ def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
     first = first if isinstance(first, str | None) else first[0]  # a distilled model has two
     weight = tensors.get(f"{first}.weight") if first else None
     return len(weight) if isinstance(weight, torch.Tensor) else None
+
+
+def short_hash(*parts: Any) -> str:
+    """Return 12 hexadecimal digits that tell these bytes, or texts of other values, from others."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a short hash of a model's weights and their names."""
+    parts: list[Any] = []
+    for name, value in model.state_dict().items():
+        parts += [name, value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
+    return short_hash(*parts)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -12,7 +12,6 @@ torchrun --nproc-per-node 8 tools/validate.py --pretrained --model @names.txt --
 
 import argparse
 import csv
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -151,22 +150,6 @@ def published_top1(trained: models.Trained) -> float | None:
     return figure if synset_outputs(trained.outputs) else None
 
 
-def _hash(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(memoryview(part) if isinstance(part, bytes) else str(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:12]
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """Return a short hash of a model's weights and their names."""
-    parts: list[Any] = []
-    for name, value in model.state_dict().items():
-        parts += [name, value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
-    return _hash(*parts)
-
-
 class Tests:
     """The tests that a command line asks for.
 
@@ -256,8 +239,8 @@ class Tests:
             "outputs": len(among),
             "image_size": settings.image_size,
             "amp": args.amp,
-            "weights_hash": weights_hash(trained.model),
-            "images_hash": _hash(dataset.samples, real.sets if real else among, settings),
+            "weights_hash": models.weights_hash(trained.model),
+            "images_hash": models.short_hash(dataset.samples, real.sets if real else among, settings),
         }
         if any(all(str(row[column]) == old[column] for column in KEY) for old in self.rows):
             return None

@@ -16,6 +16,11 @@ from timm.data import ImageNetInfo
 from visionmix.tools import checkpoint, data, models, predict, validate
 
 
+def guessed(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_validate_gives_the_numbers_of_the_run(whole_run, tmp_path, capsys):
     best = checkpoint.read(whole_run[0] / "best.pt")["history"][-1]
     for name in ("best.pt", "best.safetensors"):
@@ -49,22 +54,29 @@ def test_predict(whole_run, tree, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8")
     images = [str(tree / "val"), str(tree / "train" / "red" / "0.jpg"), str(broken)]
-    arguments = ["--checkpoint", str(whole_run[0] / "best.pt"), "--topk", "2", "--csv", str(tmp_path / "p.csv")]
-    assert predict.main([*images, *arguments]) == 0
-    captured = capsys.readouterr()
-    assert f"cannot be read: {broken}: not in a format" in captured.err
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 10
-    assert {row["class"] for row in rows} <= {"blue", "green", "red"}
+    arguments = ["--checkpoint", str(whole_run[0] / "best.pt"), "--topk", "2"]
+    assert predict.main([*images, *arguments, "--output", str(tmp_path / "p.csv")]) == 0
+    assert f"cannot be read: {broken}: not in a format" in capsys.readouterr().err
+    rows = guessed(tmp_path / "p.csv")
+    files = [*sorted((tree / "val").rglob("*.jpg")), tree / "train" / "red" / "0.jpg", broken]
+    assert [row["image"] for row in rows] == [str(file) for file in files]
+    *rows, last = rows
+    assert last["error"] == "not in a format that Pillow decodes"
+    assert {last[name] for name in last if name not in ("image", "error")} == {""}
     # validate counts the same first guesses.
-    right = sum(row["rank"] == "1" and f"/val/{row['class']}/" in row["image"] for row in rows)
+    right = sum(f"/val/{row['class_1']}/" in row["image"] for row in rows)
     best = checkpoint.read(whole_run[0] / "best.pt")["history"][-1]
     assert 100 * right / 9 == pytest.approx(best["test_top1"])
-    for image in {row["image"] for row in rows}:
-        first, second = (float(row["probability"]) for row in rows if row["image"] == image)
-        assert 1 >= first >= second >= 0
-    assert "red" in captured.out
+    for row in rows:
+        assert {row["class_1"], row["class_2"]} < {"blue", "green", "red"}
+        assert 1 >= float(row["probability_1"]) >= float(row["probability_2"]) >= 0
+        assert row["error"] == ""
+    assert predict.main([*images, *arguments]) == 0  # as a table
+    captured = capsys.readouterr()
+    assert f"cannot be read: {broken}: not in a format" in captured.err
+    for row in rows:
+        line = next(line for line in captured.out.splitlines() if row["image"] in line)
+        assert line.split()[1:] == [row["class_1"], f"{100 * float(row['probability_1']):.1f}", "%"]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +105,9 @@ def test_predict_reads_every_kind_and_names_what_it_leaves_out(whole_run, tree, 
         (folder / name).touch()
     (folder / "__MACOSX").mkdir()
     shutil.copy(folder / "1.webp", folder / "__MACOSX")
-    assert (
-        predict.main([str(folder), "--checkpoint", str(whole_run[0] / "best.pt"), "--csv", str(tmp_path / "p.csv")])
-        == 0
-    )
-    with (tmp_path / "p.csv").open() as file:
-        assert len({row["image"] for row in csv.DictReader(file)}) == 3 + 2
+    call = [str(folder), "--checkpoint", str(whole_run[0] / "best.pt"), "--output", str(tmp_path / "p.csv")]
+    assert predict.main(call) == 0
+    assert len({row["image"] for row in guessed(tmp_path / "p.csv")}) == 3 + 2
     (record,) = caplog.records
     assert "left out 1 file(s) that Pillow does not decode: notes.txt" in record.message
     assert not capsys.readouterr().err
@@ -109,13 +118,13 @@ def test_predict_sees_a_16_bit_image_as_the_8_bit_one(whole_run, tmp_path, capsy
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     files = [str(tmp_path / "8.png"), str(tmp_path / "16.png")]
-    assert predict.main([*files, "--checkpoint", str(whole_run[0] / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    first, second = ([row for row in rows if row["image"] == name] for name in files)
-    assert [row["class"] for row in first] == [row["class"] for row in second]
+    call = [*files, "--checkpoint", str(whole_run[0] / "best.pt"), "--output", str(tmp_path / "p.csv")]
+    assert predict.main(call) == 0
+    first, second = guessed(tmp_path / "p.csv")
+    ranks = (1, 2, 3)
+    assert [first[f"class_{rank}"] for rank in ranks] == [second[f"class_{rank}"] for rank in ranks]
     # Rows of a batch differ in their last bit, by where they lie in memory.
-    likely, other = ([float(row["probability"]) for row in each] for each in (first, second))
+    likely, other = ([float(row[f"probability_{rank}"]) for rank in ranks] for row in (first, second))
     assert likely == pytest.approx(other, rel=1e-6)
     Image.fromarray(np.float32([[0, 255]])).save(tmp_path / "float.tif")
     assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(whole_run[0] / "best.pt")]) == 1
@@ -277,19 +286,18 @@ def test_num_classes_of_predict_must_be_that_of_the_weights(name, source, tree, 
 def test_a_foreign_file_says_how_many_classes_it_has(tree, tmp_path):
     save_foreign(tmp_path / "seven.pth", 7)
     call = ["--model", "test_vit", "--checkpoint", str(tmp_path / "seven.pth")]
-    assert predict.main([str(tree / "val" / "red"), *call, "--csv", str(tmp_path / "p.csv"), "--topk", "9"]) == 0
-    with (tmp_path / "p.csv").open() as file:
-        assert {row["class"] for row in csv.DictReader(file)} == set("0123456")
+    assert predict.main([str(tree / "val" / "red"), *call, "--output", str(tmp_path / "p.csv"), "--topk", "9"]) == 0
+    for row in guessed(tmp_path / "p.csv"):
+        assert {row[name] for name in row if name.startswith("class")} == set("0123456")
     assert validate.main([*call, "--data", str(tree)]) == 2
 
 
 def test_folders_named_by_a_checkpoints_labels_are_mapped_by_themselves(whole_run, tree, tmp_path):
     call = ["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree), "--workers", "0"]
-    assert predict.main([str(tree / "val"), *call[:2], "--csv", str(tmp_path / "p.csv"), "--topk", "1"]) == 0
-    with (tmp_path / "p.csv").open() as file:
-        right = dict.fromkeys(("blue", "green", "red"), 0)
-        for row in csv.DictReader(file):
-            right[Path(row["image"]).parent.name] += row["class"] == Path(row["image"]).parent.name
+    assert predict.main([str(tree / "val"), *call[:2], "--output", str(tmp_path / "p.csv"), "--topk", "1"]) == 0
+    right = dict.fromkeys(("blue", "green", "red"), 0)
+    for row in guessed(tmp_path / "p.csv"):
+        right[Path(row["image"]).parent.name] += row["class_1"] == Path(row["image"]).parent.name
     for gone in ("blue", "green"):
         (tree / "val" / gone).rename(tmp_path / gone)
         assert validate.main([*call, "--json", str(tmp_path / "r.json")]) == 0
