@@ -1,453 +1,134 @@
-"""Image folders for training and testing: checked before any work, tolerant of broken files, repeatable.
+"""The images of a run, of whatever kind: an image folder, WebDataset shards or a Hugging Face data set.
 
-A split is a folder of class folders. An image's class is the first folder below the split; the image may lie at any
-depth inside that folder.
-
-The order of the images and the augmentation of each are functions of (seed, epoch, image) alone. They do not depend on
-the number of workers, and a resumed run sees the images that the uninterrupted run would have seen.
+Each kind has a module with `find_split`, `find_classes` and an `ImageSet`; all are loaded, augmented and resumed alike.
 """
 
-import itertools
-import random
-import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp, posterize
-from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset, Sampler
+from visionmix.tools import folders, hub, shards
+from visionmix.tools.folders import FolderSet, find_classes, split_folder
+from visionmix.tools.hub import HubSet
+from visionmix.tools.images import UnreadableImage
+from visionmix.tools.loading import (
+    MAX_DRAWS,
+    SPLITS,
+    Batch,
+    EpochSampler,
+    ImageSet,
+    Key,
+    Loader,
+    Repeatable,
+    UnreadableData,
+    make_loader,
+    seed_everything,
+)
+from visionmix.tools.recipe_keys import DataRecipe
+from visionmix.tools.shards import ShardSet
+from visionmix.tools.transforms import eval_transform, train_transform
 
-from visionmix.tools.images import UnreadableImage, find_files, is_hidden, is_image, log_left_out, read_rgb
-from visionmix.tools.recipe_keys import Recipe
+__all__ = [
+    "MAX_DRAWS",
+    "SPLITS",
+    "Batch",
+    "EpochSampler",
+    "FolderSet",
+    "ImageSet",
+    "Key",
+    "Loader",
+    "Repeatable",
+    "UnreadableData",
+    "UnreadableImage",
+    "absolute",
+    "check_data",
+    "check_folders",
+    "eval_transform",
+    "find_classes",
+    "make_loader",
+    "open_split",
+    "seed_everything",
+    "split_folder",
+    "train_transform",
+]
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
-# Draws after which a training batch gives up finding a readable image.
-MAX_DRAWS = 20
+
+_SETS = {folders: FolderSet, hub: HubSet, shards: ShardSet}
 
 
-class UnreadableData(ValueError):
-    """So few files can be read that there is nothing to work with."""
+def _kind(wanted: DataRecipe):
+    """Return the module that reads the data."""
+    if wanted.path.startswith(hub.PREFIX) or hub.is_saved(Path(wanted.path)):
+        return hub
+    inside = (str(Path(wanted.path, name)) for name in (wanted.train, wanted.val) if name is not None)
+    return shards if any(map(shards.has_shards, (wanted.path, *inside))) else folders
 
 
-def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split: ROOT/train, or ROOT/val (validation, test).
+def absolute(path: str) -> str:
+    """Return a path or pattern that does not depend on the working directory; names on the hub stay."""
+    return path if path.startswith(hub.PREFIX) else str(Path(path).resolve())
+
+
+def check_data(wanted: DataRecipe) -> list[str]:
+    """Return the classes of a recipe's data, whose train and val must agree.
 
     Raises:
-        FileNotFoundError: ROOT or the split's folder is missing.
+        OSError: the data or one of the splits is missing.
+        ValueError: a split is refused, train and val hold different classes, or there is only one class.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} does not exist; give --data a folder with train/ and val/ in it")
-    for name in SPLITS[split]:
-        if (root / name).is_dir():
-            return root / name
-    inside = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:5]) or "no folders"
-    raise FileNotFoundError(f"{root} has no {SPLITS[split][0]}/ folder (it has {inside}); put class folders in it")
-
-
-def find_classes(folder: Path) -> list[str]:
-    """Return the names of a split's class folders in sorted order; hidden folders are not classes.
-
-    Raises:
-        ValueError: an image lies outside the class folders, there is no class folder, or one holds no image.
-    """
-    inside = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
-    loose = [path.name for path in inside if path.is_file() and is_image(path)]
-    if loose:
+    kind = _kind(wanted)
+    classes, test_classes = (
+        kind.find_classes(kind.find_split(wanted.path, split, getattr(wanted, split)), wanted.classes)
+        for split in ("train", "val")
+    )
+    if classes != test_classes:
+        only = {
+            "train": sorted(set(classes) - set(test_classes))[:5],
+            "val": sorted(set(test_classes) - set(classes))[:5],
+        }
+        lists = [f"only in {split}/: {', '.join(names)}" for split, names in only.items() if names]
         raise ValueError(
-            f"{folder} holds {len(loose)} image(s) outside class folders: {', '.join(loose[:3])}; "
-            f"move each into the folder of its class, as {folder.name}/CLASS/{loose[0]}"
+            f"train and val of {wanted.path} hold different classes; "
+            + "; ".join(lists or ["the same in another order"])
+            + "; give both the same classes"
         )
-    classes = [path.name for path in inside if path.is_dir()]
-    if not classes:
-        raise ValueError(f"{folder} has no class folders; it must hold one folder of images for each class")
-    empty = [name for name in classes if not any(map(is_image, find_files(folder / name)))]
-    if empty:
+    if len(classes) == 1:
         raise ValueError(
-            f"{len(empty)} class folder(s) in {folder} hold no images that Pillow decodes: {', '.join(empty[:5])}; "
-            "fill or remove them"
+            f"train of {wanted.path} has only one class, {classes[0]!r}, and a classifier needs two; "
+            "class folders must lie directly in train/"
         )
     return classes
 
 
 def check_folders(root: Path) -> list[str]:
-    """Return the classes of an image folder whose train and val agree.
-
-    Raises:
-        FileNotFoundError: the folder or one of its splits is missing.
-        ValueError: `find_classes` refuses a split, train and val hold different classes, or there is only one class.
-    """
-    train, val = split_folder(root, "train"), split_folder(root, "val")
-    classes, test_classes = find_classes(train), find_classes(val)
-    if classes != test_classes:
-        only = {
-            train.name: sorted(set(classes) - set(test_classes))[:5],
-            val.name: sorted(set(test_classes) - set(classes))[:5],
-        }
-        raise ValueError(
-            f"{train} and {val} hold different classes; "
-            + "; ".join(f"only in {name}/: {', '.join(names)}" for name, names in only.items() if names)
-            + "; give both the same class folders"
-        )
-    if len(classes) == 1:
-        raise ValueError(
-            f"{train} has only one class folder, {classes[0]!r}, and a classifier needs two; "
-            f"the class folders must lie directly in {train.name}/"
-        )
-    return classes
+    """Return the classes of the data in a folder with both splits; raises as `check_data` does."""
+    return check_data(DataRecipe(path=str(root)))
 
 
-def seed_everything(*words: int) -> None:
-    """Seed python's, numpy's and torch's generators (those of all devices) with a hash of `words`."""
-    state = np.random.SeedSequence(words).generate_state(3, np.uint64)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]) % 2**32)
-    torch.manual_seed(int(state[2]) % 2**63)
-
-
-class _Repeatable:
-    """Context in which a hash of `words` seeds the three generators; on exit they are as they were before."""
-
-    def __init__(self, *words: int) -> None:
-        self.words = words
-
-    def __enter__(self) -> None:
-        self.states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-        state = np.random.SeedSequence(self.words).generate_state(3, np.uint64)
-        random.seed(int(state[0]))
-        np.random.seed(int(state[1]) % 2**32)
-        torch.random.default_generator.manual_seed(int(state[2]) % 2**63)
-
-    def __exit__(self, *exc: object) -> None:
-        python, numpy, pytorch = self.states
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.random.set_rng_state(pytorch)
-
-
-@dataclass
-class Sample:
-    """One image ready for the model; `image` is None where nothing readable was found.
-
-    Attributes:
-        image: float32 (channels, height, width), normalised; of several `Views`, (views, channels, height, width).
-        target: class index.
-        unreadable: a line for each file that was passed over on the way, with its path and the reason.
-    """
-
-    image: torch.Tensor | None
-    target: int
-    unreadable: list[str]
-
-
-@dataclass
-class Batch:
-    """A batch of the samples that could be read.
-
-    Attributes:
-        images: float32 (views * batch, channels, height, width), normalised; the first views of all come first.
-        targets: int64 (batch,).
-        unreadable: a line for each file that could not be read, with its path and the reason.
-        missing: samples for which nothing was found.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    unreadable: list[str]
-    missing: int
-
-    def pin_memory(self) -> "Batch":
-        """Pin the tensors for a quicker copy to the GPU; DataLoader calls this."""
-        self.images, self.targets = self.images.pin_memory(), self.targets.pin_memory()
-        return self
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples into a batch, leaving out the missing ones."""
-    found = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in found]) if found else torch.zeros(0)
-    return Batch(
-        images=images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images,
-        targets=torch.tensor([sample.target for sample in found], dtype=torch.int64),
-        unreadable=[path for sample in samples for path in sample.unreadable],
-        missing=len(samples) - len(found),
-    )
-
-
-class Key(NamedTuple):
-    """An image of an epoch: together with the seed, all that its augmentation depends on.
-
-    Attributes:
-        epoch: from 0.
-        index: of the image in the set.
-        copy: of the image in the epoch, from 0.
-        size: side of the input in pixels; 0 where there is only one.
-    """
-
-    epoch: int
-    index: int
-    copy: int = 0
-    size: int = 0
-
-
-class FolderSet(Dataset):
-    """The images of one split, by `Key`. Files that are not images are left out and logged.
+def open_split(
+    wanted: DataRecipe,
+    split: str,
+    classes: Sequence[str],
+    transform=None,
+    *,
+    seed: int = 0,
+    replace: bool = False,
+    outputs: Sequence[int] | None = None,
+) -> ImageSet:
+    """Return the images of a split of a recipe's data.
 
     Args:
-        folder: of class folders.
-        classes: names of all class folders.
-        transform: from a PIL image to a float32 tensor, or a `Views`; a dictionary of them where keys have sizes.
-        seed: with the key it determines the augmentation.
+        wanted: the recipe's section.
+        split: "train" or "val".
+        classes: names of all classes, as `check_data` returns them.
+        transform: from a PIL image to a tensor, or a `Views`; a dictionary of them where keys have sizes.
+        seed: with a `Key` it determines the augmentation.
         replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
         outputs: the model's output for each of `classes`; their own order where None.
 
     Raises:
-        ValueError: `find_classes` refuses the folder, or a class folder is not one of `classes`.
+        OSError: the data or the split is missing.
+        ValueError: the split is damaged, or holds a class that is not one of `classes`.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        classes: Sequence[str],
-        transform,
-        *,
-        seed: int,
-        replace: bool,
-        outputs: Sequence[int] | None = None,
-    ) -> None:
-        self.transform, self.seed, self.replace = transform, seed, replace
-        targets = dict(zip(classes, range(len(classes)) if outputs is None else outputs, strict=True))
-        if unknown := [name for name in find_classes(folder) if name not in targets]:
-            raise ValueError(f"{folder} has class folders that the model does not know: {', '.join(unknown[:5])}")
-        self.samples: list[tuple[str, int]] = []
-        left_out = [path for path in sorted(folder.iterdir()) if path.is_file() and not is_hidden(path.name)]
-        for label, target in targets.items():
-            for path in find_files(folder / label):
-                if is_image(path):
-                    self.samples.append((str(path), target))
-                else:
-                    left_out.append(path)
-        self.samples.sort(key=lambda sample: natural_key(sample[0]))
-        log_left_out(folder, left_out)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return the decoded RGB image and its class; raises UnreadableImage where that is not possible."""
-        path, target = self.samples[index]
-        return read_rgb(path), target
-
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        epoch, index, copy, size = Key(*key)
-        transform = self.transform[size] if size else self.transform
-        others = np.random.default_rng([self.seed, epoch, index])
-        unreadable: list[str] = []
-        for _ in range(MAX_DRAWS if self.replace else 1):
-            try:
-                image, target = self.load(index)
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-                index = int(others.integers(len(self)))
-                continue
-            with _Repeatable(self.seed, epoch, index, *[copy] * (copy > 0)):
-                return Sample(transform(image), target, unreadable)
-        return Sample(None, -1, unreadable)
-
-
-class EpochSampler(Sampler):
-    """This process's share of an epoch's `Key`s; call `set_epoch` before each pass.
-
-    For training, the keys are a permutation drawn from (seed, epoch), cut to whole steps of all processes. For testing,
-    they are in order and all dealt out, so that every image is counted exactly once.
-
-    With `repeats` (repeated augmentation; Hoffer et al. 2019, arXiv 1901.09335), each image of the permutation comes so
-    many times in a row, to other processes where there are several, until as many are dealt out as without.
-
-    Args:
-        size: images there are.
-        batch: images that each process takes at once.
-        seed: with the epoch it determines the permutation.
-        shuffle: whether this is training.
-        rank: of this process.
-        world: number of processes.
-        accumulate: batches of a training step.
-        repeats: times that an image comes in training, each augmented anew.
-        sizes: sides of training images by epoch, as a recipe's `data.sizes`; all processes draw the same for a batch.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        batch: int,
-        seed: int,
-        shuffle: bool,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        repeats: int = 1,
-        sizes: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        self.size, self.batch, self.seed, self.shuffle, self.rank, self.world = size, batch, seed, shuffle, rank, world
-        self.accumulate, self.repeats, self.sizes = accumulate, repeats if shuffle else 1, sizes or [[0, 0]]
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation and the augmentation of the next pass."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        if self.shuffle:
-            step = self.batch * self.accumulate
-            return self.size // (step * self.world) * step
-        return len(range(self.rank, self.size, self.world))
-
-    def __iter__(self) -> Iterator[Key]:
-        order = np.arange(self.size)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        places = range(self.rank, self.size * self.repeats, self.world)[: len(self)]
-        choices = [sizes for first, *sizes in self.sizes if first <= self.epoch][-1]
-        drawn = np.random.default_rng([self.seed, self.epoch, 0, 1]).choice(choices, len(self) // self.batch + 1)
-        return (
-            Key(self.epoch, int(order[place // self.repeats]), place % self.repeats, int(drawn[number // self.batch]))
-            for number, place in enumerate(places)
-        )
-
-
-def _quiet_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def train_transform(recipe: Recipe, normalise: dict):
-    """Return timm's training transform of the recipe, or one by each of its sizes.
-
-    Args:
-        recipe: of the run.
-        normalise: the model's mean and std.
-    """
-    if recipe.data.sizes is None:
-        return _train_transform(recipe, normalise, recipe.data.image_size)
-    return {size: _train_transform(recipe, normalise, size) for _, *sizes in recipe.data.sizes for size in sizes}
-
-
-def _train_transform(recipe: Recipe, normalise: dict, size: int):
-    augment = recipe.augment
-    transform = create_transform(
-        size,
-        is_training=True,
-        scale=tuple(augment.scale),
-        ratio=tuple(augment.ratio),
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment,
-        interpolation=recipe.data.interpolation,
-        re_prob=augment.erase_prob,
-        re_mode=augment.erase_mode,
-        separate=augment.splits > 1,
-        **normalise,
-    )
-    if augment.splits > 1:
-        transform = Views(*transform, augment.splits)
-    for op in _augmentations(transform):
-        if op.aug_fn is posterize:
-            op.aug_fn = _posterize
-    return transform
-
-
-class Views:
-    """Several views of an image, of one crop: the first as it is, the others augmented, as `timm.data.AugMixDataset`.
-
-    Args:
-        crop: from the image to the part that all views show.
-        augment: between images.
-        finish: from an image to a normalised tensor.
-        count: views of an image.
-    """
-
-    def __init__(self, crop, augment, finish, count: int) -> None:
-        self.crop, self.augment, self.finish, self.count = crop, augment, finish, count
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the views, float32 (views, channels, height, width)."""
-        image = self.crop(image)
-        views = [image, *(self.augment(image) for _ in range(self.count - 1))]
-        return torch.stack([self.finish(view) for view in views])
-
-    @property
-    def transforms(self) -> list:
-        """The parts of all three."""
-        return [*self.crop.transforms, *self.augment.transforms, *self.finish.transforms]
-
-
-def _augmentations(transform) -> Iterator[AugmentOp]:
-    for part in transform.transforms:
-        yield from getattr(part, "ops", ())  # of RandAugment and AugMix
-        yield from itertools.chain(*getattr(part, "policy", ()))  # of AutoAugment
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
-    """Call timm's op, except at its highest level: 0 bits, which Pillow 13 refuses, make the image black as before."""
-    return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
-
-def eval_transform(image_size: int, interpolation: str, crop_pct: float, normalise: dict):
-    """Return timm's test transform: resize, centre crop, normalise."""
-    interpolation = "bicubic" if interpolation == "random" else interpolation
-    return create_transform(image_size, interpolation=interpolation, crop_pct=crop_pct, **normalise)
-
-
-def make_loader(
-    dataset: Dataset,
-    *,
-    batch: int,
-    workers: int,
-    shuffle: bool,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    accumulate: int = 1,
-    repeats: int = 1,
-    sizes: Sequence[Sequence[int]] | None = None,
-) -> DataLoader:
-    """Return a loader of `Batch`es, `accumulate` of them for each training step; its sampler is an `EpochSampler`.
-
-    Raises:
-        ValueError: a training set is smaller than one step of all processes.
-    """
-    step = batch * accumulate
-    if shuffle and len(dataset) < step * world:
-        times, also = (f" x train.accumulate={accumulate}", " or train.accumulate") if accumulate > 1 else ("", "")
-        raise ValueError(
-            f"the training set has {len(dataset)} images, fewer than one step takes ({world} process(es) x "
-            f"data.batch_size={batch}{times}); lower data.batch_size{also}"
-        )
-    return DataLoader(
-        dataset,
-        batch_size=batch,
-        sampler=EpochSampler(
-            len(dataset),
-            batch=batch,
-            seed=seed,
-            shuffle=shuffle,
-            rank=rank,
-            world=world,
-            accumulate=accumulate,
-            repeats=repeats,
-            sizes=sizes,
-        ),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_quiet_worker,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the training's
-    )
+    kind = _kind(wanted)
+    found = kind.find_split(wanted.path, split, getattr(wanted, split))
+    return _SETS[kind](found, classes, transform, seed=seed, replace=replace, outputs=outputs, count=wanted.classes)

@@ -33,8 +33,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return `image`, of any of Pillow's modes, in 8-bit RGB.
 
     Integers of 16 bits are scaled from [0, 65535] to [0, 255], or from the own range of a TIFF with fewer bits. So is
-    mode I, which Pillow uses for 16-bit PGM. Floats (mode F) are scaled from [0, 1]. As in torchvision and timm, alpha
-    is dropped, not composed, and the EXIF orientation is not applied.
+    mode I, which Pillow uses for 16-bit PGM. Of several channels with 16 bits, Pillow keeps the high bytes. Floats
+    (mode F) are scaled from [0, 1]. As in torchvision and timm, alpha is dropped, not composed, also where a palette
+    has it, and the EXIF orientation is not applied.
 
     Raises:
         ValueError: mode I or F with values outside that range: nothing says which value is white.

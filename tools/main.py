@@ -25,6 +25,7 @@ COMMANDS = {
     "gpu": ("gpu", "all that a person with a GPU wants to know: checks, times beside peers, models"),
     "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),
     "kernel-traffic": ("kernel_traffic", "bytes moved and operations of the Triton kernels"),
+    "pack": ("pack", "pack an image folder into WebDataset shards"),
     "demo-data": ("demo_data", "make small real data sets from images that ship inside wheels"),
 }
 

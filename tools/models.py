@@ -237,14 +237,14 @@ class Trained:
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
         input: the images that it takes.
-        data: the folder it was trained on, if known.
+        data: the section `data` of the recipe by which it was trained, if known.
     """
 
     model: nn.Module
     name: str
     classes: list[str] | None
     input: Input
-    data: str | None
+    data: dict[str, Any] | None
 
     @property
     def outputs(self) -> Outputs:
@@ -316,7 +316,7 @@ def load_trained(
     if labels is None and model.num_classes == 1000:
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
-    return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+    return Trained(model, name, labels, inputs, recipe.get("data"))
 
 
 def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:

@@ -32,7 +32,13 @@ class DataRecipe:
     """The images, and how they reach the model.
 
     Attributes:
-        path: folder with train/CLASS/* and val/CLASS/*.
+        path: folder with train/CLASS/* and val/CLASS/*, or with WebDataset shards, train/*.tar and val/*.tar; a pattern
+            of shards, {train,val}/{0000..1023}.tar; hf:NAME of a Hugging Face data set, or a folder that its
+            save_to_disk wrote.
+        train: where in path the training images are: a folder, a pattern of shards, or a split's name; None looks for
+            "train".
+        val: the same for the test images; None looks for "val", "validation" or "test".
+        classes: number of classes, for shards without visionmix pack's index, and for labels without names.
         image_size: side of the model's input in pixels, at test and, without sizes, in training.
         sizes: sides of training images by epoch, [first epoch, side, ...] each, e.g. [[0, 128], [100, 160, 192]], since
             small images are faster to begin with; of several sides, each batch draws one.
@@ -45,6 +51,9 @@ class DataRecipe:
     """
 
     path: str | None = None
+    train: str | None = None
+    val: str | None = None
+    classes: int | None = None
     image_size: int = 224
     sizes: list[list[int]] | None = None
     batch_size: int = 128
@@ -314,6 +323,8 @@ def check_values(recipe: Recipe, source: str) -> None:
         raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
     if not 0 < recipe.data.crop_pct <= 1:
         raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
+    if recipe.data.classes is not None and recipe.data.classes < 2:
+        raise ValueError(f"{source}: data.classes={recipe.data.classes} must be at least 2, or null")
     _check_schedule(recipe.schedule, source)
     if recipe.data.sizes is not None:
         _check_sizes(recipe.data.sizes, recipe.schedule.epochs, source)

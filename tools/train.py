@@ -26,7 +26,7 @@ from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
 
 # Flags for the most common changes; everything else goes through --set.
 FLAGS = {
-    "data": ("data.path", str, "folder with train/CLASS/* and val/CLASS/*"),
+    "data": ("data.path", str, "folder of images or shards, or hf:NAME, with train and val"),
     "model": ("model.name", str, "timm model name"),
     "epochs": ("schedule.epochs", int, "epochs in all"),
     "batch_size": ("data.batch_size", int, "images a process takes at once"),
@@ -95,7 +95,7 @@ def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None,
     if made.data.path is None:
         raise ValueError("--data is missing: give the folder that holds train/ and val/")
     logs.check_installed(made)
-    made.data.path = str(Path(made.data.path).resolve())
+    made.data.path = data.absolute(made.data.path)
     if made.distill.checkpoint:
         made.distill.checkpoint = str(Path(made.distill.checkpoint).resolve())
     return made, output, content, last if content else None
@@ -215,7 +215,7 @@ def train(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     try:
         made, output, content, last = prepare(args)
-        classes = data.check_folders(Path(made.data.path))
+        classes = data.check_data(made.data)
         device, rank, world = start_processes(args.device)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
@@ -237,9 +237,9 @@ def make_run(
             few or of other classes.
         OSError: the data cannot be read.
     """
-    root, seed = Path(made.data.path), made.train.seed
+    seed = made.train.seed
     sets = {
-        split: data.FolderSet(data.split_folder(root, split), classes, None, seed=seed, replace=split == "train")
+        split: data.open_split(made.data, split, classes, seed=seed, replace=split == "train")
         for split in ("train", "val")
     }
     both = {"batch": made.data.batch_size, "workers": made.data.workers, "rank": rank, "world": world}

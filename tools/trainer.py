@@ -425,7 +425,7 @@ class Trainer:
 
 
 @torch.inference_mode()
-def predict_some(trainer: Trainer, dataset: data.FolderSet, count: int = 50) -> tuple[list, list, list, list]:
+def predict_some(trainer: Trainer, dataset: data.ImageSet, count: int = 50) -> tuple[list, list, list, list]:
     """Return (images, true, predicted, sure) of `count` test images drawn at random, those that can be read."""
     rng = np.random.default_rng(trainer.recipe.train.seed)
     chosen = np.sort(rng.choice(len(dataset), min(count, len(dataset)), replace=False))

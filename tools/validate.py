@@ -27,6 +27,7 @@ from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map,
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
 from visionmix.tools.real_labels import RealLabels, read_real_labels
+from visionmix.tools.recipe import from_dict
 from visionmix.tools.train import start_processes
 
 _NO_DATA = "--data is missing: give a folder of class folders"
@@ -150,6 +151,11 @@ def published_top1(trained: models.Trained) -> float | None:
     return figure if synset_outputs(trained.outputs) else None
 
 
+def _images(dataset: data.ImageSet) -> Any:
+    """Return what tells the images of a test from others in the same place."""
+    return dataset.samples if isinstance(dataset, data.FolderSet) else len(dataset)
+
+
 class Tests:
     """The tests that a command line asks for.
 
@@ -205,18 +211,22 @@ class Tests:
         trained = models.load_trained(
             file, name=name, pretrained=args.pretrained, image_size=args.img_size, device=self.device
         )
-        folder, classes = self.folder, self.classes
-        if folder is None:
-            if trained.data is None:
-                raise ValueError(_NO_DATA)
-            folder = test_folder(Path(trained.data))
-            classes = data.find_classes(folder)
-        outputs, real = self.targets(trained.outputs, folder, classes)
         settings = trained.input
         transform = data.eval_transform(
             settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise
         )
-        dataset = data.FolderSet(folder, classes, transform, seed=0, replace=False, outputs=outputs)
+        if self.folder:
+            place = str(self.folder)
+            outputs, real = self.targets(trained.outputs, self.folder, self.classes)
+            dataset: data.ImageSet = data.FolderSet(
+                self.folder, self.classes, transform, seed=0, replace=False, outputs=outputs
+            )
+        else:  # the data that it was trained on, of whatever kind
+            if trained.data is None or args.class_map or args.real_labels:
+                raise ValueError(_NO_DATA)
+            wanted = from_dict({"data": trained.data}, str(file)).data
+            place, outputs, real = str(wanted.path), list(range(len(trained.classes))), None
+            dataset = data.open_split(wanted, "val", trained.classes, transform)
         adapt, among = None, list(range(trained.model.num_classes))
         if real:
             dataset.samples = real.samples(dataset.samples)
@@ -232,7 +242,7 @@ class Tests:
         row = {
             "model": trained.name,
             "checkpoint": file or "pretrained",
-            "data": str(folder),
+            "data": place,
             "class_map": args.class_map or "",
             "real_labels": args.real_labels or "",
             "classes": len(real.outputs if real else set(outputs)),
@@ -240,7 +250,7 @@ class Tests:
             "image_size": settings.image_size,
             "amp": args.amp,
             "weights_hash": models.weights_hash(trained.model),
-            "images_hash": models.short_hash(dataset.samples, real.sets if real else among, settings),
+            "images_hash": models.short_hash(_images(dataset), real.sets if real else among, settings),
         }
         if any(all(str(row[column]) == old[column] for column in KEY) for old in self.rows):
             return None

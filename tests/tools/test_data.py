@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionmix.tools import data, recipe
+from visionmix.tools import data, recipe, transforms
 from visionmix.tools.evaluation import evaluate
 
 CLASSES = ["blue", "green", "red"]
@@ -55,7 +55,7 @@ def test_a_class_of_val_that_train_lacks_is_refused(tree):
     copy(tree, "val/red/0.jpg", "val/white/0.jpg")
     with pytest.raises(ValueError, match=r"different classes; only in val/: white; give both"):
         data.check_folders(tree)
-    with pytest.raises(ValueError, match=r"val has class folders that the model does not know: white"):
+    with pytest.raises(ValueError, match=r"val has classes that the model does not know: white"):
         val_set(tree)
 
 
@@ -79,7 +79,7 @@ def test_one_folder_around_the_classes_is_refused(tree):
         (tree / split).rename(tree / "images")
         (tree / split).mkdir()
         (tree / "images").rename(tree / split / "images")
-    with pytest.raises(ValueError, match=r"train has only one class folder, 'images', .* directly in train/"):
+    with pytest.raises(ValueError, match=r"has only one class, 'images', .* directly in train/"):
         data.check_folders(tree)
 
 
@@ -176,7 +176,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree, workers):
 def test_posterize_at_its_highest_level_is_black(policy):
     made = recipe.read("imagenet/defaults.yaml", {}, [f"augment.auto_augment={policy}"])
     transform = data.train_transform(made, NORMALISE)
-    ops = [op for op in data._augmentations(transform) if op.name.startswith("Posterize")]
+    ops = [op for op in transforms._augmentations(transform) if op.name.startswith("Posterize")]
     assert ops
     image = Image.new("RGB", (4, 4), (200, 100, 50))
     colours = set()

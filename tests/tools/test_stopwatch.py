@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from visionmix.tools import data, display, pictures, stopwatch, train
+from visionmix.tools import display, loading, pictures, stopwatch, train
 from visionmix.tools.stopwatch import Stopwatch
 from visionmix.tools.trainer import Trainer
 
@@ -149,7 +149,7 @@ def test_a_slow_part_of_a_run_shows_as_that_part(slow, recipe_file, tree, tmp_pa
 
         return acting
 
-    owner, name = {"data": (data, "collate"), "compute": (Trainer, "_loss"), "optimizer": (Trainer, "_step")}[slow]
+    owner, name = {"data": (loading, "collate"), "compute": (Trainer, "_loss"), "optimizer": (Trainer, "_step")}[slow]
     monkeypatch.setattr(owner, name, delayed(getattr(owner, name)))
     monkeypatch.setattr(train, "finish", lambda *_: None)
     monkeypatch.setattr(pictures, "draw_curves", lambda *_: None)

@@ -103,7 +103,7 @@ def test_three_augment_is_solarised_grey_or_blurred_and_then_jittered():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
     policy, seen = transform.transforms[1], set()
     for seed in range(20):
-        with data._Repeatable(seed):
+        with data.Repeatable(seed):
             result = np.asarray(policy(Image.fromarray(pixels))).astype(int)
         if np.array_equal(result, np.where(pixels < 128, pixels, 255 - pixels)):
             seen.add("solarised")

@@ -97,7 +97,7 @@ def test_binary_cross_entropy(small, threshold, summed, mixed):
     targets = 0.7 * nn.functional.one_hot(given.targets, 3) + 0.3 / 3
     images = given.images.clone()
     if mixed:
-        with data._Repeatable(5):
+        with data.Repeatable(5):
             images, targets = trainer.mixup(images, given.targets)
         assert ((targets > 0.15) & (targets < 0.75)).any()
     if threshold is not None:
@@ -105,7 +105,7 @@ def test_binary_cross_entropy(small, threshold, summed, mixed):
     p = trainer.model(images).sigmoid()
     each = -(targets * p.log() + (1 - targets) * (1 - p).log())
     wanted = each.sum(1).mean() if summed else each.mean()
-    with data._Repeatable(5):
+    with data.Repeatable(5):
         loss = trainer._update(given)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
 

@@ -84,6 +84,23 @@ def test_several_tests_fill_a_csv_and_are_not_made_again(whole_run, tree, tmp_pa
     assert [row["checkpoint"] for row in rows(tmp_path / "r.csv")][-1] == files[1]
 
 
+def test_a_checkpoint_of_shards_is_tested_on_them(tree, tmp_path, recipe_file):
+    pytest.importorskip("webdataset")
+    from visionmix.tools import pack, train
+
+    assert pack.main([str(tree), str(tmp_path / "shards")]) == 0
+    output = tmp_path / "out"
+    given = [str(recipe_file), "--data", str(tmp_path / "shards"), "--output", str(output), "--device", "cpu"]
+    assert train.main([*given, "--epochs", "2"]) == 0
+    call = ["--checkpoint", str(output / "last.pt"), "--workers", "0", "--csv", str(tmp_path / "r.csv")]
+    assert validate.main(call) == 0
+    assert validate.main([*call, "--data", str(tree)]) == 0
+    shards, folder = rows(tmp_path / "r.csv")
+    assert float(shards["top1"]) == checkpoint.read(output / "last.pt")["history"][-1]["test_top1"]
+    assert (shards["data"], shards["images"]) == (str(tmp_path / "shards"), "9")
+    assert (folder["top1"], folder["classes"]) == (shards["top1"], shards["classes"])
+
+
 def test_a_failure_leaves_the_other_tests_their_turn(whole_run, tree, tmp_path, capsys):
     best = str(whole_run[0] / "best.pt")
     (tmp_path / "damaged.pt").write_bytes(b"no weights")

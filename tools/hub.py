@@ -1,0 +1,160 @@
+"""Hugging Face image data sets: by name on the hub, or in a folder that `save_to_disk` wrote."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from visionmix.tools.images import UnreadableImage, read_rgb
+from visionmix.tools.loading import SPLITS, ImageSet, match_classes
+
+PREFIX = "hf:"
+
+
+def library():
+    """Return the module `datasets`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ValueError("Hugging Face data sets need datasets; run: pip install 'visionmix[hub]'") from error
+    return datasets
+
+
+def is_saved(path: Path) -> bool:
+    """Return whether `path` is a folder that `save_to_disk` wrote."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def find_split(path: str, split: str, inside: str | None = None):
+    """Return a split of a data set, as `datasets.Dataset`.
+
+    Args:
+        path: "hf:NAME", or a folder that `save_to_disk` wrote.
+        split: "train" or "val".
+        inside: its own name, e.g. "train[:90%]" on the hub, in place of looking for it.
+
+    Raises:
+        FileNotFoundError: the data set, or such a split, does not exist.
+    """
+    datasets = library()
+    try:
+        if path.startswith(PREFIX):
+            name = path.removeprefix(PREFIX)
+            if inside is not None:
+                return datasets.load_dataset(name, split=inside)
+            found = datasets.load_dataset(name)
+        else:
+            found = datasets.load_from_disk(path)
+    except (ValueError, OSError) as error:  # the library's own errors are of these
+        raise FileNotFoundError(f"{path} cannot be loaded as a Hugging Face data set: {error}") from error
+    if not isinstance(found, datasets.DatasetDict):
+        raise FileNotFoundError(f"{path} has no splits; save a DatasetDict with train and validation")
+    wanted = [inside] if inside is not None else SPLITS[split]
+    for name in wanted:
+        if name in found:
+            return found[name]
+    raise FileNotFoundError(
+        f"{path} has no split {' or '.join(wanted)} (it has {', '.join(found)}); name it in data.{split}"
+    )
+
+
+def find_classes(dataset, count: int | None = None) -> list[str]:
+    """Return the names of the classes, or the numbers below `count` where labels are plain integers.
+
+    Raises:
+        ValueError: there is not one column of images and one of labels, or the number of classes is not known.
+    """
+    label = dataset.features[_columns(dataset)[1]]
+    names = getattr(label, "names", None)
+    if names is None and count is None:
+        raise ValueError(f"the labels of {dataset.info.dataset_name or 'the data set'} are plain integers; "
+                         "give the number of classes in data.classes")  # fmt: skip
+    if names is None:
+        return [str(number) for number in range(count)]
+    if count not in (None, len(names)):
+        raise ValueError(f"data.classes={count}, but the labels have {len(names)} names; leave it out")
+    return names
+
+
+def _columns(dataset) -> tuple[str, str]:
+    """Return the names of the columns with images and labels."""
+    datasets = library()
+    features = dataset.features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not labels:
+        labels = [name for name, kind in features.items() if name in ("label", "labels") and kind.dtype == "int64"]
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"the data set has columns {', '.join(features)}, with {len(images)} of images and {len(labels)} of labels "
+            "(ClassLabel, or integers called label); it needs one of each: cast or remove the others and save it"
+        )
+    return images[0], labels[0]
+
+
+class HubSet(ImageSet):
+    """The images of one split of a data set, by `Key`.
+
+    Args:
+        dataset: the split.
+        classes: names of all classes.
+        transform: from a PIL image to a tensor, or a `Views`; a dictionary of them where keys have sizes.
+        seed: with the key it determines the augmentation.
+        replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
+        outputs: the model's output for each of `classes`; their own order where None.
+        count: number of classes, where labels are plain integers.
+
+    Raises:
+        ValueError: `find_classes` refuses the data set, or an image has no class.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        classes: Sequence[str],
+        transform,
+        *,
+        seed: int,
+        replace: bool,
+        outputs: Sequence[int] | None = None,
+        count: int | None = None,
+    ) -> None:
+        super().__init__(transform, seed=seed, replace=replace)
+        own = find_classes(dataset, count)
+        self.name = f"{dataset.info.dataset_name or 'data set'} {dataset.split or ''}".strip()
+        outputs = match_classes(self.name, own, classes, outputs)
+        self.column, label = _columns(dataset)
+        targets = dataset[label]
+        if wrong := [place for place, target in enumerate(targets) if target is None or not 0 <= target < len(own)]:
+            raise ValueError(
+                f"{len(wrong)} image(s) of {self.name} have no class, e.g. number {wrong[0]} with label "
+                f"{targets[wrong[0]]}; remove them with Dataset.filter"
+            )
+        self.targets = [outputs[target] for target in targets]
+        self.dataset = dataset.cast_column(self.column, library().Image(decode=False)).select_columns(self.column)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Return the decoded RGB image and its class; raises UnreadableImage where that is not possible."""
+        stored = self.dataset[index][self.column]
+        if stored is None or (stored["bytes"] is None and stored["path"] is None):
+            raise UnreadableImage(f"{self.name}[{index}]: is empty")
+        if stored["bytes"] is None:
+            return read_rgb(stored["path"]), self.targets[index]
+        content = _Row(stored["bytes"])
+        content.place = f"{self.name}[{index}]" + (f" ({stored['path']})" if stored["path"] else "")
+        return read_rgb(content), self.targets[index]
+
+
+class _Row(io.BytesIO):
+    """The bytes of an image, which says where they come from."""
+
+    def __str__(self) -> str:
+        return self.place
