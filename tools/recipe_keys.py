@@ -175,6 +175,10 @@ class TrainRecipe:
         checkpointing: compute each block's activations again in the backward pass, for memory.
         channels_last: lay images and convolutions out with channels last, in which convolutions of GPUs are faster.
         sync_bn: take batch norms' statistics over all processes, where one has too few images.
+        parallel: of several processes, "ddp" gives each the whole model; "fsdp" a part of each block's parameters,
+            gradients and optimiser's state (FSDP2), for models that one GPU has no room for.
+        save_steps: write a checkpoint every so many steps, besides each epoch's end; 0 for none.
+        save_minutes: write a checkpoint every so many minutes, besides each epoch's end; 0 for none.
     """
 
     seed: int = 0
@@ -193,6 +197,9 @@ class TrainRecipe:
     checkpointing: bool = False
     channels_last: bool = False
     sync_bn: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    save_steps: int = 0
+    save_minutes: float = 0.0
 
 
 @dataclass
@@ -252,6 +259,8 @@ _RANGES = {
     "schedule.cooldown_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
+    "train.save_steps": (0, math.inf),
+    "train.save_minutes": (0, math.inf),
     "train.mesa": (0, math.inf),
     "train.mesa_start": (0, 1),
     "distill.weight": (0, math.inf),

@@ -3,7 +3,7 @@
 import pytest
 import timm.scheduler
 import torch
-from small_runs import CLASSES, CPU, begin, go_on, losses, make, run
+from small_runs import CLASSES, CPU, begin, go_on, losses, make, run, save
 
 from visionmix.tools import checkpoint, train
 
@@ -55,13 +55,13 @@ def test_a_resumed_run_ends_in_the_same_numbers(small, tree, tmp_path, name):
         pytest.skip("an older timm")
     sections = RUNS[name]
     if "distill" in sections:
-        checkpoint.save(tmp_path / "teacher.pt", begin(model=vit()).state())
-        sections = sections | {"distill": sections["distill"] | {"checkpoint": str(tmp_path / "teacher.pt")}}
+        save(tmp_path / "teacher", begin(model=vit()))
+        sections = sections | {"distill": sections["distill"] | {"checkpoint": str(tmp_path / "teacher")}}
     whole = run(tree, 3, **sections)
-    checkpoint.save(tmp_path / "last.pt", run(tree, 2, **sections).state())
+    save(tmp_path / "epoch_0002", run(tree, 2, **sections))
     torch.manual_seed(99)  # a new process starts with other generators
     again, loader, _ = train.make_run(make(tree, **sections), CLASSES, CPU)
-    again.load_state(checkpoint.read(tmp_path / "last.pt"), "last.pt")
+    again.load_state(checkpoint.read(tmp_path / "epoch_0002"), "epoch_0002")
     go_on(again, loader, 1)
     assert losses(again) == losses(whole)
     assert (again.step, again.epoch) == (whole.step, 3)
