@@ -267,6 +267,13 @@ _RANGES = {
     "distill.task_weight": (0, math.inf),
 }
 
+# Optimisers of timm whose steps on parameters in parts (DTensor) are those on whole ones.
+_SHARDED = (
+    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan", "adanw", "adopt", "adoptw", "lamb",
+    "lambc", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum", "muon", "nadam", "nadamw", "nesterov",
+    "radam", "rmsprop", "rmsproptf", "sgd", "sgdw",
+)  # fmt: skip
+
 _CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay")
 # Arguments that timm's schedules read; the others would be passed over in silence.
 _SCHEDULE_KWARGS = {
@@ -357,8 +364,28 @@ def check_values(recipe: Recipe, source: str) -> None:
             f"{source}: optimizer.clip_mode={optimizer.clip_mode!r} clips nothing without a bound; "
             "give optimizer.clip_grad"
         )
+    if train.parallel == "fsdp":
+        _check_sharded(recipe, source)
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+
+
+def _check_sharded(recipe: Recipe, source: str) -> None:
+    if recipe.train.channels_last:
+        raise ValueError(
+            f"{source}: train.channels_last=True does not go with train.parallel=fsdp, whose parts of parameters are "
+            "contiguous; set one of them to its default"
+        )
+    if recipe.optimizer.clip_mode == "agc":
+        raise ValueError(
+            f"{source}: optimizer.clip_mode='agc' does not go with train.parallel=fsdp, where no process has a unit's "
+            "whole gradient; take norm or value"
+        )
+    if recipe.optimizer.name not in _SHARDED:
+        raise ValueError(
+            f"{source}: optimizer.name={recipe.optimizer.name!r} does not go with train.parallel=fsdp; these do: "
+            f"{', '.join(_SHARDED)}"
+        )
 
 
 def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:

@@ -22,12 +22,14 @@ class Sums:
     """The sums of a process over an epoch.
 
     Attributes:
+        lr: the learning rate at its start.
         batches: trained.
         loss: of all batches.
         own_losses: the same of each loss beside that of the labels.
         unreadable: a line for each file that could not be read.
     """
 
+    lr: float
     batches: int = 0
     loss: float = 0.0
     own_losses: dict[str, float] = field(default_factory=dict)
@@ -107,6 +109,7 @@ def go_on(trainer: "Trainer", processes: list[dict[str, Any]]) -> Sums:
     batches = (trainer.step - trainer.epoch * trainer.steps) * trainer.recipe.train.accumulate
     scale = batches / each[0].batches / len(each)  # 1 where nothing has changed
     return Sums(
+        each[0].lr,
         batches,
         sum(sums.loss for sums in each) * scale,
         {name: sum(sums.own_losses[name] for sums in each) * scale for name in each[0].own_losses},

@@ -151,7 +151,6 @@ def run_epochs(
 
     while trainer.epoch < trainer.recipe.schedule.last_epoch:
         start, first = time.perf_counter(), trainer.step
-        lr = max(group["lr"] for group in trainer.optimizer.param_groups)
         loss, unreadable = trainer.train_epoch(train_loader, display, stop, after_step)
         trained = time.perf_counter() - start
         result = trainer.test(test_loader, display, stop)
@@ -162,7 +161,7 @@ def run_epochs(
             "test_loss": result.loss,
             "test_top1": result.top1,
             "test_top5": result.top5,
-            "lr": lr,
+            "lr": trainer.sums.lr,
             "images_per_second": (trainer.step - first) * trainer.images_a_step / trained,
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),

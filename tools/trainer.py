@@ -82,7 +82,10 @@ class Trainer:
         self.epoch, self.step, self.history = 0, 0, []
         self.gathered = 0  # batches whose gradients wait for the step
         self.own_losses: dict[str, torch.Tensor] = {}  # beside that of the labels: means over the last epoch
-        self.sums, self.losses = run_state.Sums(), []  # of this epoch, and losses of the batches that are not yet added
+        self.sums, self.losses = (
+            run_state.Sums(0.0),
+            [],
+        )  # of this epoch; losses that are not yet added
         self.begun: dict | None = None  # place, sums and generators in an epoch that a checkpoint begins in
         if recipe.train.sync_bn and world > 1 and device.type == "cpu":
             raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
@@ -198,6 +201,11 @@ class Trainer:
         return self.recipe.data.batch_size * self.recipe.train.accumulate * self.world
 
     @property
+    def lr(self) -> float:
+        """The greatest learning rate of the next step."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
     def tested(self) -> nn.Module:
         """The weights that are tested and used: the moving average where there is one; of the last test if sharded."""
         if self.whole is not None:
@@ -242,7 +250,7 @@ class Trainer:
             shown = None
             if self.sums.batches % every == 0 or self.sums.batches == batches:
                 shown = self._read_losses()
-            display.step(len(batch.targets), shown, max(g["lr"] for g in self.optimizer.param_groups))
+            display.step(len(batch.targets), shown, self.lr)
             if self.gathered == accumulate:
                 after_step()
         total = torch.tensor(self.sums.loss, dtype=torch.float64, device=self.device)
@@ -258,7 +266,7 @@ class Trainer:
 
     def _begin(self, loader: data.Loader) -> None:
         """Begin an epoch, or go on in the one that a checkpoint was written in."""
-        begun, self.begun, self.sums, self.own_losses = self.begun, None, run_state.Sums(), {}
+        begun, self.begun, self.sums, self.own_losses = self.begun, None, run_state.Sums(self.lr), {}
         # Together with the loader's order this makes an epoch a function of the state at its start.
         data.seed_everything(self.recipe.train.seed, self.epoch + 1, self.rank)
         loader.sampler.set_epoch(self.epoch)

@@ -91,20 +91,29 @@ def test_a_run_leaves_all_its_files(whole_run):
     assert str(finished / "predictions.png") in printed
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.long), "2"])
+@pytest.mark.parametrize(
+    ("workers", "every", "saved"),
+    [
+        pytest.param("0", "0", "epoch_0002", marks=pytest.mark.long),
+        pytest.param("2", "0", "epoch_0002", marks=pytest.mark.long),
+        pytest.param("0", "3", "epoch_0002_step_00000009", marks=pytest.mark.long),
+        ("2", "3", "epoch_0002_step_00000009"),
+    ],
+)
 def test_resume_after_ctrl_c_ends_in_the_same_numbers(
-    recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
+    recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers, every, saved
 ):
     halted = tmp_path / "halted"
     # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
-        at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
-        assert run(recipe_file, tree, halted, "--workers", workers) == 130
+        at_step(patch, 11, lambda self: os.kill(os.getpid(), signal.SIGINT))
+        more = ("--workers", workers, "--set", f"train.save_steps={every}")
+        assert run(recipe_file, tree, halted, *more) == 130
     out = capsys.readouterr().out
-    assert "epoch_0002 is saved" in out
+    assert f"{saved} is saved" in out
     assert f"--resume {halted}\n" in out
-    assert read(halted)["epoch"] == 2
+    assert last_of(halted).name == saved
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     torch.manual_seed(99)  # a new process starts with other generators
     assert train.main(["--resume", str(halted), "--device", "cpu"]) == 0

@@ -161,6 +161,7 @@ def test_a_run_ends_at_its_stop_epoch_with_the_rates_of_the_whole(tmp_path, monk
     seen = []
 
     def train_epoch(loader, display, stop, after_step):
+        stopped.sums.lr = stopped.lr
         stopped.step += STEPS
         stopped.scheduler.step_update(stopped.step)
         return 1.0, []
