@@ -1,6 +1,6 @@
 """Classify pictures: the k most likely classes of each, with their probabilities.
 
-python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.pt
+python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.safetensors
 visionmix predict cat.jpg --model vig_s --pretrained --topk 3
 visionmix predict photos/ shards/*.tar --model vig_s --pretrained --output guesses.parquet --features
 torchrun --nproc-per-node 8 tools/predict.py photos/ --model vig_s --pretrained --output guesses.csv

@@ -1,8 +1,8 @@
 """Test models on an image folder: top-1, top-5, images a second, beside the published top-1.
 
-python tools/validate.py --checkpoint output/vig_photos/best.pt                 # knows its model, images and data
+python tools/validate.py --checkpoint output/vig_photos/best.safetensors   # knows its model, images and data
 visionmix validate --model vig_s vig_b --pretrained --data /data/imagenet --csv results.csv
-visionmix validate --checkpoint output/*/best.pt --data /data/imagenet --csv results.csv
+visionmix validate --checkpoint output/*/best.safetensors --data /data/imagenet --csv results.csv
 visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --real-labels real.json
 visionmix validate --model vig_s --pretrained --data /data/imagenet-a --class-map imagenet_a.txt --only-mapped
 torchrun --nproc-per-node 8 tools/validate.py --pretrained --model @names.txt --data /data/imagenet

@@ -1,19 +1,25 @@
 """TensorBoard and Weights & Biases: what a run leaves there, and that their failures end no training."""
 
 import errno
+import re
 import resource
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from small_runs import last_of
 
 from visionmix.tools import checkpoint, logs, pictures, recipe, train
 from visionmix.tools.logs import Logs
 from visionmix.tools.recipe_keys import Recipe
+
+ROOT = Path(__file__).parents[2]
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -30,7 +36,7 @@ def values(events, tag):
 
 def test_a_run_leaves_figures_pictures_and_recipe_for_tensorboard(whole_run):
     events = read(whole_run[0])
-    content = checkpoint.read(whole_run[0] / "last.pt")
+    content = checkpoint.read(last_of(whole_run[0]))
     steps = values(events, "step/loss")
     assert [step for step, _ in steps] == list(range(1, 13))
     assert values(events, "step/lr")
@@ -47,7 +53,7 @@ def test_a_run_leaves_figures_pictures_and_recipe_for_tensorboard(whole_run):
             assert (shown.width, shown.height) == image.size
     text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
     written = yaml.safe_load(text.removeprefix("```yaml\n").removesuffix("```"))
-    assert recipe.from_dict(written, "TensorBoard") == recipe.from_dict(content["recipe"], "last.pt")
+    assert recipe.from_dict(written, "TensorBoard") == recipe.from_dict(content["recipe"], "checkpoint")
 
 
 def test_steps_that_a_stop_undid_are_shown_once(tmp_path):
@@ -103,7 +109,7 @@ def test_a_writer_that_fails_ends_no_training(when, recipe_file, tree, tmp_path,
     assert train.main([*files, "--epochs", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("TensorBoard failed ([Errno 28] No space left on device); the training goes on without it") == 1
-    assert checkpoint.read(tmp_path / "out" / "last.pt")["epoch"] == 2
+    assert checkpoint.read(last_of(tmp_path / "out"))["epoch"] == 2
     assert "2 epochs in" in out  # its end is reached, without the picture that the disk refused
     assert "curves.png" in out
     assert "confusion.png" not in out
@@ -209,3 +215,22 @@ def test_the_package_itself_takes_a_run_offline(tmp_path, monkeypatch):
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(run.name.endswith((tmp_path / "wandb" / "run_id").read_text()) for run in runs)
+
+
+@pytest.mark.long  # two processes that import PyTorch
+def test_of_two_processes_the_first_writes_and_says_how_the_time_of_both_divides(recipe_file, tree, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = [str(recipe_file), "--data", str(tree), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    more = ["--epochs", "2", "--set", "data.batch_size=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tools" / "train.py"), *given, *more], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
+    assert len(values(read(tmp_path / "out"), "epoch/seconds_communication")) == 2
+    lines = [line.strip() for line in done.stdout.splitlines() if "waiting for data" in line]
+    assert len(lines) == 2
+    shares = [int(share) for share in re.findall(r"(\d+) %", lines[-1])]
+    assert len(shares) == 4
+    assert 97 <= sum(shares) <= 103
+    assert re.search(r"communication [1-9]", lines[-1])

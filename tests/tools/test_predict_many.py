@@ -43,7 +43,7 @@ def pack(tree, shard, more=()):
 
 @pytest.fixture
 def call(whole_run):
-    return ["--checkpoint", str(whole_run[0] / "best.pt"), "--workers", "0", "--topk", "2"]
+    return ["--checkpoint", str(whole_run[0] / "best.safetensors"), "--workers", "0", "--topk", "2"]
 
 
 def test_shards_give_the_rows_of_their_files(tree, tmp_path, call, capsys):
@@ -106,7 +106,7 @@ def test_features_are_those_before_the_classifier(suffix, whole_run, tree, tmp_p
     assert predict.main([str(tree / "val"), *call, "--features", "--output", str(output)]) == 0
     rows = predictions.read(output)
     assert list(rows[0]) == ["image", "error", "class_1", "probability_1", "class_2", "probability_2", "features"]
-    model = models.load_trained(str(whole_run[0] / "best.pt"), device=CPU).model
+    model = models.load_trained(str(whole_run[0] / "best.safetensors"), device=CPU).model
     for row in rows:
         if row["image"].endswith("broken.jpg"):
             assert row["error"]

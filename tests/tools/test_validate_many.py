@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_runs import last_of
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 
@@ -56,7 +57,7 @@ def test_several_tests_fill_a_csv_and_are_not_made_again(whole_run, tree, tmp_pa
         return evaluate(model, *args, **options)
 
     monkeypatch.setattr(validate, "evaluate", counted)
-    files = [str(whole_run[0] / name) for name in ("best.pt", "last.pt")]
+    files = [str(whole_run[0] / "best.safetensors"), str(last_of(whole_run[0]))]
     call = ["--data", str(tree), "--workers", "0", "--csv", str(tmp_path / "r.csv")]
     assert validate.main(["--checkpoint", files[0], *call]) == 0
     assert validate.main(["--checkpoint", *files, *call]) == 0
@@ -71,12 +72,12 @@ def test_several_tests_fill_a_csv_and_are_not_made_again(whole_run, tree, tmp_pa
     assert validate.main(["--checkpoint", files[0], *call]) == 0
     assert len(made) == 4
     assert [row["images"] for row in rows(tmp_path / "r.csv")] == ["9", "9", "9", "10"]
-    shutil.copy(files[0], tmp_path / "best.pt")
     content = checkpoint.read(files[0])
     for number, _ in enumerate(("as it is", "trained on")):
-        content["ema"]["head.bias"] += number
-        checkpoint.save(tmp_path / "best.pt", content)
-        assert validate.main(["--checkpoint", str(tmp_path / "best.pt"), *call]) == 0
+        content["model"]["head.bias"] += number
+        about = {key: value for key, value in content.items() if key != "model"}
+        checkpoint.save_weights(tmp_path / "best.safetensors", content["model"], about)
+        assert validate.main(["--checkpoint", str(tmp_path / "best.safetensors"), *call]) == 0
     assert len(rows(tmp_path / "r.csv")) == len(made) == 6
     # A file of arguments.
     (tmp_path / "list.txt").write_text("\n" + "\n\n".join(files) + "\n")
@@ -92,17 +93,17 @@ def test_a_checkpoint_of_shards_is_tested_on_them(tree, tmp_path, recipe_file):
     output = tmp_path / "out"
     given = [str(recipe_file), "--data", str(tmp_path / "shards"), "--output", str(output), "--device", "cpu"]
     assert train.main([*given, "--epochs", "2"]) == 0
-    call = ["--checkpoint", str(output / "last.pt"), "--workers", "0", "--csv", str(tmp_path / "r.csv")]
+    call = ["--checkpoint", str(last_of(output)), "--workers", "0", "--csv", str(tmp_path / "r.csv")]
     assert validate.main(call) == 0
     assert validate.main([*call, "--data", str(tree)]) == 0
     shards, folder = rows(tmp_path / "r.csv")
-    assert float(shards["top1"]) == checkpoint.read(output / "last.pt")["history"][-1]["test_top1"]
+    assert float(shards["top1"]) == checkpoint.read(last_of(output))["history"][-1]["test_top1"]
     assert (shards["data"], shards["images"]) == (str(tmp_path / "shards"), "9")
     assert (folder["top1"], folder["classes"]) == (shards["top1"], shards["classes"])
 
 
 def test_a_failure_leaves_the_other_tests_their_turn(whole_run, tree, tmp_path, capsys):
-    best = str(whole_run[0] / "best.pt")
+    best = str(whole_run[0] / "best.safetensors")
     (tmp_path / "damaged.pt").write_bytes(b"no weights")
     call = ["--data", str(tree), "--workers", "0", "--csv", str(tmp_path / "r.csv")]
     assert validate.main(["--checkpoint", str(tmp_path / "damaged.pt"), best, *call]) == 2
@@ -129,7 +130,7 @@ def test_mistakes_are_named_before_any_test(arguments, words, whole_run, tree, t
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for name in ImageNetInfo().label_names()[:3]:
         shutil.copytree(tree / "val" / "red", tmp_path / "imagenet" / name)
-    given = {"BEST": str(whole_run[0] / "best.pt"), "OTHER": str(tmp_path / "other.csv")}
+    given = {"BEST": str(whole_run[0] / "best.safetensors"), "OTHER": str(tmp_path / "other.csv")}
     call = [given.get(word, word) for word in arguments]
     assert validate.main([*call, "--data", str(tmp_path / "imagenet")]) == 2
     assert words in capsys.readouterr().err
@@ -263,7 +264,7 @@ def test_a_config_at_odds_with_its_weights_never_gives_a_random_classifier(sourc
 
 @pytest.mark.long  # three processes that import PyTorch
 def test_processes_share_a_test(whole_run, tree, tmp_path):
-    files = [str(whole_run[0] / name) for name in ("best.pt", "last.pt")]
+    files = [str(whole_run[0] / "best.safetensors"), str(last_of(whole_run[0]))]
     call = ["--checkpoint", *files, "--data", str(tree), "--workers", "0", "--device", "cpu", "--csv"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
