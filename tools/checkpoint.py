@@ -1,36 +1,44 @@
-"""Checkpoints: written so that the old one survives any failure, read without running code that they hold.
+"""Checkpoints: read without running code that they hold; and files written so that the old one survives any failure.
 
-A checkpoint is a dictionary of tensors and plain values, written by torch.save:
+A checkpoint of `train` is a folder that torch.distributed.checkpoint wrote, by any number of processes, with or without
+sharding. It holds tensors alone; plain values are a tensor of the bytes that torch.save makes of them. Its content is
 
-    format      1
     recipe      the run's recipe, as nested dictionaries
     classes     class names in the order of the outputs
     input       image_size, interpolation, crop_pct, mean, std of the test images
     epoch       finished epochs
     step        finished steps
+    steps       an epoch's
     history     one dictionary per epoch: the rows of summary.csv
     model       state dict
     ema         state dict of the moving average, or None
-    optimizer   state dict
+    optimizer   state dict, with names of parameters in place of numbers
     scaler      state dict of the float16 loss scaler
     projection  state dict of the layer between a student's features and its teacher's, or None
+    place       the loader's place within the next epoch, or None between two epochs
+    processes   for each process its sums over that epoch and its generators, or None
 """
 
 import errno
+import io
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint import BytesStorageMetadata, CheckpointException, FileSystemReader, metadata
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from visionmix.models.weights import read_checkpoint, unwrap
+from visionmix.models.weights import read_checkpoint
 
-FORMAT = 1
+METADATA = ".metadata"  # of torch.distributed.checkpoint, which writes it last
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
@@ -51,47 +59,19 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         kept = f"; the earlier {path.name} is whole" if path.exists() else ""
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        remedy = "the disk is full, make room" if full else str(error)
-        raise OSError(getattr(error, "errno", None) or errno.EIO, f"could not write {path}{kept}: {remedy}") from error
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"could not write {path}{kept}: {reason(error)}") from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
 
 
-class _Honest:
-    """A file that remembers why writing failed: torch.save hides an OSError behind a RuntimeError of its own."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
-
-    def write(self, content: bytes) -> int:
-        rest = memoryview(content).cast("B")
-        try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
-            return len(content)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def save(path: Path, content: dict) -> None:
-    """Write a checkpoint; `content` holds tensors and plain values. Raises OSError as `write_aside` does."""
-
-    def write(aside: Path) -> None:
-        # Unbuffered, so that a full disk is met in write() and not when the file is closed.
-        with aside.open("wb", buffering=0) as raw:
-            file = _Honest(raw)
-            try:
-                torch.save({"format": FORMAT, **content}, file)
-            except RuntimeError as error:
-                raise file.error or error from error
-
-    write_aside(path, write)
+def reason(error: BaseException) -> str:
+    """Return why a file could not be read or written, in a line."""
+    causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in causes):
+        return "the disk is full, make room"
+    return (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()[0]
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: dict) -> None:
@@ -101,32 +81,113 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: dict
     write_aside(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata=text))
 
 
+def to_parts(content: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
+    """Return the tensors of nested dictionaries, with all else as a tensor "plain" for each process.
+
+    Args:
+        content: of a checkpoint, with "process" in place of "processes".
+        rank: of this process; others than the first give their "process" alone.
+    """
+    plain, tensors = _split(content)
+    if rank:
+        plain = {"process": plain["process"]}
+    file = io.BytesIO()
+    torch.save(plain, file)
+    return tensors | {"plain": {str(rank): torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)}}
+
+
+def _split(content: Mapping[str, Any]) -> tuple[dict, dict]:
+    plain, tensors = {}, {}
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            tensors[key] = value
+        elif isinstance(value, Mapping) and key != "process":
+            plain[key], inside = _split(value)
+            if inside:
+                tensors[key] = inside
+        else:
+            plain[key] = value
+    return plain, tensors
+
+
+def _join(plain: dict, tensors: Mapping[str, Any]) -> dict:
+    for key, value in tensors.items():
+        plain[key] = _join(plain[key], value) if isinstance(value, dict) else value
+    return plain
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the metadata of torch.distributed.checkpoint, and no other objects."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in (
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        )
+        known = known or (module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"))
+        known = known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        described = getattr(metadata, name, None) if module == metadata.__name__ else None
+        if known or (isinstance(described, type) and described.__module__ == module):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any):
+        with (Path(self.path) / METADATA).open("rb") as file:
+            return _Unpickler(file).load()
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a folder is a checkpoint of torch.distributed.checkpoint whose files have all their bytes."""
+    try:
+        parts = _Reader(path).read_metadata().storage_data.values()
+        return all((path / part.relative_path).stat().st_size >= part.offset + part.length for part in parts)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError):
+        return False
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint that torch.distributed.checkpoint wrote, whole in this process's memory."""
+    if path.name.endswith(".unfinished") or not is_whole(path):
+        raise ValueError(f"checkpoint {path} is damaged, or was cut off while it was written; take an earlier one")
+    reader = _Reader(path)
+    held = reader.read_metadata().state_dict_metadata
+    if "plain.0" not in held or any(isinstance(value, BytesStorageMetadata) for value in held.values()):
+        raise ValueError(f"{path} is a checkpoint of torch.distributed.checkpoint, but not one of train.py")
+    tensors: dict[str, Any] = {}
+    try:
+        _load_state_dict(tensors, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        plain = tensors.pop("plain")
+        processes = [
+            torch.load(io.BytesIO(plain[str(rank)].numpy().tobytes()), weights_only=True) for rank in range(len(plain))
+        ]
+    except (CheckpointException, RuntimeError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(f"checkpoint {path} is damaged: {reason(error)}") from error
+    content = _join(dict(processes[0]), tensors)
+    content["processes"] = [process["process"] for process in processes]
+    return content
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """Return a checkpoint's content, or `{"model": state dict}` of a file or folder that another program wrote.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged, of another format, or holds no tensors.
+        ValueError: when it is damaged, was cut off while it was written, or holds no tensors.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    if path.is_dir():
+    if (path / METADATA).exists() or path.name.endswith(".unfinished"):
+        return _read_folder(path)
+    if path.is_dir() or path.suffix != ".safetensors":
         return {"model": read_checkpoint(path)}
-    if path.suffix == ".safetensors":
-        tensors = read_checkpoint(path)
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("visionmix", "{}"))
-        return {**metadata, "model": tensors}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # read_checkpoint reads published files with other objects inside, and explains damage
-        return {"model": read_checkpoint(path)}
-    if not (isinstance(content, dict) and isinstance(content.get("format"), int)):
-        return {"model": unwrap(content, str(path))}
-    if content["format"] != FORMAT:
-        raise ValueError(f"{path} has format={content['format']}; this version reads format={FORMAT}")
-    return content
+    tensors = read_checkpoint(path)
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("visionmix", "{}"))
+    return {**about, "model": tensors}
 
 
 def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -135,10 +196,16 @@ def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a state dict that `train` saved, whose keys and shapes are exactly the model's.
+    """Load a state dict that `train` saved; raises ValueError as `check_weights` does, before anything is loaded."""
+    check_weights(model, state, source)
+    model.load_state_dict(state)
+
+
+def check_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Check that keys and shapes of a state dict are exactly the model's.
 
     Raises:
-        ValueError: when a key is missing or left over or a shape differs, with all of them, before anything is loaded.
+        ValueError: when a key is missing or left over or a shape differs, with all of them.
     """
     own = model.state_dict()
     problems = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in state]
@@ -155,4 +222,3 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
             + "\n  ".join(problems[:12])
             + more
         )
-    model.load_state_dict(state)

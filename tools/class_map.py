@@ -2,11 +2,11 @@
 
 A class map is a text file with a line `FOLDER OUTPUT` for each folder, split at a tab or else at the first space, or it
 is JSON, `{"FOLDER": OUTPUT, ...}`. An output is an index, an ImageNet synset (n01440764), or a label of the model. A
-text file of folder names alone, as timm takes it, numbers the outputs by line from 0.
+text file of folder names alone, as timm takes it, numbers the outputs by line from 0; of a model that has more outputs,
+and knows these names, it is refused.
 """
 
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +14,6 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from visionmix.tools.models import Outputs
-
-_logger = logging.getLogger(__name__)
 
 
 def read_class_map(file: Path) -> dict[str, str]:
@@ -86,7 +84,7 @@ def find_outputs(
     """Return the model's output for each of `folders`.
 
     Without a class map, folders named by the model's own labels or by ImageNet synsets stand for these. Other folders
-    stand for the outputs in sorted order, which needs as many folders as outputs.
+    are refused, as many as there may be: which output each stands for would be a guess.
 
     Args:
         folders: names of the class folders, sorted.
@@ -95,8 +93,7 @@ def find_outputs(
         class_map: as `read_class_map` returns it.
 
     Raises:
-        ValueError: a folder is missing in the class map or stands for no output, or the numbers of folders and of
-            outputs differ.
+        ValueError: the model tells no classes apart, or a folder is missing in the class map or stands for no output.
     """
     name, count = outputs.name, outputs.count
     if count < 2:
@@ -105,6 +102,15 @@ def find_outputs(
     if class_map is not None:
         if missing := [folder for folder in folders if folder not in class_map]:
             raise ValueError(f"--class-map lacks {len(missing)} folder(s) of {where}: {', '.join(missing[:5])}")
+        numbered = list(class_map.values()) == [str(place) for place in range(len(class_map))]
+        if numbered and len(class_map) < count:  # names alone, which number the outputs of a model of so many classes
+            named = [folder for folder, place in class_map.items() if labels.get(folder, [int(place)]) != [int(place)]]
+            if named:
+                raise ValueError(
+                    f"--class-map numbers {len(class_map)} folders from 0, so that {named[0]} is output "
+                    f"{class_map[named[0]]}, where {name} has it as output {labels[named[0]][0]} of {count}; "
+                    f'write lines "{named[0]} {named[0]}"'
+                )
         try:
             return [_output(class_map[folder], labels, count) for folder in folders]
         except ValueError as error:
@@ -119,13 +125,24 @@ def find_outputs(
             f"{numbers}, and the model was trained on other classes than {', '.join(other[:5])}; "
             "rename the folders, or say by --class-map FILE which output each stands for"
         )
-    if len(folders) != count:
-        raise ValueError(
-            f"{numbers}; name the folders by ImageNet synset where these are its classes, "
-            "or say by --class-map FILE which output each stands for"
-        )
-    if labels:
-        _logger.warning(
-            "%s: no folder has the name of a label; in sorted order they are taken as the model's outputs", where
-        )
-    return list(range(count))
+    hint = f"; `LC_ALL=C ls {where} > FILE` says that they do so in sorted order" if len(folders) == count else ""
+    raise ValueError(
+        f"{numbers}, and no folder has the name of a label; name the folders by ImageNet synset where these are its "
+        f"classes, or say by --class-map FILE which output each stands for{hint}"
+    )
+
+
+def all_outputs(outputs: Outputs, class_map: Mapping[str, str]) -> list[int]:
+    """Return the distinct outputs that a class map names, for folders that are there or not, in ascending order.
+
+    Raises:
+        ValueError: an entry stands for no output.
+    """
+    return sorted(set(find_outputs(list(class_map), outputs, Path(), class_map)))
+
+
+def synset_outputs(outputs: Outputs) -> list[int] | None:
+    """Return the model's output for each class of ImageNet-1k; None where it has not all of them."""
+    labels = _labels(outputs)
+    found = [labels.get(synset, []) for synset in ImageNetInfo().label_names()]
+    return [places[0] for places in found] if all(found) else None

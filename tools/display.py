@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from visionmix.tools.stopwatch import PARTS
+
 
 def duration(seconds: float) -> str:
     """Return seconds as 1:02:03, or 2:03 under an hour."""
@@ -106,7 +108,7 @@ class Display:
         return left + (time.perf_counter() - self.started) / self.done * (self.total - self.done)
 
     def end_epoch(self, row: dict, best: bool) -> None:
-        """Print the epoch's row of summary.csv."""
+        """Print the epoch's row of summary.csv, and under it how the time of its training steps divides."""
         if self.phase == "test":
             self.seconds_a_test = time.perf_counter() - self.started
         line = (
@@ -115,3 +117,7 @@ class Display:
             f"{row['images_per_second']:.0f} images/s  {duration(row['seconds'])}"
         )
         self.note(line + ("  best" if best else ""), style="bold" if best else "")
+        seconds = {part: row[f"seconds_{part}"] for part in PARTS if f"seconds_{part}" in row}
+        whole = sum(seconds.values()) or 1
+        shares = ", ".join(f"{PARTS[part]} {100 * value / whole:.0f} %" for part, value in seconds.items())
+        self.note(f"{'':{6 + 2 * len(str(self.epochs))}}  {shares}", style="dim")

@@ -78,6 +78,7 @@ def evaluate(
     device: torch.device,
     amp: str = "none",
     after_batch: Callable[[int], None] = lambda images: None,
+    adapt: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Evaluation:
     """Test `model` on every readable image of `loader`; several processes test a share each and return the same result.
 
@@ -88,6 +89,7 @@ def evaluate(
         device: where the model is.
         amp: "none", "float16", "bfloat16" or "pure_bfloat16", as a recipe has it.
         after_batch: called with the number of images after each batch.
+        adapt: makes the logits and classes that count of the model's logits and the loader's targets.
 
     Raises:
         UnreadableData: not one image could be read.
@@ -113,6 +115,8 @@ def evaluate(
             with autocast(device, amp):
                 logits = model(batch.images.to(device, dtype, non_blocking=True))
             logits = logits.float()
+            if adapt:
+                logits, target = adapt(logits, target)
             loss.update(F.cross_entropy(logits, target, reduction="none"))
             top1.update(logits, target)
             top5.update(logits, target)

@@ -1,6 +1,7 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
 import ast
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -236,14 +237,14 @@ class Trained:
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
         input: the images that it takes.
-        data: the folder it was trained on, if known.
+        data: the section `data` of the recipe by which it was trained, if known.
     """
 
     model: nn.Module
     name: str
     classes: list[str] | None
     input: Input
-    data: str | None
+    data: dict[str, Any] | None
 
     @property
     def outputs(self) -> Outputs:
@@ -293,8 +294,13 @@ def load_trained(
     labels = content.get("classes")
     if pretrained or folder:
         source = f"local-dir:{file}" if folder else name
-        published_outputs(source, classes)  # refuses before anything is fetched
+        expected = published_outputs(source, classes)  # refuses before anything is fetched
         model = create_model(source, pretrained=True)
+        if model.num_classes != expected.count:  # timm has put a fresh classifier in the place of the file's
+            raise ValueError(
+                f"the weights of {source} are said to have {expected.count} outputs, and the model made for them has "
+                f"{model.num_classes}, with a random classifier; make its num_classes agree everywhere in its config"
+            )
     elif made:
         model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
@@ -310,7 +316,7 @@ def load_trained(
     if labels is None and model.num_classes == 1000:
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
-    return Trained(model, name, labels, inputs, recipe.get("data", {}).get("path"))
+    return Trained(model, name, labels, inputs, recipe.get("data"))
 
 
 def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
@@ -320,6 +326,23 @@ def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:
     first = first if isinstance(first, str | None) else first[0]  # a distilled model has two
     weight = tensors.get(f"{first}.weight") if first else None
     return len(weight) if isinstance(weight, torch.Tensor) else None
+
+
+def short_hash(*parts: Any) -> str:
+    """Return 12 hexadecimal digits that tell these bytes, or texts of other values, from others."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a short hash of a model's weights and their names."""
+    parts: list[Any] = []
+    for name, value in model.state_dict().items():
+        parts += [name, value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
+    return short_hash(*parts)
 
 
 def choose_device(name: str | None) -> torch.device:

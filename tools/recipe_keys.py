@@ -184,6 +184,10 @@ class TrainRecipe:
         checkpointing: compute each block's activations again in the backward pass, for memory.
         channels_last: lay images and convolutions out with channels last, in which convolutions of GPUs are faster.
         sync_bn: take batch norms' statistics over all processes, where one has too few images.
+        parallel: of several processes, "ddp" gives each the whole model; "fsdp" a part of each block's parameters,
+            gradients and optimiser's state (FSDP2), for models that one GPU has no room for.
+        save_steps: write a checkpoint every so many steps, besides each epoch's end; 0 for none.
+        save_minutes: write a checkpoint every so many minutes, besides each epoch's end; 0 for none.
     """
 
     seed: int = 0
@@ -202,6 +206,9 @@ class TrainRecipe:
     checkpointing: bool = False
     channels_last: bool = False
     sync_bn: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    save_steps: int = 0
+    save_minutes: float = 0.0
 
 
 @dataclass
@@ -234,6 +241,17 @@ class DistillRecipe:
 
 
 @dataclass
+class LogRecipe:
+    """Where figures go beside the display, summary.csv and TensorBoard.
+
+    Attributes:
+        wandb: project of Weights & Biases; None for none.
+    """
+
+    wandb: str | None = None
+
+
+@dataclass
 class Recipe:
     """Everything that a training run depends on, except the images."""
 
@@ -244,6 +262,7 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     distill: DistillRecipe = field(default_factory=DistillRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
 
 
 _RANGES = {
@@ -261,11 +280,20 @@ _RANGES = {
     "schedule.cooldown_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
+    "train.save_steps": (0, math.inf),
+    "train.save_minutes": (0, math.inf),
     "train.mesa": (0, math.inf),
     "train.mesa_start": (0, 1),
     "distill.weight": (0, math.inf),
     "distill.task_weight": (0, math.inf),
 }
+
+# Optimisers of timm whose steps on parameters in parts (DTensor) are those on whole ones.
+_SHARDED = (
+    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan", "adanw", "adopt", "adoptw", "lamb",
+    "lambc", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum", "muon", "nadam", "nadamw", "nesterov",
+    "radam", "rmsprop", "rmsproptf", "sgd", "sgdw",
+)  # fmt: skip
 
 _CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay")
 # Arguments that timm's schedules read; the others would be passed over in silence.
@@ -359,8 +387,28 @@ def check_values(recipe: Recipe, source: str) -> None:
             f"{source}: optimizer.clip_mode={optimizer.clip_mode!r} clips nothing without a bound; "
             "give optimizer.clip_grad"
         )
+    if train.parallel == "fsdp":
+        _check_sharded(recipe, source)
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+
+
+def _check_sharded(recipe: Recipe, source: str) -> None:
+    if recipe.train.channels_last:
+        raise ValueError(
+            f"{source}: train.channels_last=True does not go with train.parallel=fsdp, whose parts of parameters are "
+            "contiguous; set one of them to its default"
+        )
+    if recipe.optimizer.clip_mode == "agc":
+        raise ValueError(
+            f"{source}: optimizer.clip_mode='agc' does not go with train.parallel=fsdp, where no process has a unit's "
+            "whole gradient; take norm or value"
+        )
+    if recipe.optimizer.name not in _SHARDED:
+        raise ValueError(
+            f"{source}: optimizer.name={recipe.optimizer.name!r} does not go with train.parallel=fsdp; these do: "
+            f"{', '.join(_SHARDED)}"
+        )
 
 
 def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:

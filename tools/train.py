@@ -2,10 +2,10 @@
 
     python tools/train.py configs/imagenet/vig_s.yaml --data /data/imagenet
     visionmix train imagenet/vig_s.yaml --data /data/imagenet --epochs 100 --set optimizer.weight_decay=0.05
-    torchrun --nproc-per-node 8 tools/train.py configs/imagenet/vig_s.yaml --data /data/imagenet
+    torchrun --nproc-per-node 8 --max-restarts 3 tools/train.py configs/imagenet/vig_s.yaml --data DATA --resume
 
-Leaves in --output: last.pt and best.pt (to resume from, or for validate and predict), best.safetensors (weights alone),
-summary.csv (a row an epoch), curves.png, confusion.png and predictions.png.
+Leaves in --output: checkpoints/ (to resume from, or for validate and predict), best.safetensors (the best epoch's
+weights alone), summary.csv (a row an epoch), tensorboard/, curves.png, confusion.png and predictions.png.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from visionmix.tools import checkpoint, data, models, pictures, recipe, recipe_keys
+from visionmix.tools import checkpoint, data, logs, models, pictures, recipe, recipe_keys, saving
 from visionmix.tools.display import Display, duration
-from visionmix.tools.trainer import Interrupted, Stop, Trainer, predict_some
+from visionmix.tools.stopping import Interrupted, Stop
+from visionmix.tools.trainer import Trainer, predict_some
+
+FOLDER = "checkpoints"  # in the output folder
 
 # Flags for the most common changes; everything else goes through --set.
 FLAGS = {
@@ -53,19 +55,48 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--output", type=Path, help="folder of the results (default: output/RECIPE)")
     parse.add_argument(
         "--resume", nargs="?", const="", metavar="FILE",
-        help="go on from this checkpoint; without FILE, from the output folder's last.pt if it is there",
+        help="go on from this checkpoint, or the last one of this run's folder; without FILE, from the last one in the "
+        "output folder if there is one",
     )  # fmt: skip
     parse.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parse.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     return parse
 
 
-def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None, Path | None]:
-    """Return (recipe, output folder, checkpoint to go on from, its path), everything checked.
+def find_start(args: argparse.Namespace) -> tuple[Path, Path | None, list[Path]]:
+    """Return (output folder, checkpoint to go on from or None, unfinished ones that are passed over).
+
+    Raises:
+        FileNotFoundError: when the checkpoint is not there.
+        FileExistsError: when the output folder holds a run and neither --resume nor --overwrite is given.
+        ValueError: at a wrong combination of arguments.
+    """
+    if args.resume and args.overwrite:
+        raise ValueError("--resume FILE and --overwrite contradict each other; give one of them")
+    if not args.recipe and not args.resume:
+        raise ValueError("give a recipe, e.g. imagenet/vig_s.yaml, or --resume FILE")
+    if args.resume:
+        last, broken = Path(args.resume), []
+        output = last if (last / FOLDER).is_dir() else last.parent.parent
+        if output == last:
+            last, broken = saving.newest(output / FOLDER)
+            if last is None:
+                raise FileNotFoundError(f"{output / FOLDER} holds no whole checkpoint")
+        return args.output or (Path("output") / Path(args.recipe).stem if args.recipe else output), last, broken
+    output = args.output or Path("output") / Path(args.recipe).stem
+    last, broken = saving.newest(output / FOLDER)
+    if args.overwrite:
+        last, broken = None, []
+    elif last and args.resume is None:
+        raise FileExistsError(f"{output} holds a run; --resume goes on with it, --overwrite starts again")
+    return output, last, broken
+
+
+def prepare(args: argparse.Namespace, last: Path | None) -> tuple[recipe.Recipe, dict | None]:
+    """Return (recipe, content of the checkpoint to go on from), everything checked.
 
     Raises:
         FileNotFoundError: when the recipe, the checkpoint or the data is not there.
-        FileExistsError: when the output folder holds a run and neither --resume nor --overwrite is given.
         ValueError: at a wrong key, value or combination of arguments.
         TypeError: at a recipe value of the wrong type.
     """
@@ -74,30 +105,20 @@ def prepare(args: argparse.Namespace) -> tuple[recipe.Recipe, Path, dict | None,
         if (value := getattr(args, name)) is not None:
             section, option = key.split(".")
             overrides.setdefault(section, {})[option] = value
-    if args.resume and args.overwrite:
-        raise ValueError("--resume FILE and --overwrite contradict each other; give one of them")
-    if not args.recipe and not args.resume:
-        raise ValueError("give a recipe, e.g. imagenet/vig_s.yaml, or --resume FILE")
-    stem = Path(args.recipe).stem if args.recipe else ""
-    output = args.output or (Path("output") / stem if args.recipe else Path(args.resume).parent)
-    last = Path(args.resume) if args.resume else output / "last.pt"
-    content = None
-    if args.resume or (args.resume is not None and last.is_file() and not args.overwrite):
-        content = checkpoint.read(last)
-        if "recipe" not in content:
-            raise ValueError(f"{last} is not a checkpoint of train.py; it holds no recipe to go on with")
-    elif (output / "last.pt").exists() and not args.overwrite:
-        raise FileExistsError(f"{output} holds a run; --resume goes on with it, --overwrite starts again")
+    content = checkpoint.read(last) if last else None
+    if content and "recipe" not in content:
+        raise ValueError(f"{last} is not a checkpoint of train.py; it holds no recipe to go on with")
     if args.recipe:
         made = recipe.read(args.recipe, overrides, args.set)
     else:
         made = recipe.override(content["recipe"], str(last), overrides, args.set)
     if made.data.path is None:
         raise ValueError("--data is missing: give the folder that holds train/ and val/")
+    logs.check_installed(made)
     made.data.path = data.absolute(made.data.path)
     if made.distill.checkpoint:
         made.distill.checkpoint = str(Path(made.distill.checkpoint).resolve())
-    return made, output, content, last if content else None
+    return made, content
 
 
 def write_summary(path: Path, history: list[dict]) -> None:
@@ -113,18 +134,25 @@ def write_summary(path: Path, history: list[dict]) -> None:
 
 
 def resume_command(path: Path, *more: str) -> str:
-    """Return the command that resumes from a checkpoint."""
+    """Return the command that resumes the run in a folder."""
     start = ["python", sys.argv[0]] if sys.argv[0].endswith("train.py") else ["visionmix", "train"]
     return shlex.join([*start, "--resume", str(path), *more])
 
 
-def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, display: Display, stop: Stop) -> None:
-    """Train and test until the recipe's last epoch, saving after each; raises as `Trainer.train_epoch` does."""
+def run_epochs(
+    trainer: Trainer, train_loader, test_loader, output: Path, display: Display, stop: Stop, saver: saving.Saver
+) -> None:
+    """Train and test until the recipe's last epoch, saving on the way; raises as `Trainer.train_epoch` does."""
     main = trainer.rank == 0
+
+    def after_step() -> None:
+        if saver.due(trainer.step):
+            best = saving.name_of(best_row(trainer)["epoch"]) if trainer.history else None
+            saver.save(saving.name_of(trainer.epoch, trainer.step), trainer.state(train_loader), best)
+
     while trainer.epoch < trainer.recipe.schedule.last_epoch:
-        start = time.perf_counter()
-        lr = max(group["lr"] for group in trainer.optimizer.param_groups)
-        loss, unreadable = trainer.train_epoch(train_loader, display, stop)
+        start, first = time.perf_counter(), trainer.step
+        loss, unreadable = trainer.train_epoch(train_loader, display, stop, after_step)
         trained = time.perf_counter() - start
         result = trainer.test(test_loader, display, stop)
         unreadable += result.unreadable
@@ -134,26 +162,36 @@ def run_epochs(trainer: Trainer, train_loader, test_loader, output: Path, displa
             "test_loss": result.loss,
             "test_top1": result.top1,
             "test_top5": result.top5,
-            "lr": lr,
-            "images_per_second": trainer.steps * trainer.images_a_step / trained,
+            "lr": trainer.sums.lr,
+            "images_per_second": (trainer.step - first) * trainer.images_a_step / trained,
             "seconds": time.perf_counter() - start,
             "unreadable": len(unreadable),
             **{f"loss_{name}": value.item() for name, value in trainer.own_losses.items()},
+            **{f"seconds_{part}": value for part, value in trainer.watch.totals().items()},
         }
         best = trainer.finish_epoch(row)
         display.end_epoch(row, best)
+        trainer.logs.epoch(trainer.step, row)
         if unreadable:
             display.note(f"{len(unreadable)} image(s) cannot be read and were left out in this epoch:", "yellow")
             for path in unreadable:
                 display.note(f"  {path}", "yellow")
+        content = trainer.state()
+        saver.save(saving.name_of(trainer.epoch), content, saving.name_of(best_row(trainer)["epoch"]))
         if main:
-            content = trainer.state()
-            checkpoint.save(output / "last.pt", content)
-            if best:
-                checkpoint.save(output / "best.pt", content)
-                about = {key: content[key] for key in ("recipe", "classes", "input", "epoch")}
-                checkpoint.save_weights(output / "best.safetensors", trainer.tested.state_dict(), about)
-            write_summary(output / "summary.csv", trainer.history)
+            try:
+                if best:
+                    about = {key: content[key] for key in ("recipe", "classes", "input", "epoch")}
+                    checkpoint.save_weights(output / "best.safetensors", trainer.tested.state_dict(), about)
+                write_summary(output / "summary.csv", trainer.history)
+            except OSError as error:
+                display.note(f"{error}; the training goes on", "bold red")
+    saver.wait()
+
+
+def best_row(trainer: Trainer) -> dict:
+    """Return the row of the first epoch with the best test top-1."""
+    return max(trainer.history, key=lambda row: row["test_top1"])
 
 
 def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: Stop) -> None:
@@ -165,10 +203,15 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         return
     name = trainer.recipe.model.name
     display.note("drawing pictures ...")
-    pictures.draw_curves(trainer.history, output / "curves.png", f"{name} on {Path(trainer.recipe.data.path).name}")
-    pictures.draw_confusion(result.confusion.numpy(), trainer.classes, output / "confusion.png")
-    pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), output / "predictions.png")
-    best = max(trainer.history, key=lambda row: row["test_top1"])
+    files = {name: output / f"{name}.png" for name in ("curves", "confusion", "predictions")}
+    try:
+        pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(trainer.recipe.data.path).name}")
+        pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
+        pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), files["predictions"])
+    except OSError as error:  # of a full disk: the training stands without them
+        display.note(str(error), "yellow")
+    trainer.logs.pictures(trainer.step, {name: file for name, file in files.items() if file.is_file()})
+    best = best_row(trainer)
     seconds = sum(row["seconds"] for row in trainer.history)
     display.note(
         f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test top-1 {result.top1:.2f} %, "
@@ -176,15 +219,17 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         "bold green",
     )
     for file, meaning in (
-        ("last.pt", "checkpoint of the last epoch"),
-        ("best.pt", "checkpoint of the best epoch"),
+        (f"{FOLDER}/{saving.name_of(trainer.epoch)}", "checkpoint of the last epoch"),
+        (f"{FOLDER}/{saving.name_of(best['epoch'])}", "checkpoint of the best epoch"),
         ("best.safetensors", "its weights alone"),
         ("summary.csv", "a row an epoch"),
         ("curves.png", "loss and accuracy"),
         ("confusion.png", "confusion matrix"),
         ("predictions.png", "test images with predictions"),
+        ("tensorboard", "figures by step and epoch, for tensorboard --logdir"),
     ):
-        display.note(f"  {output / file!s:<40} {meaning}")
+        if (output / file).exists():
+            display.note(f"  {output / file!s:<40} {meaning}")
 
 
 def start_processes(device: str | None) -> tuple[torch.device, int, int]:
@@ -201,17 +246,28 @@ def start_processes(device: str | None) -> tuple[torch.device, int, int]:
     return chosen, rank, world
 
 
+def check_agreement(last: Path | None) -> None:
+    """Check that all processes go on from the same checkpoint; raises ValueError where one does not see it."""
+    if dist.is_initialized():
+        each: list = [None] * dist.get_world_size()
+        dist.all_gather_object(each, str(last and last.name))
+        if len(set(each)) > 1:
+            raise ValueError(f"the processes see different checkpoints: {', '.join(each)}; they need the same folder")
+
+
 def train(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     try:
-        made, output, content, last = prepare(args)
+        output, last, broken = find_start(args)
+        made, content = prepare(args, last)
         classes = data.check_data(made.data)
         device, rank, world = start_processes(args.device)
+        check_agreement(last)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
     try:
-        return _train(made, output, content, last, classes, device, rank, world)
+        return _train(made, output, content, last, broken, classes, device, rank, world)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -219,7 +275,7 @@ def train(args: argparse.Namespace) -> int:
 
 def make_run(
     made: recipe.Recipe, classes: list[str], device: torch.device, rank: int = 0, world: int = 1
-) -> tuple[Trainer, DataLoader, DataLoader]:
+) -> tuple[Trainer, data.Loader, data.Loader]:
     """Return (trainer, loader of training images, loader of test images) of a recipe, before the first step.
 
     Raises:
@@ -252,7 +308,7 @@ def make_run(
     return trainer, train_loader, test_loader
 
 
-def _train(made, output, content, last, classes, device, rank, world) -> int:
+def _train(made, output, content, last, broken, classes, device, rank, world) -> int:
     try:
         trainer, train_loader, test_loader = make_run(made, classes, device, rank, world)
         if content:
@@ -261,8 +317,12 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    saved = output / "last.pt"
-    with Display(made.schedule.last_epoch, len(train_loader), quiet=rank > 0) as display, Stop(display.note) as stop:
+    wanted = made.train
+    with (
+        Display(made.schedule.last_epoch, len(train_loader), quiet=rank > 0) as display,
+        Stop(display.note) as stop,
+        logs.Logs(None if rank else output, made, step=trainer.step, note=display.note) as trainer.logs,
+    ):
         parameters = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(
@@ -270,27 +330,44 @@ def _train(made, output, content, last, classes, device, rank, world) -> int:
             f"{made.data.image_size} px, {world} process(es) on {device}",
             "bold",
         )
+        for path in broken:
+            display.note(f"passed over {path}, which was cut off while it was written", "yellow")
         if content:
-            display.note(f"going on from {last}, {trainer.epoch} of {made.schedule.last_epoch} epochs done")
+            within = trainer.step - trainer.epoch * trainer.steps
+            display.note(
+                f"going on from {last}, {trainer.epoch} of {made.schedule.last_epoch} epochs done"
+                + (f" and {within} of {trainer.steps} steps of the next" if within else "")
+            )
             for line in recipe.differences(content["recipe"], recipe.to_dict(made)):
                 display.note(f"  changed: {line}", "yellow")
         try:
-            run_epochs(trainer, train_loader, test_loader, output, display, stop)
+            saver = saving.Saver(
+                output / FOLDER,
+                display.note,
+                rank=rank,
+                world=world,
+                steps=wanted.save_steps,
+                minutes=wanted.save_minutes,
+            )
+            run_epochs(trainer, train_loader, test_loader, output, display, stop, saver)
             finish(trainer, test_loader, output, display, stop)
         except (Interrupted, RuntimeError) as error:
             # A stop that reaches workers or other processes first shows itself here as their death.
             if not (isinstance(error, Interrupted) or stop.requested):
                 raise
-            if saved.exists():
-                display.note(f"stopped; {trainer.epoch} finished epoch(s) are saved. To go on:", "yellow")
-                display.note(f"  {resume_command(saved)}")
+            saver.wait()
+            saved, _ = saving.newest(output / FOLDER)
+            if saved:
+                display.note(f"stopped; {saved.name} is saved. To go on:", "yellow")
+                display.note(f"  {resume_command(output)}")
             else:
-                display.note("stopped before the first epoch was finished; nothing is saved", "yellow")
+                display.note("stopped before the first checkpoint was written; nothing is saved", "yellow")
             return 130
         except FloatingPointError as error:
             lower = f"{made.optimizer.lr / 2:g}"
-            remedy = f"go on with a lower learning rate:\n  {resume_command(saved, '--lr', lower)}"
-            if not saved.exists():
+            remedy = f"go on with a lower learning rate:\n  {resume_command(output, '--lr', lower)}"
+            saver.wait()
+            if not saving.newest(output / FOLDER)[0]:
                 remedy = f"start again with a lower learning rate, e.g. --lr {lower}"
             print(f"train: {error}; {remedy}", file=sys.stderr)
             return 1

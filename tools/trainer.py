@@ -1,12 +1,10 @@
 """A training run: model, optimiser, schedule, moving average, scaler; an epoch at a time, saved and resumed whole."""
 
+import copy
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import FrameType
 
 import numpy as np
 import torch
@@ -16,51 +14,21 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, SoftTargetCrossEntrop
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from visionmix.tools import checkpoint, data, models
+from visionmix.tools import data, models, parallel, run_state
 from visionmix.tools.display import Display
 from visionmix.tools.distillation import Teacher, divergence, full, make_student
-from visionmix.tools.evaluation import Evaluation, autocast, evaluate, gather_lines, model_dtype
-from visionmix.tools.recipe import to_dict
+from visionmix.tools.evaluation import AMP_DTYPES, Evaluation, autocast, evaluate, gather_lines, model_dtype
+from visionmix.tools.logs import Logs
 from visionmix.tools.recipe_keys import Recipe
 from visionmix.tools.schedule import make_scheduler
+from visionmix.tools.stopping import Stop
+from visionmix.tools.stopwatch import Stopwatch
 from visionmix.tools.transforms import Finish
 
 _logger = logging.getLogger("visionmix.tools.trainer")
-
-
-class Interrupted(Exception):
-    """Ctrl-C was pressed, or the process was asked to end."""
-
-
-class Stop:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to stop between two steps; the second one aborts at once."""
-
-    def __init__(self, say: Callable[[str], None] = print) -> None:
-        self.say, self.requested = say, False
-        self.before: dict[int, object] = {}
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _on(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.say("stopping after this step; Ctrl-C again aborts at once")
-
-    def check(self) -> None:
-        """Raise Interrupted when a stop has been requested."""
-        if self.requested:
-            raise Interrupted
 
 
 class _Float32:
@@ -117,6 +85,11 @@ class Trainer:
         self.epoch, self.step, self.history = 0, 0, []
         self.gathered = 0  # batches whose gradients wait for the step
         self.own_losses: dict[str, torch.Tensor] = {}  # beside that of the labels: means over the last epoch
+        self.sums, self.losses = (
+            run_state.Sums(0.0),
+            [],
+        )  # of this epoch; losses that are not yet added
+        self.begun: dict | None = None  # place, sums and generators in an epoch that a checkpoint begins in
         if recipe.train.sync_bn and world > 1 and device.type == "cpu":
             raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
         data.seed_everything(recipe.train.seed)
@@ -143,6 +116,10 @@ class Trainer:
             for size in sorted(sizes):
                 models.check_input(self.teacher.model, self.teacher.name, size, device)
         self.student = make_student(self.model, recipe, self.teacher)
+        self.amp, self.whole = recipe.train.amp, None  # a sharded model's own policy casts, and a whole copy is tested
+        self.sharded: list[nn.Module] = []
+        if recipe.train.parallel == "fsdp" and world > 1:
+            self._shard()
         self.optimizer, self.scheduler = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "float16")
         augment = recipe.augment
@@ -160,12 +137,13 @@ class Trainer:
         self.finish_batch = Finish(self.input.normalise, augment.erase_mode, device)
         self.criterion = criterion(recipe)
         self.running = self.student
-        if recipe.train.compile:
+        if recipe.train.compile and not self.sharded:
             self.running = torch.compile(self.running, dynamic=False)
-        if world > 1:
+        if world > 1 and not self.sharded:
             self.running = DistributedDataParallel(
                 self.running, device_ids=[device.index] if device.type == "cuda" else None
             )
+        self.watch, self.logs = Stopwatch(device, self.running, world), Logs()
         self._set_progress()
 
     def _prepare(self) -> None:
@@ -188,6 +166,22 @@ class Trainer:
                 raise ValueError(
                     f"train.checkpointing=True is not for model {self.recipe.model.name!r} ({error}); set it to false"
                 ) from error
+
+    def _shard(self) -> None:
+        """Shard the model, the moving average and a student's projection among all processes."""
+        name, amp, compiled = self.recipe.model.name, self.recipe.train.amp, self.recipe.train.compile
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        self.whole = copy.deepcopy(self.tested).cpu()
+        if amp in AMP_DTYPES:
+            self.amp = "none"
+        parallel.shard(self.model, name, mesh, amp, compiled)
+        self.sharded = [self.model]
+        if self.ema:
+            parallel.shard(self.ema.module, name, mesh, amp)
+            self.ema.foreach = False  # which would take parameters in shards and whole buffers together
+        if self.student.projection is not None:
+            parallel.fully_shard(self.student.projection, mesh=mesh)
+            self.sharded.append(self.student.projection)
 
     def _optimizer(self):
         wanted = self.recipe.optimizer
@@ -212,55 +206,65 @@ class Trainer:
         return self.recipe.data.batch_size * self.recipe.train.accumulate * self.world
 
     @property
+    def lr(self) -> float:
+        """The greatest learning rate of the next step."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
     def tested(self) -> nn.Module:
-        """The weights that are tested and used: the moving average where there is one."""
+        """The weights that are tested and used: the moving average where there is one; of the last test if sharded."""
+        if self.whole is not None:
+            return self.whole
         return self.ema.module if self.ema else self.model
 
-    def train_epoch(self, loader: DataLoader, display: Display, stop: Stop) -> tuple[float, list[str]]:
-        """Train one epoch; return the mean loss and the files that could not be read.
+    def train_epoch(
+        self, loader: data.Loader, display: Display, stop: Stop, after_step: Callable[[], None] = lambda: None
+    ) -> tuple[float, list[str]]:
+        """Train one epoch, or the rest of one; return the mean loss and the files that could not be read.
+
+        Args:
+            loader: of the training images.
+            display: shows the progress.
+            stop: is asked between two batches.
+            after_step: is called after each step.
 
         Raises:
             Interrupted: when a stop was requested.
             FloatingPointError: when the loss is no longer finite.
             UnreadableData: when no readable image was found for a batch.
         """
-        recipe = self.recipe
-        # Together with the loader's order this makes an epoch a function of the state at its start.
-        data.seed_everything(recipe.train.seed, self.epoch + 1, self.rank)
-        loader.sampler.set_epoch(self.epoch)
+        accumulate = self.recipe.train.accumulate
+        batches, self.gathered, self.losses = self.steps * accumulate, 0, []
+        self._begin(loader)
         self.running.train()
-        accumulate = recipe.train.accumulate
-        batches, self.gathered = self.steps * accumulate, 0
-        display.begin(self.epoch + 1, "train", batches)
+        if self.whole is not None:
+            self.whole.cpu()
+        display.begin(self.epoch + 1, "train", batches - self.sums.batches)
         # Reading the loss waits for a GPU to finish the step, so there it is read now and then.
         every = 1 if self.device.type == "cpu" else 20
-        total, unreadable = torch.zeros((), dtype=torch.float64), []
-        pending: list[torch.Tensor] = []
-        self.own_losses = {}
-        for index, batch in enumerate(loader):
+        self.watch.start()
+        for batch in loader:
+            self.watch.lap("data")
             stop.check()
-            unreadable += batch.unreadable
+            self.sums.unreadable += batch.unreadable
             if batch.missing:
                 raise data.UnreadableData(
                     f"{data.MAX_DRAWS} training images drawn one after another cannot be read, e.g. "
                     + ", ".join(sorted(set(batch.unreadable))[:3])
                 )
-            loss = self._update(batch)
-            pending.append(loss.detach())
-            if (index + 1) % every == 0 or index + 1 == batches:
-                values = torch.stack(pending).double().cpu()
-                if not values.isfinite().all():
-                    bad = (index + 1 - len(pending) + int((~values.isfinite()).nonzero()[0])) // accumulate + 1
-                    raise FloatingPointError(f"the loss is {values[~values.isfinite()][0]} in epoch {self.epoch + 1}, "
-                                             f"step {bad} of {self.steps}")  # fmt: skip
-                total += values.sum()
-                shown = values[-1].item()
-                pending.clear()
-            display.step(
-                len(batch.targets), shown if not pending else None, max(g["lr"] for g in self.optimizer.param_groups)
-            )
+            self.losses.append(self._update(batch).detach())
+            self.sums.batches += 1
+            shown = None
+            if self.sums.batches % every == 0 or self.sums.batches == batches:
+                shown = self._read_losses()
+            display.step(len(batch.targets), shown, self.lr)
+            if shown is not None:
+                self.logs.step(self.step, {"loss": shown, "lr": self.lr})
+            if self.gathered == accumulate:
+                after_step()
+            self.watch.lap(None)
+        total = torch.tensor(self.sums.loss, dtype=torch.float64, device=self.device)
         if self.world > 1:
-            total = total.to(self.device)
             for value in (total, *self.own_losses.values()):
                 torch.distributed.all_reduce(value)
             # Running statistics of BatchNorm layers differ from process to process until averaged.
@@ -268,7 +272,38 @@ class Trainer:
             if self.ema:
                 distribute_bn(self.ema.module, self.world, reduce=True)
         self.own_losses = {name: value / (batches * self.world) for name, value in self.own_losses.items()}
-        return total.item() / (batches * self.world), gather_lines(unreadable)
+        return total.item() / (batches * self.world), gather_lines(self.sums.unreadable)
+
+    def _begin(self, loader: data.Loader) -> None:
+        """Begin an epoch, or go on in the one that a checkpoint was written in."""
+        begun, self.begun, self.sums, self.own_losses = self.begun, None, run_state.Sums(self.lr), {}
+        # Together with the loader's order this makes an epoch a function of the state at its start.
+        data.seed_everything(self.recipe.train.seed, self.epoch + 1, self.rank)
+        loader.sampler.set_epoch(self.epoch)
+        if begun is not None:
+            loader.load_state_dict(begun["place"])
+            self.sums = run_state.go_on(self, begun["processes"])
+            self.own_losses = {
+                name: torch.tensor(value, dtype=torch.float64, device=self.device)
+                for name, value in self.sums.own_losses.items()
+            }
+
+    def _read_losses(self) -> float | None:
+        """Add the losses of the last batches to the sum and return the last one; None where there are none.
+
+        Raises:
+            FloatingPointError: when one is not finite.
+        """
+        if not self.losses:
+            return None
+        values = torch.stack(self.losses).double().tolist()
+        for number, value in enumerate(values, self.sums.batches - len(values)):
+            if not math.isfinite(value):
+                step = number // self.recipe.train.accumulate + 1
+                raise FloatingPointError(f"the loss is {value} in epoch {self.epoch + 1}, step {step} of {self.steps}")
+            self.sums.loss += value  # one by one, so that the sum does not depend on when they are read
+        self.losses = []
+        return values[-1]
 
     def _set_progress(self) -> None:
         done = min(self.step / (self.steps * self.recipe.schedule.epochs), 1.0)
@@ -287,19 +322,23 @@ class Trainer:
         if self.gathered == 1:
             self.optimizer.zero_grad()
         # The processes add up their gradients once a step, in the last backward pass.
-        with nullcontext() if complete or self.world == 1 else self.running.no_sync():
+        for module in self.sharded:
+            module.set_requires_gradient_sync(complete)
+        with nullcontext() if complete or self.world == 1 or self.sharded else self.running.no_sync():
             loss = self._loss(images, targets)
             # A second-order optimiser differentiates the gradient once more.
             self.scaler.scale(loss / self.recipe.train.accumulate).backward(
                 create_graph=getattr(self.optimizer, "is_second_order", False)
             )
+        self.watch.lap("compute")
         if complete:
             self._step()
+            self.watch.lap("optimizer")
         return loss
 
     def _loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wanted = self.recipe.train
-        with autocast(self.device, wanted.amp):
+        with autocast(self.device, self.amp):
             logits, matched, losses = self.running(images.to(self.dtype, memory_format=self.layout))
             given = self.teacher(images) if self.teacher else None
             if wanted.mesa and self.epoch >= int(wanted.mesa_start * self.recipe.schedule.epochs):
@@ -334,7 +373,7 @@ class Trainer:
             self.ema.update(_Float32(self.model) if self.dtype == torch.bfloat16 else self.model, step=self.step)
         self._set_progress()
 
-    def test(self, loader: DataLoader, display: Display, stop: Stop) -> Evaluation:
+    def test(self, loader: data.Loader, display: Display, stop: Stop) -> Evaluation:
         """Test the weights that are to be used.
 
         Raises:
@@ -343,6 +382,9 @@ class Trainer:
             UnreadableData: when not one image can be read.
         """
         display.begin(self.epoch + 1, "test", len(loader))
+        if self.whole is not None:  # processes that test fewer images would not call a sharded model as often as others
+            self.whole.load_state_dict(parallel.whole_state(self.ema.module if self.ema else self.model))
+            self.whole.to(self.device)
 
         def after_batch(images: int) -> None:
             stop.check()
@@ -368,51 +410,28 @@ class Trainer:
         self.scheduler.step(self.epoch, row["test_top1"])
         return row["test_top1"] > best
 
-    def state(self) -> dict:
-        """Return a checkpoint's content, as `visionmix.tools.checkpoint` describes it."""
-        return {
-            "recipe": to_dict(self.recipe),
-            "classes": self.classes,
-            "input": self.input.to_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "projection": self.student.projection.state_dict() if self.student.projection else None,
-        }
+    def state(self, loader: data.Loader | None = None) -> dict:
+        """Return a checkpoint's content, as `visionmix.tools.checkpoint` describes it, with this process's "process".
+
+        Args:
+            loader: of the training images, in the middle of an epoch; None between two epochs.
+
+        Raises:
+            FloatingPointError: when a loss of the last batches is not finite.
+        """
+        if loader is not None:
+            self._read_losses()
+            self.sums.own_losses = {name: value.item() for name, value in self.own_losses.items()}
+        return run_state.state(self, loader)
 
     def load_state(self, content: dict, source: str) -> None:
         """Go on from a checkpoint. The recipe's own learning rate and weight decay apply, not the checkpoint's.
 
         Raises:
-            ValueError: when the checkpoint is of another model, other classes, or another optimiser.
+            ValueError: when the checkpoint is of another model, other classes, or another optimiser, or in the middle
+                of an epoch whose images so far are not whole steps of this run.
         """
-        if "optimizer" not in content:
-            raise ValueError(f"{source} holds weights only; a run resumes from a last.pt or best.pt of train.py")
-        if content["classes"] != self.classes:
-            raise ValueError(f"{source} was trained on other classes than those of the data folder")
-        checkpoint.load_weights(self.model, content["model"], source)
-        if self.ema:
-            checkpoint.load_weights(self.ema.module, content["ema"] or content["model"], source)
-        if self.student.projection is not None:
-            checkpoint.load_weights(self.student.projection, content.get("projection") or {}, source)
-        fresh = [{key: group[key] for key in ("lr", "initial_lr", "lr_scale", "weight_decay") if key in group}
-                 for group in self.optimizer.param_groups]  # fmt: skip
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{source} holds the state of another optimiser: {error}") from error
-        for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
-            group.pop("lr_scale", None)
-            group.update(values)
-        if self.scaler.is_enabled() and content["scaler"]:
-            self.scaler.load_state_dict(content["scaler"])
-        self.epoch, self.step, self.history = content["epoch"], content["step"], list(content["history"])
-        for epoch, row in enumerate(self.history, 1):  # what a plateau's schedule has seen
-            self.scheduler.step(epoch, row["test_top1"])
+        run_state.load(self, content, source)
         self.scheduler.step_update(self.step)
         self._set_progress()
 

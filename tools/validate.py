@@ -1,34 +1,60 @@
-"""Test a model on an image folder: top-1, top-5, images a second.
+"""Test models on an image folder: top-1, top-5, images a second, beside the published top-1.
 
-python tools/validate.py --checkpoint output/vig_photos/best.pt                 # knows its model, images and data
-visionmix validate --model vig_s --pretrained --data /data/imagenet
-visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --json result.json
-visionmix validate --model vig_s --pretrained --data /data/hundred_classes --class-map classes.txt
+python tools/validate.py --checkpoint output/vig_photos/best.safetensors   # knows its model, images and data
+visionmix validate --model vig_s vig_b --pretrained --data /data/imagenet --csv results.csv
+visionmix validate --checkpoint output/*/best.safetensors --data /data/imagenet --csv results.csv
+visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --real-labels real.json
+visionmix validate --model vig_s --pretrained --data /data/imagenet-a --class-map imagenet_a.txt --only-mapped
+torchrun --nproc-per-node 8 tools/validate.py --pretrained --model @names.txt --data /data/imagenet
+
+@FILE stands for the lines of a text file, in place of one or more arguments.
 """
 
 import argparse
 import csv
-import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from visionmix.models import published
 from visionmix.tools import checkpoint, data, models
 from visionmix.tools.arguments import check_least
-from visionmix.tools.class_map import find_outputs, read_class_map
+from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map, synset_outputs
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
+from visionmix.tools.real_labels import RealLabels, read_real_labels
+from visionmix.tools.recipe import from_dict
+from visionmix.tools.train import start_processes
 
 _NO_DATA = "--data is missing: give a folder of class folders"
+COLUMNS = (
+    "model", "checkpoint", "data", "class_map", "real_labels", "classes", "outputs", "images", "unreadable",
+    "image_size", "amp", "top1", "top5", "published_top1", "difference", "loss", "images_per_second",
+    "weights_hash", "images_hash",
+)  # fmt: skip
+# Columns in which a row must agree to stand for a test that is asked for.
+KEY = ("model", "checkpoint", "data", "outputs", "image_size", "amp", "weights_hash", "images_hash")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     parse = argparse.ArgumentParser(
-        prog="visionmix validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="visionmix validate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
-    parse.add_argument("--model", help="timm model name; a checkpoint of train.py, or a folder, knows its own")
-    parse.add_argument("--checkpoint", help="weights: .pt, .pth, .safetensors, or a folder of timm's save_for_hf")
+    parse.convert_arg_line_to_args = lambda line: [line.strip()] if line.strip() else []
+    parse.add_argument(
+        "--model", nargs="+", help="timm model names; a checkpoint of train.py, or a folder, knows its own"
+    )
+    parse.add_argument(
+        "--checkpoint", nargs="+", help="weights: .pt, .pth, .safetensors, or folders of timm's save_for_hf"
+    )
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
     parse.add_argument("--data", help="folder with val/CLASS/*, or with the class folders themselves")
     parse.add_argument(
@@ -38,13 +64,26 @@ def parser() -> argparse.ArgumentParser:
         help='which output each class folder stands for: lines "FOLDER OUTPUT" or JSON, an output being an index, '
         "a label of the model or an ImageNet synset (default: the folders' names say it)",
     )
+    parse.add_argument(
+        "--only-mapped",
+        action="store_true",
+        help="let the model choose among the outputs in the class map alone, as the authors of ImageNet-A and -R do",
+    )
+    parse.add_argument(
+        "--real-labels",
+        type=Path,
+        metavar="FILE",
+        help="real.json of 'Are we done with ImageNet?': all right classes of each validation image",
+    )
     parse.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     parse.add_argument("--workers", type=int, default=2, help="data-loading processes (default: %(default)s)")
     parse.add_argument("--img-size", type=int, help="side of the input in pixels")
     parse.add_argument("--amp", choices=("none", *AMP_DTYPES), default="none", help="mixed precision")
     parse.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
-    parse.add_argument("--csv", type=Path, metavar="FILE", help="write the result as a CSV row")
+    parse.add_argument(
+        "--csv", type=Path, metavar="FILE", help="add a row for each test; those that it has are not made again"
+    )
     return parse
 
 
@@ -56,79 +95,247 @@ def test_folder(root: Path) -> Path:
     return data.split_folder(root, "val")
 
 
+def pair(names: list[str] | None, files: list[str] | None, pretrained: bool) -> list[tuple[str | None, str | None]]:
+    """Return (model name, checkpoint) of each test.
+
+    Raises:
+        FileNotFoundError: a checkpoint does not exist.
+        ValueError: the arguments contradict each other.
+    """
+    if bool(files) == pretrained:
+        raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
+    if not files:
+        if not names:
+            raise ValueError("--pretrained does not say which model; give --model NAME")
+        return [(name, None) for name in names]
+    if missing := [file for file in files if not Path(file).exists()]:
+        raise FileNotFoundError(f"checkpoint {missing[0]} does not exist")
+    if names and len(names) not in (1, len(files)):
+        raise ValueError(
+            f"--model has {len(names)} names and --checkpoint {len(files)} files; give one name for all, or one each"
+        )
+    return list(zip(names * (len(files) // len(names)) if names else [None] * len(files), files, strict=True))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows that an earlier call wrote; raise ValueError where the file has other columns."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        rows = list(table)
+    if rows and tuple(table.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"--csv {path} has other columns than this command writes; give another file")
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file, which is at every moment whole; raises as `checkpoint.write_aside` does."""
+    rows = [*read_rows(path), row]
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows(rows)
+
+    checkpoint.write_aside(path, write)
+
+
+def published_top1(trained: models.Trained) -> float | None:
+    """Return the published ImageNet-1k top-1 of a model that has ImageNet's classes; None where nobody says it."""
+    try:
+        figure = published(trained.name).top1
+    except ValueError:  # not of this library
+        return None
+    return figure if synset_outputs(trained.outputs) else None
+
+
+def _images(dataset: data.ImageSet) -> Any:
+    """Return what tells the images of a test from others in the same place."""
+    return dataset.samples if isinstance(dataset, data.FolderSet) else len(dataset)
+
+
+class Tests:
+    """The tests that a command line asks for.
+
+    Args:
+        args: of `parser`.
+        device: where models go.
+        rank: of this process.
+        world: number of processes, each of which tests its share of the images.
+
+    Raises:
+        ValueError: the arguments contradict each other, or published weights are of other classes than the data.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        self.jobs = pair(args.model, args.checkpoint, args.pretrained)
+        if args.json and len(self.jobs) > 1:
+            raise ValueError(f"--json takes one result, and these are {len(self.jobs)}; give --csv FILE")
+        if args.only_mapped and not args.class_map:
+            raise ValueError("--only-mapped needs --class-map FILE, which says the outputs to choose among")
+        if args.real_labels and args.class_map:
+            raise ValueError("--real-labels says the classes of each image; leave --class-map out")
+        self.folder = test_folder(Path(args.data)) if args.data else None
+        self.classes = data.find_classes(self.folder) if self.folder else None
+        self.class_map = read_class_map(args.class_map) if args.class_map else None
+        self.real = read_real_labels(args.real_labels) if args.real_labels else None
+        self.rows = read_rows(args.csv) if args.csv else []
+        if args.pretrained:  # before anything is fetched
+            if self.folder is None:
+                raise ValueError(_NO_DATA)
+            for name, _ in self.jobs:
+                self.targets(models.published_outputs(name), self.folder, self.classes)
+
+    def targets(self, outputs: models.Outputs, folder: Path, classes: list[str]) -> tuple[list[int] | None, Any]:
+        """Return (output of each class folder, Real labels), one of which is None.
+
+        Raises:
+            ValueError: the model's outputs do not stand for these classes, or nothing says how.
+        """
+        if self.real is None:
+            return find_outputs(classes, outputs, folder, self.class_map), None
+        return None, RealLabels(self.real, outputs)
+
+    def run(self, name: str | None, file: str | None) -> dict[str, Any] | None:
+        """Make a test and return its row; None where the CSV file has it.
+
+        Raises:
+            ValueError: the file holds no weights of this model, or the images are of other classes, or unreadable.
+            OSError: a file cannot be read.
+        """
+        args = self.args
+        trained = models.load_trained(
+            file, name=name, pretrained=args.pretrained, image_size=args.img_size, device=self.device
+        )
+        settings = trained.input
+        transform = data.eval_transform(
+            settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise
+        )
+        if self.folder:
+            place = str(self.folder)
+            outputs, real = self.targets(trained.outputs, self.folder, self.classes)
+            dataset: data.ImageSet = data.FolderSet(
+                self.folder, self.classes, transform, seed=0, replace=False, outputs=outputs
+            )
+        else:  # the data that it was trained on, of whatever kind
+            if trained.data is None or args.class_map or args.real_labels:
+                raise ValueError(_NO_DATA)
+            wanted = from_dict({"data": trained.data}, str(file)).data
+            place, outputs, real = str(wanted.path), list(range(len(trained.classes))), None
+            dataset = data.open_split(wanted, "val", trained.classes, transform)
+        adapt, among = None, list(range(trained.model.num_classes))
+        if real:
+            dataset.samples = real.samples(dataset.samples)
+            adapt = real.adapt
+        elif args.only_mapped:
+            among = all_outputs(trained.outputs, self.class_map)
+            others = torch.ones(trained.model.num_classes, dtype=torch.bool, device=self.device)
+            others[among] = False
+
+            def adapt(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return logits.masked_fill(others, -torch.inf), target
+
+        row = {
+            "model": trained.name,
+            "checkpoint": file or "pretrained",
+            "data": place,
+            "class_map": args.class_map or "",
+            "real_labels": args.real_labels or "",
+            "classes": len(real.outputs if real else set(outputs)),
+            "outputs": len(among),
+            "image_size": settings.image_size,
+            "amp": args.amp,
+            "weights_hash": models.weights_hash(trained.model),
+            "images_hash": models.short_hash(_images(dataset), real.sets if real else among, settings),
+        }
+        if any(all(str(row[column]) == old[column] for column in KEY) for old in self.rows):
+            return None
+        loader = data.make_loader(
+            dataset, batch=args.batch_size, workers=args.workers, shuffle=False, rank=self.rank, world=self.world
+        )
+        with Display(1, len(loader), quiet=self.rank > 0) as display:
+            display.begin(1, "test", len(loader))
+            result = evaluate(
+                trained.model,
+                loader,
+                classes=trained.model.num_classes,
+                device=self.device,
+                amp=args.amp,
+                after_batch=display.step,
+                adapt=adapt,
+            )
+        figure = published_top1(trained)
+        row |= {
+            "images": result.count,
+            "unreadable": len(result.unreadable),
+            "top1": result.top1,
+            "top5": result.top5,
+            "published_top1": "" if figure is None else figure,
+            "difference": "" if figure is None else round(result.top1 - figure, 2),
+            "loss": result.loss,
+            "images_per_second": result.images_per_second,
+        }
+        if not self.rank:
+            self.report(row, result.unreadable)
+        return {column: row[column] for column in COLUMNS}
+
+    def report(self, row: dict[str, Any], unreadable: list[str]) -> None:
+        """Print a row, and the images that it leaves out."""
+        beside = ""
+        if row["published_top1"] != "":
+            beside = f", published {row['published_top1']} % ({row['difference']:+.2f})"
+        print(
+            f"{row['model']} on {row['data']}: top-1 {row['top1']:.2f} %{beside}, top-5 {row['top5']:.2f} % of "
+            f"{row['images']} images in {row['classes']} of the model's {row['outputs']} classes, "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+        for line in unreadable:
+            print(f"  cannot be read, left out: {line}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the `validate` command with these arguments."""
     args = parser().parse_args(argv)
     try:
         check_least(1, batch_size=args.batch_size, img_size=args.img_size)
         check_least(0, workers=args.workers)
-        folder = test_folder(Path(args.data)) if args.data else None
-        classes = data.find_classes(folder) if folder else None
-        class_map = read_class_map(args.class_map) if args.class_map else None
-        device = models.choose_device(args.device)
-        outputs = None
-        if args.pretrained and args.model:  # before anything is fetched
-            if folder is None:
-                raise ValueError(_NO_DATA)
-            outputs = find_outputs(classes, models.published_outputs(args.model), folder, class_map)
-        trained = models.load_trained(
-            args.checkpoint, name=args.model, pretrained=args.pretrained, image_size=args.img_size, device=device
-        )
-        if folder is None:
-            if trained.data is None:
-                raise ValueError(_NO_DATA)
-            folder = test_folder(Path(trained.data))
-            classes = data.find_classes(folder)
-        if outputs is None:
-            outputs = find_outputs(classes, trained.outputs, folder, class_map)
+        tests = Tests(args, *start_processes(args.device))
+        return max([_test(tests, name, file) for name, file in tests.jobs])
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2
-    settings = trained.input
-    transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
-    dataset = data.FolderSet(folder, classes, transform, seed=0, replace=False, outputs=outputs)
-    loader = data.make_loader(dataset, batch=args.batch_size, workers=args.workers, shuffle=False)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _test(tests: Tests, name: str | None, file: str | None) -> int:
+    """Make and write one of the tests; return its exit status, so that a failure leaves the others their turn."""
+    args = tests.args
     try:
-        with Display(1, len(loader)) as display:
-            display.begin(1, "test", len(loader))
-            result = evaluate(
-                trained.model,
-                loader,
-                classes=trained.model.num_classes,
-                device=device,
-                amp=args.amp,
-                after_batch=display.step,
-            )
-        row = {
-            "model": trained.name,
-            "checkpoint": args.checkpoint or "pretrained",
-            "data": str(folder),
-            "classes": len(set(outputs)),
-            "outputs": trained.model.num_classes,
-            "images": result.count,
-            "unreadable": len(result.unreadable),
-            "image_size": settings.image_size,
-            "top1": result.top1,
-            "top5": result.top5,
-            "loss": result.loss,
-            "images_per_second": result.images_per_second,
-        }
-        print(
-            f"{trained.name} on {folder}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.count} "
-            f"images in {row['classes']} of the model's {row['outputs']} classes, "
-            f"{result.images_per_second:.0f} images/s"
-        )
-        for line in result.unreadable:
-            print(f"  cannot be read, left out: {line}")
+        row = tests.run(name, file)
+    except data.UnreadableData as error:
+        print(f"validate: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"validate: {error}", file=sys.stderr)
+        return 2
+    if tests.rank:
+        return 0
+    if row is None:
+        print(f"{file or name}: {args.csv} has this test")
+        return 0
+    try:
         if args.json:
-            checkpoint.write_aside(args.json, lambda aside: aside.write_text(json.dumps(row, indent=1) + "\n"))
+            text = json.dumps(row, indent=1, default=str) + "\n"
+            checkpoint.write_aside(args.json, lambda aside: aside.write_text(text))
         if args.csv:
-            text = io.StringIO()
-            table = csv.DictWriter(text, row)
-            table.writeheader()
-            table.writerow(row)
-            checkpoint.write_aside(args.csv, lambda aside: aside.write_text(text.getvalue()))
-    except (OSError, data.UnreadableData) as error:
+            append_row(args.csv, row)
+    except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,10 +3,11 @@
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from visionmix.tools import data, recipe, train
+from visionmix.tools import checkpoint, data, recipe, saving, train
 from visionmix.tools.display import Display
 from visionmix.tools.trainer import Stop, Trainer
 
@@ -78,6 +79,25 @@ def go_on(trainer: Trainer, loader, epochs: int) -> None:
     for _ in range(epochs):
         loss, _ = trainer.train_epoch(loader, Display(5, trainer.steps, quiet=True), Stop())
         trainer.finish_epoch({"train_loss": loss, "test_top1": 0.0})
+
+
+def save(path: Path, trainer: Trainer, loader=None) -> Path:
+    """Write a checkpoint of the trainer and return its folder."""
+    saver = saving.Saver(path.parent, lambda text, _: pytest.fail(text))
+    saver.save(path.name, trainer.state(loader))
+    saver.wait()
+    return path
+
+
+def last_of(run: Path) -> Path:
+    """Return the last checkpoint in a run's folder."""
+    return saving.newest(run / "checkpoints")[0]
+
+
+def best_of(run: Path) -> Path:
+    """Return the checkpoint of the best epoch in a run's folder."""
+    row = max(checkpoint.read(last_of(run))["history"], key=lambda row: row["test_top1"])
+    return run / "checkpoints" / f"epoch_{row['epoch']:04d}"
 
 
 def losses(trainer: Trainer) -> list[float]:

@@ -1,4 +1,4 @@
-"""Checkpoints: the old one survives, damage and foreign weights are told."""
+"""Checkpoints: damage, foreign weights and code in files are told; files are written whole or not at all."""
 
 import argparse
 import errno
@@ -10,78 +10,113 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
 
-from visionmix.tools import checkpoint
+from visionmix.tools import checkpoint, saving
+
+CONTENT = {
+    "model": {"layer.weight": torch.arange(3.0), "count": torch.tensor(4)},
+    "ema": None,
+    "optimizer": {
+        "state": {"layer.weight": {"exp_avg": torch.ones(3), "step": 7}, "layer.bias": {}},
+        "param_groups": [{"params": ["layer.weight"], "betas": (0.9, 0.999), "lr": 0.1}],
+    },
+    "classes": ["x", "y"],
+    "epoch": 2,
+    "process": {"generators": torch.arange(5)},
+}
+
+
+def write(path: Path, content: dict) -> Path:
+    """Write a checkpoint at once."""
+    dcp.save(checkpoint.to_parts(content), storage_writer=saving._Writer(path, None), no_dist=True)
+    return path
 
 
 def test_round_trip(tmp_path):
-    checkpoint.save(tmp_path / "a.pt", {"model": {"w": torch.arange(3.0)}, "classes": ["x"], "epoch": 2})
-    content = checkpoint.read(tmp_path / "a.pt")
+    content = checkpoint.read(write(tmp_path / "epoch_0002", CONTENT))
     assert content["epoch"] == 2
-    assert torch.equal(content["model"]["w"], torch.arange(3.0))
+    assert content["classes"] == ["x", "y"]
+    assert content["ema"] is None
+    assert torch.equal(content["model"]["layer.weight"], torch.arange(3.0))
+    assert content["model"]["count"].item() == 4
+    state = content["optimizer"]["state"]
+    assert torch.equal(state["layer.weight"]["exp_avg"], torch.ones(3))
+    assert state["layer.weight"]["step"] == 7
+    assert state["layer.bias"] == {}
+    assert content["optimizer"]["param_groups"] == CONTENT["optimizer"]["param_groups"]
+    assert torch.equal(content["processes"][0]["generators"], torch.arange(5))
     checkpoint.save_weights(tmp_path / "a.safetensors", content["model"], {"classes": ["x"]})
     again = checkpoint.read(tmp_path / "a.safetensors")
     assert again["classes"] == ["x"]
-    assert torch.equal(again["model"]["w"], torch.arange(3.0))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "a.safetensors"]
+    assert torch.equal(again["model"]["layer.weight"], torch.arange(3.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "epoch_0002"]
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
-    """A disk with room for 1,000 more bytes."""
-    opened, room = Path.open, [1000]
+def test_a_full_disk_leaves_the_old_weights_whole(tmp_path, monkeypatch):
+    path = tmp_path / "best.safetensors"
+    checkpoint.save_weights(path, {"w": torch.zeros(10)}, {"epoch": 1})
 
-    class File(io.FileIO):
-        def write(self, content):
-            if len(content) > room[0]:
-                super().write(bytes(content)[: room[0]])
-                raise OSError(errno.ENOSPC, "No space left on device")
-            room[0] -= len(content)
-            return super().write(content)
+    def no_room(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def open_small(self, mode="r", *args, **kwargs):
-        return File(self, "wb") if mode == "wb" else opened(self, mode, *args, **kwargs)
-
-    def fill():
-        monkeypatch.setattr(Path, "open", open_small)
-
-    return fill
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, full_disk):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, {"model": {"w": torch.zeros(1000)}, "epoch": 1})
-    full_disk()
-    with pytest.raises(OSError, match=r"could not write .*last\.pt; the earlier last\.pt is whole: the disk is full"):
-        checkpoint.save(path, {"model": {"w": torch.ones(1000)}, "epoch": 2})
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", no_room)
+    with pytest.raises(OSError, match=r"could not write .*; the earlier best.safetensors is whole: the disk is full"):
+        checkpoint.save_weights(path, {"w": torch.ones(10)}, {"epoch": 2})
     assert checkpoint.read(path)["epoch"] == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_real_full_device(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("/dev/full is Linux's device that is always full")
-    (tmp_path / f".a.pt.{os.getpid()}").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"could not write .*a\.pt: the disk is full, make room"):
-        checkpoint.save(tmp_path / "a.pt", {"model": {"w": torch.ones(100_000)}})
+    (tmp_path / f".a.csv.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"could not write .*a\.csv: the disk is full, make room"):
+        checkpoint.write_aside(tmp_path / "a.csv", lambda aside: aside.write_text("x" * 100_000))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 def test_damaged_files_are_named(tmp_path, name):
     path = tmp_path / name
+    words = "(cannot be read without running code|is not a whole safetensors file)"
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoint.read(path)
     for content in (b"", b"nonsense" * 20):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}.* (is damaged|is not a whole safetensors file)"):
+        with pytest.raises(ValueError, match=f"{name}.* {words}"):
             checkpoint.read(path)
     if name.endswith("safetensors"):
         checkpoint.save_weights(path, {"w": torch.ones(1000)}, {})
     else:
-        checkpoint.save(path, {"model": {"w": torch.ones(1000)}})
+        torch.save({"model": {"w": torch.ones(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=f"{name}.* (is damaged|is not a whole safetensors file)"):
+    with pytest.raises(ValueError, match=f"{name}.* {words}"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("damage", ["data cut", "data gone", "metadata cut", "metadata gone", "unfinished"])
+def test_a_folder_that_is_not_whole_is_refused(tmp_path, damage):
+    path = write(tmp_path / "epoch_0002", CONTENT)
+    part, _, how = damage.partition(" ")
+    file = path / {"data": "__0_0.distcp", "metadata": ".metadata"}.get(part, "")
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-200])
+    elif how == "gone":
+        file.unlink()
+    else:
+        path = path.rename(tmp_path / "epoch_0002.unfinished")
+    assert checkpoint.is_whole(path) == (damage == "unfinished")  # whose name says that it may not be
+    with pytest.raises((ValueError, FileNotFoundError), match=r"epoch_0002.*(cut off|has no checkpoint)"):
+        checkpoint.read(path)
+
+
+def test_bytes_that_have_changed_are_told(tmp_path):
+    path = write(tmp_path / "epoch_0002", CONTENT)
+    file = path / "__0_0.distcp"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(ValueError, match=r"checkpoint .*epoch_0002 is damaged"):
         checkpoint.read(path)
 
 
@@ -96,13 +131,17 @@ def test_no_code_of_a_file_runs(tmp_path, capsys):
     for name in ("evil.pt", "plain.pt"):
         with pytest.raises(ValueError, match=r"holds no tensors|cannot be read without running code"):
             checkpoint.read(tmp_path / name)
+    path = write(tmp_path / "epoch_0001", CONTENT)
+    file = io.BytesIO()
+    torch.save({"process": Evil()}, file)
+    parts = {"plain": {"0": torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)}}
+    dcp.save(parts, storage_writer=saving._Writer(tmp_path / "plain" / "epoch_0001", None), no_dist=True)
+    dcp.save({"plain": {"0": torch.ones(1)}, "model": Evil()}, checkpoint_id=tmp_path / "object", no_dist=True)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    for folder in (path, tmp_path / "plain" / "epoch_0001", tmp_path / "object"):
+        with pytest.raises(ValueError, match=f"{folder}.*(is damaged|not one of train.py)"):
+            checkpoint.read(folder)
     assert capsys.readouterr().out == ""
-
-
-def test_a_later_format_is_refused(tmp_path):
-    torch.save({"format": 99}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="format=99"):
-        checkpoint.read(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(

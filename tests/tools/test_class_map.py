@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from visionmix.tools.class_map import find_outputs, read_class_map
+from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map, synset_outputs
 from visionmix.tools.models import Outputs
 
 WHERE = Path("photos/val")
@@ -98,17 +98,44 @@ def test_own_labels_come_before_imagenets():
         find_outputs(["a"], own, WHERE)
 
 
-def test_folders_without_known_names_need_the_models_number(caplog):
-    assert find_outputs(["a", "b"], outputs(2), WHERE) == [0, 1]
-    assert not caplog.records
-    for folders in (["a"], ["a", "b", "c"]):
-        with pytest.raises(ValueError, match=rf"photos/val has {len(folders)} classes, .* have 2 outputs"):
-            find_outputs(folders, outputs(2), WHERE)
-    names = [f"class {number:04d}" for number in range(1000)]
-    assert find_outputs(names, outputs(1000), WHERE) == list(range(1000))
-    assert "no folder has the name of a label" in caplog.text
+@pytest.mark.parametrize("count", [2, 1000])
+def test_folders_without_known_names_are_refused_as_many_as_there_are(count):
+    names = [str(number) for number in range(count)]  # as ImageNet-V2 has them, whose sorted order is another
+    with pytest.raises(ValueError, match=rf"photos/val has {count} classes.*`LC_ALL=C ls photos/val > FILE`"):
+        find_outputs(sorted(names), outputs(count), WHERE)
+    with pytest.raises(ValueError, match=f"photos/val has {count - 1} classes.*which output each stands for$"):
+        find_outputs(names[1:], outputs(count), WHERE)
+    numbers = {name: name for name in names}
+    assert find_outputs(sorted(names), outputs(count), WHERE, numbers) == [int(name) for name in sorted(names)]
+
+
+def test_one_synset_among_other_names_is_refused():
     with pytest.raises(ValueError, match="other classes than class 0001"):
-        find_outputs(["n01440764", *names[1:]], outputs(1000), WHERE)
+        find_outputs(["n01440764", *(f"class {number:04d}" for number in range(1, 1000))], outputs(1000), WHERE)
+
+
+def test_names_alone_do_not_number_the_outputs_of_a_model_that_has_more():
+    names = ImageNetInfo().label_names()[100:103]  # as `ls` prints them of a folder of ImageNet-A
+    numbers = {name: str(place) for place, name in enumerate(names)}
+    with pytest.raises(
+        ValueError, match=f'{names[0]} is output 0, where test_vit has it as output 100 .*"{names[0]} n'
+    ):
+        find_outputs(names, outputs(1000), WHERE, numbers)
+    assert find_outputs(names, outputs(3), WHERE, numbers) == [0, 1, 2]
+    assert find_outputs(["cat"], outputs(1000), WHERE, {"cat": "0"}) == [0]
+
+
+def test_all_outputs_of_a_map_with_folders_that_are_not_there():
+    assert all_outputs(outputs(1000), {"a": "7", "b": "tench", "c": "7"}) == [0, 7]
+
+
+def test_outputs_of_imagenets_classes():
+    assert synset_outputs(outputs(1000)) == list(range(1000))
+    names = ImageNetInfo().label_names()
+    turned = outputs(1001, ["other", *reversed(names)], own=True)
+    assert synset_outputs(turned) == list(range(1000, 0, -1))
+    assert synset_outputs(outputs(1000, ["a"] * 1000, own=True)) is None
+    assert synset_outputs(outputs(999)) is None
 
 
 def test_a_model_without_classifier():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_runs import CLASSES, VIT, batch, begin, go_on, make, run, steps
+from small_runs import CLASSES, VIT, batch, begin, go_on, make, run, save, steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,8 +23,8 @@ DEIT = {
 @pytest.fixture
 def teacher(tmp_path):
     """A checkpoint of a model with 24 features."""
-    path = tmp_path / "teacher.pt"
-    checkpoint.save(path, begin(**TEACHER).state())
+    path = tmp_path / "teacher"
+    save(path, begin(**TEACHER))
     return str(path)
 
 
@@ -88,16 +88,16 @@ def test_the_projection_of_features_learns_and_is_resumed(small, tree, teacher, 
     sections = {"distill": {"checkpoint": teacher, "kind": "features"}}
     whole = run(tree, 2, **sections)
     half = run(tree, 1, **sections)
-    checkpoint.save(tmp_path / "last.pt", half.state())
+    save(tmp_path / "epoch_0002", half)
     again, loader, _ = train.make_run(make(tree, **sections), CLASSES, torch.device("cpu"))
     start = again.student.projection.weight.clone()
-    again.load_state(checkpoint.read(tmp_path / "last.pt"), "last.pt")
+    again.load_state(checkpoint.read(tmp_path / "epoch_0002"), "epoch_0002")
     go_on(again, loader, 1)
     assert (again.student.projection.weight - start).abs().max() > 1e-4
     assert torch.equal(again.student.projection.weight, whole.student.projection.weight)
     assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())
     with pytest.raises(ValueError, match="missing weight"):
-        again.load_state(half.state() | {"projection": None}, "last.pt")
+        again.load_state(half.state() | {"projection": None}, "epoch_0002")
 
 
 def test_features_of_equal_width_need_no_projection(small, teacher):
@@ -111,11 +111,11 @@ def test_a_teacher_of_other_classes_is_refused_except_for_features(small, tmp_pa
     four = Trainer(make(None, **TEACHER), [*CLASSES, "white"], 4, torch.device("cpu"))
     renamed = Trainer(make(tmp_path, **TEACHER), ["blue", "green", "rouge"], 4, torch.device("cpu"))
     for trainer, words in ((four, "has 4 outputs, and the data 3 classes"), (renamed, "trained on other classes")):
-        checkpoint.save(tmp_path / "other.pt", trainer.state())
+        save(tmp_path / "other", trainer)
         for kind in ("logits", "tokens"):
             with pytest.raises(ValueError, match=f"distill.teacher.*{words}.*distill.kind=features"):
-                student(kind, str(tmp_path / "other.pt"))
-        assert student("features", str(tmp_path / "other.pt")).teacher
+                student(kind, str(tmp_path / "other"))
+        assert student("features", str(tmp_path / "other")).teacher
 
 
 def test_models_and_teachers_that_do_not_fit_are_refused(small, teacher, monkeypatch):
@@ -126,7 +126,7 @@ def test_models_and_teachers_that_do_not_fit_are_refused(small, teacher, monkeyp
     with pytest.raises(ValueError, match=r"distill.teacher=None.*does not take RGB images of image_size=48"):
         begin(data={"image_size": 48}, distill={"checkpoint": teacher})
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        begin(distill={"checkpoint": "/nowhere/teacher.pt"})
+        begin(distill={"checkpoint": "/nowhere/teacher"})
     own = type(begin().model)
     monkeypatch.setattr(own, "forward_train", lambda self, x: (self(x), {}), raising=False)
     with pytest.raises(ValueError, match=r"distill.kind='features' leaves out the losses that model 'small' has"):

@@ -2,24 +2,29 @@
 
 import copy
 import csv
-import errno
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from small_runs import best_of, last_of
 
 from visionmix.tools import checkpoint, models, pictures, recipe, train, validate
 from visionmix.tools.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("epoch", "train_loss", "test_loss", "test_top1", "test_top5", "lr", "unreadable")
+
+
+def read(folder):
+    return checkpoint.read(last_of(folder))
 
 
 def run(recipe_file, tree, output, *more):
@@ -31,6 +36,11 @@ def no_pictures(monkeypatch):
     """Leave out the pictures, which take most of such a run's time; `whole_run` draws them."""
     for name in ("draw_curves", "draw_confusion", "draw_predictions"):
         monkeypatch.setattr(pictures, name, lambda *_: None)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files below a folder."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def at_step(monkeypatch, step, act):
@@ -46,16 +56,16 @@ def at_step(monkeypatch, step, act):
 
 
 def same(first: Path, second: Path) -> None:
-    """Two last.pt agree in every number, times aside."""
-    a, b = checkpoint.read(first / "last.pt"), checkpoint.read(second / "last.pt")
+    """The last checkpoints of two runs agree in every number, times aside."""
+    a, b = read(first), read(second)
     for part in ("model", "ema"):
         assert a[part].keys() == b[part].keys()
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     assert [[row[key] for key in METRICS] for row in a["history"]] == [
         [row[key] for key in METRICS] for row in b["history"]
     ]
-    for number, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][number][key]) for key, value in state.items())
+    for name, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][name][key]) for key, value in state.items())
 
 
 def test_a_run_leaves_all_its_files(whole_run):
@@ -63,11 +73,11 @@ def test_a_run_leaves_all_its_files(whole_run):
     with (finished / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    content = checkpoint.read(finished / "last.pt")
+    content = read(finished)
     assert content["classes"] == ["blue", "green", "red"]
     assert float(rows[-1]["test_top1"]) == content["history"][-1]["test_top1"]
     assert (content["epoch"], content["step"]) == (3, 12)
-    best = checkpoint.read(finished / "best.pt")
+    best = checkpoint.read(best_of(finished))
     assert best["history"][-1]["test_top1"] == max(float(row["test_top1"]) for row in rows)
     tensors = checkpoint.read(finished / "best.safetensors")
     assert tensors["classes"] == content["classes"]
@@ -81,23 +91,32 @@ def test_a_run_leaves_all_its_files(whole_run):
     assert str(finished / "predictions.png") in printed
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.long), "2"])
+@pytest.mark.parametrize(
+    ("workers", "every", "saved"),
+    [
+        pytest.param("0", "0", "epoch_0002", marks=pytest.mark.long),
+        pytest.param("2", "0", "epoch_0002", marks=pytest.mark.long),
+        pytest.param("0", "3", "epoch_0002_step_00000009", marks=pytest.mark.long),
+        ("2", "3", "epoch_0002_step_00000009"),
+    ],
+)
 def test_resume_after_ctrl_c_ends_in_the_same_numbers(
-    recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers
+    recipe_file, tree, tmp_path, finished, monkeypatch, capsys, workers, every, saved
 ):
     halted = tmp_path / "halted"
     # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
-        at_step(patch, 10, lambda self: os.kill(os.getpid(), signal.SIGINT))
-        assert run(recipe_file, tree, halted, "--workers", workers) == 130
+        at_step(patch, 11, lambda self: os.kill(os.getpid(), signal.SIGINT))
+        more = ("--workers", workers, "--set", f"train.save_steps={every}")
+        assert run(recipe_file, tree, halted, *more) == 130
     out = capsys.readouterr().out
-    assert "2 finished epoch(s) are saved" in out
-    assert f"--resume {halted / 'last.pt'}" in out
-    assert checkpoint.read(halted / "last.pt")["epoch"] == 2
+    assert f"{saved} is saved" in out
+    assert f"--resume {halted}\n" in out
+    assert last_of(halted).name == saved
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     torch.manual_seed(99)  # a new process starts with other generators
-    assert train.main(["--resume", str(halted / "last.pt"), "--device", "cpu"]) == 0
+    assert train.main(["--resume", str(halted), "--device", "cpu"]) == 0
     same(finished, halted)
 
 
@@ -109,7 +128,10 @@ def test_a_second_ctrl_c_aborts(recipe_file, tree, tmp_path, monkeypatch):
     at_step(monkeypatch, 6, twice)
     with pytest.raises(KeyboardInterrupt):
         run(recipe_file, tree, tmp_path / "out")
-    assert checkpoint.read(tmp_path / "out" / "last.pt")["epoch"] == 1
+    deadline = time.monotonic() + 20
+    while last_of(tmp_path / "out") is None and time.monotonic() < deadline:  # written while the training goes on
+        time.sleep(0.01)
+    assert read(tmp_path / "out")["epoch"] == 1
 
 
 def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_saved(recipe_file, tree, tmp_path, monkeypatch, capsys):
@@ -119,20 +141,21 @@ def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_saved(recipe_file, t
 
 
 def test_a_finished_run_is_not_overwritten_by_mistake(finished, recipe_file, tree, capsys):
-    before = (finished / "last.pt").read_bytes()
+    before = contents(finished / "checkpoints")
     assert run(recipe_file, tree, finished) == 2
     assert "--resume goes on with it, --overwrite starts again" in capsys.readouterr().err
     assert run(recipe_file, tree, finished, "--resume") == 0  # nothing left to train: tested and drawn again
-    assert (finished / "last.pt").read_bytes() == before
+    assert contents(finished / "checkpoints") == before
     assert run(recipe_file, tree, finished, "--overwrite", "--epochs", "2") == 0
-    assert checkpoint.read(finished / "last.pt")["epoch"] == 2
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["epoch_0001", "epoch_0002"]
+    assert read(finished)["epoch"] == 2
 
 
 def test_resume_with_another_learning_rate_says_so_and_uses_it(finished, recipe_file, tree, capsys):
-    more = ("--resume", str(finished / "last.pt"), "--epochs", "4", "--lr", "1e-4", "--set", "schedule.min_lr=1e-4")
+    more = ("--resume", str(last_of(finished)), "--epochs", "4", "--lr", "1e-4", "--set", "schedule.min_lr=1e-4")
     assert run(recipe_file, tree, finished, *more) == 0
     assert "changed: optimizer.lr=0.0001 (was 0.002)" in capsys.readouterr().out
-    assert checkpoint.read(finished / "last.pt")["history"][-1]["lr"] == pytest.approx(1e-4)
+    assert read(finished)["history"][-1]["lr"] == pytest.approx(1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe_file, tree, tmp_path, monkeypatch, capsys):
@@ -143,23 +166,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe_file, tree, tmp_path, mo
     assert run(recipe_file, tree, tmp_path / "out") == 1
     err = capsys.readouterr().err
     assert "the loss is nan in epoch 2, step 3 of 4" in err
-    assert f"--resume {tmp_path / 'out' / 'last.pt'} --lr 0.001" in err
-    assert all(value.isfinite().all() for value in checkpoint.read(tmp_path / "out" / "last.pt")["model"].values())
-
-
-def test_a_full_disk_stops_the_run_with_the_old_checkpoint_whole(recipe_file, tree, tmp_path, monkeypatch, capsys):
-    save = torch.save
-
-    def full_in_epoch_2(content, file):
-        if content["epoch"] == 2:
-            file.write(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(content, file)
-
-    monkeypatch.setattr(torch, "save", full_in_epoch_2)
-    assert run(recipe_file, tree, tmp_path / "out") == 1
-    assert "the earlier last.pt is whole: the disk is full" in capsys.readouterr().err
-    assert checkpoint.read(tmp_path / "out" / "last.pt")["epoch"] == 1
+    assert f"--resume {tmp_path / 'out'} --lr 0.001" in err
+    assert all(value.isfinite().all() for value in read(tmp_path / "out")["model"].values())
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -168,7 +176,7 @@ def test_unreadable_images_are_counted_and_named(recipe_file, tree, tmp_path, cu
     for path in broken:
         cut(path)
     assert run(recipe_file, tree, tmp_path / "out", "--workers", workers, "--batch-size", "6") == 0
-    rows = checkpoint.read(tmp_path / "out" / "last.pt")["history"]
+    rows = read(tmp_path / "out")["history"]
     assert [row["unreadable"] for row in rows] == [2, 2, 2]
     out = capsys.readouterr().out
     assert all(out.count(str(path)) == 3 for path in broken)
@@ -194,7 +202,7 @@ def test_an_all_broken_training_set_is_an_error(recipe_file, tree, tmp_path, cut
         (("--set", "optimizer.learning=3"), ("did you mean 'optimizer.",)),
         (("--device", "cuda:77"), ("--device 'cuda:77' cannot be used",)),
         (("--data", "/nowhere"), ("data folder /nowhere does not exist",)),
-        (("--resume", "/nowhere/last.pt"), ("checkpoint /nowhere/last.pt does not exist",)),
+        (("--resume", "/nowhere/epoch_0002"), ("checkpoint /nowhere/epoch_0002 does not exist",)),
     ],
 )
 def test_mistakes_are_told_before_any_work(recipe_file, tree, tmp_path, capsys, more, words):
@@ -229,7 +237,7 @@ def test_mixed_precision_resumes_too(recipe_file, tree, tmp_path, monkeypatch, a
         at_step(patch, 6, lambda self: os.kill(os.getpid(), signal.SIGINT))
         assert run(recipe_file, tree, tmp_path / "parts", "--amp", amp) == 130
     assert run(recipe_file, tree, tmp_path / "parts", "--amp", amp, "--resume") == 0
-    assert bool(checkpoint.read(tmp_path / "parts" / "last.pt")["scaler"]) == (amp == "float16")
+    assert bool(read(tmp_path / "parts")["scaler"]) == (amp == "float16")
     same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -355,10 +363,10 @@ def test_two_processes_train_as_one(recipe_file, tree, tmp_path):
     assert "2 process(es)" in done.stdout
     assert "of 9 images" in done.stdout
     assert done.stdout.count("epoch 3/3") == 1
-    content = checkpoint.read(tmp_path / "out" / "last.pt")
+    content = read(tmp_path / "out")
     assert content["step"] == 3 * (18 // 8)
     # The checkpoint's weights, tested here by one process, give the summed numbers.
-    assert validate.main(["--checkpoint", str(tmp_path / "out" / "last.pt"), "--json", str(tmp_path / "r.json")]) == 0
+    assert validate.main(["--checkpoint", str(last_of(tmp_path / "out")), "--json", str(tmp_path / "r.json")]) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["images"] == 9
     assert result["top1"] == pytest.approx(content["history"][-1]["test_top1"])

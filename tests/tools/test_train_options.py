@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_runs import CLASSES, CPU, STILL, VIT, batch, begin, go_on, losses, make, run, steps
+from small_runs import CLASSES, CPU, STILL, VIT, batch, begin, go_on, last_of, losses, make, run, steps
 from timm.optim import list_optimizers
 from torch import nn
 
@@ -395,7 +395,7 @@ def test_two_processes_accumulate_as_one_takes_the_whole_batch(tree, tmp_path):
             [*command, processes, *script, *where, *more], env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        results.append(checkpoint.read(tmp_path / processes / "last.pt"))
+        results.append(checkpoint.read(last_of(tmp_path / processes)))
     one, two = results
     assert one["step"] == two["step"] == 4
     for name, value in one["model"].items():

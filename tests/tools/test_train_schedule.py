@@ -8,7 +8,7 @@ import timm.scheduler
 import torch
 from torch import nn
 
-from visionmix.tools import recipe, train
+from visionmix.tools import recipe, saving, train
 from visionmix.tools.display import Display
 from visionmix.tools.schedule import make_scheduler
 from visionmix.tools.trainer import Stop, Trainer
@@ -149,7 +149,7 @@ def test_a_plateau_lowers_the_rate_and_goes_on_where_it_stopped():
             state = copy.deepcopy(whole.state())
     assert found == [0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25]
     again = trainer(**schedule)
-    again.load_state(state, "last.pt")
+    again.load_state(state, "epoch_0002")
     assert again.optimizer.param_groups[0]["lr"] == 0.5
     for epoch, top in enumerate(tops[6:], 6):
         again.finish_epoch({"test_top1": top})
@@ -160,7 +160,8 @@ def test_a_run_ends_at_its_stop_epoch_with_the_rates_of_the_whole(tmp_path, monk
     stopped = trainer(stop_epoch=3)
     seen = []
 
-    def train_epoch(loader, display, stop):
+    def train_epoch(loader, display, stop, after_step):
+        stopped.sums.lr = stopped.lr
         stopped.step += STEPS
         stopped.scheduler.step_update(stopped.step)
         return 1.0, []
@@ -170,10 +171,11 @@ def test_a_run_ends_at_its_stop_epoch_with_the_rates_of_the_whole(tmp_path, monk
 
     monkeypatch.setattr(stopped, "train_epoch", train_epoch)
     monkeypatch.setattr(stopped, "test", lambda *_: Result)
-    monkeypatch.setattr(train.checkpoint, "save", lambda path, content: seen.append(content["epoch"]))
+    saver = saving.Saver(tmp_path, print)
+    monkeypatch.setattr(saver, "save", lambda name, content, best: seen.append(content["epoch"]))
     display = Display(3, STEPS, quiet=True)
     monkeypatch.setattr(display, "end_epoch", lambda *_: None)
-    train.run_epochs(stopped, None, None, tmp_path, display, Stop())
+    train.run_epochs(stopped, None, None, tmp_path, display, Stop(), saver)
     assert max(seen) == stopped.epoch == 3
     assert stopped.history[-1]["lr"] == 1.0
     assert stopped.optimizer.param_groups[0]["lr"] == pytest.approx(rates()[12])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import CLASSES, CPU, begin, go_on, make, run
+from small_runs import CLASSES, CPU, begin, go_on, make, run, save
 
 from visionmix.tools import checkpoint, data, recipe, train
 from visionmix.tools.display import Display
@@ -54,9 +54,9 @@ def test_the_model_sees_the_sizes_in_training_and_its_own_at_test(small, tree, w
 def test_a_resumed_run_sees_the_sizes_of_the_whole(small, tree, tmp_path):
     sections = {"data": {"sizes": SIZES, "batch_size": 2}}
     whole = run(tree, 3, **sections)
-    checkpoint.save(tmp_path / "last.pt", run(tree, 2, **sections).state())
+    save(tmp_path / "epoch_0002", run(tree, 2, **sections))
     again, loader, _ = train.make_run(make(tree, **sections), CLASSES, CPU)
-    again.load_state(checkpoint.read(tmp_path / "last.pt"), "last.pt")
+    again.load_state(checkpoint.read(tmp_path / "epoch_0002"), "epoch_0002")
     go_on(again, loader, 1)
     assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())
 
@@ -88,7 +88,7 @@ def test_sizes_that_model_or_teacher_do_not_take_are_refused(small, tmp_path):
     vit = {"name": "vit_tiny_patch16_224", "kwargs": kwargs}
     with pytest.raises(ValueError, match="does not take RGB images of image_size=48"):
         begin(model=vit, data={"sizes": [[0, 32, 48]]})
-    checkpoint.save(tmp_path / "teacher.pt", begin(model=vit).state())
+    save(tmp_path / "teacher", begin(model=vit))
     with pytest.raises(ValueError, match=r"distill.teacher.*does not take RGB images of image_size=48"):
-        begin(data={"sizes": [[0, 48]]}, distill={"checkpoint": str(tmp_path / "teacher.pt")})
+        begin(data={"sizes": [[0, 48]]}, distill={"checkpoint": str(tmp_path / "teacher")})
     assert isinstance(begin(data={"sizes": [[0, 48]]}), Trainer)

@@ -11,16 +11,22 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_runs import best_of
 from timm.data import ImageNetInfo
 
 from visionmix.tools import checkpoint, data, models, predict, validate
 
 
+def guessed(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_validate_gives_the_numbers_of_the_run(whole_run, tmp_path, capsys):
-    best = checkpoint.read(whole_run[0] / "best.pt")["history"][-1]
-    for name in ("best.pt", "best.safetensors"):
+    best = checkpoint.read(best_of(whole_run[0]))["history"][-1]
+    for path in (best_of(whole_run[0]), whole_run[0] / "best.safetensors"):
         files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv")]
-        assert validate.main(["--checkpoint", str(whole_run[0] / name), "--workers", "0", *files]) == 0
+        assert validate.main(["--checkpoint", str(path), "--workers", "0", *files]) == 0
         result = json.loads((tmp_path / "r.json").read_text())
         assert result["images"] == 9
         assert result["top1"] == best["test_top1"]
@@ -32,7 +38,7 @@ def test_validate_gives_the_numbers_of_the_run(whole_run, tmp_path, capsys):
 
 def test_validate_leaves_out_what_it_cannot_read(whole_run, tree, cut, capsys):
     cut(tree / "val" / "red" / "0.jpg")
-    assert validate.main(["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree), "--workers", "0"]) == 0
+    assert validate.main(["--checkpoint", str(best_of(whole_run[0])), "--data", str(tree), "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "of 8 images" in out
     assert f"cannot be read, left out: {tree / 'val' / 'red' / '0.jpg'}" in out
@@ -40,8 +46,7 @@ def test_validate_leaves_out_what_it_cannot_read(whole_run, tree, cut, capsys):
 
 def test_validate_takes_a_plain_folder_of_classes(whole_run, tree):
     assert (
-        validate.main(["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree / "val"), "--workers", "0"])
-        == 0
+        validate.main(["--checkpoint", str(best_of(whole_run[0])), "--data", str(tree / "val"), "--workers", "0"]) == 0
     )
 
 
@@ -49,22 +54,29 @@ def test_predict(whole_run, tree, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8")
     images = [str(tree / "val"), str(tree / "train" / "red" / "0.jpg"), str(broken)]
-    arguments = ["--checkpoint", str(whole_run[0] / "best.pt"), "--topk", "2", "--csv", str(tmp_path / "p.csv")]
-    assert predict.main([*images, *arguments]) == 0
+    arguments = ["--checkpoint", str(best_of(whole_run[0])), "--topk", "2"]
+    assert predict.main([*images, *arguments, "--output", str(tmp_path / "p.csv")]) == 0
+    assert f"cannot be read: {broken}: not in a format" in capsys.readouterr().err
+    rows = guessed(tmp_path / "p.csv")
+    files = [*sorted((tree / "val").rglob("*.jpg")), tree / "train" / "red" / "0.jpg", broken]
+    assert [row["image"] for row in rows] == [str(file) for file in files]
+    *rows, last = rows
+    assert last["error"] == "not in a format that Pillow decodes"
+    assert {last[name] for name in last if name not in ("image", "error")} == {""}
+    # validate counts the same first guesses.
+    right = sum(f"/val/{row['class_1']}/" in row["image"] for row in rows)
+    best = checkpoint.read(best_of(whole_run[0]))["history"][-1]
+    assert 100 * right / 9 == pytest.approx(best["test_top1"])
+    for row in rows:
+        assert {row["class_1"], row["class_2"]} < {"blue", "green", "red"}
+        assert 1 >= float(row["probability_1"]) >= float(row["probability_2"]) >= 0
+        assert row["error"] == ""
+    assert predict.main([*images, *arguments]) == 0  # as a table
     captured = capsys.readouterr()
     assert f"cannot be read: {broken}: not in a format" in captured.err
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 10
-    assert {row["class"] for row in rows} <= {"blue", "green", "red"}
-    # validate counts the same first guesses.
-    right = sum(row["rank"] == "1" and f"/val/{row['class']}/" in row["image"] for row in rows)
-    best = checkpoint.read(whole_run[0] / "best.pt")["history"][-1]
-    assert 100 * right / 9 == pytest.approx(best["test_top1"])
-    for image in {row["image"] for row in rows}:
-        first, second = (float(row["probability"]) for row in rows if row["image"] == image)
-        assert 1 >= first >= second >= 0
-    assert "red" in captured.out
+    for row in rows:
+        line = next(line for line in captured.out.splitlines() if row["image"] in line)
+        assert line.split()[1:] == [row["class_1"], f"{100 * float(row['probability_1']):.1f}", "%"]
 
 
 @pytest.mark.parametrize(
@@ -93,13 +105,10 @@ def test_predict_reads_every_kind_and_names_what_it_leaves_out(whole_run, tree, 
         (folder / name).touch()
     (folder / "__MACOSX").mkdir()
     shutil.copy(folder / "1.webp", folder / "__MACOSX")
-    assert (
-        predict.main([str(folder), "--checkpoint", str(whole_run[0] / "best.pt"), "--csv", str(tmp_path / "p.csv")])
-        == 0
-    )
-    with (tmp_path / "p.csv").open() as file:
-        assert len({row["image"] for row in csv.DictReader(file)}) == 3 + 2
-    (record,) = caplog.records
+    call = [str(folder), "--checkpoint", str(best_of(whole_run[0])), "--output", str(tmp_path / "p.csv")]
+    assert predict.main(call) == 0
+    assert len({row["image"] for row in guessed(tmp_path / "p.csv")}) == 3 + 2
+    (record,) = (record for record in caplog.records if record.name.startswith("visionmix"))
     assert "left out 1 file(s) that Pillow does not decode: notes.txt" in record.message
     assert not capsys.readouterr().err
 
@@ -109,28 +118,28 @@ def test_predict_sees_a_16_bit_image_as_the_8_bit_one(whole_run, tmp_path, capsy
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     files = [str(tmp_path / "8.png"), str(tmp_path / "16.png")]
-    assert predict.main([*files, "--checkpoint", str(whole_run[0] / "best.pt"), "--csv", str(tmp_path / "p.csv")]) == 0
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    first, second = ([row for row in rows if row["image"] == name] for name in files)
-    assert [row["class"] for row in first] == [row["class"] for row in second]
+    call = [*files, "--checkpoint", str(best_of(whole_run[0])), "--output", str(tmp_path / "p.csv")]
+    assert predict.main(call) == 0
+    first, second = guessed(tmp_path / "p.csv")
+    ranks = (1, 2, 3)
+    assert [first[f"class_{rank}"] for rank in ranks] == [second[f"class_{rank}"] for rank in ranks]
     # Rows of a batch differ in their last bit, by where they lie in memory.
-    likely, other = ([float(row["probability"]) for row in each] for each in (first, second))
+    likely, other = ([float(row[f"probability_{rank}"]) for rank in ranks] for row in (first, second))
     assert likely == pytest.approx(other, rel=1e-6)
     Image.fromarray(np.float32([[0, 255]])).save(tmp_path / "float.tif")
-    assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(whole_run[0] / "best.pt")]) == 1
+    assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(best_of(whole_run[0]))]) == 1
     assert "float.tif has mode 'F' and values from 0 to 255" in capsys.readouterr().err
 
 
 def test_predict_names_missing_images(whole_run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for path, words in (("empty", "holds no images"), ("nothing", "does not exist")):
-        assert predict.main([str(tmp_path / path), "--checkpoint", str(whole_run[0] / "best.pt")]) == 2
+        assert predict.main([str(tmp_path / path), "--checkpoint", str(best_of(whole_run[0]))]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_other_classes_and_another_model_are_refused(whole_run, tree, tmp_path, capsys):
-    best = str(whole_run[0] / "best.pt")
+    best = str(best_of(whole_run[0]))
     assert validate.main(["--checkpoint", best, "--model", "resnet18"]) == 2
     assert "holds a vit_tiny_patch16_224, not --model resnet18" in capsys.readouterr().err
     (tree / "val" / "red").rename(tree / "val" / "rouge")
@@ -143,7 +152,10 @@ def test_a_foreign_file_is_loaded_whole_or_not_at_all(name, tree, tmp_path, caps
     model = timm.create_model("test_vit", num_classes=3)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vit.pth")
     given = ["--data", str(tree), "--checkpoint", str(tmp_path / "vit.pth"), "--workers", "0"]
-    assert validate.main(["--model", "test_vit", *given]) == 0
+    assert validate.main(["--model", "test_vit", *given]) == 2
+    assert "which output each stands for" in capsys.readouterr().err
+    (tmp_path / "map").write_text("blue\ngreen\nred\n")
+    assert validate.main(["--model", "test_vit", *given, "--class-map", str(tmp_path / "map")]) == 0
     assert validate.main(given) == 2
     assert "does not say which model it holds" in capsys.readouterr().err
     assert validate.main(["--model", name, *given]) == 2
@@ -274,19 +286,18 @@ def test_num_classes_of_predict_must_be_that_of_the_weights(name, source, tree, 
 def test_a_foreign_file_says_how_many_classes_it_has(tree, tmp_path):
     save_foreign(tmp_path / "seven.pth", 7)
     call = ["--model", "test_vit", "--checkpoint", str(tmp_path / "seven.pth")]
-    assert predict.main([str(tree / "val" / "red"), *call, "--csv", str(tmp_path / "p.csv"), "--topk", "9"]) == 0
-    with (tmp_path / "p.csv").open() as file:
-        assert {row["class"] for row in csv.DictReader(file)} == set("0123456")
+    assert predict.main([str(tree / "val" / "red"), *call, "--output", str(tmp_path / "p.csv"), "--topk", "9"]) == 0
+    for row in guessed(tmp_path / "p.csv"):
+        assert {row[name] for name in row if name.startswith("class")} == set("0123456")
     assert validate.main([*call, "--data", str(tree)]) == 2
 
 
 def test_folders_named_by_a_checkpoints_labels_are_mapped_by_themselves(whole_run, tree, tmp_path):
-    call = ["--checkpoint", str(whole_run[0] / "best.pt"), "--data", str(tree), "--workers", "0"]
-    assert predict.main([str(tree / "val"), *call[:2], "--csv", str(tmp_path / "p.csv"), "--topk", "1"]) == 0
-    with (tmp_path / "p.csv").open() as file:
-        right = dict.fromkeys(("blue", "green", "red"), 0)
-        for row in csv.DictReader(file):
-            right[Path(row["image"]).parent.name] += row["class"] == Path(row["image"]).parent.name
+    call = ["--checkpoint", str(best_of(whole_run[0])), "--data", str(tree), "--workers", "0"]
+    assert predict.main([str(tree / "val"), *call[:2], "--output", str(tmp_path / "p.csv"), "--topk", "1"]) == 0
+    right = dict.fromkeys(("blue", "green", "red"), 0)
+    for row in guessed(tmp_path / "p.csv"):
+        right[Path(row["image"]).parent.name] += row["class_1"] == Path(row["image"]).parent.name
     for gone in ("blue", "green"):
         (tree / "val" / gone).rename(tmp_path / gone)
         assert validate.main([*call, "--json", str(tmp_path / "r.json")]) == 0
