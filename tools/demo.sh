@@ -13,4 +13,4 @@ prepare demo visionmix.tools skimage matplotlib rich
 .venv/bin/python tools/demo_data.py photos --out data/photos
 .venv/bin/python tools/train.py configs/demo/vig_photos.yaml --data data/photos --output output/demo --resume "$@"
 say ""
-say "Next:  .venv/bin/python tools/predict.py data/photos/val/cat --checkpoint output/demo/best.pt"
+say "Next:  .venv/bin/python tools/predict.py data/photos/val/cat --checkpoint output/demo/best.safetensors"

@@ -1,6 +1,6 @@
 """Classify images: the k most likely classes of each, with their probabilities.
 
-python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.pt
+python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.safetensors
 visionmix predict cat.jpg --model vig_s --pretrained --topk 3 --csv guesses.csv
 """
 

@@ -1,6 +1,6 @@
 """Test a model on an image folder: top-1, top-5, images a second.
 
-python tools/validate.py --checkpoint output/vig_photos/best.pt                 # knows its model, images and data
+python tools/validate.py --checkpoint output/vig_photos/best.safetensors        # knows its model, images and data
 visionmix validate --model vig_s --pretrained --data /data/imagenet
 visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --json result.json
 visionmix validate --model vig_s --pretrained --data /data/hundred_classes --class-map classes.txt
