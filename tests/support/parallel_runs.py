@@ -1,6 +1,7 @@
 """Runs of 2 gloo processes, started by torchrun: python -m torch.distributed.run --nproc-per-node 2 THIS WHAT [FOLDER].
 
 fsdp      print the greatest differences between sharded training and DDP, in float64 over 20 steps
+policy    print types of weights and the losses under each train.amp, sharded
 batch     print those between 2 processes, 1 with twice the batch, and accumulation
 move      go on from FOLDER/one in shards and save as FOLDER/shards; from there by DDP, save as FOLDER/ddp
 killed    train by the arguments that follow FOLDER; kill the second process once, in step 11
@@ -28,6 +29,7 @@ SHARDED = {
     "norm": {"optimizer": {"clip_grad": 0.05}},
     "value": {"optimizer": {"clip_grad": 0.01, "clip_mode": "value"}},
     "checkpointing": {"train": {"checkpointing": True}},
+    "compiled": {"train": {"compile": True}},
     "lamb": {"optimizer": {"name": "lamb"}},
     "muon": {"optimizer": {"name": "muon"}},
     "stages": {"model": {"name": "test_vig_h", "kwargs": {}}},
@@ -81,6 +83,18 @@ def fsdp() -> dict:
     return found
 
 
+def policy() -> dict:
+    torch.set_default_dtype(torch.float32)
+    found = {}
+    for amp in ("none", "bfloat16", "pure_bfloat16"):
+        made, seen = trainer(2, train={"amp": amp, "parallel": "fsdp"}), set()
+        layer = made.model.blocks[0].mlp.fc1
+        layer.register_forward_hook(lambda layer, *_, seen=seen: seen.add(str(layer.weight.dtype)))
+        losses = [made._update(batch(4, step)).item() for step in range(3)]
+        found[amp] = [*seen, str(layer.weight.dtype), losses]
+    return found
+
+
 def batches() -> dict:
     rank = dist.get_rank()
     sections = {"optimizer": {"lr_batch": None, "clip_grad": 1.0}}
@@ -125,7 +139,7 @@ def main(what: str, *arguments: str) -> int:
         return killed(Path(arguments[0]), list(arguments[1:]))
     dist.init_process_group("gloo")
     torch.set_default_dtype(torch.float32 if what == "move" else torch.float64)
-    result = move(Path(arguments[0])) if what == "move" else {"fsdp": fsdp, "batch": batches}[what]()
+    result = move(Path(arguments[0])) if what == "move" else {"fsdp": fsdp, "policy": policy, "batch": batches}[what]()
     if dist.get_rank() == 0:
         print(json.dumps(result))
     dist.destroy_process_group()

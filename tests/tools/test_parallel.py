@@ -21,7 +21,7 @@ def torchrun(*arguments, options=()):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     command += [str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -29,12 +29,23 @@ def torchrun(*arguments, options=()):
 @pytest.mark.long
 def test_sharded_training_equals_ddp():
     found = json.loads(torchrun("fsdp").splitlines()[-1])
-    assert len(found) == 9
+    assert len(found) == 10
     for name, (loss, weight, learned) in found.items():
         # Muon's own iterations are in bfloat16, and sum up in another order.
         assert loss < (1e-3 if name == "muon" else 1e-5), (name, loss)
         assert weight < (1e-2 if name == "muon" else 1e-5), (name, weight)
         assert learned > 1e-3, name
+
+
+@pytest.mark.long
+def test_a_sharded_model_computes_in_the_type_of_the_recipe():
+    found = json.loads(torchrun("policy").splitlines()[-1])
+    plain, mixed, pure = (found[amp] for amp in ("none", "bfloat16", "pure_bfloat16"))
+    assert plain[:2] == ["torch.float32", "torch.float32"]
+    assert mixed[:2] == ["torch.bfloat16", "torch.float32"]
+    assert pure[:2] == ["torch.bfloat16", "torch.bfloat16"]
+    assert mixed[2] == pytest.approx(plain[2], rel=0.02)
+    assert mixed[2] != plain[2]
 
 
 @pytest.mark.long
@@ -61,7 +72,8 @@ def test_checkpoints_of_one_process_load_in_two_and_in_shards_and_back(tmp_path)
         for part in ("model", "ema"):
             assert content[part].keys() == one[part].keys()
             assert all(torch.equal(content[part][name], value) for name, value in one[part].items())
-        assert content["optimizer"]["param_groups"] == one["optimizer"]["param_groups"]
+        groups, ours = (part["optimizer"]["param_groups"] for part in (content, one))
+        assert [group["params"] for group in groups] == [group["params"] for group in ours]
         for name, state in one["optimizer"]["state"].items():
             assert all(torch.equal(content["optimizer"]["state"][name][key], value) for key, value in state.items())
         assert (content["epoch"], content["step"], content["history"]) == (1, 10, [{"test_top1": 50.0}])
