@@ -53,6 +53,11 @@ def tree(tmp_path: Path) -> Path:
     return make_tree(tmp_path / "images")
 
 
+@pytest.fixture
+def make_images():
+    return make_tree
+
+
 def write_recipe(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(RECIPE))

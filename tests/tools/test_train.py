@@ -140,6 +140,16 @@ def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_saved(recipe_file, t
     assert "nothing is saved" in capsys.readouterr().out
 
 
+def test_minutes_between_checkpoints_are_those_of_the_recipe(recipe_file, tree, tmp_path, monkeypatch):
+    for minutes, saved in (("1e-9", "epoch_0000_step_00000002"), ("1000", None)):
+        with monkeypatch.context() as patch:
+            at_step(patch, 3, lambda self: os.kill(os.getpid(), signal.SIGINT))
+            # The step that is under way when the signal comes is finished, and saved as each one before.
+            assert run(recipe_file, tree, tmp_path / minutes, "--set", f"train.save_minutes={minutes}") == 130
+        found = last_of(tmp_path / minutes)
+        assert (found and found.name >= saved) if saved else found is None
+
+
 def test_a_finished_run_is_not_overwritten_by_mistake(finished, recipe_file, tree, capsys):
     before = contents(finished / "checkpoints")
     assert run(recipe_file, tree, finished) == 2
