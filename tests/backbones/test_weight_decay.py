@@ -8,11 +8,10 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from tiny_models import CORE, TINY
 
-import visionmix
 from visionmix.backbones.contract import Backbone
 
-NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
 # What begins as a recurrence's rates, skips and steps, or as a table of positions.
 LEAVES = {"A_log", "D", "delta_bias", "move_B", "bias_table", "position_bias"}
 EMBEDDINGS = {"pos_embed", "class_token"}
@@ -44,8 +43,14 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("made", COPIES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        pytest.param(name, made, marks=[] if made == "fresh" or name in CORE else pytest.mark.long)
+        for name in TINY
+        for made in COPIES
+    ],
+)
 def test_no_weight_decay_outlives_a_copy(name, made):
     model = COPIES[made](timm.create_model(name))
     keys = [key for key, _ in model.named_parameters()]

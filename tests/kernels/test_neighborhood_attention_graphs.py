@@ -138,6 +138,7 @@ def test_compile_with_inductor():
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_onnx_under_reference(tmp_path):
     """On a map of several tiles."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -249,7 +249,13 @@ def test_selective_scan_2d(height, width, states, rank, orders, merge):
     check(selective_scan_2d, tensors, delta_softplus=True, orders=orders, merge=merge)
 
 
-@pytest.mark.parametrize("orders", [CROSS, ("raster+raster_transposed", "snake")], ids=["cross", "joined"])
+@pytest.mark.parametrize(
+    "orders",
+    [
+        pytest.param(CROSS, id="cross"),
+        pytest.param(("raster+raster_transposed", "snake"), id="joined", marks=pytest.mark.long),
+    ],
+)
 def test_offsets_of_large_maps_and_rows_apart(monkeypatch, orders):
     """Offsets in int64, as a map of 2^31 values needs, and maps that are cut out of wider ones."""
     module = importlib.import_module("visionmix.kernels.selective_scan_2d.triton")

@@ -16,7 +16,6 @@ QUICK = [
     ("selective_scan", "one state", "gfx942", "float32"),
     ("selective_scan_2d", "windows, not merged", "sm_90", "bfloat16"),
     ("neighborhood_attention", "heads of 64", "gfx942", "float32"),
-    ("neighborhood_attention", "nat_mini stage 4", "sm_80", "float16"),
 ]
 LIMIT = compile_kernels.DEVICES["gfx942"].shared_program
 

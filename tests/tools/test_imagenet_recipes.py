@@ -12,10 +12,10 @@ import pytest
 import timm
 import torch
 import yaml
-from small_runs import CLASSES, CPU, begin, go_on
+from small_runs import CLASSES, CPU, begin, go_on, save
 
 from visionmix.models.family import family_of, list_family_models
-from visionmix.tools import checkpoint, recipe, train
+from visionmix.tools import recipe, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "imagenet").glob("*.yaml"))}
@@ -201,13 +201,13 @@ SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 def test_distillation_takes_two_steps(tree, tmp_path, name, model, kwargs):
     """From a small teacher; the published one exists and has the classes of ImageNet."""
     teacher = {"model": {"name": "vit_tiny_patch16_224", "kwargs": SMALL}}
-    checkpoint.save(tmp_path / "teacher.pt", begin(**teacher).state())
+    checkpoint = save(tmp_path / "teacher", begin(**teacher))
     made, trainer = two_steps(
         tree,
         FINE[name],
         model={"name": model, "kwargs": kwargs},
         data={"image_size": 32},
-        distill={"teacher": None, "checkpoint": str(tmp_path / "teacher.pt")},
+        distill={"teacher": None, "checkpoint": str(checkpoint)},
     )
     check_steps(made, trainer)
     assert math.isfinite(trainer.own_losses["distill"])

@@ -257,6 +257,7 @@ def test_options_change_what_is_assumed(capsys):
     assert f"step {host * 1e3:.2f}" in shown
 
 
+@pytest.mark.long
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(capsys, monkeypatch):
     def count(batch, checkpointing=False):
         return step_cost.count(made("test_vig", batch, 96), batch, classes=1000, checkpointing=checkpointing)

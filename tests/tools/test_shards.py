@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import last_of
 
 from visionmix.tools import data, pack, recipe, shards, train
 from visionmix.tools.recipe_keys import DataRecipe
@@ -248,4 +249,4 @@ def test_a_training_run_over_shards(packed, recipe_file, tmp_path, capsys):
     arguments = [str(recipe_file), "--data", str(packed), "--output", str(output), "--device", "cpu", "--epochs", "2"]
     assert train.main(arguments) == 0, capsys.readouterr().err
     assert "18 train and 9 test images" in capsys.readouterr().out
-    assert (output / "last.pt").is_file()
+    assert last_of(output).name == "epoch_0002"
