@@ -85,10 +85,8 @@ class Trainer:
         self.epoch, self.step, self.history = 0, 0, []
         self.gathered = 0  # batches whose gradients wait for the step
         self.own_losses: dict[str, torch.Tensor] = {}  # beside that of the labels: means over the last epoch
-        self.sums, self.losses = (
-            run_state.Sums(0.0),
-            [],
-        )  # of this epoch; losses that are not yet added
+        self.sums = run_state.Sums(0.0)  # of this epoch
+        self.losses: list[torch.Tensor] = []  # that are not yet added to it
         self.begun: dict | None = None  # place, sums and generators in an epoch that a checkpoint begins in
         if recipe.train.sync_bn and world > 1 and device.type == "cpu":
             raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
