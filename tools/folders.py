@@ -5,6 +5,7 @@ An image's class is the first folder below the split; the image may lie at any d
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from timm.utils.misc import natural_key
@@ -75,11 +76,10 @@ class FolderSet(ImageSet):
     Args:
         folder: of class folders.
         classes: names of all class folders.
-        transform: from a PIL image to a tensor, or a tensor and its boxes; a dictionary of them where keys have sizes.
-        seed: with the key it determines the augmentation.
-        replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
+        transform: as `ImageSet` takes it.
         outputs: the model's output for each of `classes`; their own order where None.
         count: number of class folders, where it is known.
+        augmented: `seed` and `replace` of `ImageSet`.
 
     Raises:
         ValueError: `find_classes` refuses the folder, or a class folder is not one of `classes`.
@@ -91,12 +91,11 @@ class FolderSet(ImageSet):
         classes: Sequence[str],
         transform,
         *,
-        seed: int,
-        replace: bool,
         outputs: Sequence[int] | None = None,
         count: int | None = None,
+        **augmented: Any,
     ) -> None:
-        super().__init__(transform, seed=seed, replace=replace)
+        super().__init__(transform, **augmented)
         own = find_classes(folder, count)
         targets = match_classes(folder, own, classes, outputs)
         self.samples: list[tuple[str, int]] = []

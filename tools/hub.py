@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -103,11 +104,10 @@ class HubSet(ImageSet):
     Args:
         dataset: the split.
         classes: names of all classes.
-        transform: from a PIL image to a tensor, or a tensor and its boxes; a dictionary of them where keys have sizes.
-        seed: with the key it determines the augmentation.
-        replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
+        transform: as `ImageSet` takes it.
         outputs: the model's output for each of `classes`; their own order where None.
         count: number of classes, where labels are plain integers.
+        augmented: `seed` and `replace` of `ImageSet`.
 
     Raises:
         ValueError: `find_classes` refuses the data set, or an image has no class.
@@ -119,12 +119,11 @@ class HubSet(ImageSet):
         classes: Sequence[str],
         transform,
         *,
-        seed: int,
-        replace: bool,
         outputs: Sequence[int] | None = None,
         count: int | None = None,
+        **augmented: Any,
     ) -> None:
-        super().__init__(transform, seed=seed, replace=replace)
+        super().__init__(transform, **augmented)
         own = find_classes(dataset, count)
         self.name = f"{dataset.info.dataset_name or 'data set'} {dataset.split or ''}".strip()
         outputs = match_classes(self.name, own, classes, outputs)

@@ -228,11 +228,10 @@ class ShardSet(ImageSet):
     Args:
         files: the shards.
         classes: names of all classes.
-        transform: from a PIL image to a tensor, or a tensor and its boxes; a dictionary of them where keys have sizes.
-        seed: with the key it determines the augmentation.
-        replace: draw another image in place of an unreadable one, as training does; otherwise it is left out.
+        transform: as `ImageSet` takes it.
         outputs: the model's output for each of `classes`; their own order where None.
         count: number of classes, where shards have no index.
+        augmented: `seed` and `replace` of `ImageSet`.
 
     Raises:
         ValueError: `find_classes` refuses the shards, one of them is not the one that the index describes, or holds a
@@ -245,12 +244,11 @@ class ShardSet(ImageSet):
         classes: Sequence[str],
         transform,
         *,
-        seed: int,
-        replace: bool,
         outputs: Sequence[int] | None = None,
         count: int | None = None,
+        **augmented: Any,
     ) -> None:
-        super().__init__(transform, seed=seed, replace=replace)
+        super().__init__(transform, **augmented)
         self.files = [str(file) for file in files]
         own = find_classes(files, count)
         tables = list(_tables(files, len(own)))
