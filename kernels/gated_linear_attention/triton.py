@@ -76,7 +76,7 @@ class _Problem:
         large = narrow and self.dk <= 32
         self.levels = 5 if large and self.length > 16 else 4
         self.warps = 2 if large else 1
-        self.block_v = _tile(self.dv, 32 if narrow and self.dv <= 64 else 16)
+        self.block_v = _tile(self.dv, 32 if narrow and 32 < self.dv <= 64 else 16)
         self.chunks = triton.cdiv(self.length, 1 << self.levels)
         self.common = {
             "p_ones": _ones(self.levels, q.device),
