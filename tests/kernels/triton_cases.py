@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerator import TRITON_DEVICE, needs_gpu
+from quick_interpreter import spare_repeated_work
 from random_calls import OPS, dense, stray
 from tolerance import TOLERANCE, assert_close, gradients
 
 from visionmix import kernels
 from visionmix.kernels.selective_scan_2d.chunks import entering_shape
 from visionmix.kernels.selective_scan_2d.schema import Arguments, Gradients
+
+if TRITON_DEVICE == "cpu":
+    spare_repeated_work()
 
 CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 
