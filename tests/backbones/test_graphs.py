@@ -10,15 +10,13 @@ from torch.export import Dim
 
 import visionmix
 
-# Every model's graphs are tested; those of one in the quick suite too, since each takes up to a minute.
-QUICK = ("test_plain",)
-ANY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in TINY])
 SIZES = [(96, 128), (96, 96), (225, 193)]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("device", DEVICES)
-@ANY
+@pytest.mark.parametrize("name", TINY)
 def test_one_compiled_graph_serves_all_sizes(name, device, backend):
     model = timm.create_model(name).eval().to(device)
     torch._dynamo.reset()
@@ -31,7 +29,8 @@ def test_one_compiled_graph_serves_all_sizes(name, device, backend):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@ANY
+# Every model's graphs are tested; one of one model in the quick suite too, since each takes up to a minute.
+@pytest.mark.parametrize("name", [n if n == "test_plain" else pytest.param(n, marks=pytest.mark.long) for n in TINY])
 def test_exported_for_any_size(name):
     model = timm.create_model(name).eval()
     axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}

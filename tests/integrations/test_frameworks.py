@@ -246,7 +246,11 @@ def tiny(folder, kind: str):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "run"), [("detection", "trees", train_det), ("segmentation", "nuclei", train_seg)]
+    ("kind", "config", "run"),
+    [
+        pytest.param("detection", "trees", train_det, marks=pytest.mark.long),
+        ("segmentation", "nuclei", train_seg),
+    ],
 )
 def test_training_saves_resumes_and_is_drawn(tmp_path, kind, config, run):
     data = str(tiny(tmp_path / "data", kind))

@@ -279,7 +279,9 @@ def test_vmap_under_reference(module):
         assert_same([torch.vmap(model)(x)], [torch.stack([model(part) for part in x])])
 
 
-@MODULES
+@pytest.mark.parametrize(
+    "module", [Scan, *(pytest.param(each, marks=pytest.mark.long) for each in (Attention, BothWays, CrossScan))]
+)
 def test_onnx_under_reference(module, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -239,7 +239,9 @@ def small_tiles(monkeypatch):
         (3, 5, 1, 3, CROSS, "sum"),
         (5, 4, 2, 0, ("hilbert", "raster_reversed"), "mean"),
         (2, 3, 1, 20, ("raster", "raster_reversed"), "sum"),
-        (3, 6, 1, 2, ("raster", "hilbert_reversed", "raster_reversed", "hilbert"), "mean"),
+        pytest.param(
+            3, 6, 1, 2, ("raster", "hilbert_reversed", "raster_reversed", "hilbert"), "mean", marks=pytest.mark.long
+        ),
         pytest.param(5, 4, 1, 2, ("raster+raster_transposed", "snake"), "none", marks=pytest.mark.long),
         pytest.param(5, 7, 1, 0, ("window_2", "raster"), "sum", marks=pytest.mark.long),
         pytest.param(1, 1, 1, 2, CROSS, "sum", marks=pytest.mark.long),
@@ -256,7 +258,8 @@ def test_selective_scan_2d(height, width, states, rank, orders, merge):
 @pytest.mark.parametrize(
     "orders",
     [
-        pytest.param(CROSS, id="cross"),
+        pytest.param(("raster", "raster_reversed"), id="both ways"),
+        pytest.param(CROSS, id="cross", marks=pytest.mark.long),
         pytest.param(("raster+raster_transposed", "snake"), id="joined", marks=pytest.mark.long),
     ],
 )

@@ -156,7 +156,7 @@ def test_maps_of_models(grid, window, dtype):
     )
 
 
-@pytest.mark.parametrize("extra", [pytest.param(0, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("extra", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_strided_and_expanded_tensors(extra):
     tensors = {name: x.float() for name, x in make((3, 5), 3, heads=2, key_heads=2, extra=extra, batch=2).items()}
     strided = {name: x.transpose(1, -1).contiguous().transpose(1, -1) for name, x in tensors.items()}

@@ -91,6 +91,7 @@ def test_list(capsys):
     assert all(name in printed for name in [*scans.names(), *scans.direction_sets(), *scans.MODIFIERS])
 
 
+@pytest.mark.long
 def test_runs_from_a_clone(tmp_path):
     run = subprocess.run(
         [sys.executable, draw_scans.__file__, "hilbrt"], cwd=tmp_path, capture_output=True, text=True, check=False
