@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -13,6 +12,7 @@ from torchmetrics import CatMetric, MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from visionmix.tools import processes
 from visionmix.tools.data import UnreadableData
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,11 +62,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 def gather_lines(lines: list[str]) -> list[str]:
     """Return the sorted distinct lines of all processes."""
-    if dist.is_initialized():
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, lines)
-        lines = [line for own in everyone for line in own]
-    return sorted(set(lines))
+    return sorted({line for own in processes.gather(lines) for line in own})
 
 
 @torch.inference_mode()

@@ -10,16 +10,14 @@ weights alone), summary.csv (a row an epoch), tensorboard/, curves.png, confusio
 
 import argparse
 import csv
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from visionmix.tools import checkpoint, data, logs, models, pictures, recipe, recipe_keys, saving
+from visionmix.tools import checkpoint, data, logs, pictures, processes, recipe, recipe_keys, saving
 from visionmix.tools.display import Display, duration
 from visionmix.tools.stopping import Interrupted, Stop
 from visionmix.tools.trainer import Trainer, predict_some
@@ -232,32 +230,11 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
             display.note(f"  {output / file!s:<40} {meaning}")
 
 
-def start_processes(device: str | None) -> tuple[torch.device, int, int]:
-    """Return (device, rank, world size), joining the other processes where torchrun started several."""
-    world, rank, local = (int(os.environ.get(name, first)) for name, first in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
-    if world > 1 and device is None and torch.cuda.is_available():
-        device = f"cuda:{local}"
-    chosen = models.choose_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world > 1:
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps its store, with the addresses of dead processes in it, when it starts new ones.
-            store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return chosen, rank, world
-
-
 def check_agreement(last: Path | None) -> None:
     """Check that all processes go on from the same checkpoint; raises ValueError where one does not see it."""
-    if dist.is_initialized():
-        each: list = [None] * dist.get_world_size()
-        dist.all_gather_object(each, str(last and last.name))
-        if len(set(each)) > 1:
-            raise ValueError(f"the processes see different checkpoints: {', '.join(each)}; they need the same folder")
+    each = processes.gather(str(last and last.name))
+    if len(set(each)) > 1:
+        raise ValueError(f"the processes see different checkpoints: {', '.join(each)}; they need the same folder")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -266,7 +243,7 @@ def train(args: argparse.Namespace) -> int:
         output, last, broken = find_start(args)
         made, content = prepare(args, last)
         classes = data.check_data(made.data)
-        device, rank, world = start_processes(args.device)
+        device, rank, world = processes.join(args.device)
         check_agreement(last)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
@@ -274,8 +251,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         return _train(made, output, content, last, broken, classes, device, rank, world)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()
 
 
 def make_run(

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from visionmix.models import published
-from visionmix.tools import checkpoint, data, models
+from visionmix.tools import checkpoint, data, models, processes
 from visionmix.tools.arguments import check_least
 from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map, synset_outputs
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, evaluate
 from visionmix.tools.real_labels import RealLabels, read_real_labels
 from visionmix.tools.recipe import from_dict
-from visionmix.tools.train import start_processes
 
 _NO_DATA = "--data is missing: give a folder of class folders"
 COLUMNS = (
@@ -303,14 +301,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_least(1, batch_size=args.batch_size, img_size=args.img_size)
         check_least(0, workers=args.workers)
-        tests = Tests(args, *start_processes(args.device))
+        tests = Tests(args, *processes.join(args.device))
         return max([_test(tests, name, file) for name, file in tests.jobs])
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()
 
 
 def _test(tests: Tests, name: str | None, file: str | None) -> int:
