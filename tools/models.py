@@ -237,19 +237,24 @@ class Trained:
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
         input: the images that it takes.
-        data: the section `data` of the recipe by which it was trained, if known.
+        recipe: by which it was trained, as `recipe.to_dict` returns it, if known.
     """
 
     model: nn.Module
     name: str
     classes: list[str] | None
     input: Input
-    data: dict[str, Any] | None
+    recipe: dict[str, Any] | None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether its images have any number of labels."""
+        return bool(self.recipe and self.recipe["data"].get("multilabel"))
 
     @property
     def outputs(self) -> Outputs:
         """The model's outputs and their labels."""
-        own = self.data is not None and self.classes is not None
+        own = self.recipe is not None and self.classes is not None
         return Outputs(self.name, self.model.num_classes, self.classes, own)
 
 
@@ -316,7 +321,7 @@ def load_trained(
     if labels is None and model.num_classes == 1000:
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
-    return Trained(model, name, labels, inputs, recipe.get("data"))
+    return Trained(model, name, labels, inputs, recipe or None)
 
 
 def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:

@@ -66,7 +66,8 @@ def predict(
     """Yield a row for each of `items`, a batch at a time.
 
     A row has `image`, `error` (None, or why the picture cannot be read), `class_1` and `probability_1` of the likeliest
-    class, further ones down to `topk`, and `features` where they are wanted.
+    class, further ones down to `topk`, and `features` where they are wanted. Probabilities of all classes have the sum
+    1, except of a model trained on images of several labels.
     """
     model, settings = trained.model, trained.input
     transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
@@ -91,7 +92,9 @@ def predict(
                 logits = model.forward_head(hidden) if topk else None
             if topk:
                 logits = model(images) if logits is None else logits
-                likely, guesses = logits.float().softmax(1).topk(topk, dim=1)
+                logits = logits.float()
+                likely = logits.sigmoid() if trained.multilabel else logits.softmax(1)
+                likely, guesses = likely.topk(topk, dim=1)
                 for place, values, indices in zip(places, likely.tolist(), guesses.tolist(), strict=True):
                     for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1):
                         rows[place] |= {f"class_{rank}": names[index], f"probability_{rank}": value}

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from visionmix.tools import checkpoint, data, logs, pictures, processes, recipe, recipe_keys, saving
+from visionmix.tools import checkpoint, data, evaluation, logs, pictures, processes, recipe, recipe_keys, saving
 from visionmix.tools.display import Display, duration
+from visionmix.tools.score import score
 from visionmix.tools.stopping import Interrupted, Stop
-from visionmix.tools.trainer import Trainer, predict_some
+from visionmix.tools.trainer import Trainer
 
 FOLDER = "checkpoints"  # in the output folder
 
@@ -158,8 +159,7 @@ def run_epochs(
             "epoch": trainer.epoch + 1,
             "train_loss": loss,
             "test_loss": result.loss,
-            "test_top1": result.top1,
-            "test_top5": result.top5,
+            **{f"test_{name}": value for name, value in result.figures.items()},
             "lr": trainer.sums.lr,
             "images_per_second": (trainer.step - first) * trainer.images_a_step / trained,
             "seconds": time.perf_counter() - start,
@@ -188,8 +188,8 @@ def run_epochs(
 
 
 def best_row(trainer: Trainer) -> dict:
-    """Return the row of the first epoch with the best test top-1."""
-    return max(trainer.history, key=lambda row: row["test_top1"])
+    """Return the row of the first epoch with the best test figure."""
+    return max(trainer.history, key=score)
 
 
 def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: Stop) -> None:
@@ -199,21 +199,25 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
     trainer.epoch += 1
     if trainer.rank:
         return
-    name = trainer.recipe.model.name
+    made, name = trainer.recipe, trainer.recipe.model.name
     display.note("drawing pictures ...")
     files = {name: output / f"{name}.png" for name in ("curves", "confusion", "predictions")}
     try:
-        pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(trainer.recipe.data.path).name}")
-        pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
-        pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), files["predictions"])
+        pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(made.data.path).name}")
+        if result.targets is not None:
+            pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
+        shown = evaluation.predict_some(
+            trainer.tested, test_loader.dataset, trainer.classes, trainer.device, made.train.amp, made.train.seed
+        )
+        pictures.draw_predictions(*shown, files["predictions"])
     except OSError as error:  # of a full disk: the training stands without them
         display.note(str(error), "yellow")
     trainer.logs.pictures(trainer.step, {name: file for name, file in files.items() if file.is_file()})
     best = best_row(trainer)
     seconds = sum(row["seconds"] for row in trainer.history)
     display.note(
-        f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test top-1 {result.top1:.2f} %, "
-        f"top-5 {result.top5:.2f} % of {result.count} images (best epoch {best['epoch']}: {best['test_top1']:.2f} %)",
+        f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test {result.text} "
+        f"of {result.count} images (best epoch {best['epoch']}: {score(best):.2f} %)",
         "bold green",
     )
     for file, meaning in (

@@ -8,7 +8,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.nn import functional as F
 
 from visionmix.tools import data, recipe
-from visionmix.tools.trainer import criterion
+from visionmix.tools.losses import criterion
 
 CLASSES = ["blue", "green", "red"]
 NORMALISE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
