@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import ImageNetInfo, resolve_data_config
+from timm.layers import convert_splitbn_model
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
@@ -22,13 +23,14 @@ from visionmix.tools import checkpoint
 
 @dataclass
 class Input:
-    """The images a model is tested on: side in pixels, resizing, and the mean and std of normalisation."""
+    """The images a model is tested on: side in pixels, resizing and crop, and the mean and std of normalisation."""
 
     image_size: int
     interpolation: str
     crop_pct: float
     mean: list[float]
     std: list[float]
+    crop_mode: str = "center"
 
     @property
     def normalise(self) -> dict[str, tuple[float, ...]]:
@@ -110,6 +112,21 @@ def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
     return reduction.apply(model, method, **options)
 
 
+def split_batch_norms(model: nn.Module, splits: int, name: str) -> nn.Module:
+    """Return `model` with batch norms for each of `splits` parts of a batch, as timm makes them.
+
+    Raises:
+        ValueError: it has no batch norms, or some of other shapes than timm splits.
+    """
+    kinds = {type(layer) for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    if kinds != {nn.BatchNorm2d}:
+        has = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no batch norms"
+        raise ValueError(
+            f"train.split_bn=True splits layers that are BatchNorm2d, and model {name!r} has {has}; set it to false"
+        )
+    return convert_splitbn_model(model, splits)
+
+
 def check_input(model: nn.Module, name: str, image_size: int, device: torch.device) -> None:
     """Raise ValueError when the model cannot take RGB images of this size, before any work is done."""
     training = model.training
@@ -132,6 +149,7 @@ def model_input(model: nn.Module, **given: Any) -> Input:
         "image_size": config["input_size"][-1],
         "interpolation": config["interpolation"],
         "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
         "mean": list(config["mean"]),
         "std": list(config["std"]),
     }

@@ -70,7 +70,9 @@ def predict(
     1, except of a model trained on images of several labels.
     """
     model, settings = trained.model, trained.input
-    transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
+    transform = data.eval_transform(
+        settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise, settings.crop_mode
+    )
     names = trained.classes or [str(i) for i in range(model.num_classes)]
     loader = DataLoader(
         ItemSet(items, transform),

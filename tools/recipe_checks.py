@@ -12,6 +12,7 @@ _RANGES = {
     "augment.erase_prob": (0, 1),
     "augment.mixup": (0, math.inf),
     "augment.cutmix": (0, math.inf),
+    "augment.crop_padding": (0, math.inf),
     "augment.repeats": (1, math.inf),
     "augment.splits": (0, math.inf),
     "optimizer.lr": (0, math.inf),
@@ -81,16 +82,7 @@ def check_values(recipe: Recipe, source: str) -> None:
         raise ValueError(
             f"{source}: train.label_smoothing=1.0 leaves train.loss={train.loss} nothing to learn; lower it"
         )
-    if (train.loss == "jsd") != (recipe.augment.splits > 1):
-        raise ValueError(
-            f"{source}: train.loss={train.loss!r} and augment.splits={recipe.augment.splits} do not fit; jsd compares "
-            "two or more splits, and the other losses take none"
-        )
-    if recipe.augment.splits and (recipe.augment.mixup or recipe.augment.cutmix):
-        raise ValueError(
-            f"{source}: augment.splits={recipe.augment.splits} does not go with mixup and CutMix, which would mix the "
-            "views of an image with those of others; set augment.mixup and augment.cutmix to 0"
-        )
+    _check_views(recipe, source)
     _check_labels(recipe, source)
     for key, value in (
         ("train.mesa_temperature", train.mesa_temperature),
@@ -117,6 +109,36 @@ def check_values(recipe: Recipe, source: str) -> None:
         _check_sharded(recipe, source)
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+
+
+def _check_views(recipe: Recipe, source: str) -> None:
+    """Check crops, and what goes with several views of each image."""
+    augment, train = recipe.augment, recipe.train
+    if augment.crop_padding and augment.crop_mode != "simple":
+        raise ValueError(
+            f"{source}: augment.crop_padding={augment.crop_padding} belongs to augment.crop_mode=simple, not to "
+            f"{augment.crop_mode}"
+        )
+    if augment.crop_mode == "simple" and recipe.data.interpolation == "random":
+        raise ValueError(
+            f"{source}: data.interpolation='random' does not go with augment.crop_mode=simple; set it to bicubic"
+        )
+    if (train.loss == "jsd") != (augment.splits > 1):
+        raise ValueError(
+            f"{source}: train.loss={train.loss!r} and augment.splits={augment.splits} do not fit; jsd compares "
+            "two or more splits, and the other losses take none"
+        )
+    if train.split_bn and augment.splits < 2:
+        raise ValueError(
+            f"{source}: train.split_bn=True needs views to tell apart; set augment.splits to 2 or more, or it to false"
+        )
+    if train.split_bn and train.sync_bn:
+        raise ValueError(f"{source}: train.split_bn=True does not go with train.sync_bn; set one of them to false")
+    if augment.splits and (augment.mixup or augment.cutmix):
+        raise ValueError(
+            f"{source}: augment.splits={augment.splits} does not go with mixup and CutMix, which would mix the "
+            "views of an image with those of others; set augment.mixup and augment.cutmix to 0"
+        )
 
 
 def _check_labels(recipe: Recipe, source: str) -> None:

@@ -44,7 +44,9 @@ class DataRecipe:
         batch_size: images that a process takes at once; a step takes train.accumulate such batches of each process.
         workers: data-loading processes of each training process.
         interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
-        crop_pct: at test the shorter side is resized to image_size / crop_pct, then the centre is cut out.
+        crop_pct: at test images are resized to image_size / crop_pct, then the centre is cut out.
+        crop_mode: at test "center" resizes the shorter side; "squash" both, at the cost of the aspect ratio, as
+            Agent-Attention and FLatten do; "border" the longer one, with the mean colour around.
         mean: of each channel, of pixels in 0..1; None takes the model's own.
         std: of each channel, of pixels in 0..1; None takes the model's own.
     """
@@ -60,6 +62,7 @@ class DataRecipe:
     workers: int = 8
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
     mean: list[float] | None = None
     std: list[float] | None = None
 
@@ -69,6 +72,10 @@ class AugmentRecipe:
     """Augmentation of training images, as `timm.data.create_transform` and `timm.data.Mixup` understand it.
 
     Attributes:
+        crop_mode: "rrc", a window of random size and aspect ratio; "simple", one of image_size in an image that is
+            resized as at test, as DeiT III (with crop_padding=4 and data.crop_pct=1) and RaftMLP have it; or timm's
+            "rkrc" and "rkrr", which resize by scale and ratio one time in two, then take the centre or any window.
+        crop_padding: reflected pixels on each side in which a "simple" window may lie, too.
         scale: least and greatest area of the random crop, as a fraction of the image.
         ratio: least and greatest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
@@ -86,6 +93,8 @@ class AugmentRecipe:
         splits: views of each image, the first without auto_augment, for train.loss=jsd; 0 for one view.
     """
 
+    crop_mode: Literal["rrc", "simple", "rkrc", "rkrr"] = "rrc"
+    crop_padding: int = 0
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
     hflip: float = 0.5
@@ -184,6 +193,8 @@ class TrainRecipe:
         compile: run training steps through torch.compile, for speed; each image size is compiled once.
         checkpointing: compute each block's activations again in the backward pass, for memory.
         channels_last: lay images and convolutions out with channels last, in which convolutions of GPUs are faster.
+        split_bn: give each of augment.splits its own batch norms, of which the first are tested and saved as the best
+            weights (AdvProp, arXiv 1911.09665).
         sync_bn: take batch norms' statistics over all processes, where one has too few images.
         parallel: of several processes, "ddp" gives each the whole model; "fsdp" a part of each block's parameters,
             gradients and optimiser's state (FSDP2), for models that one GPU has no room for.
@@ -206,6 +217,7 @@ class TrainRecipe:
     compile: bool = False
     checkpointing: bool = False
     channels_last: bool = False
+    split_bn: bool = False
     sync_bn: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     save_steps: int = 0

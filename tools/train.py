@@ -180,7 +180,8 @@ def run_epochs(
             try:
                 if best:
                     about = {key: content[key] for key in ("recipe", "classes", "input", "epoch")}
-                    checkpoint.save_weights(output / "best.safetensors", trainer.tested.state_dict(), about)
+                    weights = checkpoint.without_splits(trainer.tested.state_dict())
+                    checkpoint.save_weights(output / "best.safetensors", weights, about)
                 write_summary(output / "summary.csv", trainer.history)
             except OSError as error:
                 display.note(f"{error}; the training goes on", "bold red")
@@ -288,7 +289,7 @@ def make_run(
     normalise = trainer.input.normalise
     sets["train"].transform = data.train_transform(made, normalise)
     sets["val"].transform = data.eval_transform(
-        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
+        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise, made.data.crop_mode
     )
     return trainer, train_loader, test_loader
 

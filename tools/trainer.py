@@ -88,6 +88,7 @@ class Trainer:
             image_size=wanted.image_size,
             interpolation="bicubic" if wanted.interpolation == "random" else wanted.interpolation,
             crop_pct=wanted.crop_pct,
+            crop_mode=wanted.crop_mode,
             mean=wanted.mean,
             std=wanted.std,
         )
@@ -134,6 +135,8 @@ class Trainer:
         wanted = self.recipe.train
         if wanted.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
+        if wanted.split_bn:
+            self.model = models.split_batch_norms(self.model, self.recipe.augment.splits, self.recipe.model.name)
         self.layout = torch.channels_last if wanted.channels_last else torch.preserve_format
         if wanted.channels_last:
             self.model.to(memory_format=self.layout)

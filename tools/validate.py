@@ -214,7 +214,7 @@ class Tests:
         )
         settings = trained.input
         transform = data.eval_transform(
-            settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise
+            settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise, settings.crop_mode
         )
         if self.folder and trained.multilabel:
             raise ValueError(f"{file} was trained on images of several labels; give --data a folder with val.csv")
