@@ -192,7 +192,12 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the weights to test and use: the moving average where there is one."""
-    return content.get("ema") or content["model"]
+    return without_splits(content.get("ema") or content["model"])
+
+
+def without_splits(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict without the batch norms that `timm.layers.convert_splitbn_model` adds for training alone."""
+    return {name: value for name, value in state.items() if ".aux_bn." not in name}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

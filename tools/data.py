@@ -1,4 +1,4 @@
-"""The images of a run, of whatever kind: an image folder, WebDataset shards or a Hugging Face data set.
+"""The images of a run, of whatever kind: an image folder, CSV files, WebDataset shards or a Hugging Face data set.
 
 Each kind has a module with `find_split`, `find_classes` and an `ImageSet`; all are loaded, augmented and resumed alike.
 """
@@ -6,7 +6,7 @@ Each kind has a module with `find_split`, `find_classes` and an `ImageSet`; all 
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionmix.tools import folders, hub, shards
+from visionmix.tools import folders, hub, manifests, shards
 from visionmix.tools.folders import FolderSet, find_classes, split_folder
 from visionmix.tools.hub import HubSet
 from visionmix.tools.images import UnreadableImage
@@ -23,6 +23,7 @@ from visionmix.tools.loading import (
     make_loader,
     seed_everything,
 )
+from visionmix.tools.manifests import ManifestSet
 from visionmix.tools.recipe_keys import DataRecipe
 from visionmix.tools.shards import ShardSet
 from visionmix.tools.transforms import eval_transform, train_transform
@@ -52,15 +53,28 @@ __all__ = [
 ]
 
 
-_SETS = {folders: FolderSet, hub: HubSet, shards: ShardSet}
+_SETS = {folders: FolderSet, hub: HubSet, manifests: ManifestSet, shards: ShardSet}
+_MULTILABEL = (hub, manifests)  # kinds whose images may have several labels
 
 
 def _kind(wanted: DataRecipe):
-    """Return the module that reads the data."""
+    """Return the module that reads the data; raises ValueError where images of such data have one label each."""
+    kind = _find_kind(wanted)
+    if wanted.multilabel and kind not in _MULTILABEL:
+        raise ValueError(
+            f"data.multilabel=True, but images of {wanted.path} have one class each; list them with their labels in "
+            "train.csv and val.csv, or in a Hugging Face data set"
+        )
+    return kind
+
+
+def _find_kind(wanted: DataRecipe):
     if wanted.path.startswith(hub.PREFIX) or hub.is_saved(Path(wanted.path)):
         return hub
-    inside = (str(Path(wanted.path, name)) for name in (wanted.train, wanted.val) if name is not None)
-    return shards if any(map(shards.has_shards, (wanted.path, *inside))) else folders
+    places = [wanted.path, *(str(Path(wanted.path, name)) for name in (wanted.train, wanted.val) if name is not None)]
+    if any(manifests.has_manifests(Path(place)) for place in places):
+        return manifests
+    return shards if any(map(shards.has_shards, places)) else folders
 
 
 def absolute(path: str) -> str:
@@ -80,7 +94,8 @@ def check_data(wanted: DataRecipe) -> list[str]:
         kind.find_classes(kind.find_split(wanted.path, split, getattr(wanted, split)), wanted.classes)
         for split in ("train", "val")
     )
-    if classes != test_classes:
+    # A rare label may have no test image.
+    if classes != test_classes and not (kind is manifests and set(test_classes) < set(classes)):
         only = {
             "train": sorted(set(classes) - set(test_classes))[:5],
             "val": sorted(set(test_classes) - set(classes))[:5],
@@ -131,4 +146,7 @@ def open_split(
     """
     kind = _kind(wanted)
     found = kind.find_split(wanted.path, split, getattr(wanted, split))
-    return _SETS[kind](found, classes, transform, seed=seed, replace=replace, outputs=outputs, count=wanted.classes)
+    options = {"seed": seed, "replace": replace, "outputs": outputs, "count": wanted.classes}
+    if kind in _MULTILABEL:
+        options["multilabel"] = wanted.multilabel
+    return _SETS[kind](found, classes, transform, **options)

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from visionmix.tools.images import UnreadableImage, read_rgb
-from visionmix.tools.loading import SPLITS, ImageSet, match_classes
+from visionmix.tools.loading import SPLITS, ImageSet, match_classes, multi_hot
 
 PREFIX = "hf:"
 
@@ -70,7 +71,7 @@ def find_classes(dataset, count: int | None = None) -> list[str]:
     Raises:
         ValueError: there is not one column of images and one of labels, or the number of classes is not known.
     """
-    label = dataset.features[_columns(dataset)[1]]
+    label = _label(dataset.features[_columns(dataset)[1]])
     names = getattr(label, "names", None)
     if names is None and count is None:
         raise ValueError(f"the labels of {dataset.info.dataset_name or 'the data set'} are plain integers; "
@@ -82,18 +83,24 @@ def find_classes(dataset, count: int | None = None) -> list[str]:
     return names
 
 
+def _label(feature):
+    """Return the feature of one label: that of a column, or of the items of its lists."""
+    return getattr(feature, "feature", feature)
+
+
 def _columns(dataset) -> tuple[str, str]:
     """Return the names of the columns with images and labels."""
     datasets = library()
     features = dataset.features
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = [name for name, kind in features.items() if isinstance(_label(kind), datasets.ClassLabel)]
     if not labels:
-        labels = [name for name, kind in features.items() if name in ("label", "labels") and kind.dtype == "int64"]
+        labels = [name for name in ("label", "labels") if getattr(_label(features.get(name)), "dtype", "") == "int64"]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
             f"the data set has columns {', '.join(features)}, with {len(images)} of images and {len(labels)} of labels "
-            "(ClassLabel, or integers called label); it needs one of each: cast or remove the others and save it"
+            "(ClassLabel, or integers called label, or lists of them); it needs one of each: cast or remove the others "
+            "and save it"
         )
     return images[0], labels[0]
 
@@ -105,12 +112,14 @@ class HubSet(ImageSet):
         dataset: the split.
         classes: names of all classes.
         transform: as `ImageSet` takes it.
-        outputs: the model's output for each of `classes`; their own order where None.
+        outputs: the model's output for each of `classes`; their own order where None, and with `multilabel`.
         count: number of classes, where labels are plain integers.
+        multilabel: targets are of a list of labels, as `multi_hot` returns them, not one class.
         augmented: `seed` and `replace` of `ImageSet`.
 
     Raises:
-        ValueError: `find_classes` refuses the data set, or an image has no class.
+        ValueError: `find_classes` refuses the data set, an image has no class, or the labels are lists and
+            `multilabel` is not set, or the reverse.
     """
 
     def __init__(
@@ -121,35 +130,50 @@ class HubSet(ImageSet):
         *,
         outputs: Sequence[int] | None = None,
         count: int | None = None,
+        multilabel: bool = False,
         **augmented: Any,
     ) -> None:
         super().__init__(transform, **augmented)
         own = find_classes(dataset, count)
         self.name = f"{dataset.info.dataset_name or 'data set'} {dataset.split or ''}".strip()
-        outputs = match_classes(self.name, own, classes, outputs)
+        outputs = match_classes(self.name, own, classes, None if multilabel else outputs)
         self.column, label = _columns(dataset)
+        if hasattr(dataset.features[label], "feature") != multilabel:
+            raise ValueError(
+                f"the column {label} of {self.name} has {'one label' if multilabel else 'a list of labels'} an image; "
+                f"set data.multilabel={not multilabel}"
+            )
+        self.labels = len(classes) if multilabel else None
         targets = dataset[label]
-        if wrong := [place for place, target in enumerate(targets) if target is None or not 0 <= target < len(own)]:
+        lists = targets if multilabel else [[target] for target in targets]
+        if wrong := [
+            place
+            for place, numbers in enumerate(lists)
+            if numbers is None or any(number is None or not 0 <= number < len(own) for number in numbers)
+        ]:
             raise ValueError(
                 f"{len(wrong)} image(s) of {self.name} have no class, e.g. number {wrong[0]} with label "
                 f"{targets[wrong[0]]}; remove them with Dataset.filter"
             )
-        self.targets = [outputs[target] for target in targets]
+        self.targets = [[outputs[number] for number in numbers] for numbers in lists]
+        if not multilabel:
+            self.targets = [number for (number,) in self.targets]
         self.dataset = dataset.cast_column(self.column, library().Image(decode=False)).select_columns(self.column)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return the decoded RGB image and its class; raises UnreadableImage where that is not possible."""
+    def load(self, index: int) -> tuple[Image.Image, int | torch.Tensor]:
+        """Return the decoded RGB image and its target; raises UnreadableImage where that is not possible."""
+        target = self.targets[index] if self.labels is None else multi_hot(self.targets[index], self.labels)
         stored = self.dataset[index][self.column]
         if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise UnreadableImage(f"{self.name}[{index}]: is empty")
         if stored["bytes"] is None:
-            return read_rgb(stored["path"]), self.targets[index]
+            return read_rgb(stored["path"]), target
         content = _Row(stored["bytes"])
         content.place = f"{self.name}[{index}]" + (f" ({stored['path']})" if stored["path"] else "")
-        return read_rgb(content), self.targets[index]
+        return read_rgb(content), target
 
 
 class _Row(io.BytesIO):

@@ -74,13 +74,13 @@ class Sample:
 
     Attributes:
         image: (channels, height, width), uint8 or normalised float32; of `Views`, (views, channels, height, width).
-        target: class index.
+        target: class index, or of several labels what `multi_hot` returns.
         unreadable: a line for each file that was passed over on the way, with its path and the reason.
         boxes: to erase, int64 (boxes, 6): view, top, left, height, width, seed.
     """
 
     image: torch.Tensor | None
-    target: int
+    target: int | torch.Tensor
     unreadable: list[str]
     boxes: torch.Tensor = NO_BOXES
 
@@ -92,7 +92,7 @@ class Batch:
     Attributes:
         images: (views * batch, channels, height, width), uint8 for `transforms.Finish` or normalised float32; the first
             views of all come first.
-        targets: int64 (batch,).
+        targets: int64 (batch,), or of several labels float32 (batch, labels).
         unreadable: a line for each file that could not be read, with its path and the reason.
         missing: samples for which nothing was found.
         boxes: to erase, int64 (boxes, 6): image, top, left, height, width, seed.
@@ -119,11 +119,24 @@ def collate(samples: list[Sample]) -> Batch:
     boxes[:, 0] = boxes[:, 0] * len(found) + torch.tensor(places, dtype=torch.int64)
     return Batch(
         images=images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images,
-        targets=torch.tensor([sample.target for sample in found], dtype=torch.int64),
+        targets=_targets([sample.target for sample in found]),
         unreadable=[path for sample in samples for path in sample.unreadable],
         missing=len(samples) - len(found),
         boxes=boxes,
     )
+
+
+def _targets(targets: list) -> torch.Tensor:
+    if targets and isinstance(targets[0], torch.Tensor):
+        return torch.stack(targets)
+    return torch.tensor(targets, dtype=torch.int64)
+
+
+def multi_hot(numbers: Sequence[int], labels: int) -> torch.Tensor:
+    """Return float32 (labels,), 1 at the labels that an image has and 0 at the others."""
+    target = torch.zeros(labels)
+    target[list(numbers)] = 1.0
+    return target
 
 
 def _stack(images: list[torch.Tensor]) -> torch.Tensor:
@@ -169,8 +182,8 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return the decoded RGB image and its class; raises UnreadableImage where that is not possible."""
+    def load(self, index: int) -> tuple[Image.Image, int | torch.Tensor]:
+        """Return the decoded RGB image and its target; raises UnreadableImage where that is not possible."""
         raise NotImplementedError
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:

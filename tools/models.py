@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import ImageNetInfo, resolve_data_config
+from timm.layers import convert_splitbn_model
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
@@ -22,13 +23,14 @@ from visionmix.tools import checkpoint
 
 @dataclass
 class Input:
-    """The images a model is tested on: side in pixels, resizing, and the mean and std of normalisation."""
+    """The images a model is tested on: side in pixels, resizing and crop, and the mean and std of normalisation."""
 
     image_size: int
     interpolation: str
     crop_pct: float
     mean: list[float]
     std: list[float]
+    crop_mode: str = "center"
 
     @property
     def normalise(self) -> dict[str, tuple[float, ...]]:
@@ -110,6 +112,21 @@ def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
     return reduction.apply(model, method, **options)
 
 
+def split_batch_norms(model: nn.Module, splits: int, name: str) -> nn.Module:
+    """Return `model` with batch norms for each of `splits` parts of a batch, as timm makes them.
+
+    Raises:
+        ValueError: it has no batch norms, or some of other shapes than timm splits.
+    """
+    kinds = {type(layer) for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    if kinds != {nn.BatchNorm2d}:
+        has = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no batch norms"
+        raise ValueError(
+            f"train.split_bn=True splits layers that are BatchNorm2d, and model {name!r} has {has}; set it to false"
+        )
+    return convert_splitbn_model(model, splits)
+
+
 def check_input(model: nn.Module, name: str, image_size: int, device: torch.device) -> None:
     """Raise ValueError when the model cannot take RGB images of this size, before any work is done."""
     training = model.training
@@ -132,6 +149,7 @@ def model_input(model: nn.Module, **given: Any) -> Input:
         "image_size": config["input_size"][-1],
         "interpolation": config["interpolation"],
         "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
         "mean": list(config["mean"]),
         "std": list(config["std"]),
     }
@@ -237,19 +255,24 @@ class Trained:
         name: of the model.
         classes: class names in the order of the outputs, or None where nobody knows them.
         input: the images that it takes.
-        data: the section `data` of the recipe by which it was trained, if known.
+        recipe: by which it was trained, as `recipe.to_dict` returns it, if known.
     """
 
     model: nn.Module
     name: str
     classes: list[str] | None
     input: Input
-    data: dict[str, Any] | None
+    recipe: dict[str, Any] | None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether its images have any number of labels."""
+        return bool(self.recipe and self.recipe["data"].get("multilabel"))
 
     @property
     def outputs(self) -> Outputs:
         """The model's outputs and their labels."""
-        own = self.data is not None and self.classes is not None
+        own = self.recipe is not None and self.classes is not None
         return Outputs(self.name, self.model.num_classes, self.classes, own)
 
 
@@ -316,7 +339,7 @@ def load_trained(
     if labels is None and model.num_classes == 1000:
         info = ImageNetInfo()
         labels = [info.index_to_description(i) for i in range(1000)]
-    return Trained(model, name, labels, inputs, recipe.get("data"))
+    return Trained(model, name, labels, inputs, recipe or None)
 
 
 def _outputs(name: str, tensors: Mapping[str, torch.Tensor]) -> int | None:

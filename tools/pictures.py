@@ -12,6 +12,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from visionmix.tools.checkpoint import write_aside
+from visionmix.tools.score import score, score_name
 
 TRAIN, TEST, WRONG, INK = "#4c78a8", "#f58518", "#d62728", "#333333"
 
@@ -37,12 +38,15 @@ def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
     left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, color=TRAIN, label="train (augmented)")
     left.plot(epochs, [row["test_loss"] for row in history], "o-", ms=3, color=TEST, label="test")
     left.set(title="loss (cross entropy)", xlabel="epoch", ylim=(0, None))
-    right.plot(epochs, [row["test_top1"] for row in history], "o-", ms=3, color=TEST, label="top-1")
-    right.plot(epochs, [row["test_top5"] for row in history], "o-", ms=3, color=TRAIN, label="top-5", alpha=0.6)
-    best = max(history, key=lambda row: row["test_top1"])
-    right.axhline(best["test_top1"], color=INK, lw=0.8, ls=":")
+    name = score_name(history[0])
+    right.plot(epochs, [score(row) for row in history], "o-", ms=3, color=TEST, label=name)
+    if "test_top5" in history[0]:
+        right.plot(epochs, [row["test_top5"] for row in history], "o-", ms=3, color=TRAIN, label="top-5", alpha=0.6)
+    best = max(history, key=score)
+    right.axhline(score(best), color=INK, lw=0.8, ls=":")
     right.set(
-        title=f"test accuracy (best top-1 {best['test_top1']:.2f} % in epoch {best['epoch']})",
+        title=f"test {'accuracy' if name == 'top-1' else 'precision'} (best {name} {score(best):.2f} % in epoch "
+        f"{best['epoch']})",
         xlabel="epoch",
         ylabel="%",
         ylim=(0, 103),

@@ -10,8 +10,8 @@ FLOPs at the peak rate and its bytes at the peak bandwidth. On a GPU a pass take
 host's; on a CPU, their sum.
 
 Not counted: loading and augmentation of images, which must keep up with the data rate; saving; restarts; compilation by
-`torch.compile`, which would join ops. Ops are those of PyTorch on a CPU: under autocast a GPU casts a few more values
-to float32, and an RMSNorm in float32 is one op there.
+`torch.compile`, which would join ops; MESA's passes; the loss of a teacher, whose own passes are counted. Ops are those
+of PyTorch on a CPU: under autocast a GPU casts a few more values to float32, and an RMSNorm in float32 is one op there.
 """
 
 import argparse
@@ -29,96 +29,13 @@ from rich.table import Table
 from visionmix.registry import nearest
 from visionmix.tools import display, models, recipe, timing
 from visionmix.tools.arguments import check_least
+from visionmix.tools.devices import CPU, DEVICES, GIB, GPU, OPTIONS, Assumed, Device
 from visionmix.tools.evaluation import AMP_DTYPES
 from visionmix.tools.recipe import Recipe
 from visionmix.tools.step_cost import Call, StepCost, count
 
-_GIB = 2**30
 # ImageNet-1k: images to train and to test on, classes, and the mean file (147.9 GB of training images).
 _TRAIN, _TEST, _CLASSES, _IMAGE_KB = 1_281_167, 50_000, 1000, 115.0
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak rates of a device, without sparsity, and where they are printed.
-
-    Attributes:
-        half: FLOPs a second of matrix products in bfloat16 and float16, with sums in float32.
-        single: FLOPs a second in float32.
-        bandwidth: Bytes a second of its memory.
-        memory: Bytes; data sheets print GiB as GB.
-        link: Bytes a second that it sends to the others of its node.
-        network: Bytes a second that it sends to other nodes: its share of the network cards of the vendor's server.
-        source: The data sheet.
-    """
-
-    half: float
-    single: float
-    bandwidth: float
-    memory: float
-    link: float
-    network: float
-    source: str
-
-
-DEVICES = {
-    "a100": Device(
-        312e12, 19.5e12, 2.039e12, 80 * _GIB, 300e9, 25e9, "NVIDIA A100 80GB SXM and DGX A100 data sheets, 2021"
-    ),
-    "h100": Device(
-        989e12, 67e12, 3.35e12, 80 * _GIB, 450e9, 50e9, "NVIDIA H100 SXM and DGX H100 data sheets, 2023"
-    ),
-    "h200": Device(
-        989e12, 67e12, 4.8e12, 141 * _GIB, 450e9, 50e9, "NVIDIA H200 SXM and DGX H200 data sheets, 2024"
-    ),
-    "b200": Device(
-        2.25e15, 75e12, 8e12, 180 * _GIB, 900e9, 50e9, "NVIDIA HGX B200 and DGX B200 data sheets, 2025"
-    ),
-    "rtx4090": Device(
-        165e12, 82.6e12, 1.008e12, 24 * _GIB, 32e9, 12.5e9,
-        "NVIDIA Ada GPU architecture white paper, 2022; PCIe 4.0 x16, and 100 Gb/s of network a GPU supposed",
-    ),
-    "mi300x": Device(
-        1307e12, 163.4e12, 5.3e12, 192 * _GIB, 448e9, 50e9,
-        "AMD Instinct MI300X and MI300X platform data sheets, 2023; 400 Gb/s of network a GPU supposed",
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What is assumed, not counted.
-
-    Attributes:
-        compute: Share of the peak FLOP rate that an op reaches.
-        memory: Share of the peak bandwidth that an op reaches.
-        fused: Share of either that the library's fused ops reach.
-        link: Share of the bandwidth between devices that an all-reduce reaches.
-        overlap: Share of the backward pass that hides an all-reduce.
-        launch: Seconds of the host to start an op.
-        usable: Share of a device's memory that tensors may take.
-    """
-
-    compute: float
-    memory: float
-    fused: float
-    link: float
-    overlap: float
-    launch: float
-    usable: float
-
-
-_GPU = Assumed(compute=0.7, memory=0.55, fused=0.02, link=0.8, overlap=0.8, launch=40e-6, usable=0.9)
-_CPU = Assumed(compute=0.85, memory=0.6, fused=0.3, link=1.0, overlap=0.0, launch=5e-6, usable=0.9)
-_OPTIONS = {
-    "compute": "share of the peak FLOP rate that an op reaches",
-    "memory": "share of the peak memory bandwidth that an op reaches",
-    "fused": "share of either that this library's fused ops reach",
-    "link": "share of the bandwidth between GPUs that an all-reduce reaches",
-    "overlap": "share of the backward pass that hides the all-reduce",
-    "launch": "seconds of the host to start an op",
-    "usable": "share of a GPU's memory that tensors may take; the rest is for CUDA, its libraries and gaps",
-}
 
 
 @dataclass(frozen=True)
@@ -137,7 +54,7 @@ class Estimate:
     """What a step is estimated to take.
 
     Attributes:
-        parts: Forward pass, backward pass and update.
+        parts: Forward pass, the teacher's if there is one, backward pass and update, of all batches of the step.
         all_reduce: Seconds that the gradients' all-reduce takes.
         exposed: Seconds of it that the backward pass does not hide.
     """
@@ -180,9 +97,11 @@ def estimate(
     cost: StepCost, device: Device, assumed: Assumed, *, gpus: int = 1, a_node: int = 8, serial: bool = False
 ) -> Estimate:
     """Return what a step of `cost` takes on each of `gpus` devices; arguments as `part` and `all_reduce` take them."""
-    parts = {name: part(getattr(cost, name), device, assumed, serial) for name in ("forward", "backward", "update")}
+    names = [name for name in ("forward", "teacher", "backward", "update") if name != "teacher" or cost.teacher]
+    parts = {name: part(getattr(cost, name), device, assumed, serial) for name in names}
     reduce = all_reduce(cost.gradients, gpus, a_node, device, assumed)
-    return Estimate(parts, reduce, max(0.0, reduce - assumed.overlap * parts["backward"].seconds))
+    last = parts["backward"].seconds / cost.accumulate  # the processes add up their gradients once a step
+    return Estimate(parts, reduce, max(0.0, reduce - assumed.overlap * last))
 
 
 def largest_batch(peak: Callable[[int], int], batch: int, limit: float) -> int:
@@ -201,7 +120,9 @@ def largest_batch(peak: Callable[[int], int], batch: int, limit: float) -> int:
 def cpu(amp: str) -> Device:
     """Return this machine's CPU as a device; its rates are measured in a few seconds, with PyTorch's threads."""
     bandwidth, single = timing.quick_limits()
-    half = timing.quick_limits(AMP_DTYPES[amp])[1] if amp in AMP_DTYPES else single
+    half = single
+    if amp != "none":
+        half = timing.quick_limits(AMP_DTYPES.get(amp, torch.bfloat16))[1]
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not told on this system
@@ -248,10 +169,10 @@ class Run:
     @property
     def batch(self) -> int:
         """Images of all GPUs at each step."""
-        return self.made.data.batch_size * self.gpus
+        return self.made.data.batch_size * self.made.train.accumulate * self.gpus
 
     def count(self, batch: int, checkpointing: bool) -> StepCost:
-        """Return what a step of `batch` images a GPU costs; raises as `step_cost.count` does."""
+        """Return what a step costs that takes `batch` images a GPU at once; raises as `step_cost.count` does."""
         return count(self.made, batch, classes=_CLASSES, checkpointing=checkpointing, foreach=self.gpu != "cpu")
 
     def estimate(self, cost: StepCost) -> Estimate:
@@ -274,9 +195,11 @@ def show(run: Run, checkpointing: bool, console: Console) -> bool:
         raise ValueError(f"model {made.model.name!r} has no activation checkpointing; leave --checkpointing out")
     cost = costs[not checkpointing]
     step = run.estimate(cost)
+    kept = ", activation checkpointing" if checkpointing else ""
+    batches = f" in {made.train.accumulate} batches" if made.train.accumulate > 1 else ""
     console.print(
         f"{made.model.name}, {made.data.image_size} pixels, by {run.source}, amp {made.train.amp}: {run.gpus} x "
-        f"{run.gpu}, {run.batch} images a step, {per_gpu} a GPU{', activation checkpointing' if checkpointing else ''}",
+        f"{run.gpu}, {run.batch} images a step{batches}, {per_gpu} a GPU{kept}",
         style="bold",
     )
     console.print(_step_table(step))
@@ -285,7 +208,11 @@ def show(run: Run, checkpointing: bool, console: Console) -> bool:
     peak = cost.peak(run.gpus)
     if peak > limit:
         most = largest_batch(lambda batch: run.count(batch, checkpointing).peak(run.gpus), per_gpu, limit)
-        advice = f"the largest batch is {most} a GPU, {most * run.gpus} in all" if most else "no batch does"
+        advice = (
+            f"the largest batch is {most} a GPU, {most * run.gpus} in all{batches and ' at once'}"
+            if most
+            else "no batch does"
+        )
         console.print(f"DOES NOT FIT: {_gib(peak)} of {_gib(limit)} GiB; {advice}", style="bold red")
         if not checkpointing and False in costs:
             fits = "fits" if costs[False].peak(run.gpus) <= limit else "does not fit, either"
@@ -310,7 +237,7 @@ def _checkpoints(made: Recipe) -> bool:
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f}"
+    return f"{size / GIB:.2f}"
 
 
 def _step_table(step: Estimate) -> Table:
@@ -337,9 +264,12 @@ def _memory_table(costs: dict[bool, StepCost], gpus: int, limit: float) -> Table
         "gradients": lambda cost: cost.gradients,
         "optimiser state": lambda cost: cost.optimizer,
         "moving average": lambda cost: cost.average,
+        "teacher": lambda cost: cost.given,
         "all-reduce buffers": lambda cost: cost.gradients if gpus > 1 else 0,
         "activations": lambda cost: cost.activations,
     }
+    if not any(cost.given for cost in costs.values()):
+        del rows["teacher"]
     for name, size in rows.items():
         table.add_row(name, *(_gib(size(cost)) for cost in costs.values()))
     rest = (cost.peak(gpus) - sum(size(cost) for size in rows.values()) for cost in costs.values())
@@ -388,13 +318,15 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--recipe", help="a path or packaged name (imagenet/MODEL.yaml if there is one, else defaults)")
     parse.add_argument("--epochs", type=int, help="epochs in all (schedule.epochs)")
     parse.add_argument("--img-size", type=int, help="side of the input in pixels (data.image_size)")
-    parse.add_argument("--amp", help="mixed precision: none, float16 or bfloat16 (train.amp)")
+    parse.add_argument("--amp", help="mixed precision: none, float16, bfloat16 or pure_bfloat16 (train.amp)")
     parse.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
-    parse.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass")
+    parse.add_argument(
+        "--checkpointing", action="store_true", help="compute blocks again in the backward pass (train.checkpointing)"
+    )
     parse.add_argument("--images", type=int, default=_TRAIN, help=f"images of an epoch ({_TRAIN}, ImageNet-1k's)")
     parse.add_argument("--image-kb", type=float, default=_IMAGE_KB, help=f"kB of a file ({_IMAGE_KB:g}, ImageNet-1k's)")
-    for name, text in _OPTIONS.items():
-        gpu, processor = getattr(_GPU, name), getattr(_CPU, name)
+    for name, text in OPTIONS.items():
+        gpu, processor = getattr(GPU, name), getattr(CPU, name)
         parse.add_argument(f"--{name}", type=float, help=f"{text} ({gpu:g}; of a CPU {processor:g})")
     return parse
 
@@ -414,14 +346,9 @@ def prepare(args: argparse.Namespace) -> Run:
     check_least(1, gpus=args.gpus, gpus_per_node=args.gpus_per_node, batch=args.batch, images=args.images)
     if args.gpu == "cpu" and args.gpus > 1:
         raise ValueError(f"gpus={args.gpus} with gpu='cpu'; the plan of a CPU is that of one process, leave --gpus out")
-    if args.batch is not None and args.batch % args.gpus:
-        below = args.batch // args.gpus * args.gpus
-        raise ValueError(
-            f"batch={args.batch} is not divisible by gpus={args.gpus}; give {below or args.gpus} or {below + args.gpus}"
-        )
     if not 0 < args.image_kb < math.inf:
         raise ValueError(f"image_kb={args.image_kb:g} is not a size; give the mean size of a file in kB, e.g. 115")
-    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     for name, value in given.items():
         least, most = (0 if name in ("overlap", "launch") else 1e-6), (math.inf if name == "launch" else 1)
         if not least <= value <= most:
@@ -431,16 +358,27 @@ def prepare(args: argparse.Namespace) -> Run:
     for section, option, value in (
         ("schedule", "epochs", args.epochs),
         ("data", "image_size", args.img_size),
-        ("data", "batch_size", None if args.batch is None else args.batch // args.gpus),
         ("train", "amp", args.amp),
+        ("train", "checkpointing", args.checkpointing or None),
     ):
         if value is not None:
             overrides.setdefault(section, {})[option] = value
     made, source = read_recipe(args.model, args.recipe, overrides, args.set)
-    batch = made.data.batch_size * args.gpus
+    at_once = args.gpus * made.train.accumulate
+    if args.batch is not None:
+        if args.batch % at_once:
+            times = f" x train.accumulate={made.train.accumulate}" if made.train.accumulate > 1 else ""
+            below = args.batch // at_once * at_once
+            raise ValueError(
+                f"batch={args.batch} is not divisible by gpus={args.gpus}{times}; give {below or at_once} or "
+                f"{below + at_once}"
+            )
+        overrides.setdefault("data", {})["batch_size"] = args.batch // at_once
+        made, source = read_recipe(args.model, args.recipe, overrides, args.set)
+    batch = made.data.batch_size * at_once
     if args.images < batch:
         raise ValueError(f"images={args.images} are fewer than a step of batch={batch} takes; lower --batch")
-    assumed = dataclasses.replace(_CPU if args.gpu == "cpu" else _GPU, **given)
+    assumed = dataclasses.replace(CPU if args.gpu == "cpu" else GPU, **given)
     device = cpu(made.train.amp) if args.gpu == "cpu" else DEVICES[args.gpu]
     return Run(made, source, args.gpu, device, assumed, args.gpus, args.gpus_per_node, args.images, args.image_kb)
 
@@ -450,7 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     parse = parser()
     args = parse.parse_args(argv)
     try:
-        fits = show(prepare(args), args.checkpointing, display.table_console())
+        run = prepare(args)
+        fits = show(run, run.made.train.checkpointing, display.table_console())
     except (ValueError, TypeError, OSError) as error:
         parse.error(str(error))
     return 0 if fits else 1

@@ -10,11 +10,9 @@ it is made again.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from visionmix.tools import data, display, models, predictions
+from visionmix.tools import data, display, models, predictions, processes
 from visionmix.tools.arguments import check_least
 from visionmix.tools.items import Item, ItemSet, collate, find_items
 
@@ -68,10 +66,13 @@ def predict(
     """Yield a row for each of `items`, a batch at a time.
 
     A row has `image`, `error` (None, or why the picture cannot be read), `class_1` and `probability_1` of the likeliest
-    class, further ones down to `topk`, and `features` where they are wanted.
+    class, further ones down to `topk`, and `features` where they are wanted. Probabilities of all classes have the sum
+    1, except of a model trained on images of several labels.
     """
     model, settings = trained.model, trained.input
-    transform = data.eval_transform(settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise)
+    transform = data.eval_transform(
+        settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise, settings.crop_mode
+    )
     names = trained.classes or [str(i) for i in range(model.num_classes)]
     loader = DataLoader(
         ItemSet(items, transform),
@@ -93,22 +94,13 @@ def predict(
                 logits = model.forward_head(hidden) if topk else None
             if topk:
                 logits = model(images) if logits is None else logits
-                likely, guesses = logits.float().softmax(1).topk(topk, dim=1)
+                logits = logits.float()
+                likely = logits.sigmoid() if trained.multilabel else logits.softmax(1)
+                likely, guesses = likely.topk(topk, dim=1)
                 for place, values, indices in zip(places, likely.tolist(), guesses.tolist(), strict=True):
                     for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1):
                         rows[place] |= {f"class_{rank}": names[index], f"probability_{rank}": value}
         yield [rows[place] for place in sorted(rows)]
-
-
-def join_processes(device: str | None) -> tuple[torch.device, int, int]:
-    """Return (device, rank, world size), joining the other processes where torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return models.choose_device(device), 0, 1
-    # By gloo, and patiently: the processes exchange names alone, and the first to end waits for the others.
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return models.choose_device(device), dist.get_rank(), dist.get_world_size()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             predictions.check_output(args.output)
         elif args.features:
             raise ValueError("--features go to a file; give --output FILE")
-        device, rank, world = join_processes(args.device)
+        device, rank, world = processes.join(args.device, names_only=True)
         if world > 1 and not args.output:
             raise ValueError(f"{world} processes need one file for their guesses; give --output FILE")
         items = find_items(args.images) if rank == 0 else []
@@ -143,8 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"predict: {error}", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()
 
 
 def _run(args: argparse.Namespace, trained: models.Trained, items: list[Item], device, rank: int, world: int) -> int:

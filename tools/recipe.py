@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, UnsupportedValueType
 
 from visionmix.registry import nearest
-from visionmix.tools.recipe_keys import Recipe, check_values
+from visionmix.tools.recipe_checks import check_values
+from visionmix.tools.recipe_keys import Recipe
 
 _SCHEMA = OmegaConf.structured(Recipe)
 _SECTIONS = {section.name: typing.get_type_hints(section.type) for section in dataclasses.fields(Recipe)}

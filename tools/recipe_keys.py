@@ -1,15 +1,12 @@
-"""The keys of a recipe: their types, defaults and meanings, and which values they take."""
+"""The keys of a recipe: their types, defaults and meanings."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
-
-from visionmix.registry import nearest
 
 
 @dataclass
@@ -32,20 +29,24 @@ class DataRecipe:
     """The images, and how they reach the model.
 
     Attributes:
-        path: folder with train/CLASS/* and val/CLASS/*, or with WebDataset shards, train/*.tar and val/*.tar; a pattern
-            of shards, {train,val}/{0000..1023}.tar; hf:NAME of a Hugging Face data set, or a folder that its
-            save_to_disk wrote.
-        train: where in path the training images are: a folder, a pattern of shards, or a split's name; None looks for
-            "train".
+        path: folder with train/CLASS/* and val/CLASS/*, with train.csv and val.csv, whose columns are image and
+            labels, or with WebDataset shards, train/*.tar and val/*.tar; a pattern of shards,
+            {train,val}/{0000..1023}.tar; hf:NAME of a Hugging Face data set, or a folder that its save_to_disk wrote.
+        train: where in path the training images are: a folder, a CSV file, a pattern of shards, or a split's name; None
+            looks for "train".
         val: the same for the test images; None looks for "val", "validation" or "test".
         classes: number of classes, for shards without visionmix pack's index, and for labels without names.
+        multilabel: each image has any number of labels, with semicolons between them in a CSV file, or in a list in a
+            Hugging Face data set. It needs train.loss "bce" or "asymmetric"; tests measure mean average precision.
         image_size: side of the model's input in pixels, at test and, without sizes, in training.
         sizes: sides of training images by epoch, [first epoch, side, ...] each, e.g. [[0, 128], [100, 160, 192]], since
             small images are faster to begin with; of several sides, each batch draws one.
         batch_size: images that a process takes at once; a step takes train.accumulate such batches of each process.
         workers: data-loading processes of each training process.
         interpolation: of resizing: "bicubic", "bilinear" or "random" (training only).
-        crop_pct: at test the shorter side is resized to image_size / crop_pct, then the centre is cut out.
+        crop_pct: at test images are resized to image_size / crop_pct, then the centre is cut out.
+        crop_mode: at test "center" resizes the shorter side; "squash" both, at the cost of the aspect ratio, as
+            Agent-Attention and FLatten do; "border" the longer one, with the mean colour around.
         mean: of each channel, of pixels in 0..1; None takes the model's own.
         std: of each channel, of pixels in 0..1; None takes the model's own.
     """
@@ -54,12 +55,14 @@ class DataRecipe:
     train: str | None = None
     val: str | None = None
     classes: int | None = None
+    multilabel: bool = False
     image_size: int = 224
     sizes: list[list[int]] | None = None
     batch_size: int = 128
     workers: int = 8
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
     mean: list[float] | None = None
     std: list[float] | None = None
 
@@ -69,6 +72,10 @@ class AugmentRecipe:
     """Augmentation of training images, as `timm.data.create_transform` and `timm.data.Mixup` understand it.
 
     Attributes:
+        crop_mode: "rrc", a window of random size and aspect ratio; "simple", one of image_size in an image that is
+            resized as at test, as DeiT III (with crop_padding=4 and data.crop_pct=1) and RaftMLP have it; or timm's
+            "rkrc" and "rkrr", which resize by scale and ratio one time in two, then take the centre or any window.
+        crop_padding: reflected pixels on each side in which a "simple" window may lie, too.
         scale: least and greatest area of the random crop, as a fraction of the image.
         ratio: least and greatest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
@@ -86,6 +93,8 @@ class AugmentRecipe:
         splits: views of each image, the first without auto_augment, for train.loss=jsd; 0 for one view.
     """
 
+    crop_mode: Literal["rrc", "simple", "rkrc", "rkrr"] = "rrc"
+    crop_padding: int = 0
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
     hflip: float = 0.5
@@ -166,8 +175,9 @@ class TrainRecipe:
 
     Attributes:
         seed: determines data order, augmentation and weights.
-        loss: "cross_entropy"; "bce", a binary one for each class, as DeiT III has; or "jsd", the
-            cross entropy of the first of augment.splits and the Jensen-Shannon divergence of all, as AugMix has.
+        loss: "cross_entropy"; "bce", a binary one for each class, as DeiT III has; "asymmetric", the binary one that
+            easy negatives count less in (ASL, arXiv 2009.14119), for data.multilabel; or "jsd", the cross entropy of
+            the first of augment.splits and the Jensen-Shannon divergence of all, as AugMix has.
         bce_target_threshold: soft targets above it count as 1, others as 0; None leaves them soft.
         bce_sum: sum the binary losses over classes, where the mean makes gradients of many classes small.
         label_smoothing: of the targets.
@@ -183,6 +193,8 @@ class TrainRecipe:
         compile: run training steps through torch.compile, for speed; each image size is compiled once.
         checkpointing: compute each block's activations again in the backward pass, for memory.
         channels_last: lay images and convolutions out with channels last, in which convolutions of GPUs are faster.
+        split_bn: give each of augment.splits its own batch norms, of which the first are tested and saved as the best
+            weights (AdvProp, arXiv 1911.09665).
         sync_bn: take batch norms' statistics over all processes, where one has too few images.
         parallel: of several processes, "ddp" gives each the whole model; "fsdp" a part of each block's parameters,
             gradients and optimiser's state (FSDP2), for models that one GPU has no room for.
@@ -191,7 +203,7 @@ class TrainRecipe:
     """
 
     seed: int = 0
-    loss: Literal["cross_entropy", "bce", "jsd"] = "cross_entropy"
+    loss: Literal["cross_entropy", "bce", "asymmetric", "jsd"] = "cross_entropy"
     bce_target_threshold: float | None = None
     bce_sum: bool = False
     label_smoothing: float = 0.1
@@ -205,6 +217,7 @@ class TrainRecipe:
     compile: bool = False
     checkpointing: bool = False
     channels_last: bool = False
+    split_bn: bool = False
     sync_bn: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     save_steps: int = 0
@@ -265,53 +278,6 @@ class Recipe:
     log: LogRecipe = field(default_factory=LogRecipe)
 
 
-_RANGES = {
-    "data.image_size": (1, math.inf),
-    "data.batch_size": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "augment.erase_prob": (0, 1),
-    "augment.mixup": (0, math.inf),
-    "augment.cutmix": (0, math.inf),
-    "augment.repeats": (1, math.inf),
-    "augment.splits": (0, math.inf),
-    "optimizer.lr": (0, math.inf),
-    "schedule.epochs": (1, math.inf),
-    "schedule.warmup_epochs": (0, math.inf),
-    "schedule.cooldown_epochs": (0, math.inf),
-    "train.label_smoothing": (0, 1),
-    "train.accumulate": (1, math.inf),
-    "train.save_steps": (0, math.inf),
-    "train.save_minutes": (0, math.inf),
-    "train.mesa": (0, math.inf),
-    "train.mesa_start": (0, 1),
-    "distill.weight": (0, math.inf),
-    "distill.task_weight": (0, math.inf),
-}
-
-# Optimisers of timm whose steps on parameters in parts (DTensor) are those on whole ones.
-_SHARDED = (
-    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan", "adanw", "adopt", "adoptw", "lamb",
-    "lambc", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum", "muon", "nadam", "nadamw", "nesterov",
-    "radam", "rmsprop", "rmsproptf", "sgd", "sgdw",
-)  # fmt: skip
-
-_CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay")
-# Arguments that timm's schedules read; the others would be passed over in silence.
-_SCHEDULE_KWARGS = {
-    "cosine": (*_CYCLES, "k_decay"),
-    "tanh": _CYCLES,
-    "step": ("decay_epochs", "decay_rate"),
-    "multistep": ("decay_milestones", "decay_rate"),
-    "poly": (*_CYCLES, "k_decay", "decay_rate"),
-    "wsd": ("decay_epochs", "decay_fn"),
-    "rsqrt": ("decay_epochs", "decay_fn", "stable_timescale"),
-    "constant": (),
-    "plateau": ("patience_epochs", "decay_rate"),
-}
-_NOISE = ("noise", "noise_pct", "noise_std", "noise_seed")
-_HAVE_AN_END = ("cosine", "tanh", "poly", "wsd", "rsqrt")
-
-
 def tables() -> str:
     """Return a Markdown table for each section: its keys, defaults and meanings, from the docstrings above."""
     return "\n\n".join("\n".join(_table(section)) for section in dataclasses.fields(Recipe))
@@ -325,132 +291,3 @@ def _table(section: dataclasses.Field) -> Iterator[str]:
     for name, default in vars(section.type()).items():
         value = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
         yield f"| `{name}` | {value} | {' '.join(meanings[name].split())} |"
-
-
-def check_values(recipe: Recipe, source: str) -> None:
-    """Raise ValueError at a value out of range, or one that does not go with another."""
-    for key, (least, greatest) in _RANGES.items():
-        section, option = key.split(".")
-        value = getattr(getattr(recipe, section), option)
-        if not least <= value <= greatest:
-            bounds = f"at least {least}" if greatest == math.inf else f"between {least} and {greatest}"
-            raise ValueError(f"{source}: {key}={value} is out of range; it must be {bounds}")
-    if recipe.train.ema_decay is not None and not 0 <= recipe.train.ema_decay < 1:
-        raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
-    if not 0 < recipe.data.crop_pct <= 1:
-        raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
-    if recipe.data.classes is not None and recipe.data.classes < 2:
-        raise ValueError(f"{source}: data.classes={recipe.data.classes} must be at least 2, or null")
-    _check_schedule(recipe.schedule, source)
-    if recipe.data.sizes is not None:
-        _check_sizes(recipe.data.sizes, recipe.schedule.epochs, source)
-    train, optimizer = recipe.train, recipe.optimizer
-    for option, value in (("bce_target_threshold", train.bce_target_threshold), ("bce_sum", train.bce_sum or None)):
-        if value is not None and train.loss != "bce":
-            raise ValueError(f"{source}: train.{option}={value} belongs to train.loss=bce, not to {train.loss}")
-    if train.bce_target_threshold is not None and not 0 <= train.bce_target_threshold < 1:
-        raise ValueError(
-            f"{source}: train.bce_target_threshold={train.bce_target_threshold} must be between 0 and 1, or null"
-        )
-    if train.label_smoothing == 1 and train.loss != "cross_entropy":
-        raise ValueError(
-            f"{source}: train.label_smoothing=1.0 leaves train.loss={train.loss} nothing to learn; lower it"
-        )
-    if (train.loss == "jsd") != (recipe.augment.splits > 1):
-        raise ValueError(
-            f"{source}: train.loss={train.loss!r} and augment.splits={recipe.augment.splits} do not fit; jsd compares "
-            "two or more splits, and the other losses take none"
-        )
-    if recipe.augment.splits and (recipe.augment.mixup or recipe.augment.cutmix):
-        raise ValueError(
-            f"{source}: augment.splits={recipe.augment.splits} does not go with mixup and CutMix, which would mix the "
-            "views of an image with those of others; set augment.mixup and augment.cutmix to 0"
-        )
-    for key, value in (
-        ("train.mesa_temperature", train.mesa_temperature),
-        ("distill.temperature", recipe.distill.temperature),
-    ):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{source}: {key}={value} must be above 0")
-    if train.mesa and train.ema_decay is None:
-        raise ValueError(f"{source}: train.mesa={train.mesa} needs the moving average; give train.ema_decay")
-    if recipe.distill != DistillRecipe() and not recipe.distill.on:
-        raise ValueError(
-            f"{source}: the section distill has no effect without distill.teacher or distill.checkpoint; give one"
-        )
-    if recipe.distill.hard and recipe.distill.kind == "features":
-        raise ValueError(f"{source}: distill.hard=True takes guesses, which distill.kind='features' does not have")
-    if optimizer.clip_grad is not None and not optimizer.clip_grad > 0:
-        raise ValueError(f"{source}: optimizer.clip_grad={optimizer.clip_grad} must be above 0, or null for none")
-    if optimizer.clip_mode != "norm" and optimizer.clip_grad is None:
-        raise ValueError(
-            f"{source}: optimizer.clip_mode={optimizer.clip_mode!r} clips nothing without a bound; "
-            "give optimizer.clip_grad"
-        )
-    if train.parallel == "fsdp":
-        _check_sharded(recipe, source)
-    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
-        raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
-
-
-def _check_sharded(recipe: Recipe, source: str) -> None:
-    if recipe.train.channels_last:
-        raise ValueError(
-            f"{source}: train.channels_last=True does not go with train.parallel=fsdp, whose parts of parameters are "
-            "contiguous; set one of them to its default"
-        )
-    if recipe.optimizer.clip_mode == "agc":
-        raise ValueError(
-            f"{source}: optimizer.clip_mode='agc' does not go with train.parallel=fsdp, where no process has a unit's "
-            "whole gradient; take norm or value"
-        )
-    if recipe.optimizer.name not in _SHARDED:
-        raise ValueError(
-            f"{source}: optimizer.name={recipe.optimizer.name!r} does not go with train.parallel=fsdp; these do: "
-            f"{', '.join(_SHARDED)}"
-        )
-
-
-def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
-    spent = wanted.warmup_epochs + wanted.cooldown_epochs
-    if spent >= wanted.epochs and spent:
-        also = f" and schedule.cooldown_epochs={wanted.cooldown_epochs}" if wanted.cooldown_epochs else ""
-        raise ValueError(
-            f"{source}: schedule.warmup_epochs={wanted.warmup_epochs}{also} leaves nothing of "
-            f"schedule.epochs={wanted.epochs}; lower it"
-        )
-    if wanted.stop_epoch is not None and not 1 <= wanted.stop_epoch <= wanted.epochs:
-        raise ValueError(
-            f"{source}: schedule.stop_epoch={wanted.stop_epoch} must be between 1 and schedule.epochs={wanted.epochs}"
-        )
-    if wanted.cooldown_epochs and wanted.name not in _HAVE_AN_END:
-        raise ValueError(
-            f"{source}: schedule.cooldown_epochs={wanted.cooldown_epochs} follows the end of a schedule, which "
-            f"schedule.name={wanted.name!r} does not have; {', '.join(_HAVE_AN_END)} do"
-        )
-    known = (*_SCHEDULE_KWARGS[wanted.name], *_NOISE)
-    for name, value in wanted.kwargs.items():
-        if name not in known:
-            raise ValueError(
-                f"{source}: schedule.kwargs.{name}={value!r} is not an argument of schedule.name={wanted.name!r}"
-                f"{nearest(name, known)}; it takes {', '.join(known)}"
-            )
-    milestones = wanted.kwargs.get("decay_milestones", [])
-    numbers = isinstance(milestones, list | tuple) and all(isinstance(value, int | float) for value in milestones)
-    if not numbers or list(milestones) != sorted(milestones):
-        raise ValueError(
-            f"{source}: schedule.kwargs.decay_milestones={milestones} must be a list of epochs in ascending order"
-        )
-
-
-def _check_sizes(sizes: list[list[int]], epochs: int, source: str) -> None:
-    starts = [entry[0] for entry in sizes if entry]
-    if len(starts) < len(sizes) or not all(len(entry) > 1 and min(entry[1:]) > 0 for entry in sizes):
-        raise ValueError(f"{source}: data.sizes={sizes} needs [first epoch, side, ...] in each entry, sides above 0")
-    if starts[:1] != [0] or starts != sorted(set(starts)):
-        raise ValueError(f"{source}: data.sizes={sizes} must begin with epoch 0 and go on with ever later epochs")
-    if starts[-1] >= epochs:
-        raise ValueError(
-            f"{source}: data.sizes={sizes} has sides from epoch {starts[-1]} on, after the last of "
-            f"schedule.epochs={epochs}; epochs count from 0"
-        )

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from visionmix.tools import checkpoint, data
 from visionmix.tools.parallel import shard_like
 from visionmix.tools.recipe import to_dict
+from visionmix.tools.score import score
 
 if TYPE_CHECKING:
     from visionmix.tools.trainer import Trainer
@@ -95,7 +96,7 @@ def load(trainer: "Trainer", content: dict[str, Any], source: str) -> None:
     trainer.step = trainer.epoch * trainer.steps + done
     trainer.begun = {"place": place, "processes": content["processes"]} if place else None
     for epoch, row in enumerate(trainer.history, 1):  # what a plateau's schedule has seen
-        trainer.scheduler.step(epoch, row["test_top1"])
+        trainer.scheduler.step(epoch, score(row))
 
 
 def go_on(trainer: "Trainer", processes: list[dict[str, Any]]) -> Sums:

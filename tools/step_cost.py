@@ -8,7 +8,7 @@ op takes for itself. FLOPs are those of `torch.utils.flop_counter`'s formulas, a
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -20,7 +20,7 @@ from visionmix.kernels.schema import NAMESPACE
 from visionmix.private_api import FakeTensorMode, TorchDispatchMode, tree_leaves
 from visionmix.registry import nearest
 from visionmix.tools import models
-from visionmix.tools.evaluation import autocast
+from visionmix.tools.evaluation import autocast, model_dtype
 from visionmix.tools.recipe import Recipe
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -73,17 +73,21 @@ class StepCost:
     """What a training step of one process costs; memory in bytes.
 
     Attributes:
-        forward: Calls of the forward pass and the loss.
-        backward: Calls of the backward pass.
+        forward: Calls of the forward passes and the loss, of all batches of the step.
+        backward: Calls of the backward passes, the same.
         update: Calls of gradient clipping, optimiser and moving average.
         parameters: Memory of parameters and buffers.
         gradients: Memory of the gradients.
         optimizer: Memory of the optimiser's state.
         average: Memory of the moving average of the weights.
+        given: Memory of the teacher's parameters and buffers.
         activations: Memory of everything else that is alive between forward and backward pass.
-        forward_peak: Most memory that the forward pass holds at once, the weights apart.
-        backward_peak: The same of the backward pass, its gradients included.
+        forward_peak: Most memory that a forward pass holds at once, the weights apart; gradients of earlier batches of
+            the step are included, and so is the teacher's forward pass.
+        backward_peak: The same of the backward passes, their gradients included.
         update_peak: The same of the update, gradients and state apart.
+        teacher: Calls of the teacher's forward passes.
+        accumulate: Batches of the step.
     """
 
     forward: list[Call]
@@ -97,15 +101,18 @@ class StepCost:
     forward_peak: int
     backward_peak: int
     update_peak: int
+    given: int = 0
+    teacher: list[Call] = field(default_factory=list)
+    accumulate: int = 1
 
     def peak(self, replicas: int = 1) -> int:
         """Return the most memory that a step holds at once.
 
-        The gradients of the step before are alive during the forward pass, and `DistributedDataParallel` holds buffers
-        as large as the gradients where there are several `replicas`.
+        `DistributedDataParallel` holds buffers as large as the gradients where there are several `replicas`.
         """
-        lasting = self.parameters + self.optimizer + self.average + (self.gradients if replicas > 1 else 0)
-        return lasting + max(self.forward_peak + self.gradients, self.backward_peak, self.update_peak + self.gradients)
+        lasting = self.parameters + self.optimizer + self.average + self.given
+        lasting += self.gradients if replicas > 1 else 0
+        return lasting + max(self.forward_peak, self.backward_peak, self.update_peak + self.gradients)
 
 
 class _Counter(TorchDispatchMode):
@@ -174,11 +181,11 @@ def _total(tensors: list[Tensor]) -> int:
 
 
 def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = False, foreach: bool = True) -> StepCost:
-    """Return what a step of `batch` images costs that `visionmix train` makes by `recipe`, the loss scaler apart.
+    """Return what a step costs that `visionmix train` makes by `recipe`, the loss scaler and a teacher's loss apart.
 
     Args:
         recipe: Settings of the run.
-        batch: Images of this process at each step.
+        batch: Images that this process takes at once; a step takes `train.accumulate` such batches.
         classes: Outputs of the model.
         checkpointing: Whether the model computes its blocks again in the backward pass, instead of keeping their
             activations.
@@ -190,28 +197,52 @@ def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = Fal
     """
     with torch.device("meta"):
         model = models.create_model(recipe.model.name, num_classes=classes, **recipe.model.kwargs)
+        teacher = _teacher(recipe)
     if checkpointing:
         try:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
             raise ValueError(f"model {recipe.model.name!r} has no activation checkpointing") from error
+    average = 0 if recipe.train.ema_decay is None else _total([*model.parameters(), *model.buffers()])
+    if recipe.train.amp == "pure_bfloat16":
+        model.to(torch.bfloat16)
     update, update_peak, state = _count_optimizer(model, recipe, foreach)
+    forward, backward, taught = [], [], []
+    forward_peak = backward_peak = activations = 0
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")  # PyTorch tells of kernels that it does not call here
         model.to_empty(device="cpu").train()
+        if teacher:
+            teacher.to_empty(device="cpu").eval().requires_grad_(False)
         with _Counter() as counter:
-            size = recipe.data.image_size
-            loss = _loss(model, recipe, torch.empty(batch, 3, size, size), torch.empty(batch, classes))
-            forward, activations, forward_peak = counter.take(), counter.live, counter.peak
-            counter.peak = counter.live
-            loss.backward()
-            backward, backward_peak = counter.take(), counter.peak
+            for number in range(min(recipe.train.accumulate, 2)):  # the later ones are as the second
+                times = recipe.train.accumulate - 1 if number else 1
+                held = counter.live
+                size = recipe.data.image_size
+                images = torch.empty(batch, 3, size, size)
+                counter.peak = counter.live
+                loss = _loss(model, recipe, images, torch.empty(batch, classes))
+                forward += counter.take() * times
+                if teacher:
+                    with torch.no_grad(), autocast(images.device, recipe.train.amp):
+                        teacher(images)
+                    taught += counter.take() * times
+                activations = activations or counter.live - held
+                forward_peak = max(forward_peak, counter.peak)
+                counter.peak = counter.live
+                loss.backward()
+                backward += counter.take() * times
+                backward_peak = max(backward_peak, counter.peak)
+                del loss, images
             if recipe.optimizer.clip_grad is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_grad, foreach=foreach)
         gradients = _total([value.grad for value in model.parameters() if value.grad is not None])
         weights = _total([*model.parameters(), *model.buffers()])
-    average = 0 if recipe.train.ema_decay is None else weights
-    update += [Call("moving average", 0, 3 * average)] if average else []  # reads both, writes one
+        given = _total([*teacher.parameters(), *teacher.buffers()]) if teacher else 0
+    if average:  # reads both, writes one
+        copied = average if average != weights else 0  # of weights in 16 bits, to which the average is not
+        update.append(Call("moving average", 0, 3 * average + (weights + copied if copied else 0)))
+        update_peak = max(update_peak, copied)
     return StepCost(
         forward=forward,
         backward=backward,
@@ -224,13 +255,28 @@ def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = Fal
         forward_peak=forward_peak,
         backward_peak=backward_peak,
         update_peak=update_peak,
+        given=given,
+        teacher=taught,
+        accumulate=recipe.train.accumulate,
     )
+
+
+def _teacher(recipe: Recipe) -> nn.Module | None:
+    """Return the teacher without weights, where there is one; raises ValueError where the recipe does not name it."""
+    if not recipe.distill.on:
+        return None
+    if recipe.distill.teacher is None:
+        raise ValueError(
+            f"distill.checkpoint={recipe.distill.checkpoint!r} is not read for a plan; name its model by "
+            "--set distill.teacher=NAME"
+        )
+    return models.create_model(recipe.distill.teacher)
 
 
 def _loss(model: nn.Module, recipe: Recipe, images: Tensor, targets: Tensor) -> Tensor:
     try:
         with autocast(images.device, recipe.train.amp):
-            logits = model(images)
+            logits = model(images.to(model_dtype(model)))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model {recipe.model.name!r} does not take RGB images of image_size={images.shape[-1]}: {error}; "

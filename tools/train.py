@@ -10,19 +10,18 @@ weights alone), summary.csv (a row an epoch), tensorboard/, curves.png, confusio
 
 import argparse
 import csv
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from visionmix.tools import checkpoint, data, logs, models, pictures, recipe, recipe_keys, saving
+from visionmix.tools import checkpoint, data, evaluation, logs, pictures, processes, recipe, recipe_keys, saving
 from visionmix.tools.display import Display, duration
+from visionmix.tools.score import score
 from visionmix.tools.stopping import Interrupted, Stop
-from visionmix.tools.trainer import Trainer, predict_some
+from visionmix.tools.trainer import Trainer
 
 FOLDER = "checkpoints"  # in the output folder
 
@@ -160,8 +159,7 @@ def run_epochs(
             "epoch": trainer.epoch + 1,
             "train_loss": loss,
             "test_loss": result.loss,
-            "test_top1": result.top1,
-            "test_top5": result.top5,
+            **{f"test_{name}": value for name, value in result.figures.items()},
             "lr": trainer.sums.lr,
             "images_per_second": (trainer.step - first) * trainer.images_a_step / trained,
             "seconds": time.perf_counter() - start,
@@ -182,7 +180,8 @@ def run_epochs(
             try:
                 if best:
                     about = {key: content[key] for key in ("recipe", "classes", "input", "epoch")}
-                    checkpoint.save_weights(output / "best.safetensors", trainer.tested.state_dict(), about)
+                    weights = checkpoint.without_splits(trainer.tested.state_dict())
+                    checkpoint.save_weights(output / "best.safetensors", weights, about)
                 write_summary(output / "summary.csv", trainer.history)
             except OSError as error:
                 display.note(f"{error}; the training goes on", "bold red")
@@ -190,8 +189,8 @@ def run_epochs(
 
 
 def best_row(trainer: Trainer) -> dict:
-    """Return the row of the first epoch with the best test top-1."""
-    return max(trainer.history, key=lambda row: row["test_top1"])
+    """Return the row of the first epoch with the best test figure."""
+    return max(trainer.history, key=score)
 
 
 def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: Stop) -> None:
@@ -201,21 +200,25 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
     trainer.epoch += 1
     if trainer.rank:
         return
-    name = trainer.recipe.model.name
+    made, name = trainer.recipe, trainer.recipe.model.name
     display.note("drawing pictures ...")
     files = {name: output / f"{name}.png" for name in ("curves", "confusion", "predictions")}
     try:
-        pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(trainer.recipe.data.path).name}")
-        pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
-        pictures.draw_predictions(*predict_some(trainer, test_loader.dataset), files["predictions"])
+        pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(made.data.path).name}")
+        if result.targets is not None:
+            pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
+        shown = evaluation.predict_some(
+            trainer.tested, test_loader.dataset, trainer.classes, trainer.device, made.train.amp, made.train.seed
+        )
+        pictures.draw_predictions(*shown, files["predictions"])
     except OSError as error:  # of a full disk: the training stands without them
         display.note(str(error), "yellow")
     trainer.logs.pictures(trainer.step, {name: file for name, file in files.items() if file.is_file()})
     best = best_row(trainer)
     seconds = sum(row["seconds"] for row in trainer.history)
     display.note(
-        f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test top-1 {result.top1:.2f} %, "
-        f"top-5 {result.top5:.2f} % of {result.count} images (best epoch {best['epoch']}: {best['test_top1']:.2f} %)",
+        f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test {result.text} "
+        f"of {result.count} images (best epoch {best['epoch']}: {score(best):.2f} %)",
         "bold green",
     )
     for file, meaning in (
@@ -232,32 +235,11 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
             display.note(f"  {output / file!s:<40} {meaning}")
 
 
-def start_processes(device: str | None) -> tuple[torch.device, int, int]:
-    """Return (device, rank, world size), joining the other processes where torchrun started several."""
-    world, rank, local = (int(os.environ.get(name, first)) for name, first in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
-    if world > 1 and device is None and torch.cuda.is_available():
-        device = f"cuda:{local}"
-    chosen = models.choose_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world > 1:
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps its store, with the addresses of dead processes in it, when it starts new ones.
-            store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return chosen, rank, world
-
-
 def check_agreement(last: Path | None) -> None:
     """Check that all processes go on from the same checkpoint; raises ValueError where one does not see it."""
-    if dist.is_initialized():
-        each: list = [None] * dist.get_world_size()
-        dist.all_gather_object(each, str(last and last.name))
-        if len(set(each)) > 1:
-            raise ValueError(f"the processes see different checkpoints: {', '.join(each)}; they need the same folder")
+    each = processes.gather(str(last and last.name))
+    if len(set(each)) > 1:
+        raise ValueError(f"the processes see different checkpoints: {', '.join(each)}; they need the same folder")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -266,7 +248,7 @@ def train(args: argparse.Namespace) -> int:
         output, last, broken = find_start(args)
         made, content = prepare(args, last)
         classes = data.check_data(made.data)
-        device, rank, world = start_processes(args.device)
+        device, rank, world = processes.join(args.device)
         check_agreement(last)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
@@ -274,8 +256,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         return _train(made, output, content, last, broken, classes, device, rank, world)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()
 
 
 def make_run(
@@ -308,7 +289,7 @@ def make_run(
     normalise = trainer.input.normalise
     sets["train"].transform = data.train_transform(made, normalise)
     sets["val"].transform = data.eval_transform(
-        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise
+        made.data.image_size, made.data.interpolation, made.data.crop_pct, normalise, made.data.crop_mode
     )
     return trainer, train_loader, test_loader
 

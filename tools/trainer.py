@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
@@ -22,8 +20,10 @@ from visionmix.tools.display import Display
 from visionmix.tools.distillation import Teacher, divergence, full, make_student
 from visionmix.tools.evaluation import AMP_DTYPES, Evaluation, autocast, evaluate, gather_lines, model_dtype
 from visionmix.tools.logs import Logs
+from visionmix.tools.losses import criterion
 from visionmix.tools.recipe_keys import Recipe
 from visionmix.tools.schedule import make_scheduler
+from visionmix.tools.score import score
 from visionmix.tools.stopping import Stop
 from visionmix.tools.stopwatch import Stopwatch
 from visionmix.tools.transforms import Finish
@@ -40,21 +40,6 @@ class _Float32:
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
         return {name: full(value) if value.is_floating_point() else value for name, value in state.items()}
-
-
-def criterion(recipe: Recipe) -> nn.Module:
-    """Return the loss of logits and targets: class indices, or soft targets where mixup or CutMix is on."""
-    wanted = recipe.train
-    soft = bool(recipe.augment.mixup or recipe.augment.cutmix)  # then the targets come smoothed
-    if wanted.loss == "bce":
-        return BinaryCrossEntropy(
-            smoothing=0.0 if soft else wanted.label_smoothing,
-            target_threshold=wanted.bce_target_threshold,
-            sum_classes=wanted.bce_sum,
-        )
-    if wanted.loss == "jsd":
-        return JsdCrossEntropy(recipe.augment.splits, smoothing=wanted.label_smoothing)
-    return SoftTargetCrossEntropy() if soft else nn.CrossEntropyLoss(label_smoothing=wanted.label_smoothing)
 
 
 class Trainer:
@@ -103,6 +88,7 @@ class Trainer:
             image_size=wanted.image_size,
             interpolation="bicubic" if wanted.interpolation == "random" else wanted.interpolation,
             crop_pct=wanted.crop_pct,
+            crop_mode=wanted.crop_mode,
             mean=wanted.mean,
             std=wanted.std,
         )
@@ -149,6 +135,8 @@ class Trainer:
         wanted = self.recipe.train
         if wanted.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
+        if wanted.split_bn:
+            self.model = models.split_batch_norms(self.model, self.recipe.augment.splits, self.recipe.model.name)
         self.layout = torch.channels_last if wanted.channels_last else torch.preserve_format
         if wanted.channels_last:
             self.model.to(memory_format=self.layout)
@@ -395,18 +383,19 @@ class Trainer:
             device=self.device,
             amp=self.recipe.train.amp,
             after_batch=after_batch,
+            multilabel=self.recipe.data.multilabel,
         )
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"the test loss is {result.loss} in epoch {self.epoch + 1}")
         return result
 
     def finish_epoch(self, row: dict) -> bool:
-        """Count the epoch, keep its row, and return whether its test top-1 is the best so far."""
-        best = max((old["test_top1"] for old in self.history), default=-math.inf)
+        """Count the epoch, keep its row, and return whether its test figure is the best so far."""
+        best = max(map(score, self.history), default=-math.inf)
         self.epoch += 1
         self.history.append(row)
-        self.scheduler.step(self.epoch, row["test_top1"])
-        return row["test_top1"] > best
+        self.scheduler.step(self.epoch, score(row))
+        return score(row) > best
 
     def state(self, loader: data.Loader | None = None) -> dict:
         """Return a checkpoint's content, as `visionmix.tools.checkpoint` describes it, with this process's "process".
@@ -432,26 +421,3 @@ class Trainer:
         run_state.load(self, content, source)
         self.scheduler.step_update(self.step)
         self._set_progress()
-
-
-@torch.inference_mode()
-def predict_some(trainer: Trainer, dataset: data.ImageSet, count: int = 50) -> tuple[list, list, list, list]:
-    """Return (images, true, predicted, sure) of `count` test images drawn at random, those that can be read."""
-    rng = np.random.default_rng(trainer.recipe.train.seed)
-    chosen = np.sort(rng.choice(len(dataset), min(count, len(dataset)), replace=False))
-    rng.shuffle(chosen)
-    images, true, predicted, sure = [], [], [], []
-    model = trainer.tested.eval()
-    for index in chosen:
-        try:
-            image, target = dataset.load(int(index))
-        except data.UnreadableImage:
-            continue
-        with autocast(trainer.device, trainer.recipe.train.amp):
-            logits = model(dataset.transform(image)[None].to(trainer.device, model_dtype(model)))
-        probability, guess = logits.float().softmax(1)[0].max(0)
-        images.append(image)
-        true.append(trainer.classes[target])
-        predicted.append(trainer.classes[int(guess)])
-        sure.append(float(probability))
-    return images, true, predicted, sure

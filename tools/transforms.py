@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import RandomCrop
 
 from visionmix.tools.loading import BOX, Batch, with_boxes
 from visionmix.tools.recipe_keys import Recipe
@@ -36,6 +37,7 @@ def _train_transform(recipe: Recipe, normalise: dict, size: int):
         is_training=True,
         scale=tuple(augment.scale),
         ratio=tuple(augment.ratio),
+        train_crop_mode=None if augment.crop_mode == "simple" else augment.crop_mode,
         hflip=augment.hflip,
         vflip=augment.vflip,
         color_jitter=augment.color_jitter or None,
@@ -45,6 +47,11 @@ def _train_transform(recipe: Recipe, normalise: dict, size: int):
         separate=augment.splits > 1,
         **normalise,
     )
+    if augment.crop_mode == "simple":  # in place of the crop that timm puts first, as the published codes have it
+        first = transform[0] if augment.splits > 1 else transform
+        resize = eval_transform(size, recipe.data.interpolation, recipe.data.crop_pct, normalise).transforms[0]
+        window = RandomCrop(size, padding=augment.crop_padding or None, padding_mode="reflect")
+        first.transforms[:1] = [resize, window]
     finishing = transform[2] if augment.splits > 1 else transform
     if augment.erase_prob:
         finishing.transforms.append(_Erase(augment.erase_prob))
@@ -158,7 +165,9 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
     return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
-def eval_transform(image_size: int, interpolation: str, crop_pct: float, normalise: dict):
+def eval_transform(image_size: int, interpolation: str, crop_pct: float, normalise: dict, crop_mode: str = "center"):
     """Return timm's test transform: resize, centre crop, normalise."""
     interpolation = "bicubic" if interpolation == "random" else interpolation
-    return create_transform(image_size, interpolation=interpolation, crop_pct=crop_pct, **normalise)
+    return create_transform(
+        image_size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, **normalise
+    )

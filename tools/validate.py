@@ -14,26 +14,26 @@ import argparse
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from visionmix.models import published
-from visionmix.tools import checkpoint, data, models
+from visionmix.tools import checkpoint, data, models, processes
 from visionmix.tools.arguments import check_least
 from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map, synset_outputs
 from visionmix.tools.display import Display
-from visionmix.tools.evaluation import AMP_DTYPES, evaluate
+from visionmix.tools.evaluation import AMP_DTYPES, Evaluation, evaluate
+from visionmix.tools.manifests import has_manifests
 from visionmix.tools.real_labels import RealLabels, read_real_labels
 from visionmix.tools.recipe import from_dict
-from visionmix.tools.train import start_processes
 
 _NO_DATA = "--data is missing: give a folder of class folders"
 COLUMNS = (
     "model", "checkpoint", "data", "class_map", "real_labels", "classes", "outputs", "images", "unreadable",
-    "image_size", "amp", "top1", "top5", "published_top1", "difference", "loss", "images_per_second",
+    "image_size", "amp", "top1", "top5", "map", "published_top1", "difference", "loss", "images_per_second",
     "weights_hash", "images_hash",
 )  # fmt: skip
 # Columns in which a row must agree to stand for a test that is asked for.
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", nargs="+", help="weights: .pt, .pth, .safetensors, or folders of timm's save_for_hf"
     )
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
-    parse.add_argument("--data", help="folder with val/CLASS/*, or with the class folders themselves")
+    parse.add_argument("--data", help="folder with val/CLASS/*, with val.csv, or with the class folders themselves")
     parse.add_argument(
         "--class-map",
         type=Path,
@@ -153,7 +153,7 @@ def published_top1(trained: models.Trained) -> float | None:
 
 def _images(dataset: data.ImageSet) -> Any:
     """Return what tells the images of a test from others in the same place."""
-    return dataset.samples if isinstance(dataset, data.FolderSet) else len(dataset)
+    return getattr(dataset, "samples", len(dataset))
 
 
 class Tests:
@@ -179,7 +179,8 @@ class Tests:
             raise ValueError("--only-mapped needs --class-map FILE, which says the outputs to choose among")
         if args.real_labels and args.class_map:
             raise ValueError("--real-labels says the classes of each image; leave --class-map out")
-        self.folder = test_folder(Path(args.data)) if args.data else None
+        # Of images in CSV files, the model's own recipe says the rest.
+        self.folder = test_folder(Path(args.data)) if args.data and not has_manifests(Path(args.data)) else None
         self.classes = data.find_classes(self.folder) if self.folder else None
         self.class_map = read_class_map(args.class_map) if args.class_map else None
         self.real = read_real_labels(args.real_labels) if args.real_labels else None
@@ -213,8 +214,10 @@ class Tests:
         )
         settings = trained.input
         transform = data.eval_transform(
-            settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise
+            settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise, settings.crop_mode
         )
+        if self.folder and trained.multilabel:
+            raise ValueError(f"{file} was trained on images of several labels; give --data a folder with val.csv")
         if self.folder:
             place = str(self.folder)
             outputs, real = self.targets(trained.outputs, self.folder, self.classes)
@@ -222,9 +225,11 @@ class Tests:
                 self.folder, self.classes, transform, seed=0, replace=False, outputs=outputs
             )
         else:  # the data that it was trained on, of whatever kind
-            if trained.data is None or args.class_map or args.real_labels:
+            if trained.recipe is None or args.class_map or args.real_labels:
                 raise ValueError(_NO_DATA)
-            wanted = from_dict({"data": trained.data}, str(file)).data
+            wanted = from_dict(trained.recipe, str(file)).data
+            if args.data:
+                wanted = replace(wanted, path=args.data, val=None)
             place, outputs, real = str(wanted.path), list(range(len(trained.classes))), None
             dataset = data.open_split(wanted, "val", trained.classes, transform)
         adapt, among = None, list(range(trained.model.num_classes))
@@ -267,33 +272,35 @@ class Tests:
                 amp=args.amp,
                 after_batch=display.step,
                 adapt=adapt,
+                multilabel=trained.multilabel,
             )
         figure = published_top1(trained)
         row |= {
             "images": result.count,
             "unreadable": len(result.unreadable),
-            "top1": result.top1,
-            "top5": result.top5,
+            **dict.fromkeys(("top1", "top5", "map"), ""),
+            **result.figures,
             "published_top1": "" if figure is None else figure,
             "difference": "" if figure is None else round(result.top1 - figure, 2),
             "loss": result.loss,
             "images_per_second": result.images_per_second,
         }
         if not self.rank:
-            self.report(row, result.unreadable)
+            self.report(row, result)
         return {column: row[column] for column in COLUMNS}
 
-    def report(self, row: dict[str, Any], unreadable: list[str]) -> None:
+    def report(self, row: dict[str, Any], result: Evaluation) -> None:
         """Print a row, and the images that it leaves out."""
         beside = ""
         if row["published_top1"] != "":
             beside = f", published {row['published_top1']} % ({row['difference']:+.2f})"
+        first, *others = result.text.split(", ")
         print(
-            f"{row['model']} on {row['data']}: top-1 {row['top1']:.2f} %{beside}, top-5 {row['top5']:.2f} % of "
+            f"{row['model']} on {row['data']}: {', '.join([first + beside, *others])} of "
             f"{row['images']} images in {row['classes']} of the model's {row['outputs']} classes, "
             f"{row['images_per_second']:.0f} images/s"
         )
-        for line in unreadable:
+        for line in result.unreadable:
             print(f"  cannot be read, left out: {line}")
 
 
@@ -303,14 +310,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_least(1, batch_size=args.batch_size, img_size=args.img_size)
         check_least(0, workers=args.workers)
-        tests = Tests(args, *start_processes(args.device))
+        tests = Tests(args, *processes.join(args.device))
         return max([_test(tests, name, file) for name, file in tests.jobs])
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()
 
 
 def _test(tests: Tests, name: str | None, file: str | None) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from visionmix.tools import checkpoint, data, recipe, saving, train
 from visionmix.tools.display import Display
+from visionmix.tools.score import score
 from visionmix.tools.trainer import Stop, Trainer
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def last_of(run: Path) -> Path:
 
 def best_of(run: Path) -> Path:
     """Return the checkpoint of the best epoch in a run's folder."""
-    row = max(checkpoint.read(last_of(run))["history"], key=lambda row: row["test_top1"])
+    row = max(checkpoint.read(last_of(run))["history"], key=score)
     return run / "checkpoints" / f"epoch_{row['epoch']:04d}"
 
 

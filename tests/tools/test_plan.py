@@ -17,7 +17,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from visionmix.tools import info, plan, recipe, step_cost, timing, train
+from visionmix.tools import info, models, plan, recipe, step_cost, timing, train
+from visionmix.tools.data import Batch
+from visionmix.tools.trainer import Trainer
 
 CLUSTER = Path(__file__).parents[2] / "configs" / "cluster"
 
@@ -122,7 +124,7 @@ def test_memory_is_that_of_a_real_step(name, batch, size):
     assert cost.activations == pytest.approx(real["activations"], rel=0.15)
     images = 4 * batch * 3 * size**2  # made before the real step is watched
     assert max(cost.forward_peak, cost.backward_peak) == pytest.approx(real["step_peak"] + images, rel=0.15)
-    whole = sum(real[kind] for kind in ("parameters", "gradients", "optimizer", "activations"))
+    whole = real["parameters"] + real["optimizer"] + real["step_peak"] + images
     assert cost.peak() == pytest.approx(whole, rel=0.15)
 
 
@@ -135,6 +137,106 @@ def test_checkpointing_saves_what_it_saves_in_a_real_step():
     flops = [sum(call.flops for call in cost.backward) for cost in costs]
     forward = sum(call.flops for call in costs[0].forward)
     assert flops[0] < flops[1] <= flops[0] + forward
+
+
+TEACHER = {"teacher": "test_vit", "kind": "features"}
+
+
+def trained_step(monkeypatch, **sections) -> dict[str, int]:
+    """Return the memory of a step that `visionmix train` really makes, the second, and what lasts between steps."""
+    teacher = timm.create_model("test_vit").eval()
+    settings = models.model_input(teacher, image_size=160)
+    monkeypatch.setattr(
+        models, "load_trained", lambda *_, **__: models.Trained(teacher, "test_vit", None, settings, None)
+    )
+    tree = {"model": {"name": "test_vit"}, "data": {"image_size": 160, "batch_size": 4}}
+    run = recipe.from_dict({**tree, **sections, "train": {"label_smoothing": 0.0, **sections["train"]}}, "test")
+    trainer = Trainer(run, [str(number) for number in range(1000)], 10, torch.device("cpu"))
+    for group in trainer.optimizer.param_groups:
+        group["foreach"] = False
+    batch = Batch(torch.randint(256, (4, 3, 160, 160), dtype=torch.uint8), torch.arange(4), [], 0)
+
+    def step() -> None:
+        for _ in range(run.train.accumulate):
+            trainer._update(batch)
+
+    step()
+    with PeakMemory() as memory:
+        step()
+    kept = [*trainer.model.parameters(), *trainer.model.buffers()]
+    if trainer.ema:
+        kept += [*trainer.ema.module.parameters(), *trainer.ema.module.buffers()]
+    if trainer.teacher:
+        kept += [*teacher.parameters(), *teacher.buffers()]
+    state = [x for values in trainer.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    cost = step_cost.count(run, 4, classes=1000, checkpointing=run.train.checkpointing, foreach=False)
+    return {"real": sum(x.nbytes for x in [*kept, *state]) + memory.peak, "planned": cost.peak(), "cost": cost}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {}},
+        {"train": {"accumulate": 3}},
+        {"train": {"amp": "pure_bfloat16", "ema_decay": 0.9}},
+        {"train": {"checkpointing": True}},
+        {"train": {}, "distill": TEACHER},
+        {"train": {"amp": "pure_bfloat16", "accumulate": 2, "checkpointing": True}},
+    ],
+    ids=["plain", "accumulate", "pure_bfloat16", "checkpointing", "teacher", "together"],
+)
+def test_the_peak_is_that_of_a_step_of_the_trainer(sections, monkeypatch):
+    found = trained_step(monkeypatch, **sections)
+    assert found["planned"] == pytest.approx(found["real"], rel=0.15)
+
+
+def test_a_step_of_several_batches_computes_each_and_updates_once():
+    one, three = (step_cost.count(made("test_vig", 2, 96, accumulate=times), 2, classes=1000) for times in (1, 3))
+    for name in ("forward", "backward"):
+        flops = [sum(call.flops for call in getattr(cost, name)) for cost in (one, three)]
+        assert flops[1] == 3 * flops[0]
+    assert three.update == one.update
+    assert three.activations == one.activations
+    assert one.backward_peak < three.backward_peak <= one.backward_peak + one.gradients
+    assert len(three.backward) > 3 * len(one.backward)  # gradients are added to those of the first batch
+
+
+def test_a_teacher_is_another_forward_pass_and_its_weights():
+    tree = {"model": {"name": "test_vig"}, "data": {"image_size": 160}}
+    plain = step_cost.count(recipe.from_dict(tree, "test"), 2, classes=1000)
+    taught = step_cost.count(recipe.from_dict({**tree, "distill": TEACHER}, "test"), 2, classes=1000)
+    macs = info.measure(timm.create_model("test_vit"), (3, 160, 160)).macs
+    assert sum(call.flops for call in taught.teacher) == 2 * 2 * sum(macs.values())
+    assert taught.given == sum(4 * value.numel() for value in timm.create_model("test_vit").parameters())
+    assert (taught.forward, taught.backward, plain.teacher) == (plain.forward, plain.backward, [])
+    step = plan.estimate(taught, DEVICE, ASSUMED)
+    assert step.parts["teacher"].flops == sum(call.flops for call in taught.teacher)
+    assert step.seconds > plan.estimate(plain, DEVICE, ASSUMED).seconds
+    nameless = recipe.from_dict({**tree, "distill": {"checkpoint": "a.pt"}}, "test")
+    with pytest.raises(ValueError, match=r"distill.checkpoint='a.pt' is not read for a plan; name its model by --set"):
+        step_cost.count(nameless, 2, classes=1000)
+
+
+def test_pure_bfloat16_halves_weights_gradients_and_state_but_not_the_average():
+    options = {"ema_decay": 0.9}
+    single = step_cost.count(made("test_vit", 2, 160, **options), 2, classes=1000)
+    half = step_cost.count(made("test_vit", 2, 160, amp="pure_bfloat16", **options), 2, classes=1000)
+    assert (2 * half.parameters, 2 * half.gradients) == (single.parameters, single.gradients)
+    assert half.optimizer == pytest.approx(single.optimizer / 2, rel=0.01)
+    assert half.average == single.average
+    assert all(call.half for call in half.forward if call.flops)
+
+
+def test_the_recipes_accumulation_and_checkpointing_are_planned(capsys):
+    status, shown = show(capsys, "--gpus", "2", "--batch", "24", "--set", "train.accumulate=3")
+    assert status == 0
+    assert "24 images a step in 3 batches, 4 a GPU" in shown
+    cost = step_cost.count(made("test_vig", 4, 96, accumulate=3), 4, classes=1000)
+    step = plan.estimate(cost, plan.DEVICES["h100"], plan.GPU, gpus=2)
+    assert f"step {step.seconds * 1e3:.2f}" in shown
+    assert f"images a second {24 / step.seconds:,.0f}," in shown
+    _, shown = show(capsys, "--batch", "4", "--set", "train.checkpointing=true")
+    assert "4 a GPU, activation checkpointing" in shown
 
 
 def test_mixed_precision_keeps_activations_in_half_the_bytes():
@@ -191,10 +293,11 @@ def test_all_reduce_in_a_node_between_nodes_and_hidden():
     assert plan.estimate(cost, DEVICE, ASSUMED, gpus=1).exposed == 0
 
 
-def test_the_peak_holds_old_gradients_in_the_forward_pass_and_buffers_between_replicas():
+def test_the_peak_holds_gradients_in_the_update_and_buffers_between_replicas():
     cost = step_cost.StepCost([], [], [], parameters=7, gradients=5, optimizer=3, average=2, activations=20,
                               forward_peak=21, backward_peak=24, update_peak=1)  # fmt: skip
-    assert cost.peak() == 7 + 3 + 2 + 21 + 5
+    assert cost.peak() == 7 + 3 + 2 + 24
+    assert dataclasses.replace(cost, update_peak=22, given=4).peak() == 7 + 3 + 2 + 4 + 22 + 5
     assert cost.peak(replicas=2) == cost.peak() + 5
 
 
@@ -229,7 +332,7 @@ def test_prints_a_plan(capsys):
     assert status == 0
     assert "16 x a100, 64 images a step, 4 a GPU" in shown
     cost = step_cost.count(made("test_vig", 4, 96), 4, classes=1000)
-    step = plan.estimate(cost, plan.DEVICES["a100"], plan._GPU, gpus=16)
+    step = plan.estimate(cost, plan.DEVICES["a100"], plan.GPU, gpus=16)
     assert f"step {step.seconds * 1e3:.2f}" in shown
     rate = 64 / step.seconds
     assert f"images a second {rate:,.0f}, {rate / 16:,.1f} a GPU" in shown
@@ -264,7 +367,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(capsys,
 
     limit = (count(12).peak(2) + count(13).peak(2)) / 2
     assert limit > count(14, checkpointing=True).peak(2)
-    small = dataclasses.replace(plan.DEVICES["h100"], memory=limit / plan._GPU.usable)
+    small = dataclasses.replace(plan.DEVICES["h100"], memory=limit / plan.GPU.usable)
     monkeypatch.setitem(plan.DEVICES, "h100", small)
     status, shown = show(capsys, "--gpus", "2", "--batch", "28")
     assert status == 1
@@ -282,6 +385,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(capsys,
         (["vig_t", "--recipe", "imagenet/vig_q.yaml"], r"there is no recipe 'imagenet/vig_q.yaml'.*did you mean 'im"),
         (["vig_t", "--batch", "100", "--gpus", "16"], r"batch=100 is not divisible by gpus=16; give 96 or 112"),
         (["vig_t", "--batch", "3", "--gpus", "16"], r"batch=3 is not divisible by gpus=16; give 16 or 16"),
+        (["vig_t", "--batch", "100", "--gpus", "8", "--set", "train.accumulate=3"],
+         r"batch=100 is not divisible by gpus=8 x train.accumulate=3; give 96 or 120"),
         (["vig_t", "--gpus", "0"], r"gpus=0 is too small; it must be at least 1"),
         (["vig_t", "--batch", "0"], r"batch=0 is too small"),
         (["vig_t", "--epochs", "0"], r"schedule.epochs=0"),
@@ -358,7 +463,7 @@ def test_a_cpu_takes_the_estimated_time(name, batch, monkeypatch):
 
     step()  # compiles the fused ops
     taken = timing._fastest(step, 5.0)
-    assert plan.estimate(cost, plan.cpu("none"), plan._CPU, serial=True).seconds == pytest.approx(taken, rel=0.15)
+    assert plan.estimate(cost, plan.cpu("none"), plan.CPU, serial=True).seconds == pytest.approx(taken, rel=0.15)
 
 
 def started(torchrun: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:

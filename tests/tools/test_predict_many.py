@@ -264,7 +264,7 @@ def test_processes_killed_and_started_in_another_number_do_every_picture_once(tr
 
 
 def test_several_processes_need_a_file(tree, call, capsys, monkeypatch):
-    monkeypatch.setattr(predict, "join_processes", lambda _: (CPU, 0, 2))
+    monkeypatch.setattr(predict.processes, "join", lambda *_, **__: (CPU, 0, 2))
     assert predict.main([str(tree), *call]) == 2
     assert "2 processes need one file for their guesses; give --output FILE" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.nn import functional as F
 
 from visionmix.tools import data, recipe
-from visionmix.tools.trainer import criterion
+from visionmix.tools.losses import criterion
 
 CLASSES = ["blue", "green", "red"]
 NORMALISE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -119,6 +119,13 @@ def test_three_augment_is_solarised_grey_or_blurred_and_then_jittered():
     [
         ({"augment": {"repeats": 0}}, "augment.repeats=0 is out of range"),
         ({"augment": {"splits": 3}}, "train.loss='cross_entropy' and augment.splits=3 do not fit"),
+        ({"augment": {"crop_padding": 4}}, "augment.crop_padding=4 belongs to augment.crop_mode=simple, not to rrc"),
+        (
+            {"augment": {"crop_mode": "simple"}, "data": {"interpolation": "random"}},
+            "does not go with augment.crop_mod",
+        ),
+        ({"train": {"split_bn": True}}, "train.split_bn=True needs views to tell apart; set augment.splits"),
+        ({"train": {"split_bn": True, "sync_bn": True, "loss": "jsd"}, "augment": {"splits": 2}}, "train.sync_bn"),
         ({"train": {"loss": "jsd"}}, "train.loss='jsd' and augment.splits=0 do not fit"),
         ({"train": {"loss": "jsd"}, "augment": {"splits": 1}}, "augment.splits=1 do not fit"),
         ({"train": {"loss": "jsd"}, "augment": {"splits": 3, "mixup": 1.0}}, "augment.splits=3 does not go with mixup"),

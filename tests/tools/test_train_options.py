@@ -16,7 +16,8 @@ from torch import nn
 
 from visionmix.tools import checkpoint, data, train
 from visionmix.tools.display import Display
-from visionmix.tools.trainer import Stop, Trainer, predict_some
+from visionmix.tools.evaluation import predict_some
+from visionmix.tools.trainer import Stop, Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -350,7 +351,7 @@ def test_pure_bfloat16_keeps_weights_and_states_in_bfloat16_and_the_average_in_f
     assert trainer.test(tests, Display(1, 1, quiet=True), Stop()).count == 9
     trainer.ema = None
     assert trainer.test(tests, Display(1, 1, quiet=True), Stop()).count == 9
-    assert len(predict_some(trainer, tests.dataset, 3)[0]) == 3
+    assert len(predict_some(trainer.tested, tests.dataset, CLASSES, CPU, trainer.recipe.train.amp, 0, 3)[0]) == 3
 
 
 # Several processes

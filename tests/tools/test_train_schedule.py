@@ -167,7 +167,7 @@ def test_a_run_ends_at_its_stop_epoch_with_the_rates_of_the_whole(tmp_path, monk
         return 1.0, []
 
     class Result:
-        loss, top1, top5, unreadable = 1.0, 50.0, 100.0, []
+        loss, figures, unreadable = 1.0, {"top1": 50.0, "top5": 100.0}, []
 
     monkeypatch.setattr(stopped, "train_epoch", train_epoch)
     monkeypatch.setattr(stopped, "test", lambda *_: Result)
