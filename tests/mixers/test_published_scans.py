@@ -69,3 +69,59 @@ def test_sequence_reordering_in_mambamil(dtype):
 def test_sequence_reordering_refuses_a_rate_below_one():
     with pytest.raises(ValueError, match="rate=0 is too small"):
         visionmix.create_mixer("sequence_reordering", 24, rate=0)
+
+
+_LAMAMBA = {
+    "x_proj_weight": "scan.x_proj.weight",
+    "dt_projs_weight": "scan.delta_weight",
+    "dt_projs_bias": "scan.delta_bias",
+    "A_logs": "scan.A_log",
+    "Ds": "scan.D",
+    "out_norm": "norm",
+    "out_proj": "proj",
+    "conv2d": "conv",
+}
+
+
+def renamed(key):
+    """Return the name of the tensor `key` of a published scan over maps here."""
+    for published, ours in _LAMAMBA.items():
+        if key == published or key.startswith(f"{published}."):
+            return ours + key.removeprefix(published)
+    return key
+
+
+@both_precisions
+@pytest.mark.parametrize("shift", [0, 2])
+def test_local_attention_mamba(shift, dtype):
+    """The published block, put together from the mixer's parts with its modulation and its MLP."""
+    meta, arrays = golden.load(f"lamamba_block_shift{shift}")
+    tensors = {key: value.to(dtype) for key, value in golden.state_dict(meta).items()}
+    mixer = visionmix.create_mixer("local_attention_mamba", 12, num_heads=3, window_size=4, shift=shift > 0)
+    names = {"norm_swin.": "norm.", "attn.": "attention."}
+    own = {f"scan.{renamed(key[3:])}": value for key, value in tensors.items() if key.startswith("op.")}
+    for key, value in tensors.items():
+        for published, ours in names.items():
+            if key.startswith(published) and not key.endswith("index"):
+                own[key.replace(published, ours).replace("relative_position_bias_table", "bias_table")] = value
+    loaded(mixer, own).to(dtype)
+
+    def linear(x, name):
+        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, [12], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    x = golden.image(16, 16).reshape(1, 12, 8, 8).permute(0, 2, 3, 1).to(dtype)
+    with torch.no_grad():
+        condition = x.mean(dim=(1, 2), keepdim=True)
+        shifts_scales_gates = linear(F.silu(condition), "adaLN_modulation.1").chunk(9, dim=-1)
+        branches = [
+            ("norm", mixer.scan),
+            ("norm_swin", mixer.attention),
+            ("norm2", lambda y: linear(F.gelu(linear(y, "mlp.fc1")), "mlp.fc2")),
+        ]
+        for branch, (name, function) in enumerate(branches):
+            move, scale, gate = shifts_scales_gates[3 * branch : 3 * branch + 3]
+            x = x + gate * function(norm(x, name) * (1 + scale) + move)
+    assert golden.relative_error(x, arrays["logits"]) <= BOUNDS[dtype]
