@@ -5,6 +5,7 @@ import re
 import golden
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import visionmix
@@ -125,3 +126,54 @@ def test_local_attention_mamba(shift, dtype):
             move, scale, gate = shifts_scales_gates[3 * branch : 3 * branch + 3]
             x = x + gate * function(norm(x, name) * (1 + scale) + move)
     assert golden.relative_error(x, arrays["logits"]) <= BOUNDS[dtype]
+
+
+def interleaved(**options):
+    """Return the mixer of 3 channels with the published module's tensors."""
+    meta, _ = golden.load("vfimamba_ss2d")
+    own = {}
+    for key, value in golden.state_dict(meta).items():
+        name = renamed(key)
+        if name.startswith("scan."):
+            own |= {f"scans.{at}.{name[5:]}": part for at, part in enumerate(value.chunk(4))}
+        else:
+            own[name] = value
+    return loaded(visionmix.create_mixer("interleaved_scan", 3, **options), own)
+
+
+@both_precisions
+def test_interleaved_scan(dtype):
+    _, arrays = golden.load("vfimamba_ss2d")
+    pair = golden.image(6, 8, batch=2).permute(0, 2, 3, 1).unsqueeze(0).to(dtype)
+    with torch.no_grad():
+        out = interleaved(published_inverse=True).to(dtype)(pair)
+    assert golden.relative_error(out[0], arrays["logits"]) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("order", ["raster", "snake", "window_3"])
+def test_interleaved_scan_brings_every_token_back_to_its_place(order):
+    """Without memory each token sees its own cell alone, whatever the order."""
+    mixer = interleaved(order=order).double()
+    with torch.no_grad():
+        for scan in mixer.scans:
+            scan.A_log.fill_(20.0)  # each state is forgotten at the next step
+            for name in ("x_proj.weight", "delta_weight", "delta_bias", "D"):
+                scan.get_parameter(name).copy_(mixer.scans[0].get_parameter(name))
+        frames = torch.randn(2, 3, 5, 7, 3, dtype=torch.float64)
+        alone = torch.stack([mixer(frame) for frame in frames.unbind(1)], dim=1)
+        assert torch.allclose(mixer(frames), alone, atol=1e-12)
+
+
+def test_interleaved_scan_of_frames_is_the_scan_of_them_side_by_side():
+    """Cells of two frames in turns are the columns of a map of twice the width, as its rows are read."""
+    mixer = interleaved()
+    frames = torch.randn(1, 2, 4, 5, 3)
+    for at in (1, 3):  # the columns' scans out of the sum
+        for name in ("x_proj.weight", "D"):
+            nn.init.zeros_(mixer.scans[at].get_parameter(name))
+    with torch.no_grad():
+        nn.init.zeros_(mixer.conv.weight)[:, :, 1, 1] = 1.0
+        nn.init.zeros_(mixer.conv.bias)
+        wide = frames.permute(0, 2, 3, 1, 4).reshape(1, 4, 10, 3)
+        expected = mixer(wide).reshape(1, 4, 5, 2, 3).permute(0, 3, 1, 2, 4)
+        assert torch.allclose(mixer(frames), expected, atol=1e-6)
