@@ -7,10 +7,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from visionmix.layers import ScanLayerNorm, SelectiveScan2d, scan_sizes
-from visionmix.layers.order import scan_order, take
+from visionmix.layers.order import take, turns_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
-from visionmix.scans.cells import numbered
 from visionmix.scans.order_names import split_order
 
 
@@ -87,7 +86,7 @@ class InterleavedScan(nn.Module):
         outputs = torch.jit.annotate(list[Tensor], [])
         for at, scan in enumerate(self.scans):
             behind = self.published_inverse and at % 2 == 1
-            index, inverse = _in_turns(self.directions[at], frames, height, width, behind, tokens)
+            index, inverse = turns_order(self.directions[at], frames, height, width, behind, tokens)
             outputs.append(take(scan(take(tokens, index).unsqueeze(1)).squeeze(1), inverse))
         y = torch.stack(outputs).sum(dim=0)
         y = y.reshape(batch, height * width, frames, dim).transpose(1, 2).reshape(batch, frames, height, width, dim)
@@ -97,33 +96,3 @@ class InterleavedScan(nn.Module):
 @torch.fx.wrap
 def _with_frames(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.ndim == 4 else x
-
-
-@torch.fx.wrap
-def _in_turns(name: str, frames: int, height: int, width: int, behind: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (index, inverse) of the sequence in the direction `name`.
-
-    Args:
-        name: Direction.
-        frames: Frames whose tokens are read in turns.
-        height: Rows of a frame.
-        width: Columns of a frame.
-        behind: Whether the inverse takes the sequence for that of one frame behind the other.
-        like: A tensor on the device where they are wanted.
-
-    Returns:
-        index, the token ``cell * frames + frame`` read at each step, -1 for padding; inverse, the step at which each
-        token is read, -1 for one that is not.
-    """
-    back = name.endswith("_reversed")
-    cells, steps = scan_order(name[: len(name) - len("_reversed")] if back else name, height, width, like)
-    frame = numbered(frames, like)
-    length = cells.shape[0] * frames
-    index = torch.where(cells.unsqueeze(1) < 0, -1, cells.unsqueeze(1) * frames + frame).flatten()
-    if behind:
-        inverse = torch.where(steps < 0, -1, steps + frame.unsqueeze(1) * cells.shape[0]).flatten()
-    else:
-        inverse = torch.where(steps.unsqueeze(1) < 0, -1, steps.unsqueeze(1) * frames + frame).flatten()
-    if back:
-        index, inverse = index.flip(0), torch.where(inverse < 0, -1, length - 1 - inverse)
-    return index, inverse
