@@ -25,6 +25,8 @@ SETS = {
     "vmamba_unidirectional": ("raster",) * 4,
     # EfficientVMamba (2024, arXiv:2403.09977): every cell in one of the four only
     "efficientvmamba": ("skip_2_0_0", "skip_2_0_1_transposed", "skip_2_0_1", "skip_2_1_1_transposed"),
+    # LaMamba-Diff (2024, arXiv:2408.02615): continuous row snakes from two corners, column snakes from the bottom ones
+    "lamamba": ("snake", "snake_vflip", "snake_transposed_vflip", "snake_transposed_hflip_vflip"),
     # LocalMamba (2024, arXiv:2403.09338): h, v, w2 and w7 with their flips; each layer takes three or four of them
     "localmamba": _both_ways("raster", "column", "window_2", "window_7"),
     # MHS-VM (2024, arXiv:2406.05992): four heads (C, X, S, Z) of four routes each, head by head

@@ -18,6 +18,7 @@ from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, scan_sizes
+from visionmix.layers.spatial_frequency import JointSpatialFrequency, PyramidFusion
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ConvsDownsample",
     "DepthwiseConvNormAct",
     "Grid",
+    "JointSpatialFrequency",
     "LinearNorm",
     "LogSigmoid",
     "MultiScalePatches",
@@ -36,6 +38,7 @@ __all__ = [
     "PositionEmbedding",
     "PrefixTokens",
     "ProjectionHead",
+    "PyramidFusion",
     "RepBN",
     "RotaryMap",
     "ScanLayerNorm",

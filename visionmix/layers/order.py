@@ -12,6 +12,7 @@ from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
 from visionmix.private_api import outside_of_tracing
 from visionmix.scans import direction_names, order
+from visionmix.scans.cells import numbered
 from visionmix.scans.order_names import split_order
 from visionmix.scans.orders import symbolic_order
 
@@ -78,6 +79,42 @@ def token_order(name: str, height: int, width: int, prefix: list[int], like: Ten
     steps = torch.arange(index.shape[0], device=index.device)
     inverse = inverse.index_copy(0, torch.where(index < 0, tokens, index), steps)
     return index, inverse[:tokens]
+
+
+def turns_order(name: str, count: int, height: int, width: int, behind: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of a sequence of `count` tokens in each cell of a map, all of a cell before the next cell's.
+
+    A name that ends in "_reversed" reads all of that backwards, the last token of a cell first.
+
+    Args:
+        name: An order as `visionmix.scans.order` takes it, which reads no cell twice.
+        count: Tokens in a cell, such as frames or levels.
+        height: Rows of the map.
+        width: Columns of the map.
+        behind: Whether the inverse takes the sequence for `count` maps, one behind the other.
+        like: A tensor on the device where the order is wanted.
+
+    Returns:
+        index, the token ``cell * count + place`` read at each step, -1 for a padded step; inverse, the step at which
+        each token is read, -1 for one that is not.
+    """
+    return _turns_order(name, count, height, width, behind, like)  # in two functions: see visionmix.graphs
+
+
+@torch.fx.wrap
+def _turns_order(name: str, count: int, height: int, width: int, behind: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    back = name.endswith("_reversed")
+    cells, steps = scan_order(name[: len(name) - len("_reversed")] if back else name, height, width, like)
+    place = numbered(count, like)
+    length = cells.shape[0] * count
+    index = torch.where(cells.unsqueeze(1) < 0, -1, cells.unsqueeze(1) * count + place).flatten()
+    if behind:
+        inverse = torch.where(steps < 0, -1, steps + place.unsqueeze(1) * cells.shape[0]).flatten()
+    else:
+        inverse = torch.where(steps.unsqueeze(1) < 0, -1, steps.unsqueeze(1) * count + place).flatten()
+    if back:
+        index, inverse = index.flip(0), torch.where(inverse < 0, -1, length - 1 - inverse)
+    return index, inverse
 
 
 @torch.fx.wrap

@@ -1,0 +1,135 @@
+"""Retention, attention with a fixed exponential decay in place of the softmax: ViR's mixer."""
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from visionmix.kernels.gated_linear_attention import gated_linear_attention_op
+from visionmix.layers import Grid, ScanLayerNorm, at_least_float32, scan_dtype
+from visionmix.layers.order import sequence_order, take, token_order
+from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import check_heads
+
+_FORMS = ("chunked", "parallel")
+
+
+@register_mixer("retention")
+class Retention(nn.Module):
+    """Multi-head retention of the tokens before, in three forms that compute the same.
+
+    Per head h, with ``q, k, v = W x + b`` and ``gamma = 1 - 2^(-5 - h)``:
+
+        parallel   y   = dk^-0.5 (q k^T * D) v,  D_nm = gamma^(n - m) for m <= n, else 0
+        recurrent  y_n = dk^-0.5 q_n S_n,        S_n  = gamma S_(n-1) + k_n^T v_n
+        chunked    parallel inside chunks, recurrent from one to the next
+
+        out = W_o norm(y) + b_o                                                     (the norm is of each head)
+
+    Gated linear attention with a constant gate is the chunked form; its kernels run it. `step` is the recurrent form.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
+    (batch, tokens, dim). Tokens that are not cells keep their places in the sequence: a class token sees the whole map
+    only where it comes last.
+
+    Source: ViR (Hatamizadeh et al. 2023, arXiv 2310.19731), which has no public code. From it are the one-dimensional
+    retention of tokens in raster order, causal, and its three forms. The decays and the norm of each head are those of
+    RetNet (Sun et al. 2023, arXiv 2307.08621), without its rotation of q and k, since backbones here bring position
+    embeddings, and without its gate; biases are as in ViT. The paper's two-dimensional form is not here.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`.
+        form: "chunked", whose cost grows with the tokens' number, or "parallel", whose cost grows with its square.
+        qkv_bias: Whether the projection to q, k and v has a bias.
+        order: The scan order in which the cells are read. A padded step of an order is a token of zeros.
+        norm_eps: Epsilon of the norm.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, `form` is unknown, or there is no such `order`, or it joins
+            several.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        form: str = "chunked",
+        qkv_bias: bool = True,
+        order: str = "raster",
+        norm_eps: float = 1e-5,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        if form not in _FORMS:
+            raise ValueError(f"form={form!r} is unknown; give one of {', '.join(map(repr, _FORMS))}")
+        self.order = sequence_order(order)
+        self.in_raster = self.order == "raster"
+        self.in_parallel = form == "parallel"
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.norm = ScanLayerNorm(self.head_dim, eps=norm_eps, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim)."""
+        if self.in_raster:
+            y = self._retain(x)
+        else:
+            index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
+            y = take(self._retain(take(x, index)), inverse)
+        return self.proj(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        tokens = x.reshape(batch, height * width, dim)
+        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
+
+    @torch.jit.ignore
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the mixed token (batch, dim) that follows those of `state`, and the state after it.
+
+        Args:
+            x: The next token (batch, dim), whatever the order.
+            state: What the step before returned, (batch, heads, dk, dv); None at the first token.
+        """
+        q, k, v = self._heads(x.unsqueeze(1))
+        write = k.squeeze(1).unsqueeze(-1) * v.squeeze(1).unsqueeze(-2)
+        state = write if state is None else write + state * _log_decays(self.num_heads, q).exp()[:, None, None]
+        y = self.head_dim**-0.5 * (q.squeeze(1).unsqueeze(-2) @ state).squeeze(-2)
+        return self.proj(self.norm(y).to(x.dtype).flatten(1)), state
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v (batch, tokens, heads, head_dim), in float32 at least."""
+        q, k, v = at_least_float32(self.qkv(x)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        return q, k, v
+
+    def _retain(self, x: Tensor) -> Tensor:
+        q, k, v = self._heads(x)
+        decays = _log_decays(self.num_heads, q)
+        scale = self.head_dim**-0.5
+        if self.in_parallel:
+            scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * (scale * _decay_matrix(decays, x.shape[1]))
+            y = (scores @ v.transpose(1, 2)).transpose(1, 2)
+        else:
+            gates = decays.unsqueeze(-1).expand_as(q)
+            y, _ = gated_linear_attention_op(q, k, v, gates, scale, None, False)
+        return self.norm(y).flatten(2).to(x.dtype)
+
+
+@torch.fx.wrap
+def _log_decays(heads: int, like: Tensor) -> Tensor:
+    """Return the logarithms of the heads' decays (heads,), in float32 at least."""
+    exponents = torch.arange(5, 5 + heads, dtype=scan_dtype(like), device=like.device)
+    return torch.log1p(-torch.exp2(-exponents))
+
+
+@torch.fx.wrap
+def _decay_matrix(decays: Tensor, length: int) -> Tensor:
+    """Return ``gamma^(n - m)`` where m <= n, else 0, (heads, n, m)."""
+    place = torch.arange(length, dtype=decays.dtype, device=decays.device)
+    distance = place.unsqueeze(1) - place
+    return torch.exp(decays[:, None, None] * distance.clamp(min=0.0)).tril()
