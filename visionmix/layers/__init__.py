@@ -10,10 +10,10 @@ from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.half_precision import at_least_float32, scaled_gate, scan_dtype, unscaled, zero_token
-from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.maps import pad, resample_map
 from visionmix.layers.multi_scale import MultiScalePatches
-from visionmix.layers.norm import BatchNorm, ScanLayerNorm, ScanRmsNorm
+from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
@@ -27,11 +27,13 @@ __all__ = [
     "ConvMlp",
     "ConvPosition",
     "ConvsDownsample",
+    "CornerHead",
     "DepthwiseConvNormAct",
     "Grid",
     "LinearNorm",
     "LogSigmoid",
     "MultiScalePatches",
+    "OffsetLayerNorm",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
