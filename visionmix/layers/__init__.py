@@ -17,7 +17,7 @@ from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, Sca
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
-from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, scan_sizes
+from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, StateScan2d, scan_sizes
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "SelectiveScan1d",
     "SelectiveScan2d",
     "SharedDepthwiseConv",
+    "StateScan2d",
     "Stem",
     "StemConv",
     "TokenHead",
