@@ -148,7 +148,9 @@ def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
     return setup_context, backward
 
 
-def register_reference_op(name: str, schema: str, function: Callable, flops: Callable[..., int]) -> None:
+def register_reference_op(
+    name: str, schema: str, function: Callable, flops: Callable[..., int], fake: Callable | None = None
+) -> None:
     """Register `visionmix::name`, an op that is one PyTorch function, with PyTorch's own gradients.
 
     This is the cheap kind of op, for recurrences whose speed does not matter: it scripts, is one node of compiled and
@@ -157,16 +159,22 @@ def register_reference_op(name: str, schema: str, function: Callable, flops: Cal
     Args:
         name: the op's name.
         schema: its arguments and outputs, as `torch.library.define` takes them.
-        function: computes the outputs, new tensors that share no memory with the inputs; it must run on fake tensors,
-            so it must not depend on values.
+        function: computes the outputs, new tensors that share no memory with the inputs, without autocast; it must run
+            on fake tensors, so it must not depend on values.
         flops: floating-point operations, from the arguments with shapes in place of tensors.
+        fake: the outputs as empty tensors, from the arguments; None for `function`. One that loops over a size needs
+            it, since the loop would fix the size in a graph.
     """
 
     parsed = parse_schema(f"{NAMESPACE}::{name}{schema}")
     Arguments = named_tuple("Arguments", parsed.arguments)
 
     def run(*args, **kwargs):
-        return function(*Arguments(*args, **kwargs))
+        with dispatch.full_precision(args[0].device):
+            return function(*Arguments(*args, **kwargs))
+
+    def run_fake(*args, **kwargs):
+        return (fake or function)(*Arguments(*args, **kwargs))
 
     def count(*args, **kwargs) -> int:
         return flops(*Arguments(*args, **kwargs))
@@ -176,12 +184,13 @@ def register_reference_op(name: str, schema: str, function: Callable, flops: Cal
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 
     def backward(ctx, *grads):
-        tensors = iter(ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: a checkpointed block computes them anew
+        tensors = iter(saved)
         # Arguments left out have their defaults among the inputs, but not among the flags.
         flags = (*ctx.needs_input_grad, *[False] * len(ctx.others))
         needed = [other is None and flag for other, flag in zip(ctx.others, flags, strict=False)]
         again = torch.is_grad_enabled()  # a second derivative is asked for
-        with torch.enable_grad():
+        with torch.enable_grad(), dispatch.full_precision(saved[0].device):
             inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
             if not again:
                 inputs = [x.detach().requires_grad_(n) if n else x for x, n in zip(inputs, needed, strict=True)]
@@ -194,5 +203,5 @@ def register_reference_op(name: str, schema: str, function: Callable, flops: Cal
             found = iter(torch.autograd.grad(used, wanted, weights, **options))
         return tuple(next(found) if n else None for n in needed)
 
-    _define(name, schema, run, run, count)
+    _define(name, schema, run, run_fake, count)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)

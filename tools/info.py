@@ -48,8 +48,9 @@ size, and a tag of 22k classes builds 21,841 outputs.
 Parameters and GMACs (multiply-adds at the image size, fused ops by their formulas) are counted here; the published
 columns repeat what the authors print. The licence is that of the weights. The last column lists the image sizes at
 which the outputs equal those of the published code, to 1e-5 of the largest logit, for the same weights. Models with
-re-parameterised batch norms are compared in float64, to 1e-6: with the weights of the comparison their activations grow
-until float32 itself, the published code's too, has lost most of its digits.
+re-parameterised batch norms and Vision-LSTM are compared in float64, to 1e-6: with the weights of the comparison their
+activations grow, or are divided by heads near zero, until float32 itself, the published code's too, has lost most of
+its digits.
 """
 _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 

@@ -59,8 +59,8 @@ def test_features_and_heads(name, model):
     assert torch.allclose(model.forward_head(features), model.get_classifier()(before))
     model.reset_classifier(0)
     assert torch.allclose(model(images), before)
-    unpooled = (*features.shape[:-1], model.head_hidden_size)
     model.reset_classifier(0, "")
+    unpooled = (*features.shape[:-1], model.head_hidden_size)  # now: a pooling may join several tokens
     assert model(images).shape == unpooled
     model.reset_classifier(5, "avg")
     assert model(images).shape == (1, 5)

@@ -63,6 +63,35 @@ def test_reference_op_in_graphs():
         torch.testing.assert_close(torch.autograd.grad(out.square().sum(), model.decay)[0], expected_grad)
 
 
+def test_a_loop_over_a_symbolic_size_takes_a_fake():
+    def fake(x: Tensor, decay: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+        return torch.empty_like(x)
+
+    schema = "(Tensor x, Tensor decay, float scale, Tensor? bias=None) -> Tensor"
+    register_reference_op("test_leaky_sum_of_any_length", schema, leaky_sum, lambda x, *_: 3 * x.numel(), fake)
+
+    class Sum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.visionmix.test_leaky_sum_of_any_length(x, x[0, 0], 0.5)
+
+    x = torch.randn(2, 5, 4)
+    program = torch.export.export(Sum(), (x,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+    longer = torch.randn(2, 9, 4)
+    assert torch.equal(program.module()(longer), leaky_sum(longer, longer[0, 0], 0.5, None))
+
+
+def test_a_reference_op_computes_without_autocast():
+    x = torch.randn(2, 5, 4)
+
+    def product(x: Tensor) -> Tensor:
+        return x @ x.transpose(1, 2)
+
+    register_reference_op("test_product", "(Tensor x) -> Tensor", product, lambda x: 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.ops.visionmix.test_product(x)
+    assert torch.allclose(out, product(x), rtol=0, atol=1e-6)
+
+
 def test_reference_op_counts_its_formula():
     x = torch.randn(2, 5, 4)
     with FlopCounterMode(display=False) as counter:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.fx
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
@@ -13,7 +14,9 @@ import visionmix
 from visionmix.layers import (
     ConvDownsample,
     ConvMlp,
+    CornerHead,
     LogSigmoid,
+    OffsetLayerNorm,
     PatchMerging,
     RotaryMap,
     SelectiveScan2d,
@@ -256,3 +259,33 @@ def test_channels_first_copies_only_on_a_cpu(device):
     assert out.shape == (2, 4, 5, 3)
     assert out.is_contiguous() == (device == "cpu")
     assert out.is_contiguous(memory_format=torch.channels_last) == (device != "cpu")
+
+
+@pytest.mark.parametrize("corners", [2, 4])
+def test_corner_head_reads_the_corners(corners):
+    torch.manual_seed(0)
+    head = CornerHead(6, 3, corners=corners, norm_layer=nn.LayerNorm).eval()
+    x = torch.randn(2, 4, 5, 6)
+    cells = [x[:, 0, 0], x[:, -1, -1]] if corners == 2 else [x[:, 0, 0], x[:, -1, 0], x[:, 0, -1], x[:, -1, -1]]
+    expected = head.fc(head.norm(torch.cat(cells, dim=-1)))
+    assert torch.equal(head(x), expected)
+    assert torch.equal(torch.jit.script(head)(x), expected)
+    head.reset(3, "avg")
+    assert head.hidden_size == 6
+    assert torch.allclose(head(x), head.fc(x.mean((1, 2))), atol=1e-6)
+    head.reset(0, "")
+    assert torch.equal(head(x), x)
+    head.reset(2, "corners")
+    assert head(x).shape == (2, 2)
+    with pytest.raises(ValueError, match="corners=3 is not a choice"):
+        CornerHead(6, 3, corners=3)
+
+
+def test_offset_layer_norm_stores_its_weight_less_one():
+    norm, ordinary = OffsetLayerNorm(6, eps=1e-3), nn.LayerNorm(6, eps=1e-3)
+    x = torch.randn(2, 6)
+    assert torch.equal(norm(x), ordinary(x))
+    with torch.no_grad():
+        norm.weight.fill_(0.5)
+        ordinary.weight.fill_(1.5)
+    assert torch.equal(norm(x), ordinary(x))

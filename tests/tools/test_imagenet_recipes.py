@@ -44,6 +44,7 @@ TINY = {
     r"vim": "test_vim_tiny",
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|efficient_vmamba|mavit|msvmamba|plainmamba|raftmlp|ravlt|sgformer|vig|vmamba)_": r"test_\1",
+    r"(plstm_vis|spatial_mamba|vil)_": r"test_\1",
 }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
-from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
@@ -44,7 +44,12 @@ _LAYERS: dict[str, dict[str, Layer]] = {
     "act_layer": {name: get_act_layer(name) for name in _ACTIVATIONS},
     "pos_embed": {"learned": PositionEmbedding},
     "pos_layer": {"conv": ConvPosition},
-    "head_layer": {"pool": partial(ClassifierHead, input_fmt="NHWC"), "token": TokenHead, "projection": ProjectionHead},
+    "head_layer": {
+        "pool": partial(ClassifierHead, input_fmt="NHWC"),
+        "token": TokenHead,
+        "projection": ProjectionHead,
+        "corner": CornerHead,
+    },
 }
 
 

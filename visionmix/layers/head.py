@@ -1,9 +1,10 @@
 """Heads from tokens to logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from visionmix.layers.fold import fold_behind
@@ -118,6 +119,82 @@ class ProjectionHead(ClassifierHead):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.act(self.norm(self.proj(x)))))
+        return x if pre_logits else self.fc(x)
+
+
+class CornerHead(nn.Module):
+    """The classifier of maps whose corners have seen the whole map, with the interface of timm's `ClassifierHead`.
+
+    ``fc(dropout(norm(concat(corners))))`` for the pooling "corners", which takes the first and the last cell, or the
+    first of the first row, of the last row, and the last of both. Other poolings are timm's, without the norm.
+
+    Shapes: (batch, height, width, in_features) to (batch, num_classes); to (batch, height, width, num_classes) without
+    pooling.
+
+    Source: Vision-LSTM (Alkin et al. 2024, arXiv 2406.04303); with four corners, pLSTM (Pöppel et al. 2025, arXiv
+    2506.11997).
+
+    Args:
+        in_features: Channels of the map.
+        num_classes: Outputs; 0 for no classifier.
+        pool_type: "corners", or one of timm's pooling types; "" for none.
+        drop_rate: Dropout rate before the classifier.
+        corners: 2 or 4.
+        norm_layer: Makes a norm of the corners' channels together; None for none.
+
+    Raises:
+        ValueError: `corners` is neither 2 nor 4.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "corners",
+        drop_rate: float = 0.0,
+        *,
+        corners: int = 4,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        if corners not in (2, 4):
+            raise ValueError(f"corners={corners} is not a choice of corners; give 2 or 4")
+        self.num_features = in_features
+        self.corners = corners
+        self.norm = norm_layer(corners * in_features, **dd) if norm_layer else nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self._classify(num_classes, pool_type, **dd)
+
+    @torch.jit.ignore
+    def _classify(self, num_classes: int, pool_type: str, **dd: Any) -> None:
+        at_corners = pool_type == "corners"
+        self.pool_type = pool_type
+        self.pool = SelectAdaptivePool2d(pool_type="" if at_corners else pool_type, flatten=True, input_fmt="NHWC")
+        self.hidden_size = self.num_features * (self.corners if at_corners else self.pool.feat_mult())
+        self.fc = _classifier(self.hidden_size, num_classes, **dd)
+
+    @torch.jit.ignore
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replace the classifier by a fresh one, and the pooling where one is given."""
+        self._classify(num_classes, self.pool_type if pool_type is None else pool_type)
+
+    @torch.jit.ignore
+    def drop_projection(self) -> None:
+        """Remove the norm, for a model that returns features alone."""
+        self.norm = nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.pool_type == "corners":
+            top, bottom = x[:, :1], x[:, -1:]
+            if self.corners == 2:
+                x = torch.cat([top[:, :, :1], bottom[:, :, -1:]], dim=-1)
+            else:
+                x = torch.cat([top[:, :, :1], bottom[:, :, :1], top[:, :, -1:], bottom[:, :, -1:]], dim=-1)
+            x = self.norm(x.flatten(1))
+        elif self.pool_type != "":
+            x = self.pool(x)
+        x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
 

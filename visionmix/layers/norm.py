@@ -43,6 +43,23 @@ class ScanRmsNorm(RmsNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
 
+class OffsetLayerNorm(LayerNorm):
+    """timm's `LayerNorm` with its weight stored less one, ``(1 + weight) * y + bias`` of the normalised y.
+
+    Shapes: (..., dim) to the same.
+
+    Source: xLSTM's code (Beck et al. 2024, arXiv 2405.04517).
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation of every channel where channels come last, by a `torch.nn.BatchNorm2d` called `bn`.
 

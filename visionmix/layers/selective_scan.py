@@ -181,6 +181,40 @@ class SelectiveScan2d(_ScanParameters):
         return x.expand(-1, -1, -1, self.count, -1)
 
 
+class StateScan2d(_ScanParameters):
+    """The states of a selective scan over one order of a map, one state per channel, brought back to the map.
+
+    Those of the recurrence of `SelectiveScan2d`, with C and D left to the caller, who reads the states later as
+    ``y = C h + D x``.
+
+    Shapes: (batch, height, width, dim) to h, the same, in float32 where the map is of half precision, and C, (batch,
+    height, width, 1).
+
+    Source: Spatial-Mamba (Xiao et al. 2024, arXiv 2410.15091).
+
+    Args:
+        dim: Channels.
+        order: Name of the order, as `visionmix.scans.order` takes it.
+        dt_rank: Rank of the projection to the steps.
+
+    Raises:
+        ValueError: `dt_rank` is below 1.
+    """
+
+    def __init__(self, dim: int, order: str, *, dt_rank: int, **dd: Any) -> None:
+        super().__init__(dim, 1, dt_rank=dt_rank, d_state=1, **dd)
+        self.order = order
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        steps, B, C = self.x_proj(x).unsqueeze(3).split(self.widths, dim=-1)
+        A, one = _decay_rates(self.A_log), torch.ones_like(C)  # a readout of one is the state itself
+        out_dtype = scan_dtype(x)
+        states = selective_scan_2d_op(
+            x, steps, self.delta_weight, A, B, one, None, self.delta_bias, True, self.order, "sum", "all", out_dtype
+        )
+        return states, C.squeeze(3)
+
+
 class SelectiveScan1d(_ScanParameters):
     """A causal convolution along a sequence, SiLU and a selective scan, as inside Mamba.
 
