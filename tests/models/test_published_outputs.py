@@ -113,6 +113,8 @@ def test_chaotic_logits_equal_the_published_in_float64(case):
     [
         "vig_t",
         "vig_h_t",
+        "mambavision_tiny",
+        "vssd_tiny",
         "sgformer_small",
         "slab_swin_tiny__depths1121",
         "slab_pvt_tiny",
@@ -126,7 +128,11 @@ def test_reference_kernels_in_float64_are_closer_still(case):
 
 
 # Other sizes of a family that has a golden, which differ in widths and depths alone.
-SIZES_WITHOUT_GOLDENS = {"mamba_yolo_b_backbone", "mamba_yolo_l_backbone", "sgformer_base", "sgformer_medium"}
+SIZES_WITHOUT_GOLDENS = {
+    *("mamba_yolo_b_backbone", "mamba_yolo_l_backbone", "sgformer_base", "sgformer_medium"),
+    *(f"mambavision_{size}" for size in ("tiny2", "small", "base", "large", "large2", "large3")),
+    *("vssd_micro", "vssd_small", "vssd_base"),
+}
 
 
 def test_every_published_model_has_a_golden():
