@@ -27,6 +27,7 @@ WITHOUT = {
     r"mamba_yolo_\w+_backbone": "trained inside its detector alone",
     r"(pyramid|plain)_(nano|tiny|small)": "no published model: bakeoff.yaml trains it",
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
+    r"mambavision_large3": "trained on ImageNet-21k alone, by settings that are not published",
     r"vim_\w+_stride8": "fine-tuned from the model of stride 16: finetune/",
 }
 
@@ -45,6 +46,9 @@ TINY = {
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|efficient_vmamba|mavit|msvmamba|plainmamba|raftmlp|ravlt|sgformer|vig|vmamba)_": r"test_\1",
     r"(plstm_vis|spatial_mamba|vil)_": r"test_\1",
+    r"(atrous_vmamba|efficient_vmamba|mambavision|mavit|msvmamba|plainmamba|raftmlp|ravlt|sgformer|vig|vmamba|vssd)_": (
+        r"test_\1"
+    ),
 }
 
 

@@ -11,6 +11,8 @@ from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.half_precision import at_least_float32, scaled_gate, scan_dtype, unscaled, zero_token
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
+from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gate, scan_dtype, unscaled, zero_token
+from visionmix.layers.head import ProjectionHead, TokenHead
 from visionmix.layers.maps import pad, resample_map
 from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
@@ -63,6 +65,7 @@ __all__ = [
     "patch_stem",
     "prefix_positions",
     "resample_map",
+    "scaled",
     "scaled_gate",
     "scan_dtype",
     "scan_sizes",

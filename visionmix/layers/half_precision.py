@@ -39,10 +39,21 @@ def scaled_gate(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled_gate(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     if gate.dtype != torch.float16:
         return (x * gate).to(gate.dtype), gate.new_zeros([0, gate.shape[-1]])
-    y = x.float() * gate.float()
-    exponent = torch.log2(y.detach().abs().amax(dim=-1, keepdim=True) / 32768).ceil().clamp(min=0)
+    return _scaled(x.float() * gate.float(), gate)
+
+
+def scaled(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x`, a scan's result, for a linear projection in the type of `like`, and the scale; see `scaled_gate`."""
+    return _scaled(x, like)  # in two functions: see visionmix.graphs
+
+
+@torch.fx.wrap
+def _scaled(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    if like.dtype != torch.float16:
+        return x.to(like.dtype), like.new_zeros([0, x.shape[-1]])
+    exponent = torch.log2(x.detach().abs().amax(dim=-1, keepdim=True) / 32768).ceil().clamp(min=0)
     scale = torch.exp2(exponent)
-    return (y / scale).to(gate.dtype), scale
+    return (x / scale).to(like.dtype), scale
 
 
 def zero_token(x: Tensor) -> Tensor:

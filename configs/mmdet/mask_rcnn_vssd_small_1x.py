@@ -1,0 +1,6 @@
+# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD, README.md; drop path as in classification.
+_base_ = "_base_/mask_rcnn_1x.py"
+model = dict(
+    backbone=dict(name="vssd_small", drop_path_rate=0.4),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

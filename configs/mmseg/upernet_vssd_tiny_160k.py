@@ -1,0 +1,7 @@
+# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD, README.md; drop path as in classification.
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="vssd_tiny", drop_path_rate=0.2),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
