@@ -22,7 +22,6 @@ from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
 from visionmix.models.hosts.vim import vim
 from visionmix.models.hosts.vmamba import vmamba
 
-_ROWS = 14  # and columns of the maps on which the published models were trained
 _ORDERS = {"h": "raster", "v": "column", "w2": "window_2", "w7": "window_7"}
 # As the published code names directions, "-" for its "_flip"; commas part the blocks.
 _VIM_TINY = """
@@ -74,7 +73,7 @@ def _turn(x: Tensor) -> Tensor:
     """
     wide = at_least_float32(x)
     frequencies = 1.0 / (10000 ** (torch.arange(0, x.shape[3], 4, dtype=torch.float32, device=x.device) / x.shape[3]))
-    angles = torch.arange(_ROWS, device=x.device).unsqueeze(1) * frequencies
+    angles = torch.arange(14, device=x.device).unsqueeze(1) * frequencies
     cosine = _spread(angles.cos().to(wide.dtype), x.shape[1], x.shape[2])
     sine = _spread(angles.sin().to(wide.dtype), x.shape[1], x.shape[2])
     return turned(wide, cosine, sine).to(x.dtype)
@@ -157,8 +156,8 @@ VARIANTS = {
     "local_vim_small": Variant(_plain(384, _VIM_SMALL), _VIM_SMALL_IN1K, 28, 4.8),
     "local_vmamba_tiny": Variant(_stages(96, (2, 2, 9, 2), _VMAMBA_TINY), {}, 26, 5.7),
     "local_vmamba_small": Variant(_stages(96, _SMALL, _VMAMBA_SMALL), _in1k("local_vssm_small", 83.7), 50, 11.4),
-    "test_local_vim": Variant(_plain(32, "h v- w2, v w2-", img_size=96)),
-    "test_local_vim_middle_cls_token": Variant(_plain(32, "h- v, w2 w2-", class_token=True, img_size=96)),
+    "test_local_vim": Variant(_plain(32, "h v- w2, v w2-, h-", img_size=96)),
+    "test_local_vim_middle_cls_token": Variant(_plain(32, "h- v, w2 w2-, v-", class_token=True, img_size=96)),
     "test_local_vmamba": Variant(_stages(16, (1, 1, 1, 1), "h h-, v w2, v- w7-, w2- w7", img_size=96)),
 }
 
