@@ -34,6 +34,10 @@ def kind_and_size(case: str) -> tuple[str, int]:
     return name, golden.load(case)[0]["params"]
 
 
+# Quirks of the published code that its outputs show, as options of the model.
+QUIRKS = {name: {"published_inverse": True} for name in ("local_vim_tiny__192x256", "local_vmamba_tiny__192x256")}
+
+
 def load_published(case: str) -> tuple[torch.nn.Module, torch.Tensor, dict]:
     """Return the model of golden `case` with the published weights, the golden's input and its arrays."""
     meta, arrays = golden.load(case)
@@ -41,6 +45,8 @@ def load_published(case: str) -> tuple[torch.nn.Module, torch.Tensor, dict]:
     options = {"img_size": tuple(meta["image_size"])} if "img_size" in meta["kwargs"] else {}
     if "__depth" in case:
         options |= {key: value for key, value in meta["kwargs"].items() if key in ("depth", "depths")}
+    options |= {key: tuple(value) for key, value in meta["kwargs"].items() if key == "depths"}
+    options |= QUIRKS.get(case, {})
     # What a file holds; test_load_checkpoint.py reads it from files.
     overlay = {"state_dict": {"model": golden.state_dict(meta)}}
     with golden.quick_start():

@@ -1,5 +1,7 @@
 """Token sequences in scan orders, inside graphs."""
 
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -37,6 +39,30 @@ def sequence_order(order: str) -> str:
     return name
 
 
+def chosen_orders(directions: Sequence[str], order: str | None, published_inverse: bool) -> tuple[str, ...]:
+    """Return the names of a mixer's scan orders: `directions`, or where `order` is given its directions instead.
+
+    Args:
+        directions: Names of scan orders.
+        order: A scan order, or a set of directions; None for `directions`.
+        published_inverse: Whether orders by columns are brought back as LocalMamba's published code does it, by the
+            inverse for square maps alone ("column_unswapped").
+
+    Raises:
+        ValueError: there is no such order, or no direction.
+    """
+    if isinstance(directions, str) or not directions:
+        raise ValueError(f"directions={directions!r} must be a sequence of scan orders; give at least one name in it")
+    for name in directions:
+        direction_names(name)  # raises where there is no such order
+    names = tuple(directions) if order is None else direction_names(order)
+    return (
+        tuple(re.sub(r"^column(?!_unswapped)", "column_unswapped", name) for name in names)
+        if published_inverse
+        else names
+    )
+
+
 def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return (index, inverse) as `visionmix.scans.order`, on the device of `like`.
 
@@ -51,6 +77,12 @@ def scan_order(name: str, height: int, width: int, like: Tensor) -> tuple[Tensor
             index, inverse = _constant_order(name, int(height), int(width))
             return torch.tensor(index, device=like.device), torch.tensor(inverse, device=like.device)
     return torch.ops.visionmix.scan_order(name, height, width, like.device)
+
+
+def _with(numbers: Tensor, at: int, value: int) -> Tensor:
+    """Return `numbers` with `value` before number `at`, or behind the last."""
+    one = torch.full([1], value, dtype=numbers.dtype, device=numbers.device)
+    return torch.cat([numbers[:at], one, numbers[at:]])
 
 
 @torch.fx.wrap
@@ -70,15 +102,12 @@ def token_order(name: str, height: int, width: int, prefix: list[int], like: Ten
         index, int64 (steps,), the position read at each step, -1 for a padded step; inverse, int64 (tokens,), the step
         at which each position is read, -1 for one that is not.
     """
-    index, _ = scan_order(name, height, width, like)
+    index, inverse = scan_order(name, height, width, like)
     for at in prefix:
-        index = torch.where(index >= at, index + 1, index)
-        index = torch.cat([index[:at], torch.full([1], at, dtype=index.dtype, device=index.device), index[at:]])
-    tokens = height * width + len(prefix)
-    inverse = torch.full([tokens + 1], -1, dtype=index.dtype, device=index.device)
-    steps = torch.arange(index.shape[0], device=index.device)
-    inverse = inverse.index_copy(0, torch.where(index < 0, tokens, index), steps)
-    return index, inverse[:tokens]
+        step = index[:at].shape[0]  # less than `at` where an order reads some of the cells only
+        index = _with(torch.where(index >= at, index + 1, index), at, at)
+        inverse = _with(torch.where(inverse >= step, inverse + 1, inverse), at, step)
+    return index, inverse
 
 
 def turns_order(name: str, count: int, height: int, width: int, behind: bool, like: Tensor) -> tuple[Tensor, Tensor]:

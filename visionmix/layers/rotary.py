@@ -38,6 +38,12 @@ def _takes_kept_turns(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and in_pairs
 
 
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return x (..., dim), channels 2i and 2i + 1 turned by the angle of cosine and sine i, both (..., dim / 2)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
+
+
 @torch.fx.wrap
 def _turn(x: Tensor, height: int, width: int) -> Tensor:
     """Return x (batch, tokens, heads, dim), channels 2i and 2i + 1 of each token turned by its angle i."""
@@ -49,9 +55,7 @@ def _turn(x: Tensor, height: int, width: int) -> Tensor:
             pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
             return torch.view_as_real(pairs * _complex_turns(height, width, count, dtype)).flatten(-2)
     cosine, sine = _turns(height, width, count, dtype, x.device)
-    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
+    return turned(x, cosine.unsqueeze(1), sine.unsqueeze(1))
 
 
 class RotaryMap(nn.Module):

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d, scan_sizes
+from visionmix.layers.order import chosen_orders
 from visionmix.mixers.registry import register_mixer
-from visionmix.scans import direction_names
 
 _DIRECTIONS = ("raster", "raster_reversed", "window_7", "window_7_reversed")
 
@@ -34,7 +34,9 @@ class LocalScan(nn.Module):
             block, found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
         order: A scan order or a set of directions that replaces `directions`, as other mixers take it; None for
             `directions`.
-        norm_eps: Epsilon of the norm after the scans.
+        norm_eps: Epsilon of the norms.
+        published_inverse: Whether scans by columns are brought back to the map as the published code does it: by an
+            inverse that is right for square maps, on which its weights were trained, and scrambles others.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such order.
@@ -49,17 +51,12 @@ class LocalScan(nn.Module):
         directions: Sequence[str] = _DIRECTIONS,
         order: str | None = None,
         norm_eps: float = 1e-5,
+        published_inverse: bool = False,
         **dd: Any,
     ) -> None:
         super().__init__()
         inner, rank = scan_sizes(dim, expand, dt_rank)
-        if isinstance(directions, str) or not directions:
-            raise ValueError(
-                f"directions={directions!r} must be a sequence of scan orders; give at least one name in it"
-            )
-        for name in directions:
-            direction_names(name)  # raises where there is no such order
-        names = tuple(directions) if order is None else direction_names(order)
+        names = chosen_orders(directions, order, published_inverse)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()

@@ -1,0 +1,4 @@
+# LocalMamba (arXiv 2403.09338), github.com/hunto/LocalMamba,
+# detection/configs/local_mamba/mask_rcnn_local_vssm_small_fpn_coco.py.
+_base_ = "_base_/mask_rcnn_1x.py"
+model = dict(backbone=dict(name="local_vmamba_small"), neck=dict(in_channels=[96, 192, 384, 768]))
