@@ -195,12 +195,14 @@ class _Problem:
             largest = max(largest, sum((size - 1) * stride for size, stride in steps))
         return largest >= 1 << 31
 
-    @property
-    def gradient_warps(self) -> int:
-        """Warps of a program of gradients: one makes fewer instructions, where its registers hold a chunk."""
+    def warps(self, kernel: Any) -> int:
+        """Return the warps of a program: one makes fewer instructions, where its registers hold a chunk."""
         here, K = target(), self.constants
-        few = 0 < self.rank <= RANKS.value and K.N == 1 and K.PRECISION != "tf32x3"
-        return 1 if few and (here.backend != "cuda" or here.arch <= 90) else 2
+        if kernel is gradients_kernel:
+            few = 0 < self.rank <= RANKS.value and K.N == 1 and K.PRECISION != "tf32x3"
+            return 1 if few and (here.backend != "cuda" or here.arch <= 90) else 2
+        many = self.rank > RANKS.value and K.PRECISION == "tf32x3"
+        return 2 if kernel is outputs_kernel and many else 1
 
     def launch(
         self, kernel: Any, along: int, i: int | None, *, passes: dict[str, float], flops: int, **arguments: Any
@@ -223,7 +225,7 @@ class _Problem:
             kernel,
             (along, tiles, len(orders)),
             **{name: value for name, value in given.items() if name in used} | arguments,
-            num_warps=self.gradient_warps if kernel is gradients_kernel else 1,
+            num_warps=self.warps(kernel),
             passes={"p_x": len(orders), "p_slots": size.batch * tiles, "p_delta": share} | by_tile | passes,
             flops=round(self.values * share) * flops,
         )

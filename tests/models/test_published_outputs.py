@@ -145,6 +145,7 @@ SIZES_WITHOUT_GOLDENS = {
     *("vil_small", "vil_base", "plstm_vis_small", "plstm_vis_base", "spatial_mamba_small", "spatial_mamba_base"),
     *(f"mambavision_{size}" for size in ("tiny2", "small", "base", "large", "large2", "large3")),
     *("vssd_micro", "vssd_small", "vssd_base"),
+    *("local_vim_small", "local_vmamba_small"),
 }
 
 

@@ -43,12 +43,11 @@ TINY = {
     r"(di)?nat_isotropic": "test_dinat_isotropic",
     r"(di)?nats?": "test_dinat",
     r"vim": "test_vim_tiny",
+    r"local_vim_tiny_middle_cls_token": "test_local_vim_middle_cls_token",
+    r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
-    r"(atrous_vmamba|efficient_vmamba|mavit|msvmamba|plainmamba|raftmlp|ravlt|sgformer|vig|vmamba)_": r"test_\1",
-    r"(plstm_vis|spatial_mamba|vil)_": r"test_\1",
-    r"(atrous_vmamba|efficient_vmamba|mambavision|mavit|msvmamba|plainmamba|raftmlp|ravlt|sgformer|vig|vmamba|vssd)_": (
-        r"test_\1"
-    ),
+    r"(atrous_vmamba|efficient_vmamba|mambavision|mavit|msvmamba|plainmamba|plstm_vis|raftmlp|ravlt)_": r"test_\1",
+    r"(sgformer|spatial_mamba|vig|vil|vmamba|vssd)_": r"test_\1",
 }
 
 

@@ -9,19 +9,16 @@ from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMe
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
-from visionmix.layers.half_precision import at_least_float32, scaled_gate, scan_dtype, unscaled, zero_token
-from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gate, scan_dtype, unscaled, zero_token
-from visionmix.layers.head import ProjectionHead, TokenHead
+from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.maps import pad, resample_map
 from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
-from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, scan_sizes
-from visionmix.layers.spatial_frequency import JointSpatialFrequency, PyramidFusion
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, StateScan2d, scan_sizes
+from visionmix.layers.spatial_frequency import JointSpatialFrequency, PyramidFusion
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
 __all__ = [
