@@ -192,7 +192,13 @@ def test_traced_by_fx(name, model):
     traced = symbolic_trace(model)
     for size in ((96, 96), (64, 160)):
         assert torch.equal(traced(image(*size)), model(image(*size)))
-    assert torch.allclose(torch.jit.script(traced)(image()), model(image()), atol=1e-6)
+
+
+@EVERY
+@pytest.mark.long
+def test_traced_by_fx_and_scripted(name, model):
+    scripted = torch.jit.script(symbolic_trace(model))
+    assert torch.allclose(scripted(image()), model(image()), atol=1e-6)
 
 
 @WHOLE

@@ -79,14 +79,14 @@ def test_heads_are_about_32_channels_wide(dim):
 
 @pytest.mark.parametrize("mixer", visionmix.list_mixers())
 def test_any_mixer_in_any_skeleton(mixer):
-    """Every model whose own table gives no heads, in every size that has widths of its own."""
+    """At every width of the models whose own table gives no heads: one stage a width, all in one model."""
+    widths = set()
     for name in ("vmamba_base", "msvmamba_micro", "msvmamba_nano", "efficient_vmamba_small", "plainmamba_l3"):
         sizes = visionmix.models.family.variant_of(name).layout.options
-        widths = sizes.get("embed_dims") or [sizes["embed_dim"]]
-        skeleton = partial(Hierarchical, embed_dims=widths, depths=[1] * len(widths))
-        if "embed_dim" in sizes:
-            skeleton = partial(Plain, embed_dim=widths[0], depth=1)
-        assert list(skeleton(mixer=mixer, device="meta").parameters())
+        widths.update(sizes.get("embed_dims") or [sizes["embed_dim"]])
+    model = Hierarchical(embed_dims=sorted(widths), depths=[1] * len(widths), mixer=mixer, device="meta")
+    assert [stage.blocks[0].norm1.normalized_shape[0] for stage in model.stages] == sorted(widths)
+    assert list(Plain(embed_dim=sizes["embed_dim"], depth=1, mixer=mixer, device="meta").parameters())
 
 
 # Lists, one entry a block or a stage

@@ -13,9 +13,13 @@ def made():
     return recipe.read("demo/bakeoff.yaml", {}, [])
 
 
+@pytest.fixture(scope="module")
+def wanted(made):
+    return bakeoff.count_parameters(made.model, 11, "softmax", 4.0)
+
+
 @pytest.mark.parametrize("name", visionmix.list_mixers())
-def test_parameters_agree(made, name):
-    wanted = bakeoff.count_parameters(made.model, 11, "softmax", 4.0)
+def test_parameters_agree(made, wanted, name):
     kwargs = bakeoff.fit_mixer(made.model, 11, name, wanted)
     count = bakeoff.count_parameters(made.model, 11, kwargs["mixer"], kwargs["mlp_ratio"])
     assert abs(count - wanted) <= 0.03 * wanted
