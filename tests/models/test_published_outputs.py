@@ -77,8 +77,10 @@ def is_backbone(case: str) -> bool:
 
 # Batch norms with the statistics of these files let activations grow until softmax saturates: the published code's own
 # float32 differs from its float64 by more than a tenth (meta's "noise"), or by 2e-5 where it has few blocks. ViL's
-# norms divide by heads near zero, 24 times over: a thousandth.
-CHAOTIC = {"slab_swin_tiny", "slab_swin_small", "swin_tiny_prepbn", "deit_tiny_prepbn", "vil_tiny"}
+# norms divide by heads near zero, 24 times over: a thousandth. The base SG-Former ranks cells in 30 blocks, and for no
+# input of twenty does it rank them alike in both.
+CHAOTIC = {"slab_swin_tiny", "slab_swin_small", "swin_tiny_prepbn", "deit_tiny_prepbn", "vil_tiny", "vil_small"}
+CHAOTIC |= {"vil_base", "sgformer_base"}
 FLOAT32 = {"slab_swin_tiny__depths1121": 2e-4}
 
 
@@ -139,25 +141,12 @@ def test_reference_kernels_in_float64_are_closer_still(case):
         assert golden.relative_error(model.double()(image.double()), arrays["logits"]) <= 1e-9
 
 
-# Other sizes of a family that has a golden, which differ in widths and depths alone.
-SIZES_WITHOUT_GOLDENS = {
-    *("mamba_yolo_b_backbone", "mamba_yolo_l_backbone", "sgformer_base", "sgformer_medium"),
-    *("vil_small", "vil_base", "plstm_vis_small", "plstm_vis_base", "spatial_mamba_small", "spatial_mamba_base"),
-    *(f"mambavision_{size}" for size in ("tiny2", "small", "base", "large", "large2", "large3")),
-    *("vssd_micro", "vssd_small", "vssd_base"),
-    *("local_vim_small", "local_vmamba_small"),
-}
-
-
 def test_every_published_model_has_a_golden():
     # The others' authors published neither code nor weights.
     without_code = {"atrous_vmamba", "skeletons"}
     named = {name for name in MODELS if not name.startswith("test_")}
     named = {name for name in named if family_of(name).module.rpartition(".")[2] not in without_code}
-    assert named - set(CASES) == SIZES_WITHOUT_GOLDENS
-    assert {family_of(name).module for name in SIZES_WITHOUT_GOLDENS} <= {
-        family_of(case.partition("__")[0]).module for case in CASES
-    }
+    assert named <= set(CASES)
 
 
 # What the published code counts to, in millions, where its authors print another number.
