@@ -120,6 +120,9 @@ def test_intermediates(name, model):
         pair = model.forward_intermediates(images, 1, norm=True, intermediates_only=True, return_prefix_tokens=True)[0]
         assert torch.allclose(pair[1], prefix)
         final = cells.unflatten(1, last.shape[1:3])
+    if hasattr(model, "neck"):  # which makes the features of all maps
+        assert torch.allclose(model.neck([each.permute(0, 2, 3, 1) for each in maps]), final)
+        final = maps[-1].permute(0, 2, 3, 1)
     assert torch.allclose(last, final)
     early = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
     assert torch.equal(early[0], maps[0])

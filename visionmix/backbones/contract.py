@@ -408,8 +408,10 @@ def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
     return list(value) if isinstance(value, list | tuple) else [value] * depth
 
 
-def per_stage(value: Any, count: int, name: str) -> list:
+def per_stage(value: Any, count: int, name: str, of: str = "stage") -> list:
     """Return `count` values of the option called `name`: those of a list or tuple, or `value` itself for all.
+
+    `of` says what each of them belongs to, for the message.
 
     Raises:
         ValueError: the list has another length.
@@ -417,7 +419,7 @@ def per_stage(value: Any, count: int, name: str) -> list:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} stages; give one per stage, or one for all")
+        raise ValueError(f"{name} has {len(value)} entries for {count} {of}s; give one per {of}, or one for all")
     return list(value)
 
 

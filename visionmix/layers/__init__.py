@@ -4,7 +4,9 @@ Maps are NHWC: (batch, height, width, channels). The keywords ``**dd`` of constr
 are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 """
 
+from visionmix.layers.bottleneck import Bottleneck, BottleneckStem
 from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
+from visionmix.layers.deformable import DeformableConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
@@ -23,12 +25,15 @@ from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, dee
 
 __all__ = [
     "BatchNorm",
+    "Bottleneck",
+    "BottleneckStem",
     "ChannelGate",
     "ConvDownsample",
     "ConvMlp",
     "ConvPosition",
     "ConvsDownsample",
     "CornerHead",
+    "DeformableConv",
     "DepthwiseConvNormAct",
     "Grid",
     "JointSpatialFrequency",

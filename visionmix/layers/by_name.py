@@ -8,6 +8,7 @@ from typing import Any
 from timm.layers import ClassifierHead, get_act_layer, get_norm_layer
 from torch import nn
 
+from visionmix.layers.bottleneck import BottleneckStem
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
@@ -32,6 +33,7 @@ _LAYERS: dict[str, dict[str, Layer]] = {
         "patch": patch_stem,
         "deep_conv": deep_conv_stem,
         "deep_patch": deep_patch_stem,
+        "bottleneck": BottleneckStem,
     },
     "downsample_layer": {"conv": ConvDownsample, "patch_merging": PatchMerging},
     "mlp_layer": {"mlp": mlp, "swiglu": swiglu, "conv_mlp": ConvMlp},

@@ -13,6 +13,21 @@ from visionmix.models.hosts import doubled
 from visionmix.models.keys import NEXT_STAGE, KeyMap
 from visionmix.models.layout import Layout
 
+SCAN_KEYS = KeyMap(
+    rename=[
+        (r"\.(op|self_attention)\.", ".mixer."),
+        (r"\.mixer\.conv2d\.", ".mixer.conv."),
+        (r"\.mixer\.out_norm\.", ".mixer.norm."),
+        (r"\.mixer\.out_proj\.", ".mixer.proj."),
+        (r"\.mixer\.x_proj[._]weight$", ".mixer.scan.x_proj.weight"),
+        (r"\.mixer\.dt_projs[._](weight|bias)$", r".mixer.scan.delta_\1"),
+        (r"\.mixer\.A_logs$", ".mixer.scan.A_log"),
+        (r"\.mixer\.Ds$", ".mixer.scan.D"),
+    ],
+    reshape=True,
+)
+"""Keys of the mixers of VMamba's kind, in the files of all its code."""
+
 # Names of the early files (patch_embed.proj, ln_1, self_attention, norm, head), of the released and of the latest code
 # are all taken; the last two mean different layers by downsample.1.
 _KEYS = KeyMap(
@@ -26,16 +41,7 @@ _KEYS = KeyMap(
         NEXT_STAGE,
         (r"^layers\.", "stages."),
         (r"(\.blocks\.\d+)\.(norm|ln_1)\.", r"\1.norm1."),
-        (r"\.(op|self_attention)\.", ".mixer."),
-        (r"\.mixer\.conv2d\.", ".mixer.conv."),
-        (r"\.mixer\.out_norm\.", ".mixer.norm."),
-        (r"\.mixer\.out_proj\.", ".mixer.proj."),
-        (r"\.mixer\.x_proj[._]weight$", ".mixer.scan.x_proj.weight"),
-        (r"\.mixer\.dt_projs[._](weight|bias)$", r".mixer.scan.delta_\1"),
-        (r"\.mixer\.A_logs$", ".mixer.scan.A_log"),
-        (r"\.mixer\.Ds$", ".mixer.scan.D"),
-    ],
-    reshape=True,
+    ]
 )
 _CONV_DOWNSAMPLE = KeyMap(
     rename=[(r"\.downsample\.1\.", ".downsample.conv."), (r"\.downsample\.3\.", ".downsample.norm.")]
@@ -66,5 +72,5 @@ def vmamba(
     """
     layers = {"stem_layer": patch_stem, "downsample_layer": PatchMerging} if patch_merging else {}
     sizes = {"embed_dims": doubled(embed_dim, len(depths)), "depths": tuple(depths)}
-    keys = _KEYS + (_PATCH_MERGING if patch_merging else _CONV_DOWNSAMPLE)
+    keys = _KEYS + SCAN_KEYS + (_PATCH_MERGING if patch_merging else _CONV_DOWNSAMPLE)
     return Layout(Hierarchical, {"mixer": mixer, "mlp_layer": mlp_layer} | layers | sizes | options, keys)
