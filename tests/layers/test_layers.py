@@ -69,7 +69,7 @@ def tiles_of_five(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
-@pytest.mark.parametrize("make", [mlp, partial(swiglu, multiple_of=8)])
+@pytest.mark.parametrize("make", [mlp, partial(swiglu, multiple_of=8), partial(swiglu, multiple_of=1, bias=True)])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (10, 6), (1, 3, 6)])
 def test_tiles_of_a_feed_forward_make_the_whole(tiles_of_five, monkeypatch, make, shape):
     module, x = make(6).eval(), torch.randn(shape)

@@ -128,17 +128,16 @@ def test_local_attention_mamba(shift, dtype):
     assert golden.relative_error(x, arrays["logits"]) <= BOUNDS[dtype]
 
 
-def interleaved(**options):
-    """Return the mixer of 3 channels with the published module's tensors."""
-    meta, _ = golden.load("vfimamba_ss2d")
+def interleaved(tensors=None, dim=3, **options):
+    """Return the mixer with the published module's tensors, by default those of 3 channels."""
     own = {}
-    for key, value in golden.state_dict(meta).items():
+    for key, value in (tensors or golden.state_dict(golden.load("vfimamba_ss2d")[0])).items():
         name = renamed(key)
         if name.startswith("scan."):
             own |= {f"scans.{at}.{name[5:]}": part for at, part in enumerate(value.chunk(4))}
         else:
             own[name] = value
-    return loaded(visionmix.create_mixer("interleaved_scan", 3, **options), own)
+    return loaded(visionmix.create_mixer("interleaved_scan", dim, **options), own)
 
 
 @both_precisions
@@ -148,6 +147,56 @@ def test_interleaved_scan(dtype):
     with torch.no_grad():
         out = interleaved(published_inverse=True).to(dtype)(pair)
     assert golden.relative_error(out[0], arrays["logits"]) <= BOUNDS[dtype]
+
+
+@both_precisions
+def test_interleaved_scan_in_vfimamba(dtype):
+    """The features of two frames: convolutions at strides 1, 2 and 4, then blocks of the mixer at strides 8 and 16."""
+    meta, arrays = golden.load("vfimamba_s_features")
+    tensors = {key: value.to(dtype) for key, value in golden.state_dict(meta).items()}
+
+    def weights(name):
+        return tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+
+    def conv(x, name, **options):
+        weight, bias = weights(name)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, **options)
+
+    def norm(x, name):  # over the channels of maps
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], *weights(name)).permute(0, 3, 1, 2)
+
+    def prelu(x, name):
+        return F.prelu(x, weights(name)[0])
+
+    def scan(x, prefix):
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        mixer = interleaved(own, x.shape[1], published_inverse=True, dtype=dtype)
+        frames = torch.stack(x.permute(0, 2, 3, 1).chunk(2), dim=1)
+        return mixer(frames).transpose(0, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+    def look(x, name):  # convolutions, whose channels are weighed
+        x = conv(F.gelu(conv(x, f"{name}.0")), f"{name}.2")
+        weight = conv(x.mean((2, 3), keepdim=True), f"{name}.3.attention.1").relu()
+        return x * conv(weight, f"{name}.3.attention.3").sigmoid()
+
+    x, features = torch.cat(golden.image(32, 96).to(dtype).chunk(2, dim=3)), []
+    with torch.no_grad(), golden.quick_start():
+        for stage, depth in enumerate(meta["kwargs"]["depths"]):
+            if stage < meta["kwargs"]["conv_stages"]:
+                if stage:
+                    x = prelu(conv(x, f"patch_embed{stage}.0", stride=2), f"patch_embed{stage}.1")
+                for layer in range(depth):
+                    x = prelu(conv(x, f"block{stage}.conv.{2 * layer}"), f"block{stage}.conv.{2 * layer + 1}")
+            else:
+                x = conv(norm(x, f"patch_embed{stage}.norm"), f"patch_embed{stage}.proj", stride=2)
+                for layer in range(depth):
+                    block = f"block{stage}.blocks.{layer}"
+                    first, second = (tensors[f"{block}.skip_scale{end}"][:, None, None] for end in ("", "2"))
+                    x = x * first + scan(norm(x, f"{block}.ln_1"), f"{block}.self_attention.")
+                    x = x * second + look(norm(x, f"{block}.ln_2"), f"{block}.conv_blk.cab")
+            features.append(x)
+    for ours, name in zip(features[-3:], ("out0", "out1", "out2"), strict=True):
+        assert golden.relative_error(ours, arrays[name]) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("order", ["raster", "snake", "window_3"])

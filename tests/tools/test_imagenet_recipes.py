@@ -28,6 +28,7 @@ WITHOUT = {
     r"(pyramid|plain)_(nano|tiny|small)": "no published model: bakeoff.yaml trains it",
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
     r"mambavision_large3": "trained on ImageNet-21k alone, by settings that are not published",
+    r"roma_arm_\w+": "pre-trained on remote sensing images, without labels",
     r"vim_\w+_stride8": "fine-tuned from the model of stride 16: finetune/",
 }
 

@@ -73,8 +73,16 @@ class _Mlp(_InTiles, Mlp):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
-def swiglu(dim: int, *, mlp_ratio: float = 4.0, multiple_of: int = 256, drop: float = 0.0, **dd: Any) -> GluMlp:
-    """Return a gated feed-forward ``fc2(silu(a) * b)`` with ``a, b = fc1(x).chunk(2, dim=-1)`` and no biases.
+def swiglu(
+    dim: int,
+    *,
+    mlp_ratio: float = 4.0,
+    multiple_of: int = 256,
+    bias: bool = False,
+    drop: float = 0.0,
+    **dd: Any,
+) -> GluMlp:
+    """Return a gated feed-forward ``fc2(silu(a) * b)`` with ``a, b = fc1(x).chunk(2, dim=-1)``.
 
     The hidden width is two thirds of ``dim * mlp_ratio``, so that the parameters number what an ungated feed-forward of
     that ratio has, rounded up to `multiple_of`.
@@ -87,10 +95,11 @@ def swiglu(dim: int, *, mlp_ratio: float = 4.0, multiple_of: int = 256, drop: fl
         dim: Channels.
         mlp_ratio: Hidden width over `dim` of the ungated feed-forward with as many parameters.
         multiple_of: Number whose next multiple the hidden width is rounded up to.
+        bias: Whether both projections have biases.
         drop: Dropout rate after the gate and after the last projection.
     """
     hidden = -(-int(dim * mlp_ratio * 2 / 3) // multiple_of) * multiple_of
-    return _SwiGlu(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False, **dd)
+    return _SwiGlu(dim, 2 * hidden, act_layer=nn.SiLU, bias=bias, drop=drop, gate_last=False, **dd)
 
 
 class _SwiGlu(_InTiles, GluMlp):

@@ -58,7 +58,8 @@ class KeyMap:
         tied: Reason by pattern; several keys of the file may become a key of the model that a pattern matches, if their
             tensors are equal.
         transform: Makes the tensor to load, or several by key, from a renamed key and its tensor.
-        join: Tensors of the file that are one tensor in the model; they are joined last.
+        join: Tensors of the file that are one tensor in the model; they are joined last. Any function serves that
+            changes a dict of all tensors.
         reshape: Whether tensors take the model's shape where only the grouping of the axes differs: a linear layer
             saved as a 1x1 convolution, or directions stacked along the channels.
     """
@@ -68,7 +69,7 @@ class KeyMap:
     lacks: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     transform: _Transform | None = None
-    join: Sequence[Join] = ()
+    join: Sequence[Callable[[dict[str, Tensor]], None]] = ()
     reshape: bool = False
 
     def __add__(self, other: "KeyMap") -> "KeyMap":
