@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,10 @@ from PIL import Image
 
 from visionmix.tools.images import UnreadableImage, read_rgb
 from visionmix.tools.loading import SPLITS, ImageSet, match_classes, multi_hot
+from visionmix.tools.optional import load
 
 PREFIX = "hf:"
-
-
-def library():
-    """Return the module `datasets`.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ValueError("Hugging Face data sets need datasets; run: pip install 'visionmix[hub]'") from error
-    return datasets
+library = partial(load, "datasets", "hub", "Hugging Face data sets")
 
 
 def is_saved(path: Path) -> bool:
