@@ -123,8 +123,9 @@ def _weights(hub: str, file: str, top1: float, crop_pct: float = 1.0, tag: str =
 
 
 _in21k = partial(_weights, tag="in21k_in1k")
-# The authors squeeze images to a square before they cut out the centre; a cfg here cuts it out of the rectangle.
-_at_512 = partial(_weights, crop_pct=0.93, tag="in21k_in1k_512", input_size=512, options=_windows(32, 16))
+_at_512 = partial(
+    _weights, crop_pct=0.93, crop_mode="squash", tag="in21k_in1k_512", input_size=512, options=_windows(32, 16)
+)
 
 _NARROW, _SCALED = {"stem_layer": partial(_stem, width=32)}, {"layer_scale": 1e-5}
 _TINY, _TINY2 = _layout(80, (1, 3, 8, 4), **_NARROW), _layout(80, (1, 3, 11, 4), **_NARROW)
