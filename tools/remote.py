@@ -157,5 +157,5 @@ def _read(url: str) -> Iterator[bytes]:
 
 def _failed(reason: str, final: type[OSError] | None = None) -> _Failed:
     error = _Failed(reason)
-    error.final = final and final(reason)
+    error.final = final(reason) if final else None
     return error
