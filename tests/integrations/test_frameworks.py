@@ -105,11 +105,11 @@ PAPERS = {
     "mavit_small msvmamba_tiny nat_mini ravlt_small sgformer_small swin_tiny_prepbn vmamba_tiny local_vmamba_tiny "
     "spatial_mamba_tiny vssd_tiny",
     "mmdet/cascade_mask_rcnn_{}_3x.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_small nat_mini "
-    "ravlt_small",
+    "ravlt_small mambavision_tiny",
     "mmdet/retinanet_{}_1x.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny raftmlp_s ravlt_tiny",
     "mmseg/upernet_{}_160k.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_tiny msvmamba_nano "
     "nat_mini plainmamba_l1 ravlt_small sgformer_small vig_h_t vmamba_tiny local_vmamba_tiny spatial_mamba_tiny "
-    "vil_tiny vssd_tiny",
+    "vil_tiny vssd_tiny mambavision_tiny",
     "mmseg/semantic_fpn_{}_80k.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny ravlt_small",
 }
 
