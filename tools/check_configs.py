@@ -103,6 +103,7 @@ def check(name: str) -> str:
     config = openmmlab.read(name, options={"model.backbone.pretrained": False})
     if config.model.data_preprocessor.get("size"):
         config.model.data_preprocessor.size = SIZE
+    config.model.data_preprocessor.pop("batch_augments", None)  # which pad images to their full size
     see_fewer_boxes(config.model)
     see_narrow_windows(config.model.backbone)
     init_default_scope(config.default_scope)
