@@ -4,9 +4,9 @@
     python tools/check_configs.py mmseg vig_h_t      # those whose name holds every word
 
 The training step is the config's own: its optimiser, its settings by parameter, one batch of two images. The loss must
-be finite and every parameter must have a gradient, since distributed training waits for all of them. A second stage
-sees 32 boxes of an image in place of 512, for time. The exit status is 1 where any config fails, 2 where OpenMMLab is
-not installed.
+be finite and every parameter must have a gradient, since distributed training waits for all of them. For time, a second
+stage sees 32 boxes of an image in place of 512, and no window is wider than the images. The exit status is 1 where any
+config fails, 2 where OpenMMLab is not installed.
 """
 
 import argparse
@@ -78,6 +78,12 @@ def see_fewer_boxes(model: Any) -> None:
             proposals.max_per_img = BOXES
 
 
+def see_narrow_windows(backbone: Any) -> None:
+    """Let the windows of a backbone's last two stages, if its config has them, be as wide as the images at most."""
+    if windows := backbone.get("window_sizes"):
+        backbone.window_sizes = [min(side, max(SIZE) // cell) for side, cell in zip(windows, (16, 32), strict=True)]
+
+
 BATCHES = {"mmdet": detection_batch, "mmseg": segmentation_batch}
 
 
@@ -97,7 +103,9 @@ def check(name: str) -> str:
     config = openmmlab.read(name, options={"model.backbone.pretrained": False})
     if config.model.data_preprocessor.get("size"):
         config.model.data_preprocessor.size = SIZE
+    config.model.data_preprocessor.pop("batch_augments", None)  # which pad images to their full size
     see_fewer_boxes(config.model)
+    see_narrow_windows(config.model.backbone)
     init_default_scope(config.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(config.model)

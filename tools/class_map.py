@@ -79,7 +79,7 @@ def _output(written: str, labels: Mapping[str, list[int]], count: int) -> int:
 
 
 def find_outputs(
-    folders: Sequence[str], outputs: Outputs, where: Path, class_map: Mapping[str, str] | None = None
+    folders: Sequence[str], outputs: Outputs, where: Path | str, class_map: Mapping[str, str] | None = None
 ) -> list[int]:
     """Return the model's output for each of `folders`.
 
@@ -89,7 +89,7 @@ def find_outputs(
     Args:
         folders: names of the class folders, sorted.
         outputs: what the model's outputs stand for.
-        where: the folder that holds them, for messages.
+        where: the folder or shards that hold them, for messages.
         class_map: as `read_class_map` returns it.
 
     Raises:

@@ -6,7 +6,7 @@ Each kind has a module with `find_split`, `find_classes` and an `ImageSet`; all 
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionmix.tools import folders, hub, manifests, shards
+from visionmix.tools import folders, hub, manifests, remote, shards
 from visionmix.tools.folders import FolderSet, find_classes, split_folder
 from visionmix.tools.hub import HubSet
 from visionmix.tools.images import UnreadableImage
@@ -48,6 +48,7 @@ __all__ = [
     "make_loader",
     "open_split",
     "seed_everything",
+    "split_classes",
     "split_folder",
     "train_transform",
 ]
@@ -71,15 +72,21 @@ def _kind(wanted: DataRecipe):
 def _find_kind(wanted: DataRecipe):
     if wanted.path.startswith(hub.PREFIX) or hub.is_saved(Path(wanted.path)):
         return hub
-    places = [wanted.path, *(str(Path(wanted.path, name)) for name in (wanted.train, wanted.val) if name is not None)]
+    places = [wanted.path, *(remote.join(wanted.path, name) for name in (wanted.train, wanted.val) if name is not None)]
     if any(manifests.has_manifests(Path(place)) for place in places):
         return manifests
     return shards if any(map(shards.has_shards, places)) else folders
 
 
 def absolute(path: str) -> str:
-    """Return a path or pattern that does not depend on the working directory; names on the hub stay."""
-    return path if path.startswith(hub.PREFIX) else str(Path(path).resolve())
+    """Return a path or pattern that does not depend on the working directory; URLs and names on the hub stay."""
+    return path if path.startswith(hub.PREFIX) or remote.is_url(path) else str(Path(path).resolve())
+
+
+def split_classes(wanted: DataRecipe, split: str) -> list[str]:
+    """Return the classes of one split; raises as `check_data` does."""
+    kind = _kind(wanted)
+    return kind.find_classes(kind.find_split(wanted.path, split, getattr(wanted, split)), wanted.classes)
 
 
 def check_data(wanted: DataRecipe) -> list[str]:
@@ -90,10 +97,7 @@ def check_data(wanted: DataRecipe) -> list[str]:
         ValueError: a split is refused, train and val hold different classes, or there is only one class.
     """
     kind = _kind(wanted)
-    classes, test_classes = (
-        kind.find_classes(kind.find_split(wanted.path, split, getattr(wanted, split)), wanted.classes)
-        for split in ("train", "val")
-    )
+    classes, test_classes = (split_classes(wanted, split) for split in ("train", "val"))
     # A rare label may have no test image.
     if classes != test_classes and not (kind is manifests and set(test_classes) < set(classes)):
         only = {

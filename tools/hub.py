@@ -2,29 +2,19 @@
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from visionmix.tools.images import UnreadableImage, read_rgb
-from visionmix.tools.loading import SPLITS, ImageSet, match_classes, multi_hot
+from visionmix.tools.labels import LabelSet
+from visionmix.tools.loading import SPLITS
+from visionmix.tools.optional import load
 
 PREFIX = "hf:"
-
-
-def library():
-    """Return the module `datasets`.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ValueError("Hugging Face data sets need datasets; run: pip install 'visionmix[hub]'") from error
-    return datasets
+library = partial(load, "datasets", "hub", "Hugging Face data sets")
 
 
 def is_saved(path: Path) -> bool:
@@ -105,17 +95,16 @@ def _columns(dataset) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-class HubSet(ImageSet):
+class HubSet(LabelSet):
     """The images of one split of a data set, by `Key`.
 
     Args:
         dataset: the split.
         classes: names of all classes.
         transform: as `ImageSet` takes it.
-        outputs: the model's output for each of `classes`; their own order where None, and with `multilabel`.
         count: number of classes, where labels are plain integers.
-        multilabel: targets are of a list of labels, as `multi_hot` returns them, not one class.
-        augmented: `seed` and `replace` of `ImageSet`.
+        multilabel: images have lists of labels.
+        options: those of `LabelSet`.
 
     Raises:
         ValueError: `find_classes` refuses the data set, an image has no class, or the labels are lists and
@@ -128,22 +117,18 @@ class HubSet(ImageSet):
         classes: Sequence[str],
         transform,
         *,
-        outputs: Sequence[int] | None = None,
         count: int | None = None,
         multilabel: bool = False,
-        **augmented: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(transform, **augmented)
         own = find_classes(dataset, count)
         self.name = f"{dataset.info.dataset_name or 'data set'} {dataset.split or ''}".strip()
-        outputs = match_classes(self.name, own, classes, None if multilabel else outputs)
         self.column, label = _columns(dataset)
         if hasattr(dataset.features[label], "feature") != multilabel:
             raise ValueError(
                 f"the column {label} of {self.name} has {'one label' if multilabel else 'a list of labels'} an image; "
                 f"set data.multilabel={not multilabel}"
             )
-        self.labels = len(classes) if multilabel else None
         targets = dataset[label]
         lists = targets if multilabel else [[target] for target in targets]
         if wrong := [
@@ -155,25 +140,19 @@ class HubSet(ImageSet):
                 f"{len(wrong)} image(s) of {self.name} have no class, e.g. number {wrong[0]} with label "
                 f"{targets[wrong[0]]}; remove them with Dataset.filter"
             )
-        self.targets = [[outputs[number] for number in numbers] for numbers in lists]
-        if not multilabel:
-            self.targets = [number for (number,) in self.targets]
+        super().__init__(self.name, own, classes, lists, transform, multilabel=multilabel, **options)
         self.dataset = dataset.cast_column(self.column, library().Image(decode=False)).select_columns(self.column)
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def load(self, index: int) -> tuple[Image.Image, int | torch.Tensor]:
-        """Return the decoded RGB image and its target; raises UnreadableImage where that is not possible."""
-        target = self.targets[index] if self.labels is None else multi_hot(self.targets[index], self.labels)
+    def read(self, index: int) -> Image.Image:
+        """Return the decoded RGB image; raises UnreadableImage where that is not possible."""
         stored = self.dataset[index][self.column]
         if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise UnreadableImage(f"{self.name}[{index}]: is empty")
         if stored["bytes"] is None:
-            return read_rgb(stored["path"]), target
+            return read_rgb(stored["path"])
         content = _Row(stored["bytes"])
         content.place = f"{self.name}[{index}]" + (f" ({stored['path']})" if stored["path"] else "")
-        return read_rgb(content), target
+        return read_rgb(content)
 
 
 class _Row(io.BytesIO):

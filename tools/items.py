@@ -1,8 +1,8 @@
-"""Pictures to predict: files, those in folders, and those inside tar shards, each found before the first is read."""
+"""Pictures to predict: files, those in folders and in tar shards, local or behind URLs, found before one is read."""
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from visionmix.tools import remote, shards
 from visionmix.tools.images import UnreadableImage, find_files, is_hidden, is_image, log_left_out, read_rgb
 
 SHARD = ".tar"
@@ -20,7 +21,7 @@ class Item(NamedTuple):
 
     Attributes:
         name: the file, or SHARD:MEMBER, as text that every file can hold.
-        file: that holds it.
+        file: that holds it, or the URL of a shard.
         offset: bytes before it in a shard.
         size: its bytes in a shard; -1 for a file of its own.
         error: why it cannot be read, where that is known already.
@@ -39,7 +40,7 @@ class Item(NamedTuple):
         source: Path | io.BytesIO = Path(self.file)
         try:
             if self.size >= 0:
-                with Path(self.file).open("rb") as file:
+                with remote.local(self.file).open("rb") as file:
                     file.seek(self.offset)
                     source = io.BytesIO(file.read(self.size))
             return read_rgb(source)
@@ -54,16 +55,25 @@ def _text(path: Path | str) -> str:
     return str(path).encode(errors="backslashreplace").decode()
 
 
-def find_items(paths: list[Path]) -> list[Item]:
+def find_items(paths: Sequence[Path | str]) -> list[Item]:
     """Return the pictures in files, in shards and at any depth of folders, each once, in sorted order within a folder.
 
-    Hidden files are passed over; other files of a folder are left out and logged.
+    Hidden files are passed over; other files of a folder are left out and logged. Shards of URLs, which may have brace
+    ranges, are fetched first.
 
     Raises:
-        FileNotFoundError: a path does not exist, or a folder holds no pictures.
+        FileNotFoundError: a path or URL does not exist, or a folder holds no pictures.
+        ValueError: a URL is not one of a .tar file.
+        OSError: a shard cannot be fetched.
     """
     found: list[Item] = []
-    for path in paths:
+    for given in paths:
+        if remote.is_url(str(given)):
+            urls = shards.expand(str(given))
+            remote.fetch(urls)
+            found += [item for url in urls for item in _members(url)]
+            continue
+        path = Path(given)
         if path.is_dir():
             inside = sorted(find_files(path))
             wanted = [file for file in inside if is_image(file) or file.suffix == SHARD]
@@ -75,20 +85,20 @@ def find_items(paths: list[Path]) -> list[Item]:
         else:
             raise FileNotFoundError(f"{path} does not exist")
         for file in wanted:
-            found += _members(file) if file.suffix == SHARD else [Item(_text(file), str(file))]
+            found += _members(str(file)) if file.suffix == SHARD else [Item(_text(file), str(file))]
     return list({item.name: item for item in found}.values())
 
 
-def _members(shard: Path) -> Iterator[Item]:
-    """Yield the pictures of a shard and, if it is cut off, damaged or without any, an item that says so."""
-    count, error = 0, ""
+def _members(source: str) -> Iterator[Item]:
+    """Yield the pictures of a shard, of a path or URL, and if it is cut off, damaged or without any, one to say so."""
+    count, error, shard = 0, "", remote.local(source)
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 hidden = any(is_hidden(part) for part in Path(member.name).parts)
                 if member.isfile() and not hidden and is_image(Path(member.name)):
                     count += 1
-                    yield Item(_text(f"{shard}:{member.name}"), str(shard), member.offset_data, member.size)
+                    yield Item(_text(f"{source}:{member.name}"), source, member.offset_data, member.size)
         with shard.open("rb") as file:  # a damaged header ends the archive without an error
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -96,9 +106,9 @@ def _members(shard: Path) -> Iterator[Item]:
     except (tarfile.TarError, OSError) as caught:
         error = str(caught)
     if error:
-        yield Item(_text(shard), str(shard), error=f"the shard is damaged or cut off after {count} pictures: {error}")
+        yield Item(_text(source), source, error=f"the shard is damaged or cut off after {count} pictures: {error}")
     elif not count:
-        yield Item(_text(shard), str(shard), error="the shard holds no images that Pillow decodes")
+        yield Item(_text(source), source, error="the shard holds no images that Pillow decodes")
 
 
 class ItemSet(Dataset):

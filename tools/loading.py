@@ -132,13 +132,6 @@ def _targets(targets: list) -> torch.Tensor:
     return torch.tensor(targets, dtype=torch.int64)
 
 
-def multi_hot(numbers: Sequence[int], labels: int) -> torch.Tensor:
-    """Return float32 (labels,), 1 at the labels that an image has and 0 at the others."""
-    target = torch.zeros(labels)
-    target[list(numbers)] = 1.0
-    return target
-
-
 def _stack(images: list[torch.Tensor]) -> torch.Tensor:
     """Stack images that have their channels first or, as those of Pillow, last in memory; to turn them costs time."""
     if images[0].is_contiguous():

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from visionmix.tools.images import read_rgb
-from visionmix.tools.loading import SPLITS, ImageSet, match_classes, multi_hot
+from visionmix.tools.labels import LabelSet
+from visionmix.tools.loading import SPLITS
 
 COLUMNS = ("image", "labels")
 
@@ -77,17 +77,16 @@ def read(file: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-class ManifestSet(ImageSet):
+class ManifestSet(LabelSet):
     """The images of a CSV file, by `Key`.
 
     Args:
         file: with the columns image and labels.
         classes: names of all labels.
         transform: as `ImageSet` takes it.
-        outputs: the model's output for each of `classes`; their own order where None, and with `multilabel`.
         count: number of labels, where it is known.
-        multilabel: targets are of any number of labels, as `multi_hot` returns them, not one class.
-        augmented: `seed` and `replace` of `ImageSet`.
+        multilabel: images have any number of labels.
+        options: those of `LabelSet`.
 
     Raises:
         ValueError: `read` refuses the file, a label is not one of `classes`, or without `multilabel` an image has
@@ -100,28 +99,23 @@ class ManifestSet(ImageSet):
         classes: Sequence[str],
         transform,
         *,
-        outputs: Sequence[int] | None = None,
         count: int | None = None,
         multilabel: bool = False,
-        **augmented: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(transform, **augmented)
         rows = read(file)
         own = sorted({label for _, labels in rows for label in labels})
-        numbers = dict(zip(own, match_classes(file, own, classes, None if multilabel else outputs), strict=True))
+        places = {label: number for number, label in enumerate(own)}
+        numbers = [[places[label] for label in labels] for _, labels in rows]
+        super().__init__(file, own, classes, numbers, transform, multilabel=multilabel, **options)
         if not multilabel and (wrong := [(path, labels) for path, labels in rows if len(labels) != 1]):
             path, labels = wrong[0]
             raise ValueError(
                 f"{file}: {len(wrong)} image(s) have another number of labels than one, e.g. {path} with "
                 f"{len(labels)}; set data.multilabel=true, or give each one"
             )
-        self.samples = [(path, [numbers[label] for label in labels]) for path, labels in rows]
-        self.labels = len(classes) if multilabel else None
+        self.samples = [(path, numbers) for (path, _), numbers in zip(rows, self.targets, strict=True)]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def load(self, index: int) -> tuple[Image.Image, int | torch.Tensor]:
-        """Return the decoded RGB image and its target; raises UnreadableImage where that is not possible."""
-        path, numbers = self.samples[index]
-        return read_rgb(path), numbers[0] if self.labels is None else multi_hot(numbers, self.labels)
+    def read(self, index: int) -> Image.Image:
+        """Return the decoded RGB image; raises UnreadableImage where that is not possible."""
+        return read_rgb(self.samples[index][0])

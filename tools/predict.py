@@ -3,6 +3,7 @@
 python tools/predict.py cat.jpg holidays/ --checkpoint output/vig_photos/best.safetensors
 visionmix predict cat.jpg --model vig_s --pretrained --topk 3
 visionmix predict photos/ shards/*.tar --model vig_s --pretrained --output guesses.parquet --features
+visionmix predict "https://host/photos-{000..127}.tar" --model vig_s --pretrained --output guesses.csv
 torchrun --nproc-per-node 8 tools/predict.py photos/ --model vig_s --pretrained --output guesses.csv
 
 The output has a row for each picture; of one that cannot be read, with the reason. A call that was stopped goes on when
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from visionmix.tools import data, display, models, predictions, processes
+from visionmix.tools import data, display, models, predictions, processes, remote
 from visionmix.tools.arguments import check_least
 from visionmix.tools.items import Item, ItemSet, collate, find_items
 
@@ -35,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         prog="visionmix predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("images", nargs="+", type=Path, help="pictures, .tar shards of them, or folders of both")
+    parse.add_argument(
+        "images", nargs="+", help="pictures, .tar shards of them, folders of both, or URLs of shards, with {000..127}"
+    )
     parse.add_argument("--model", help="timm model name; a checkpoint of train.py, or a folder, knows its own")
     parse.add_argument("--checkpoint", help="weights: .pt, .pth, .safetensors, or a folder of timm's save_for_hf")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
@@ -168,6 +171,7 @@ def _run(args: argparse.Namespace, trained: models.Trained, items: list[Item], d
         parts = parts or predictions.Parts(args.output, names, about)
     first, last = np.linspace(0, len(left), world + 1).round().astype(int)[rank : rank + 2]
     own = left[first:last]
+    remote.fetch(sorted({item.file for item in own}))  # other machines have caches of their own
     with display.Display(1, -(-len(own) // args.batch_size), quiet=rank > 0) as shown:
         shown.begin(1, "predict", shown.steps)
         waiting, since = [], time.monotonic()

@@ -30,10 +30,11 @@ class DataRecipe:
 
     Attributes:
         path: folder with train/CLASS/* and val/CLASS/*, with train.csv and val.csv, whose columns are image and
-            labels, or with WebDataset shards, train/*.tar and val/*.tar; a pattern of shards,
-            {train,val}/{0000..1023}.tar; hf:NAME of a Hugging Face data set, or a folder that its save_to_disk wrote.
-        train: where in path the training images are: a folder, a CSV file, a pattern of shards, or a split's name; None
-            looks for "train".
+            labels, or with WebDataset shards, train/*.tar and val/*.tar; a pattern of shards, local or of http:// and
+            https:// URLs, {train,val}/{0000..1023}.tar; hf:NAME of a Hugging Face data set, or a folder that its
+            save_to_disk wrote.
+        train: where in path the training images are: a folder, a CSV file, a pattern of shards (or of their URLs), or a
+            split's name; None looks for "train".
         val: the same for the test images; None looks for "val", "validation" or "test".
         classes: number of classes, for shards without visionmix pack's index, and for labels without names.
         multilabel: each image has any number of labels, with semicolons between them in a CSV file, or in a list in a

@@ -15,6 +15,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from visionmix.tools import remote
 from visionmix.tools.images import UnreadableImage, extensions, is_hidden, read_rgb
 from visionmix.tools.loading import SPLITS, ImageSet, match_classes
+from visionmix.tools.optional import load
 
 _logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT = 1
 _BLOCK = 512  # bytes of a tar header
-
-
-def library():
-    """Return the module `webdataset`.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import webdataset
-    except ModuleNotFoundError as error:
-        raise ValueError("shards need webdataset; run: pip install 'visionmix[shards]'") from error
-    return webdataset
+library = partial(load, "webdataset", "shards", "shards")
 
 
 @dataclass
@@ -61,12 +52,14 @@ class Table:
 
 
 def has_shards(path: str) -> bool:
-    """Return whether `path` is a pattern of .tar files, or a folder that holds some itself or in a split's folder.
+    """Return whether `path` is a URL, a pattern of .tar files, or a folder with some in it or in a split's folder.
 
     A folder with .tar files beside other folders is an image folder, in which an archive was left.
     """
+    if remote.is_url(path) or path.endswith(".tar"):
+        return True
     folders = [Path(path), *(Path(path, name) for names in SPLITS.values() for name in names)]
-    return path.endswith(".tar") or any(_is_of_shards(folder) for folder in folders if folder.is_dir())
+    return any(_is_of_shards(folder) for folder in folders if folder.is_dir())
 
 
 def _is_of_shards(folder: Path) -> bool:
@@ -75,53 +68,67 @@ def _is_of_shards(folder: Path) -> bool:
     )
 
 
-def expand(pattern: str) -> list[Path]:
-    """Return the files of a brace pattern, e.g. train-{0000..1023}.tar.
+def expand(pattern: str) -> list[str]:
+    """Return the files or URLs of a brace pattern, e.g. train-{0000..1023}.tar.
 
     Raises:
-        FileNotFoundError: one of them does not exist.
+        FileNotFoundError: one of the files does not exist.
+        ValueError: a URL is not one of a .tar file.
     """
-    files = [Path(name) for name in library().shardlists.expand_urls(pattern)]
-    if missing := [str(file) for file in files if not file.is_file()]:
+    names = library().shardlists.expand_urls(pattern)
+    for url in filter(remote.is_url, names):
+        if remote.local(url).suffix != ".tar":
+            raise ValueError(
+                f"{url} is not the URL of a .tar file; give a pattern of them, such as {url.rstrip('/')}/"
+                "{train-{0000..1023},val-{00..63}}.tar, since folders of a server cannot be listed"
+            )
+    if missing := [name for name in names if not remote.is_url(name) and not Path(name).is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(files)} shards of {pattern} do not exist, e.g. {missing[0]}; "
+            f"{len(missing)} of the {len(names)} shards of {pattern} do not exist, e.g. {missing[0]}; "
             "check the pattern's numbers"
         )
-    return files
+    return names
 
 
 def find_split(path: str, split: str, inside: str | None = None) -> list[Path]:
-    """Return the shards of a split.
+    """Return the shards of a split, on this machine: those behind URLs are fetched first.
 
     Args:
-        path: folder or brace pattern.
+        path: folder, or brace pattern of files or URLs.
         split: "train" or "val". A shard belongs to it by its folder's name, or by a word of its own.
-        inside: folder or brace pattern of this split, below `path` or absolute, in place of looking for it.
+        inside: folder or brace pattern of this split, below `path`, absolute or of URLs, in place of looking for it.
 
     Raises:
         FileNotFoundError: there are none, or one of a pattern is missing.
+        ValueError: a URL is not one of a .tar file.
+        OSError: a shard cannot be fetched.
     """
-    if inside is not None:
-        place = Path(path, inside)
-        found = sorted(place.glob("*.tar")) if place.is_dir() else expand(str(place))
-    else:
-        place = Path(path)
-        folders = [place / name for name in SPLITS[split] if (place / name).is_dir()]
-        found = sorted(place.glob("*.tar")) if place.is_dir() else expand(path)
-        if folders:
-            found = sorted(folders[0].glob("*.tar"))
-        else:
-            found = [file for file in found if {file.parent.name, *_words(file.stem)} & {*SPLITS[split]}]
+    place = path if inside is None else remote.join(path, inside)
+    folder = Path(place)
+    own = [folder / name for name in SPLITS[split] if inside is None and (folder / name).is_dir()]
+    found = sorted(map(str, (own or [folder])[0].glob("*.tar"))) if folder.is_dir() else expand(place)
+    if inside is None and not own:
+        found = [name for name in found if is_of_split(name, split)]
     if not found:
         raise FileNotFoundError(
             f"{place} has no shards of {split}; name it in data.{split}, as a folder or a pattern of .tar files, "
             f"or let their folder or names have the word {split}"
         )
-    return found
+    return _fetch(found)
 
 
-def _words(stem: str) -> list[str]:
-    return re.findall(r"[a-z]+", stem.lower())
+def _fetch(names: Sequence[str]) -> list[Path]:
+    """Return the shards' files; of those that are fetched, the index comes first, where the server has one."""
+    missing = [name for name in names if not remote.local(name).is_file()]
+    for folder in sorted({name.rpartition("/")[0] for name in missing}):
+        remote.fetch_if_there(f"{folder}/{INDEX}")
+    return remote.fetch(names)
+
+
+def is_of_split(name: str, split: str) -> bool:
+    """Return whether the folder of a shard has the name of a split, or its own name has that word."""
+    words = re.findall(r"[a-z]+", Path(name).stem.lower())
+    return bool({Path(name).parent.name, *words} & {*SPLITS[split]})
 
 
 def find_classes(files: Sequence[Path], count: int | None = None) -> list[str]:

@@ -1,10 +1,11 @@
-"""Test models on an image folder: top-1, top-5, images a second, beside the published top-1.
+"""Test models on an image folder or shards: top-1, top-5, images a second, beside the published top-1.
 
 python tools/validate.py --checkpoint output/vig_photos/best.safetensors   # knows its model, images and data
 visionmix validate --model vig_s vig_b --pretrained --data /data/imagenet --csv results.csv
 visionmix validate --checkpoint output/*/best.safetensors --data /data/imagenet --csv results.csv
 visionmix validate --model vig_s --checkpoint weights.pth --data /data/imagenet --real-labels real.json
 visionmix validate --model vig_s --pretrained --data /data/imagenet-a --class-map imagenet_a.txt --only-mapped
+visionmix validate --model vig_s --pretrained --data "https://host/in1k/val-{000000..000006}.tar"
 torchrun --nproc-per-node 8 tools/validate.py --pretrained --model @names.txt --data /data/imagenet
 
 @FILE stands for the lines of a text file, in place of one or more arguments.
@@ -14,6 +15,7 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 
 from visionmix.models import published
-from visionmix.tools import checkpoint, data, models, processes
+from visionmix.tools import checkpoint, data, models, processes, shards
 from visionmix.tools.arguments import check_least
 from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map, synset_outputs
 from visionmix.tools.display import Display
@@ -29,8 +31,9 @@ from visionmix.tools.evaluation import AMP_DTYPES, Evaluation, evaluate
 from visionmix.tools.manifests import has_manifests
 from visionmix.tools.real_labels import RealLabels, read_real_labels
 from visionmix.tools.recipe import from_dict
+from visionmix.tools.recipe_keys import DataRecipe
 
-_NO_DATA = "--data is missing: give a folder of class folders"
+_NO_DATA = "--data is missing: give a folder of class folders, or shards"
 COLUMNS = (
     "model", "checkpoint", "data", "class_map", "real_labels", "classes", "outputs", "images", "unreadable",
     "image_size", "amp", "top1", "top5", "map", "published_top1", "difference", "loss", "images_per_second",
@@ -56,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", nargs="+", help="weights: .pt, .pth, .safetensors, or folders of timm's save_for_hf"
     )
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
-    parse.add_argument("--data", help="folder with val/CLASS/*, with val.csv, or with the class folders themselves")
+    parse.add_argument(
+        "--data",
+        help="folder with val/CLASS/*, with val.csv, or with the class folders themselves; or WebDataset shards: a "
+        "folder, or a pattern of files or URLs",
+    )
     parse.add_argument(
         "--class-map",
         type=Path,
@@ -93,6 +100,32 @@ def test_folder(root: Path) -> Path:
     if root.is_dir() and not any((root / name).is_dir() for name in (*names, *data.SPLITS["train"])):
         return root
     return data.split_folder(root, "val")
+
+
+def test_data(path: str, class_map: Mapping[str, str] | None) -> DataRecipe:
+    """Return the images to test, as a recipe has them: `test_folder`, or the shards of a folder or pattern.
+
+    Of a pattern, those of val, or all where no name says of which split it is.
+
+    Raises:
+        OSError: something is missing, or cannot be fetched.
+        ValueError: shards do not have an index and there is no class map.
+    """
+    if not shards.has_shards(path):
+        return DataRecipe(path=str(test_folder(Path(path))), val=".")
+    wanted = DataRecipe(path=data.absolute(path))
+    if not Path(path).is_dir():
+        names = shards.expand(wanted.path)
+        if not any(shards.is_of_split(name, split) for name in names for split in data.SPLITS):
+            wanted.val = wanted.path
+    if not (shards.find_split(wanted.path, "val", wanted.val)[0].parent / shards.INDEX).is_file():
+        if class_map is None:
+            raise ValueError(
+                f"{path} has no {shards.INDEX}, which names the classes of its shards; say by --class-map FILE which "
+                'output each number stands for, in lines "NUMBER OUTPUT"'
+            )
+        wanted.classes = len(class_map)
+    return wanted
 
 
 def pair(names: list[str] | None, files: list[str] | None, pretrained: bool) -> list[tuple[str | None, str | None]]:
@@ -153,6 +186,8 @@ def published_top1(trained: models.Trained) -> float | None:
 
 def _images(dataset: data.ImageSet) -> Any:
     """Return what tells the images of a test from others in the same place."""
+    if isinstance(dataset, shards.ShardSet):
+        return dataset.files, dataset.sizes.tolist(), dataset.targets.tolist()
     return getattr(dataset, "samples", len(dataset))
 
 
@@ -179,26 +214,28 @@ class Tests:
             raise ValueError("--only-mapped needs --class-map FILE, which says the outputs to choose among")
         if args.real_labels and args.class_map:
             raise ValueError("--real-labels says the classes of each image; leave --class-map out")
-        # Of images in CSV files, the model's own recipe says the rest.
-        self.folder = test_folder(Path(args.data)) if args.data and not has_manifests(Path(args.data)) else None
-        self.classes = data.find_classes(self.folder) if self.folder else None
         self.class_map = read_class_map(args.class_map) if args.class_map else None
+        if args.real_labels and args.data and shards.has_shards(args.data):
+            raise ValueError(f"--real-labels goes by the names of images in a folder, not by shards as {args.data}")
+        # Of images in CSV files, the model's own recipe says the rest.
+        self.given = test_data(args.data, self.class_map) if args.data and not has_manifests(Path(args.data)) else None
+        self.classes = data.split_classes(self.given, "val") if self.given else None
         self.real = read_real_labels(args.real_labels) if args.real_labels else None
         self.rows = read_rows(args.csv) if args.csv else []
         if args.pretrained:  # before anything is fetched
-            if self.folder is None:
+            if self.given is None:
                 raise ValueError(_NO_DATA)
             for name, _ in self.jobs:
-                self.targets(models.published_outputs(name), self.folder, self.classes)
+                self.targets(models.published_outputs(name))
 
-    def targets(self, outputs: models.Outputs, folder: Path, classes: list[str]) -> tuple[list[int] | None, Any]:
-        """Return (output of each class folder, Real labels), one of which is None.
+    def targets(self, outputs: models.Outputs) -> tuple[list[int] | None, Any]:
+        """Return (output of each class of --data, Real labels), one of which is None.
 
         Raises:
             ValueError: the model's outputs do not stand for these classes, or nothing says how.
         """
         if self.real is None:
-            return find_outputs(classes, outputs, folder, self.class_map), None
+            return find_outputs(self.classes, outputs, self.given.path, self.class_map), None
         return None, RealLabels(self.real, outputs)
 
     def run(self, name: str | None, file: str | None) -> dict[str, Any] | None:
@@ -216,14 +253,12 @@ class Tests:
         transform = data.eval_transform(
             settings.image_size, settings.interpolation, settings.crop_pct, settings.normalise, settings.crop_mode
         )
-        if self.folder and trained.multilabel:
+        if self.given and trained.multilabel:
             raise ValueError(f"{file} was trained on images of several labels; give --data a folder with val.csv")
-        if self.folder:
-            place = str(self.folder)
-            outputs, real = self.targets(trained.outputs, self.folder, self.classes)
-            dataset: data.ImageSet = data.FolderSet(
-                self.folder, self.classes, transform, seed=0, replace=False, outputs=outputs
-            )
+        if self.given:
+            place = self.given.path
+            outputs, real = self.targets(trained.outputs)
+            dataset = data.open_split(self.given, "val", self.classes, transform, outputs=outputs)
         else:  # the data that it was trained on, of whatever kind
             if trained.recipe is None or args.class_map or args.real_labels:
                 raise ValueError(_NO_DATA)

@@ -32,6 +32,15 @@ KINDS = [
     ("mmdet/retinanet_vmamba_tiny_1x.py", {"neck.in_channels": MAPS[1:]}),
     ("mmseg/upernet_vmamba_tiny_160k.py", {"decode_head.in_channels": MAPS, "auxiliary_head.in_channels": MAPS[2]}),
     ("mmseg/semantic_fpn_mavit_tiny_80k.py", {"neck.in_channels": MAPS}),
+    (
+        "mmdet/cascade_mask_rcnn_vim_tiny_100e.py",
+        {
+            "neck.in_channels": 32,
+            "backbone.name": "test_vim_tiny",
+            "backbone.out_indices": [1],
+            "backbone.img_size": 96,
+        },
+    ),
 ]
 
 
@@ -54,8 +63,8 @@ def test_a_config_of_each_kind_trains_and_predicts(monkeypatch, name, channels):
     def tiny_model(name, **options):
         config = read(name, **options)
         narrow(config.model)
-        config.merge_from_dict({f"model.{key}": value for key, value in channels.items()})
         config.model.backbone.update(TINY)
+        config.merge_from_dict({f"model.{key}": value for key, value in channels.items()})
         return config
 
     monkeypatch.setattr(openmmlab, "read", tiny_model)
@@ -105,11 +114,13 @@ PAPERS = {
     "mavit_small msvmamba_tiny nat_mini ravlt_small sgformer_small swin_tiny_prepbn vmamba_tiny local_vmamba_tiny "
     "spatial_mamba_tiny vssd_tiny",
     "mmdet/cascade_mask_rcnn_{}_3x.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_small nat_mini "
-    "ravlt_small",
+    "ravlt_small mambavision_tiny",
+    "mmdet/mask_rcnn_{}_100e.py": "local_vim_tiny",
+    "mmdet/cascade_mask_rcnn_{}_100e.py": "vim_tiny",
     "mmdet/retinanet_{}_1x.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny raftmlp_s ravlt_tiny",
     "mmseg/upernet_{}_160k.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_tiny msvmamba_nano "
     "nat_mini plainmamba_l1 ravlt_small sgformer_small vig_h_t vmamba_tiny local_vmamba_tiny spatial_mamba_tiny "
-    "vil_tiny vssd_tiny hrvmamba_base",
+    "vil_tiny vssd_tiny mambavision_tiny local_vim_tiny hrvmamba_base",
     "mmseg/semantic_fpn_{}_80k.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny ravlt_small",
 }
 
@@ -148,6 +159,26 @@ def test_layer_decay_reaches_the_optimiser():
     rates = {round(group["lr"], 12) for group in groups}
     assert max(rates) == 1e-4
     assert min(rates) == pytest.approx(1e-4 * 0.92**25)  # 24 blocks and the stem, below the heads
+
+
+def test_stem_and_positions_of_local_vim_learn_slowly():
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS, init_default_scope
+
+    config = openmmlab.read("mmdet/mask_rcnn_local_vim_tiny_100e.py", options={"model.backbone.pretrained": False})
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    slow, decays = set(), set()
+    for group in build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["lr"] < 1e-4:
+                assert group["lr"] == pytest.approx(1e-4 * 0.7**13)
+                slow.add(names[parameter])
+            decays.add((group["weight_decay"], "pos_embed" in names[parameter]))
+    prefix = "backbone.features.model"
+    assert slow == {f"{prefix}.stem.conv1.weight", f"{prefix}.stem.conv1.bias", f"{prefix}.pos_embed.weight"}
+    assert decays == {(0.05, False), (0.0, True)}
 
 
 def test_mmpretrain_trains_a_classifier():

@@ -321,6 +321,22 @@ def test_every_tag_is_registered_with_its_facts():
             assert cfg.crop_pct == (weights.crop_pct or 1.0)
 
 
+def test_timm_crops_test_images_as_the_authors_did():
+    crops = {}
+    for name, weights in TAGGED.items():
+        config = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        assert config["crop_mode"] == weights.crop_mode
+        crops[name] = config["crop_mode"], config["crop_pct"]
+    squashed = {name for name, (mode, _) in crops.items() if mode == "squash"}
+    of_512 = {"mambavision_large2.in21k_in1k_512", "mambavision_large3.in21k_in1k_512"}
+    assert squashed == {name for name in TAGGED if name.startswith(("agent_", "flatten_"))} | of_512
+    assert {crops[name] for name in of_512} == {("squash", 0.93)}
+    # Of the published cfgs, three say TEST.CROP: False.
+    whole = {"agent_swin_small.in1k_288", "agent_swin_base.in1k_384", "flatten_swin_base.in1k_384"}
+    assert {name for name in squashed - of_512 if crops[name][1] == 1.0} == whole
+    assert {crops[name][1] for name in squashed - of_512 - whole} == {0.875}
+
+
 SIZED = [name for name, weights in TAGGED.items() if weights.input_size or weights.options]
 # One a family in the quick suite.
 _FIRST = {name.partition("_")[0]: name for name in reversed(SIZED)}.values()

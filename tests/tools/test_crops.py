@@ -5,18 +5,20 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from small_runs import CPU, begin, best_of, make, run, save
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.layers import SplitBatchNorm2d
 from torch import nn
 from torch.nn import functional as F
 
-from visionmix.tools import data, models, train, validate
+from visionmix.tools import data, models, predict, predictions, train, validate
 from visionmix.tools.checkpoint import read
 
 NORMALISE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 PLAIN = {"hflip": 0.0, "color_jitter": 0.0}
 VIEWS = {"augment": {"splits": 2}, "train": {"loss": "jsd", "split_bn": True}}
 
@@ -104,6 +106,32 @@ def test_the_recipes_crop_mode_is_that_of_tests_and_of_the_checkpoint(tree):
     # Checkpoints of earlier versions do not say it.
     old = {key: value for key, value in trainer.input.to_dict().items() if key != "crop_mode"}
     assert models.model_input(trainer.model, **old).crop_mode == "center"
+
+
+def test_validate_and_predict_resize_as_the_weights_were_tested(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("agent_deit_tiny", num_classes=2).eval()
+    nn.init.normal_(model.get_classifier().weight, std=0.05)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    for name in ("one", "two"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        gradient(60, 30).save(tmp_path / "val" / name / "a.png")
+    (tmp_path / "map").write_text("one 0\ntwo 1\n")
+    images = {mode: data.eval_transform(224, "bicubic", 0.875, IMAGENET, mode)(gradient(60, 30)) for mode in
+              ("squash", "center")}  # fmt: skip
+    with torch.inference_mode():
+        logits = {mode: model(image[None])[0] for mode, image in images.items()}
+    likely = {mode: values.softmax(0) for mode, values in logits.items()}
+    assert (likely["squash"] - likely["center"]).abs().max() > 1e-3
+    call = ["--model", "agent_deit_tiny", "--checkpoint", str(tmp_path / "a.pth"), "--workers", "0", "--device", "cpu"]
+    tested = [*call, "--data", str(tmp_path), "--class-map", str(tmp_path / "map"), "--json", str(tmp_path / "r.json")]
+    assert validate.main(tested) == 0
+    loss = -logits["squash"].log_softmax(0).mean().item()
+    assert json.loads((tmp_path / "r.json").read_text())["loss"] == pytest.approx(loss, rel=1e-4)
+    guessed = [str(tmp_path / "val" / "one" / "a.png"), *call, "--topk", "1", "--output", str(tmp_path / "p.csv")]
+    assert predict.main(guessed) == 0
+    row = predictions.read(tmp_path / "p.csv")[0]
+    assert float(row["probability_1"]) == pytest.approx(likely["squash"].max().item(), rel=1e-4)
 
 
 # Batch norms of views

@@ -52,7 +52,7 @@ def test_a_saved_set_has_the_images_and_classes_of_the_folder(tree, tmp_path):
     assert data.check_data(DataRecipe(path=str(path))) == CLASSES
     for split in ("train", "val"):
         assert loaded(split_of(path, split)) == loaded(split_of(tree, split))
-    assert set(split_of(path, outputs=[7, 2, 7]).targets) == {2, 7}
+    assert {number for (number,) in split_of(path, outputs=[7, 2, 7]).targets} == {2, 7}
     assert len(split_of(path, "train", inside="validation")) == 9
     with pytest.raises(FileNotFoundError, match=r"no split other \(it has train, validation\); name it in data.val"):
         split_of(path, "val", inside="other")
@@ -73,7 +73,7 @@ def test_labels_without_names_need_a_count(tree, tmp_path):
         data.check_data(DataRecipe(path=str(path)))
     names = data.check_data(DataRecipe(path=str(path), classes=3))
     assert names == ["0", "1", "2"]
-    assert sorted(split_of(path, classes=names, count=3).targets) == [0] * 6 + [1] * 6 + [2] * 6
+    assert sorted(split_of(path, classes=names, count=3).targets) == [[0]] * 6 + [[1]] * 6 + [[2]] * 6
     with pytest.raises(ValueError, match=r"have no class, e.g. number 12 with label 2"):
         split_of(path, classes=["0", "1"], count=2)
     with pytest.raises(ValueError, match=r"data.classes=4, but the labels have 3 names; leave it out"):

@@ -134,6 +134,16 @@ def test_a_recipe_names_its_model_its_source_and_its_drop_path(name):
         assert tree["data"]["image_size"] == timm.get_pretrained_cfg(f"{model}.{tag}").input_size[-1]
 
 
+def test_recipes_test_as_the_published_weights_were_tested():
+    """Of Agent and FLatten, whose images are squashed and, at some sizes, not cropped."""
+    paths, modes = RECIPES | FINE, set()
+    for name in timm.list_pretrained(["agent_*.in1k*", "flatten_*.in1k*"]):
+        made, cfg = recipe.read(str(paths[name.replace(".in1k", "")])).data, timm.get_pretrained_cfg(name)
+        assert (made.crop_mode, made.crop_pct, made.image_size) == (cfg.crop_mode, cfg.crop_pct, cfg.input_size[-1])
+        modes.add((cfg.crop_mode, cfg.crop_pct))
+    assert modes == {("squash", 0.875), ("squash", 1.0)}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "path", [*RECIPES.values(), *FINE.values()], ids=lambda path: f"{path.parent.name}-{path.stem}"

@@ -73,7 +73,7 @@ def test_each_way_to_say_where_shards_are(packed, tmp_path):
     count = len(list((packed / "train").glob("*.tar")))
     numbers = f"{{000000..{count - 1:06d}}}"
     pattern = f"{packed}/train/train-{numbers}.tar"
-    assert shards.expand(pattern) == sorted((packed / "train").glob("*.tar"))
+    assert shards.expand(pattern) == sorted(map(str, (packed / "train").glob("*.tar")))
     assert len(split_of(pattern)) == 18
     both = f"{packed}/{{train/train,val/val}}-000000.tar"
     assert {Path(file).name for file in split_of(both, "val").files} == {"val-000000.tar"}

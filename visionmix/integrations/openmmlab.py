@@ -20,13 +20,16 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from visionmix.integrations.layer_decay import LayerDecayConstructor
+from visionmix.integrations.pyramid import SimplePyramid
 from visionmix.models.family import family_of
 from visionmix.models.loading import load_checkpoint
 
-__all__ = ["MODELS", "Backbone", "LayerDecayConstructor"]
+__all__ = ["MODELS", "Backbone", "LayerDecayConstructor", "SimplePyramid"]
 
 # A registry of this library's own below the root one: mmengine reads the dot of "visionmix.Backbone" as a scope.
 MODELS = Registry("model", parent=ROOT, scope="visionmix")
+MODELS.register_module(module=SimplePyramid)
+MODELS.register_module("LN2d", module=LayerNorm2d)  # as `norm_cfg` of heads
 
 # The norm after a stage's map, as published code of mmdet and mmseg calls it: outnorm0, norm0 or extra_norms.0.
 _OUTPUT_NORM = re.compile(r"^(?:outnorm|norm|extra_norms\.)(\d+)\.(\w+)$")
@@ -43,7 +46,8 @@ class Backbone(BaseModule):
     Hierarchical models give a pyramid, of strides 4, 8, 16 and 32 for most. Plain models have one resolution: their
     `out_indices` are blocks, and all their maps have the stride of the stem, 16 for most, which an FPN would silently
     take for a pyramid; so a plain model with several maps is built only if `one_stride` says that the neck or head
-    takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four.
+    takes maps of one size. UPerHead does; ``dict(type="mmseg.Feature2Pyramid", ...)`` makes a pyramid of four, and
+    ``dict(type="visionmix.SimplePyramid", ...)`` one of the last alone.
 
     A detector or segmentation model with this backbone also loads what the family's authors published for theirs, by
     `load_from`, by ``--cfg-options load_from=FILE`` or by its `load_state_dict`: keys of the backbone are renamed as

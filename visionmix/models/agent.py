@@ -68,7 +68,8 @@ def _cswin(dim: int, depths: Sequence[int], heads: int) -> Layout:
 
 
 def _weights(file: str, top1: float, **facts: Any) -> Weights:
-    return Weights(f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", top1=top1, **facts)
+    # The authors' data/build.py resizes test images to a square, before it cuts out the centre unless TEST.CROP is off.
+    return Weights(f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", top1=top1, crop_mode="squash", **facts)
 
 
 def _in1k(file: str, top1: float) -> dict[str, Weights]:
@@ -80,7 +81,7 @@ VARIANTS = {
     "agent_deit_small": Variant(
         _deit(384, 6, 49),
         _in1k("fdd43304372541db8ea7", 80.5)
-        | {"in1k_448": _weights("a228f86241c445f1969b", 83.1, input_size=448, gmacs=17.7)},
+        | {"in1k_448": _weights("a228f86241c445f1969b", 83.1, input_size=448, crop_pct=0.875, gmacs=17.7)},
         22.7,
         4.4,
     ),
@@ -90,7 +91,7 @@ VARIANTS = {
     "agent_pvt_medium": Variant(
         _pvt((3, 4, 18, 3)),
         _in1k("4d00ecacf18b45f9b88c", 83.4)
-        | {"in1k_256": _weights("654df734121643b19c52", 83.8, input_size=256, gmacs=9.2)},
+        | {"in1k_256": _weights("654df734121643b19c52", 83.8, input_size=256, crop_pct=0.875, gmacs=9.2)},
         35.9,
         7.0,
     ),
@@ -115,7 +116,7 @@ VARIANTS = {
     "agent_cswin_base": Variant(
         _cswin(96, (3, 6, 29, 2), 4),
         _in1k("c8035b0839b2410c8c9f", 84.7)
-        | {"in1k_384": _weights("1239be0df44b47719432", 85.8, input_size=384, gmacs=46.3)},
+        | {"in1k_384": _weights("1239be0df44b47719432", 85.8, input_size=384, crop_pct=0.875, gmacs=46.3)},
         73,
         14.9,
     ),

@@ -93,9 +93,23 @@ class _WindowStage(Stage):
         return self.norm(out_of_windows(x, height, width, side))
 
 
-def _windows(*sizes: int) -> dict[str, Any]:
-    """Return the stages whose last two have windows of `sizes`."""
-    return {"stage_layer": [Stage, Stage, *(partial(_WindowStage, window_size=size) for size in sizes)]}
+class MambaVision(Hierarchical):
+    """`Hierarchical` whose last two stages cut their maps into windows.
+
+    Args:
+        *args: As `Hierarchical` takes them.
+        window_sizes: Rows and columns of a window, in each of the two stages; the weights fit windows of any size.
+        **options: As `Hierarchical` takes them, except `stage_layer`.
+
+    Raises:
+        ValueError: as `Hierarchical` has it, or `window_sizes` are not two positive numbers.
+    """
+
+    def __init__(self, *args: Any, window_sizes: Sequence[int] = (14, 7), **options: Any) -> None:
+        if len(window_sizes) != 2 or min(window_sizes) < 1:
+            raise ValueError(f"window_sizes={window_sizes!r} must be two positive numbers, of the last two stages")
+        stages = [partial(_WindowStage, window_size=size) for size in window_sizes]
+        super().__init__(*args, stage_layer=[Stage, Stage, *stages], **options)
 
 
 def _mixers(depth: int) -> list:
@@ -115,7 +129,7 @@ def _layout(dim: int, depths: Sequence[int], heads: int = 2, **options: Any) -> 
         "final_norm_layer": BatchNorm,
     }
     sizes = {"embed_dims": doubled(dim), "depths": tuple(depths), "num_heads": doubled(heads)}
-    return Layout(Hierarchical, layers | sizes | _windows(14, 7) | options, _KEYS)
+    return Layout(MambaVision, layers | sizes | options, _KEYS)
 
 
 def _weights(hub: str, file: str, top1: float, crop_pct: float = 1.0, tag: str = "in1k", **facts: Any) -> dict:
@@ -124,14 +138,20 @@ def _weights(hub: str, file: str, top1: float, crop_pct: float = 1.0, tag: str =
 
 
 _in21k = partial(_weights, tag="in21k_in1k")
-# The authors squeeze images to a square before they cut out the centre; a cfg here cuts it out of the rectangle.
-_at_512 = partial(_weights, crop_pct=0.93, tag="in21k_in1k_512", input_size=512, options=_windows(32, 16))
+_at_512 = partial(
+    _weights,
+    crop_pct=0.93,
+    crop_mode="squash",
+    tag="in21k_in1k_512",
+    input_size=512,
+    options={"window_sizes": (32, 16)},
+)
 
 _NARROW, _SCALED = {"stem_layer": partial(_stem, width=32)}, {"layer_scale": 1e-5}
 _TINY, _TINY2 = _layout(80, (1, 3, 8, 4), **_NARROW), _layout(80, (1, 3, 11, 4), **_NARROW)
 _BASE = _layout(128, (3, 3, 10, 5), **_SCALED)
 _LARGE, _LARGE2 = _layout(196, (3, 3, 10, 5), 4, **_SCALED), _layout(196, (3, 3, 12, 5), 4, **_SCALED)
-_LARGE3 = _layout(256, (3, 3, 20, 10), 4, **_SCALED, **_windows(16, 8), img_size=256)
+_LARGE3 = _layout(256, (3, 3, 20, 10), 4, **_SCALED, window_sizes=(16, 8), img_size=256)
 _IN_BASE = _weights("B-1K", "base_1k", 84.2) | _in21k("B-21K", "base_21k", 84.9)
 _IN_LARGE = _weights("L-1K", "large_1k", 85.0) | _in21k("L-21K", "large_21k", 86.1)
 _IN_LARGE2 = _weights("L2-1K", "large2_1k", 85.3) | _at_512("L2-512-21K", "L2_21k_240m_512", 87.3, gmacs=196.3)
@@ -145,7 +165,7 @@ VARIANTS = {
     "mambavision_large": Variant(_LARGE, _IN_LARGE, 227.9, 34.9),
     "mambavision_large2": Variant(_LARGE2, _IN_LARGE2, 241.5, 37.5),
     "mambavision_large3": Variant(_LARGE3, _IN_LARGE3, 739.6, 122.3),
-    "test_mambavision": Variant(_layout(16, (1, 1, 2, 2), 1, **_SCALED, **_windows(4, 2), img_size=96)),
+    "test_mambavision": Variant(_layout(16, (1, 1, 2, 2), 1, **_SCALED, window_sizes=(4, 2), img_size=96)),
 }
 
 register_family(__name__, VARIANTS, paper="arXiv 2407.08083", license="cc-by-nc-sa-4.0")

@@ -68,6 +68,7 @@ def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
         "num_classes": options.get("num_classes", weights.num_classes),
         **sizes,
         "crop_pct": weights.crop_pct or (0.875 if sizes["input_size"] == (3, 224, 224) else 1.0),
+        "crop_mode": weights.crop_mode,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -36,6 +36,8 @@ class Weights:
         input_size: Side of the images in pixels, or (height, width), if it is not the size that the variant is built
             at.
         crop_pct: Part of the resized test image that is cut out; None for 0.875 at 224 pixels and 1 at other sizes.
+        crop_mode: How test images are resized before that: "center" the shorter side, "squash" both, at the cost of the
+            aspect ratio, "border" the longer one.
         num_classes: Outputs of the classifier.
         top1: Published ImageNet-1k top-1 accuracy in percent, or None.
         gmacs: Published multiply-adds at `input_size`, in thousands of millions, where the variant's are of another
@@ -52,6 +54,7 @@ class Weights:
     page: str = ""
     input_size: int | tuple[int, int] | None = None
     crop_pct: float | None = None
+    crop_mode: str = "center"
     num_classes: int = 1000
     top1: float | None = None
     gmacs: float | None = None
