@@ -1,1 +1,1 @@
-"""Recipes: `imagenet/*.yaml`, `finetune/*.yaml` and `demo/*.yaml`, read by `visionmix.tools.recipe`."""
+"""Recipes: `imagenet/`, `finetune/`, `pretrain/` and `demo/*.yaml`, read by `visionmix.tools.recipe`."""

@@ -59,12 +59,17 @@ _MULTILABEL = (hub, manifests)  # kinds whose images may have several labels
 
 
 def _kind(wanted: DataRecipe):
-    """Return the module that reads the data; raises ValueError where images of such data have one label each."""
+    """Return the module that reads the data; raises ValueError where images of such data have other labels."""
     kind = _find_kind(wanted)
     if wanted.multilabel and kind not in _MULTILABEL:
         raise ValueError(
             f"data.multilabel=True, but images of {wanted.path} have one class each; list them with their labels in "
             "train.csv and val.csv, or in a Hugging Face data set"
+        )
+    if not wanted.labels and kind is not folders:
+        raise ValueError(
+            f"data.labels=False reads image folders alone, and {wanted.path} is none; give a folder with train/ and "
+            "val/ in it"
         )
     return kind
 
@@ -90,13 +95,17 @@ def split_classes(wanted: DataRecipe, split: str) -> list[str]:
 
 
 def check_data(wanted: DataRecipe) -> list[str]:
-    """Return the classes of a recipe's data, whose train and val must agree.
+    """Return the classes of a recipe's data, whose train and val must agree; none where images have no labels.
 
     Raises:
         OSError: the data or one of the splits is missing.
         ValueError: a split is refused, train and val hold different classes, or there is only one class.
     """
     kind = _kind(wanted)
+    if not wanted.labels:
+        for split in ("train", "val"):
+            kind.find_split(wanted.path, split, getattr(wanted, split))
+        return []
     classes, test_classes = (split_classes(wanted, split) for split in ("train", "val"))
     # A rare label may have no test image.
     if classes != test_classes and not (kind is manifests and set(test_classes) < set(classes)):
@@ -153,4 +162,6 @@ def open_split(
     options = {"seed": seed, "replace": replace, "outputs": outputs, "count": wanted.classes}
     if kind in _MULTILABEL:
         options["multilabel"] = wanted.multilabel
+    if kind is folders:
+        options["labels"] = wanted.labels
     return _SETS[kind](found, classes, transform, **options)

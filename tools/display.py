@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from visionmix.tools.score import score, score_name
+from visionmix.tools.score import score_name, score_text
 from visionmix.tools.stopwatch import PARTS
 
 
@@ -114,7 +114,7 @@ class Display:
             self.seconds_a_test = time.perf_counter() - self.started
         line = (
             f"epoch {row['epoch']:>{len(str(self.epochs))}}/{self.epochs}  train loss {row['train_loss']:.3f}  "
-            f"test loss {row['test_loss']:.3f}  {score_name(row)} {score(row):6.2f} %  lr {row['lr']:.1e}  "
+            f"test loss {row['test_loss']:.3f}  {score_name(row)} {score_text(row)}  lr {row['lr']:.1e}  "
             f"{row['images_per_second']:.0f} images/s  {duration(row['seconds'])}"
         )
         self.note(line + ("  best" if best else ""), style="bold" if best else "")

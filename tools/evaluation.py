@@ -25,14 +25,15 @@ class Evaluation:
     """The result of a model on a test set.
 
     Attributes:
-        loss: mean cross entropy; of several labels the binary one, as a mean over labels too.
+        loss: mean cross entropy; of several labels the binary one, as a mean over labels too; without labels the sum of
+            the model's own.
         figures: in percent. "top1", of images whose class is the first guess, and "top5", of images whose class is
             among the first five guesses (or all, where there are fewer classes); of several labels "map", the mean over
-            labels of the average precision.
+            labels of the average precision; none without labels.
         count: images tested; unreadable ones are not among them.
         classes: outputs of the model.
-        targets: int64 (count,), the true class of each image; None of several labels.
-        guesses: int64 (count,), the first guess for each image; None of several labels.
+        targets: int64 (count,), the true class of each image; None of several labels and without them.
+        guesses: int64 (count,), the first guess for each image; None of several labels and without them.
         unreadable: a line for each file that could not be read, with its path and the reason.
         images_per_second: of this test, loading included.
     """
@@ -59,6 +60,8 @@ class Evaluation:
     @property
     def text(self) -> str:
         """The figures as a line says them."""
+        if not self.figures:
+            return f"loss {self.loss:.3f}"
         return ", ".join(f"{NAMES[name]} {value:.2f} %" for name, value in self.figures.items())
 
     @property
@@ -93,6 +96,7 @@ def evaluate(
     after_batch: Callable[[int], None] = lambda images: None,
     adapt: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     multilabel: bool = False,
+    labels: bool = True,
 ) -> Evaluation:
     """Test `model` on every readable image of `loader`; several processes test a share each and return the same result.
 
@@ -105,6 +109,7 @@ def evaluate(
         after_batch: called with the number of images after each batch.
         adapt: makes the logits and classes that count of the model's logits and the loader's targets.
         multilabel: whether targets are of several labels, (batch, classes).
+        labels: whether there are targets; without them `model` is tested by its own losses, `forward_train`.
 
     Raises:
         UnreadableData: not one image could be read.
@@ -118,6 +123,8 @@ def evaluate(
     loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
     if multilabel:
         metrics = {"map": MultilabelAveragePrecision(classes, validate_args=False)}
+    elif not labels:
+        metrics = {}
     else:
         metrics = {
             "top1": MulticlassAccuracy(classes, average="micro", validate_args=False),
@@ -132,8 +139,15 @@ def evaluate(
         count.update(len(batch.targets))
         if len(batch.targets):
             target = batch.targets.to(device)
+            images = batch.images.to(device, dtype, non_blocking=True)
+            if not labels:
+                with autocast(device, amp):
+                    _, losses = model.forward_train(images)
+                loss.update(torch.stack([*losses.values()]).double().sum().expand(len(target)))
+                after_batch(len(target))
+                continue
             with autocast(device, amp):
-                logits = model(batch.images.to(device, dtype, non_blocking=True))
+                logits = model(images)
             logits = logits.float()
             if adapt:
                 logits, target = adapt(logits, target)
@@ -156,8 +170,8 @@ def evaluate(
         figures={name: 100 * metric.compute().item() for name, metric in metrics.items()},
         count=images,
         classes=classes,
-        targets=None if multilabel else targets.compute().cpu(),
-        guesses=None if multilabel else guesses.compute().cpu(),
+        targets=None if multilabel or not labels else targets.compute().cpu(),
+        guesses=None if multilabel or not labels else guesses.compute().cpu(),
         unreadable=unreadable,
         images_per_second=images / (time.perf_counter() - start),
     )

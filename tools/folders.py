@@ -1,6 +1,7 @@
 """Image folders: a split is a folder of class folders.
 
-An image's class is the first folder below the split; the image may lie at any depth inside that folder.
+An image's class is the first folder below the split; the image may lie at any depth inside that folder. Images without
+labels may lie anywhere below the split.
 """
 
 from collections.abc import Sequence
@@ -79,10 +80,11 @@ class FolderSet(ImageSet):
         transform: as `ImageSet` takes it.
         outputs: the model's output for each of `classes`; their own order where None.
         count: number of class folders, where it is known.
+        labels: whether images have classes; without them `classes` is empty, and each image counts as of class 0.
         augmented: `seed` and `replace` of `ImageSet`.
 
     Raises:
-        ValueError: `find_classes` refuses the folder, or a class folder is not one of `classes`.
+        ValueError: `find_classes` refuses the folder, a class folder is not one of `classes`, or there is no image.
     """
 
     def __init__(
@@ -93,19 +95,25 @@ class FolderSet(ImageSet):
         *,
         outputs: Sequence[int] | None = None,
         count: int | None = None,
+        labels: bool = True,
         **augmented: Any,
     ) -> None:
         super().__init__(transform, **augmented)
-        own = find_classes(folder, count)
-        targets = match_classes(folder, own, classes, outputs)
         self.samples: list[tuple[str, int]] = []
-        left_out = [path for path in sorted(folder.iterdir()) if path.is_file() and not is_hidden(path.name)]
-        for label, target in zip(own, targets, strict=True):
-            for path in find_files(folder / label):
+        left_out, targets = [], {folder: 0}
+        if labels:
+            own = find_classes(folder, count)
+            numbers = match_classes(folder, own, classes, outputs)
+            targets = {folder / label: number for label, number in zip(own, numbers, strict=True)}
+            left_out += [path for path in sorted(folder.iterdir()) if path.is_file() and not is_hidden(path.name)]
+        for inside, target in targets.items():
+            for path in find_files(inside):
                 if is_image(path):
                     self.samples.append((str(path), target))
                 else:
                     left_out.append(path)
+        if not self.samples:  # class folders are not empty
+            raise ValueError(f"{folder} holds no images that Pillow decodes; put the images of the split there")
         self.samples.sort(key=lambda sample: natural_key(sample[0]))
         log_left_out(folder, left_out)
 

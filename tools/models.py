@@ -315,6 +315,11 @@ def load_trained(
     if not name:
         raise ValueError(f"{file} does not say which model it holds; give --model NAME")
     labels = content.get("classes")
+    if labels == []:
+        raise ValueError(
+            f"{file} was trained without labels and guesses no classes; fine-tune its backbone by visionmix train "
+            "first, with model.pretrained=true and the file in model.kwargs.pretrained_cfg_overlay"
+        )
     if pretrained or folder:
         source = f"local-dir:{file}" if folder else name
         expected = published_outputs(source, classes)  # refuses before anything is fetched

@@ -31,33 +31,38 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_curves(history: Sequence[dict], path: Path, title: str) -> None:
-    """Draw losses and test accuracy over epochs; `history` holds the rows of summary.csv."""
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
+    """Draw losses and, of labelled images, test accuracy over epochs; `history` holds the rows of summary.csv."""
+    labelled = score_name(history[0]) != "loss"
+    figure = new_figure(10 if labelled else 5, 4)
+    left, *right = figure.subplots(1, 1 + labelled, squeeze=False)[0]
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, color=TRAIN, label="train (augmented)")
     left.plot(epochs, [row["test_loss"] for row in history], "o-", ms=3, color=TEST, label="test")
-    left.set(title="loss (cross entropy)", xlabel="epoch", ylim=(0, None))
-    name = score_name(history[0])
-    right.plot(epochs, [score(row) for row in history], "o-", ms=3, color=TEST, label=name)
-    if "test_top5" in history[0]:
-        right.plot(epochs, [row["test_top5"] for row in history], "o-", ms=3, color=TRAIN, label="top-5", alpha=0.6)
-    best = max(history, key=score)
-    right.axhline(score(best), color=INK, lw=0.8, ls=":")
-    right.set(
-        title=f"test {'accuracy' if name == 'top-1' else 'precision'} (best {name} {score(best):.2f} % in epoch "
-        f"{best['epoch']})",
-        xlabel="epoch",
-        ylabel="%",
-        ylim=(0, 103),
-    )
-    for axes in (left, right):
+    left.set(title="loss (cross entropy)" if labelled else "loss", xlabel="epoch", ylim=(0, None))
+    for axes in right:
+        _draw_scores(axes, history)
+    for axes in (left, *right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
     figure.suptitle(title)
     save(figure, path)
+
+
+def _draw_scores(axes: Axes, history: Sequence[dict]) -> None:
+    name, epochs, best = score_name(history[0]), [row["epoch"] for row in history], max(history, key=score)
+    axes.plot(epochs, [score(row) for row in history], "o-", ms=3, color=TEST, label=name)
+    if "test_top5" in history[0]:
+        axes.plot(epochs, [row["test_top5"] for row in history], "o-", ms=3, color=TRAIN, label="top-5", alpha=0.6)
+    axes.axhline(score(best), color=INK, lw=0.8, ls=":")
+    axes.set(
+        title=f"test {'accuracy' if name == 'top-1' else 'precision'} (best {name} {score(best):.2f} % in epoch "
+        f"{best['epoch']})",
+        xlabel="epoch",
+        ylabel="%",
+        ylim=(0, 103),
+    )
 
 
 def draw_trade_off(

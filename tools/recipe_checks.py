@@ -144,6 +144,8 @@ def _check_views(recipe: Recipe, source: str) -> None:
 def _check_labels(recipe: Recipe, source: str) -> None:
     """Check what goes with images of several labels, whose classes do not exclude each other."""
     loss = recipe.train.loss
+    if not recipe.data.labels:
+        _check_unlabelled(recipe, source)
     if not recipe.data.multilabel:
         if loss == "asymmetric":
             raise ValueError(f"{source}: train.loss='asymmetric' is for images of several labels; set data.multilabel")
@@ -164,6 +166,22 @@ def _check_labels(recipe: Recipe, source: str) -> None:
                 f"{source}: {key}={value!r} takes one class an image, and data.multilabel=True has any number; "
                 f"set it to {off}"
             )
+
+
+def _check_unlabelled(recipe: Recipe, source: str) -> None:
+    """Check that nothing asks for the labels that images do not have."""
+    for key, value, off in (
+        ("data.multilabel", recipe.data.multilabel, "false"),
+        ("data.classes", recipe.data.classes, "null"),
+        ("augment.mixup", recipe.augment.mixup, "0"),
+        ("augment.cutmix", recipe.augment.cutmix, "0"),
+        ("augment.splits", recipe.augment.splits, "0"),
+        ("train.loss", recipe.train.loss != "cross_entropy" and recipe.train.loss, "cross_entropy, its default"),
+        ("train.mesa", recipe.train.mesa, "0"),
+        ("distill.teacher", recipe.distill.on and (recipe.distill.teacher or recipe.distill.checkpoint), "null"),
+    ):
+        if value:
+            raise ValueError(f"{source}: {key}={value!r} needs labels, and data.labels is false; set it to {off}")
 
 
 def _check_sharded(recipe: Recipe, source: str) -> None:

@@ -39,6 +39,8 @@ class DataRecipe:
         classes: number of classes, for shards without visionmix pack's index, and for labels without names.
         multilabel: each image has any number of labels, with semicolons between them in a CSV file, or in a list in a
             Hugging Face data set. It needs train.loss "bce" or "asymmetric"; tests measure mean average precision.
+        labels: false takes the images of folders train/ and val/ at any depth and trains by the model's own losses
+            alone (`forward_train`), as pre-training does; tests measure the same losses.
         image_size: side of the model's input in pixels, at test and, without sizes, in training.
         sizes: sides of training images by epoch, [first epoch, side, ...] each, e.g. [[0, 128], [100, 160, 192]], since
             small images are faster to begin with; of several sides, each batch draws one.
@@ -57,6 +59,7 @@ class DataRecipe:
     val: str | None = None
     classes: int | None = None
     multilabel: bool = False
+    labels: bool = True
     image_size: int = 224
     sizes: list[list[int]] | None = None
     batch_size: int = 128

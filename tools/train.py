@@ -19,7 +19,7 @@ import torch
 
 from visionmix.tools import checkpoint, data, evaluation, logs, pictures, processes, recipe, recipe_keys, saving
 from visionmix.tools.display import Display, duration
-from visionmix.tools.score import score
+from visionmix.tools.score import score, score_text
 from visionmix.tools.stopping import Interrupted, Stop
 from visionmix.tools.trainer import Trainer
 
@@ -207,10 +207,11 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
         pictures.draw_curves(trainer.history, files["curves"], f"{name} on {Path(made.data.path).name}")
         if result.targets is not None:
             pictures.draw_confusion(result.confusion.numpy(), trainer.classes, files["confusion"])
-        shown = evaluation.predict_some(
-            trainer.tested, test_loader.dataset, trainer.classes, trainer.device, made.train.amp, made.train.seed
-        )
-        pictures.draw_predictions(*shown, files["predictions"])
+        if made.data.labels:
+            shown = evaluation.predict_some(
+                trainer.tested, test_loader.dataset, trainer.classes, trainer.device, made.train.amp, made.train.seed
+            )
+            pictures.draw_predictions(*shown, files["predictions"])
     except OSError as error:  # of a full disk: the training stands without them
         display.note(str(error), "yellow")
     trainer.logs.pictures(trainer.step, {name: file for name, file in files.items() if file.is_file()})
@@ -218,7 +219,7 @@ def finish(trainer: Trainer, test_loader, output: Path, display: Display, stop: 
     seconds = sum(row["seconds"] for row in trainer.history)
     display.note(
         f"\n{name}, {trainer.epoch} epochs in {duration(seconds)}: test {result.text} "
-        f"of {result.count} images (best epoch {best['epoch']}: {score(best):.2f} %)",
+        f"of {result.count} images (best epoch {best['epoch']}: {score_text(best).strip()})",
         "bold green",
     )
     for file, meaning in (
@@ -312,7 +313,7 @@ def _train(made, output, content, last, broken, classes, device, rank, world) ->
         parameters = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(train_loader.dataset)} train and {len(test_loader.dataset)} test images"
         display.note(
-            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes)} classes, {images} of "
+            f"{made.model.name}: {parameters / 1e6:.2f} M parameters, {len(classes) or 'no'} classes, {images} of "
             f"{made.data.image_size} px, {world} process(es) on {device}",
             "bold",
         )

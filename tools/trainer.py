@@ -47,7 +47,7 @@ class Trainer:
 
     A model may have a schedule of its own, `set_progress(done)`, which is called with the share of training steps done,
     0 at the start and 1 at the end; and losses of its own, `forward_train(images) -> (logits, losses)`, scalars by name
-    that are added to the cross entropy.
+    that are added to the cross entropy, or stand alone where images have no labels.
 
     Args:
         recipe: settings of the run.
@@ -79,6 +79,11 @@ class Trainer:
         self.model = models.create_model(
             recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
         ).to(device)
+        if not recipe.data.labels and not hasattr(self.model, "forward_train"):
+            raise ValueError(
+                f"data.labels=False trains by the model's own losses, and {recipe.model.name!r} has none; take a model "
+                "with forward_train, e.g. roma_pretraining"
+            )
         sizes = {recipe.data.image_size, *(size for _, *sizes in recipe.data.sizes or () for size in sizes)}
         for size in sorted(sizes):
             models.check_input(self.model, recipe.model.name, size, device)
@@ -384,6 +389,7 @@ class Trainer:
             amp=self.recipe.train.amp,
             after_batch=after_batch,
             multilabel=self.recipe.data.multilabel,
+            labels=self.recipe.data.labels,
         )
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"the test loss is {result.loss} in epoch {self.epoch + 1}")
