@@ -20,11 +20,11 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import torch.distributed as dist
+from huggingface_hub.utils import WeakFileLock
 from rich.progress import Progress
 
 from visionmix.tools import display
 from visionmix.tools.checkpoint import write_aside
-from visionmix.tools.optional import load
 
 CACHE = "VISIONMIX_CACHE"
 TRIES = 5
@@ -98,9 +98,8 @@ def fetch_if_there(name: str) -> None:
 
 def _fetch(url: str, path: Path) -> None:
     """Write the file of a URL to `path`; of several processes one does it, while the others wait."""
-    filelock = load("filelock", "shards", "shards behind URLs")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+    with WeakFileLock(path.with_name(f".{path.name}.lock")):
         if path.is_file():
             return
         for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*"):  # by a process that was killed

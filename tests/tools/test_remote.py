@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import tarfile
 import threading
 import time
@@ -316,7 +317,7 @@ def pack_numbers(tree, shard):
     return len(files)
 
 
-def test_predict_names_pictures_by_url(server, packed, whole_run, tmp_path, capsys):
+def test_predict_names_pictures_by_url(server, packed, whole_run, tmp_path, capsys, monkeypatch):
     call = ["--checkpoint", str(whole_run[0] / "best.safetensors"), "--workers", "0", "--topk", "1"]
     urls = shards.expand(packed)
     near = [str(server.folder / url.removeprefix(server.address + "/")) for url in urls]
@@ -327,5 +328,16 @@ def test_predict_names_pictures_by_url(server, packed, whole_run, tmp_path, caps
     for one, other in zip(far, near, strict=True):
         assert one.pop("image") == other.pop("image").replace(str(server.folder), server.address)
         assert one == other
+    find_items = predict.find_items
+
+    def found_by_another_machine(given):
+        items = find_items(given)
+        shutil.rmtree(tmp_path / "cache")
+        return items
+
+    monkeypatch.setattr(predict, "find_items", found_by_another_machine)
+    assert predict.main([packed, *call, "--output", str(tmp_path / "again.csv")]) == 0
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "far.csv").read_bytes()
+    monkeypatch.setattr(predict, "find_items", find_items)
     assert predict.main([f"{server.address}/none-{{0..1}}.tar", *call]) == 2
     assert f"predict: the server has no {server.address}/none-0.tar (HTTP 404" in capsys.readouterr().err

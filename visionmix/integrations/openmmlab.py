@@ -98,7 +98,7 @@ class Backbone(BaseModule):
                 raise FileNotFoundError(f"pretrained={str(pretrained)!r} is not a file; give True, False or a path")
             options["pretrained_cfg_overlay"] = {"file": str(path)}
         if out_indices is not None:
-            options["out_indices"] = _check_indices(out_indices)
+            options["out_indices"] = check_indices(out_indices)
         try:
             # The wrapper also keeps the model's own init_weights, which would undo `pretrained`, from mmengine.
             self.features = timm.create_model(
@@ -148,7 +148,7 @@ class Backbone(BaseModule):
         return tuple(norm(features) for norm, features in zip(self.norms, self.features(x), strict=True))
 
 
-def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+def check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     indices = tuple(out_indices)
     if not indices or list(indices) != sorted(set(indices)):
         raise ValueError(f"out_indices={out_indices!r} must be stage numbers in rising order, each once")
