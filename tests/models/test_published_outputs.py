@@ -131,6 +131,8 @@ def test_chaotic_logits_equal_the_published_in_float64(case):
         "vil_tiny__depth1",
         "plstm_vis_tiny__192x256",
         "spatial_mamba_tiny",
+        "vir_tiny",
+        "vir_small",
     ],
 )
 def test_reference_kernels_in_float64_are_closer_still(case):
@@ -145,7 +147,7 @@ SIZES_WITHOUT_GOLDENS = {
     *("vil_small", "vil_base", "plstm_vis_small", "plstm_vis_base", "spatial_mamba_small", "spatial_mamba_base"),
     *(f"mambavision_{size}" for size in ("tiny2", "small", "base", "large", "large2", "large3")),
     *("vssd_micro", "vssd_small", "vssd_base"),
-    *("local_vim_small", "local_vmamba_small"),
+    *("local_vim_small", "local_vmamba_small", "vir_base"),
 }
 
 

@@ -47,7 +47,7 @@ TINY = {
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|efficient_vmamba|mambavision|mavit|msvmamba|plainmamba|plstm_vis|raftmlp|ravlt)_": r"test_\1",
-    r"(sgformer|spatial_mamba|vig|vil|vmamba|vssd)_": r"test_\1",
+    r"(sgformer|spatial_mamba|vig|vil|vir|vmamba|vssd)_": r"test_\1",
 }
 
 
