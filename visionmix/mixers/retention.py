@@ -34,12 +34,12 @@ class Retention(nn.Module):
     only where it comes last.
 
     Source: ViR (Hatamizadeh et al. 2023, arXiv 2310.19731). From it are the one-dimensional retention of tokens in
-    raster order, causal, and its three forms. Its authors' code has decays whose e lies evenly from 5 to 9, and no
-    norm: ``decays=(5, 9), head_norm=False``. In that code the parallel form takes a softmax of the decayed products,
-    which the other two forms and the paper's formula leave out; here all three agree. The default decays and the norm
-    of each head are those of RetNet (Sun et al. 2023, arXiv 2307.08621), without its rotation of q and k, since
-    backbones here bring position embeddings, and without its gate; biases are as in ViT. The paper's two-dimensional
-    form is not here.
+    raster order, causal, and its three forms. The code that calls itself its authors' (github.com/anom63931/ViR) has
+    decays whose e lies evenly from 5 to 9, and no norm: ``decays=(5, 9), head_norm=False``. There the parallel form
+    takes a softmax of the decayed products, which the other two forms and the paper's formula leave out; here all three
+    agree. The default decays and the norm of each head are those of RetNet (Sun et al. 2023, arXiv 2307.08621), without
+    its rotation of q and k, since backbones here bring position embeddings, and without its gate; biases are as in ViT.
+    The paper's two-dimensional form is not here.
 
     Args:
         dim: Channels.
@@ -72,7 +72,7 @@ class Retention(nn.Module):
         check_heads(dim, num_heads)
         if form not in _FORMS:
             raise ValueError(f"form={form!r} is unknown; give one of {', '.join(map(repr, _FORMS))}")
-        if decays is not None and (len(decays) != 2 or min(decays) <= 0):
+        if decays is not None and not (isinstance(decays, list | tuple) and len(decays) == 2 and min(decays) > 0):
             raise ValueError(f"decays={decays!r} are not two positive numbers; give (5, 9), or None for 5, 6, 7, ...")
         self.first_decay, self.last_decay = map(float, decays or (5, 4 + num_heads))
         self.order = sequence_order(order)

@@ -1,12 +1,12 @@
 """ViR: ViT with retention in place of attention, causal, from the first patch to a class token behind the last.
 
 Source: ViR (Hatamizadeh et al. 2023, arXiv 2310.19731). The mixer is `visionmix.mixers.Retention`. From the paper:
-causal retention in three forms, positions added to the patches alone, the class token after the last patch, the widths
-of ViT. From the authors' code, without a licence and without weights (github.com/anom63931/ViR, beside the paper's
-anonymous review): the decays, no norm and no gate inside the mixer, learned scales that begin at 1e-5, LayerNorm with
-an epsilon of 1e-6. Outputs equal that code's recurrent and chunkwise forms; its parallel form is another function (see
-the mixer). Decided here: `vir_tiny`, which that code does not name, has the width and heads of DeiT's. The hybrid
-models of the paper and its two-dimensional retention are not here.
+causal retention in three forms, positions added to the patches alone, the class token behind the last patch, widths of
+ViT. The paper's own repository, NVlabs/ViR, has no code. An anonymous one, anom63931/ViR, calls itself its authors',
+without licence or weights. From it: the decays, neither norm nor gate inside the mixer, learned scales that begin at
+1e-5, LayerNorm with an epsilon of 1e-6. Outputs equal that code's recurrent and chunkwise forms; its parallel form is
+another function (see the mixer). Decided here: `vir_tiny`, which that code does not name, has the width and heads of
+DeiT's. The paper's hybrid models and its two-dimensional retention are not here.
 """
 
 from functools import partial
