@@ -259,6 +259,16 @@ def test_places_of_prefix_tokens(count, place, expected):
     assert torch.equal(join_prefix(cells, prefix, expected), layer(x))
 
 
+def test_prefix_tokens_without_positions():
+    tokens = {"count": 2, "place": "last", "positioned": False}
+    model = Plain(**PLAIN | {"mixer": "softmax", "prefix_tokens": tokens, "global_pool": "token"})
+    assert {key for key, _ in model.class_token.named_parameters()} == {"weight"}
+    tokens, grid = model.embed(images())
+    assert grid.prefix_positions == [96, 97]
+    assert torch.equal(tokens[1, 96:], model.class_token.weight[0])
+    assert model.class_token.weight.abs().sum() > 0  # drawn, like those that have positions
+
+
 @pytest.mark.parametrize("place", ["first", "middle", "last", "evenly"])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("mixer", ["softmax", "bidirectional_mamba", "agent"])

@@ -1,5 +1,7 @@
 """Retention: three forms of one function."""
 
+import copy
+
 import pytest
 import torch
 from drawn import drawn_mixer
@@ -7,12 +9,15 @@ from drawn import drawn_mixer
 from visionmix import create_mixer
 from visionmix.layers import Grid
 
+VIR = {"decays": (5, 9), "head_norm": False}
+
 
 @pytest.mark.parametrize("length", [1, 7, 100])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_forms_agree(length, dtype, bound):
-    chunked = drawn_mixer("retention", num_heads=3).to(dtype)
-    parallel = create_mixer("retention", 12, num_heads=3, form="parallel").to(dtype)
+@pytest.mark.parametrize("options", [{}, VIR], ids=["normed", "vir"])
+def test_forms_agree(length, dtype, bound, options):
+    chunked = drawn_mixer("retention", num_heads=3, **options).to(dtype)
+    parallel = create_mixer("retention", 12, num_heads=3, form="parallel", **options).to(dtype)
     parallel.load_state_dict(chunked.state_dict())
     x = torch.randn(2, 1, length, 12, dtype=dtype)
     with torch.no_grad():
@@ -25,17 +30,23 @@ def test_forms_agree(length, dtype, bound):
         assert (out - expected).abs().max() <= bound * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("options", "exponents"),
+    [({}, [5, 6, 7]), (VIR, [5, 7, 9]), ({"num_heads": 1} | VIR, [5]), ({"decays": (1, 2), "num_heads": 2}, [1, 2])],
+    ids=str,
+)
 @pytest.mark.parametrize("form", ["chunked", "parallel"])
-def test_retention_equals_definition(form):
-    mixer = drawn_mixer("retention", num_heads=2, form=form).double()
+def test_retention_equals_definition(form, options, exponents):
+    mixer = drawn_mixer("retention", form=form, **options).double()
+    count, width = len(exponents), 12 // len(exponents)
     x = torch.randn(1, 3, 4, 12, dtype=torch.float64)
-    q, k, v = mixer.qkv(x.flatten(1, 2)[0]).unflatten(-1, (3, 2, 6)).unbind(1)
+    q, k, v = mixer.qkv(x.flatten(1, 2)[0]).unflatten(-1, (3, count, width)).unbind(1)
     rows = []
     for n in range(12):
         heads = []
-        for h in range(2):
-            gamma = 1 - 2.0 ** (-5 - h)
-            y = sum(gamma ** (n - m) * (q[n, h] @ k[m, h]) * 6**-0.5 * v[m, h] for m in range(n + 1))
+        for h, exponent in enumerate(exponents):
+            gamma = 1 - 2.0**-exponent
+            y = sum(gamma ** (n - m) * (q[n, h] @ k[m, h]) * width**-0.5 * v[m, h] for m in range(n + 1))
             heads.append(mixer.norm(y))
         rows.append(mixer.proj(torch.cat(heads)))
     assert torch.allclose(mixer(x).flatten(1, 2)[0], torch.stack(rows), atol=1e-12)
@@ -54,3 +65,18 @@ def test_retention_names_mistakes():
         create_mixer("retention", 12, form="recurent")
     with pytest.raises(ValueError, match="num_heads=5 does not divide dim=12"):
         create_mixer("retention", 12, num_heads=5)
+    for decays in ((5,), (0, 5), (5, 7, 9), 5):
+        with pytest.raises(ValueError, match=r"decays=.* are not two positive numbers; give \(5, 9\)"):
+            create_mixer("retention", 12, num_heads=3, decays=decays)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_retention_without_a_norm_in_half_precision(dtype):
+    """Sums over the sequence outgrow float16 before the projection, and fit behind it."""
+    mixer = drawn_mixer("retention", num_heads=3, std=0.02, **VIR).to(dtype)
+    x = (300 * torch.randn(2, 9, 12, 12)).to(dtype)
+    with torch.no_grad():
+        expected = copy.deepcopy(mixer).double()(x.double())
+        out = mixer(x)
+    assert out.isfinite().all()
+    assert (out.double() - expected).norm() <= 5 * torch.finfo(dtype).eps * expected.norm()

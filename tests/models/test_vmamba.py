@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from visionmix import create_mixer
 from visionmix.models import load_checkpoint
 from visionmix.models.keys import regrouped
 
@@ -63,6 +64,19 @@ def test_the_low_resolution_comes_first():
     stacked = tensors["layers.2.blocks.3.op.A_logs"]
     assert torch.equal(loaded["stages.2.blocks.3.mixer.low_scan.A_log"][0], stacked[:384])
     assert torch.equal(loaded["stages.2.blocks.3.mixer.full_scan.A_log"][0], stacked[384:])
+
+
+def test_the_full_resolution_comes_first_in_the_later_release():
+    tensors = golden.state_dict(golden.load("msvmambav3_tiny")[0])
+    loaded = load(tensors, "msvmambav3_tiny")
+    stacked = tensors["layers.2.blocks.3.op.A_logs"]
+    assert torch.equal(loaded["stages.2.blocks.3.mixer.full_scan.A_log"][0], stacked[:384])
+    assert torch.equal(loaded["stages.2.blocks.3.mixer.low_scan.A_log"][0], stacked[384:])
+
+
+def test_scans_at_two_resolutions_are_enlarged_in_two_ways():
+    with pytest.raises(ValueError, match="enlarge='bicubic' is unknown; give 'bilinear' or 'nearest'"):
+        create_mixer("multi_scale_scan", 24, enlarge="bicubic")
 
 
 def test_only_the_grouping_of_axes_may_differ():

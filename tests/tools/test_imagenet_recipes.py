@@ -43,12 +43,12 @@ TINY = {
     r"vmamba_\w+_v0": "test_vmamba_v0",
     r"(di)?nat_isotropic": "test_dinat_isotropic",
     r"(di)?nats?": "test_dinat",
-    r"vim": "test_vim_tiny",
+    r"vim_": "test_vim_tiny",
     r"local_vim_tiny_middle_cls_token": "test_local_vim_middle_cls_token",
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
-    r"(atrous_vmamba|efficient_vmamba|mambavision|mavit|msvmamba|plainmamba|plstm_vis|raftmlp|ravlt)_": r"test_\1",
-    r"(hrvmamba|sgformer|spatial_mamba|vig|vil|vmamba|vssd)_": r"test_\1",
+    r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
+    r"(plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
 

@@ -65,7 +65,7 @@ class Plain(Backbone):
         final_norm_layer: Makes the norm after the last block; "same" for `norm_layer`, None for none.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
         prefix_tokens: Tokens that are not cells: the place of one class token, "first", "middle" or "last", or
-            ``dict(count=..., place=...)``, where a place may be "evenly" too; None for none. See
+            ``dict(count=..., place=..., positioned=...)``, where a place may be "evenly" too; None for none. See
             `visionmix.layers.PrefixTokens`.
         prefix: How mixers treat prefix tokens: "mix" mixes them with the cells, which takes a mixer with
             `forward_tokens`; "pass" lets them go past any mixer, which then mixes the cells alone.

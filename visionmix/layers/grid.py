@@ -1,6 +1,6 @@
 """Where the tokens of a plain backbone lie: cells of a map, and prefix tokens among them."""
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
@@ -77,6 +77,8 @@ def join_prefix(cells: Tensor, prefix: Tensor, positions: list[int]) -> Tensor:
 class PrefixTokens(nn.Module):
     """Learned tokens put among the cells of an image: class tokens and registers, with learned positions of their own.
 
+    A token and its position only add up; models whose published tokens have none are built without.
+
     Shapes: (batch, cells, dim) to (batch, cells + count, dim).
 
     Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); in the middle, Vim (Zhu et al. 2024, arXiv 2401.09417);
@@ -86,12 +88,15 @@ class PrefixTokens(nn.Module):
         dim: Channels.
         count: Number of tokens.
         place: Where they stand, "first", "middle", "last" or "evenly"; see `prefix_positions`.
+        positioned: Whether they have positions.
 
     Raises:
         ValueError: `count` is below 1 or `place` is unknown.
     """
 
-    def __init__(self, dim: int, count: int = 1, place: str = "first", **dd: Any) -> None:
+    positioned: Final[bool]
+
+    def __init__(self, dim: int, count: int = 1, place: str = "first", positioned: bool = True, **dd: Any) -> None:
         super().__init__()
         if place not in PLACES:
             raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")
@@ -99,20 +104,23 @@ class PrefixTokens(nn.Module):
             raise ValueError(f"count={count} makes no prefix token; give 1 or more, or prefix_tokens=None for none")
         self.count = count
         self.place = place
+        self.positioned = positioned
         self.weight = nn.Parameter(torch.zeros(1, count, dim, **dd))
-        self.pos_embed = nn.Parameter(torch.zeros(1, count, dim, **dd))
+        if positioned:
+            self.pos_embed = nn.Parameter(torch.zeros(1, count, dim, **dd))
         self.init_layer_weights()
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
         """Draw tokens and positions from a truncated normal of deviation 0.02."""
         trunc_normal_(self.weight, std=0.02)
-        trunc_normal_(self.pos_embed, std=0.02)
+        if self.positioned:
+            trunc_normal_(self.pos_embed, std=0.02)
 
     def positions(self, cells: int) -> list[int]:
         """Return where the tokens stand in a sequence with `cells` other tokens."""
         return prefix_positions(cells, self.count, self.place)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = (self.weight + self.pos_embed).expand(x.shape[0], -1, -1)
-        return join_prefix(x, tokens, self.positions(x.shape[1]))
+        tokens = self.weight + self.pos_embed if self.positioned else self.weight
+        return join_prefix(x, tokens.expand(x.shape[0], -1, -1), self.positions(x.shape[1]))

@@ -7,7 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import gated_linear_attention_op
-from visionmix.layers import Grid, ScanLayerNorm, at_least_float32, scan_dtype
+from visionmix.layers import Grid, ScanLayerNorm, at_least_float32, scaled, scan_dtype, unscaled, zero_token
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
@@ -19,13 +19,13 @@ _FORMS = ("chunked", "parallel")
 class Retention(nn.Module):
     """Multi-head retention of the tokens before, in three forms that compute the same.
 
-    Per head h, with ``q, k, v = W x + b`` and ``gamma = 1 - 2^(-5 - h)``:
+    Per head h, with ``q, k, v = W x + b`` and ``gamma = 1 - 2^(-e)``, where e is 5 + h:
 
         parallel   y   = dk^-0.5 (q k^T * D) v,  D_nm = gamma^(n - m) for m <= n, else 0
         recurrent  y_n = dk^-0.5 q_n S_n,        S_n  = gamma S_(n-1) + k_n^T v_n
         chunked    parallel inside chunks, recurrent from one to the next
 
-        out = W_o norm(y) + b_o                                                     (the norm is of each head)
+        out = W_o norm(y) + b_o                             (the norm is of each head; without `head_norm`, W_o y + b_o)
 
     Gated linear attention with a constant gate is the chunked form; its kernels run it. `step` is the recurrent form.
 
@@ -33,10 +33,13 @@ class Retention(nn.Module):
     (batch, tokens, dim). Tokens that are not cells keep their places in the sequence: a class token sees the whole map
     only where it comes last.
 
-    Source: ViR (Hatamizadeh et al. 2023, arXiv 2310.19731), which has no public code. From it are the one-dimensional
-    retention of tokens in raster order, causal, and its three forms. The decays and the norm of each head are those of
-    RetNet (Sun et al. 2023, arXiv 2307.08621), without its rotation of q and k, since backbones here bring position
-    embeddings, and without its gate; biases are as in ViT. The paper's two-dimensional form is not here.
+    Source: ViR (Hatamizadeh et al. 2023, arXiv 2310.19731). From it are the one-dimensional retention of tokens in
+    raster order, causal, and its three forms. The code that calls itself its authors' (github.com/anom63931/ViR) has
+    decays whose e lies evenly from 5 to 9, and no norm: ``decays=(5, 9), head_norm=False``. There the parallel form
+    takes a softmax of the decayed products, which the other two forms and the paper's formula leave out; here all three
+    agree. The default decays and the norm of each head are those of RetNet (Sun et al. 2023, arXiv 2307.08621), without
+    its rotation of q and k, since backbones here bring position embeddings, and without its gate; biases are as in ViT.
+    The paper's two-dimensional form is not here.
 
     Args:
         dim: Channels.
@@ -45,10 +48,12 @@ class Retention(nn.Module):
         qkv_bias: Whether the projection to q, k and v has a bias.
         order: The scan order in which the cells are read. A padded step of an order is a token of zeros.
         norm_eps: Epsilon of the norm.
+        decays: e of the first and of the last head, with those of the others evenly between; None for 5 + h.
+        head_norm: Whether each head's output is normalised.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, `form` is unknown, or there is no such `order`, or it joins
-            several.
+        ValueError: `num_heads` does not divide `dim`, `form` is unknown, `decays` are not two positive numbers, or
+            there is no such `order`, or it joins several.
     """
 
     def __init__(
@@ -59,29 +64,32 @@ class Retention(nn.Module):
         qkv_bias: bool = True,
         order: str = "raster",
         norm_eps: float = 1e-5,
+        decays: tuple[float, float] | None = None,
+        head_norm: bool = True,
         **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         if form not in _FORMS:
             raise ValueError(f"form={form!r} is unknown; give one of {', '.join(map(repr, _FORMS))}")
+        if decays is not None and not (isinstance(decays, list | tuple) and len(decays) == 2 and min(decays) > 0):
+            raise ValueError(f"decays={decays!r} are not two positive numbers; give (5, 9), or None for 5, 6, 7, ...")
+        self.first_decay, self.last_decay = map(float, decays or (5, 4 + num_heads))
         self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.in_parallel = form == "parallel"
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.norm = ScanLayerNorm(self.head_dim, eps=norm_eps, **dd)
+        self.norm = ScanLayerNorm(self.head_dim, eps=norm_eps, **dd) if head_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim)."""
         if self.in_raster:
-            y = self._retain(x)
-        else:
-            index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
-            y = take(self._retain(take(x, index)), inverse)
-        return self.proj(y)
+            return self._retain(x)
+        index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
+        return take(self._retain(take(x, index)), inverse)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -96,20 +104,31 @@ class Retention(nn.Module):
             x: The next token (batch, dim), whatever the order.
             state: What the step before returned, (batch, heads, dk, dv); None at the first token.
         """
-        q, k, v = self._heads(x.unsqueeze(1))
-        write = k.squeeze(1).unsqueeze(-1) * v.squeeze(1).unsqueeze(-2)
-        state = write if state is None else write + state * _log_decays(self.num_heads, q).exp()[:, None, None]
-        y = self.head_dim**-0.5 * (q.squeeze(1).unsqueeze(-2) @ state).squeeze(-2)
-        return self.proj(self.norm(y).to(x.dtype).flatten(1)), state
+        qkv = self.qkv(x)
+        q, k, v = self._heads(qkv)
+        write = k.unsqueeze(-1) * v.unsqueeze(-2)
+        state = write if state is None else write + state * self._log_decays(q).exp()[:, None, None]
+        y = self.head_dim**-0.5 * (q.unsqueeze(-2) @ state).squeeze(-2)
+        return self._project(y, qkv), state
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v (batch, tokens, heads, head_dim), in float32 at least."""
-        q, k, v = at_least_float32(self.qkv(x)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v (..., heads, head_dim), in float32 at least."""
+        q, k, v = at_least_float32(qkv).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         return q, k, v
 
+    def _log_decays(self, like: Tensor) -> Tensor:
+        return _log_decays(self.first_decay, self.last_decay, self.num_heads, like)
+
+    def _project(self, y: Tensor, like: Tensor) -> Tensor:
+        """Return the projection (..., dim) of the heads' outputs (..., heads, head_dim), in the type of `like`."""
+        y, scale = scaled(self.norm(y).flatten(-2), like)
+        return unscaled(self.proj(y), scale, self.proj(zero_token(y)))
+
     def _retain(self, x: Tensor) -> Tensor:
-        q, k, v = self._heads(x)
-        decays = _log_decays(self.num_heads, q)
+        """Return the mixed tokens (batch, tokens, dim) of a sequence."""
+        qkv = self.qkv(x)
+        q, k, v = self._heads(qkv)
+        decays = self._log_decays(q)
         scale = self.head_dim**-0.5
         if self.in_parallel:
             scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * (scale * _decay_matrix(decays, x.shape[1]))
@@ -117,13 +136,13 @@ class Retention(nn.Module):
         else:
             gates = decays.unsqueeze(-1).expand_as(q)
             y, _ = gated_linear_attention_op(q, k, v, gates, scale, None, False)
-        return self.norm(y).flatten(2).to(x.dtype)
+        return self._project(y, qkv)
 
 
 @torch.fx.wrap
-def _log_decays(heads: int, like: Tensor) -> Tensor:
-    """Return the logarithms of the heads' decays (heads,), in float32 at least."""
-    exponents = torch.arange(5, 5 + heads, dtype=scan_dtype(like), device=like.device)
+def _log_decays(first: float, last: float, heads: int, like: Tensor) -> Tensor:
+    """Return the logarithms of the decays ``1 - 2^(-e)`` of `heads` heads, e from `first` to `last`, (heads,)."""
+    exponents = torch.linspace(first, last, heads, dtype=scan_dtype(like), device=like.device)
     return torch.log1p(-torch.exp2(-exponents))
 
 

@@ -1,0 +1,3 @@
+# MambaMixer (arXiv 2403.19888): VMamba's settings.
+_base_ = "_base_/mask_rcnn_1x.py"
+model = dict(backbone=dict(name="vim2_small", drop_path_rate=0.3), neck=dict(in_channels=[96, 192, 384, 768]))
