@@ -32,10 +32,6 @@ def test_a_fresh_stage_is_a_chain_of_blocks():
     assert [earlier.weight.tolist() for earlier in stage.sums] == [[1], [0, 1], [0, 0, 1]]
 
 
-def test_weights_of_sums_are_not_decayed():
-    assert {f"stages.1.sums.{index}.weight" for index in range(3)} <= timm.create_model("test_vim2").no_weight_decay()
-
-
 def test_the_channel_mixer_is_mamba_along_the_channels_of_each_cell():
     mixer = drawn_mixer("selective_channel", features=3).double()
     mamba = create_mixer("bidirectional_mamba", 1, expand=3).double()

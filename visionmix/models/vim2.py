@@ -33,8 +33,6 @@ class EarlierOutputs(nn.Module):
         count: Number of maps.
     """
 
-    undecayed = ("weight",)
-
     def __init__(self, count: int, **dd: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, **dd))
