@@ -157,16 +157,22 @@ def _corners(
     inside = (y > -1) & (y < height) & (z > -1) & (z < width)
     top, left = y.floor(), z.floor()
     lower, right = y - top, z - left
-    row, column = top.to(torch.int32), left.to(torch.int32)
     image = (numbered(batch, x) * height).to(torch.int32).view(-1, 1, 1, 1, 1)
     of_group = torch.arange(group, device=x.device, dtype=torch.int32).view(-1, 1)
 
+    def neighbours(first: Tensor, share: Tensor, side: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the two cells around each place along an axis: their number, whether they are there, their share."""
+        pairs = ((first, 1 - share), (first + 1, share))
+        # Clamped before they are integers: ONNX Runtime finds no such node for integers.
+        return [(n.clamp(0, side - 1).to(torch.int32), (n >= 0) & (n < side), part) for n, part in pairs]
+
+    columns = neighbours(left, right, width)
     cells, weights = [], []
-    for r, vertical in ((row, 1 - lower), (row + 1, lower)):
-        for c, horizontal in ((column, 1 - right), (column + 1, right)):
-            there = inside & (r >= 0) & (r < height) & (c >= 0) & (c < width)
+    for row, row_there, vertical in neighbours(top, lower, height):
+        for column, column_there, horizontal in columns:
+            there = inside & row_there & column_there
             weights.append(torch.where(there, factors * vertical * horizontal, 0.0))
-            cells.append(((image + r.clamp(0, height - 1)) * width + c.clamp(0, width - 1)) * group + of_group)
+            cells.append(((image + row) * width + column) * group + of_group)
     return torch.stack(cells, dim=5).flatten(4), torch.stack(weights, dim=5).flatten(4)
 
 

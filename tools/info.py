@@ -6,11 +6,13 @@ family between the markers in that file.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from visionmix.backbones.contract import image_sides
 from visionmix.models.family import family_of, list_family_models, published, variant_of, weights_of
 from visionmix.models.weights import file_name
 from visionmix.private_api import TorchDispatchMode, tree_leaves
@@ -145,8 +148,19 @@ def _file(name: str) -> str:
 
 def _equality(name: str) -> str:
     """Return the image sizes at which the model's outputs are compared with those of the published code."""
-    goldens = [path.stem.partition("__") for path in sorted(_GOLDENS.glob(f"{name}*.npz"))]
-    return ", ".join(size or "built size" for stem, _, size in goldens if stem == name) or "not compared"
+    built = image_sides(variant_of(name).layout.options.get("img_size", 224))
+    sizes = []
+    for path in sorted(_GOLDENS.glob(f"{name}*.npz")):
+        stem, _, size = path.stem.partition("__")
+        if stem == name:
+            sizes.append(size or _size_of(path, built))
+    return ", ".join(sizes) or "not compared"
+
+
+def _size_of(golden: Path, built: tuple[int, int]) -> str:
+    with np.load(golden) as file:
+        height, width = json.loads(str(file["meta"]))["image_size"]
+    return "built size" if (height, width) == built else f"{height}x{width}"
 
 
 def show(name: str, img_size: int | None, console: Console) -> None:

@@ -109,7 +109,7 @@ def test_all_parameters_of_a_pyramid_are_used(indices):
     assert not features.model.load_state_dict(whole.state_dict(), strict=False).missing_keys
     maps = features(images())
     expected = whole.forward_intermediates(images(), indices=list(indices), intermediates_only=True)
-    assert [info["num_chs"] for info in features.feature_info] == [each.shape[1] for each in maps]
+    assert features.feature_info.channels() == [each.shape[1] for each in maps]
     assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
     sum(each.sum() for each in maps).backward()
     assert [key for key, value in features.named_parameters() if value.grad is None] == []

@@ -46,8 +46,8 @@ TINY = {
     r"local_vim_tiny_middle_cls_token": "test_local_vim_middle_cls_token",
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
-    r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|msvmamba|plainmamba|plstm_vis|raftmlp|ravlt)_": r"test_\1",
-    r"(sgformer|spatial_mamba|vig|vil|vmamba|vssd)_": r"test_\1",
+    r"(atrous_vmamba|efficient_vmamba|mambavision|mavit|msvmamba|plainmamba|plstm_vis|raftmlp|ravlt)_": r"test_\1",
+    r"(hrvmamba|sgformer|spatial_mamba|vig|vil|vmamba|vssd)_": r"test_\1",
 }
 
 

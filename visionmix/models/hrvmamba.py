@@ -1,9 +1,8 @@
 """HRVMamba: HRNet's parallel resolutions with selective scans behind deformable convolutions.
 
-The two smaller models have position encodings from convolutions and squeeze-and-excitation besides; the base model's
-offsets come from a depthwise convolution. Files of pose estimators are not read.
-
-Source: HRVMamba (Zhang et al. 2024, arXiv 2410.03174). The mixer is `visionmix.mixers.DeformableScan`.
+Source: HRVMamba (Zhang et al. 2024, arXiv 2410.03174). The mixer is `visionmix.mixers.DeformableScan`. The two smaller
+models have position encodings from convolutions and squeeze-and-excitation besides; the base model's offsets come from
+a depthwise convolution. `features_only=True` gives the maps of all resolutions. Files of pose estimators are not read.
 """
 
 import re
@@ -138,10 +137,10 @@ _N, _T, _S, _B = (
 _SMALL = {"embed_dims": (8, 16, 32), "num_exchanges": (1, 1), "depths": (1, 1), "neck_dims": (16, 24, 32, 48)}
 
 VARIANTS = {
-    "hrvmamba_nano": Variant(_layout(8, 64, small=True), _in1k(_N, 74.8), 12.28, 1.9),
-    "hrvmamba_tiny": Variant(_layout(16, 128, small=True), _in1k(_T, 78.6), 14.07, 2.8),
-    "hrvmamba_small": Variant(_layout(32, 256), _in1k(_S, 81.3), 20.10, 5.8),
-    "hrvmamba_base": Variant(_layout(80, 256, around=True, img_size=224), _in1k(_B, 84.2), 60.55, 15.8),
+    "hrvmamba_nano": Variant(_layout(8, 64, small=True), _in1k(_N, 74.8), 12, 1.9),
+    "hrvmamba_tiny": Variant(_layout(16, 128, small=True), _in1k(_T, 78.6), 14, 2.8),
+    "hrvmamba_small": Variant(_layout(32, 256), _in1k(_S, 81.3), 20, 5.8),
+    "hrvmamba_base": Variant(_layout(80, 256, around=True, img_size=224), _in1k(_B, 84.2), 61, 15.8),
     "test_hrvmamba": Variant(_layout(8, 16, small=True, img_size=96, **_SMALL)),
 }
 
