@@ -1,7 +1,8 @@
 """RoMA's pre-training without labels, around the backbones of `visionmix.models.roma`.
 
-``timm.create_model("roma_pretraining", backbone="roma_arm_base")`` makes the model, and
-``visionmix train pretrain/roma_arm_base.yaml`` trains it. The backbones read what it saves.
+Importing this module, which `visionmix` alone does not do, registers "roma_pretraining" with timm. It is no classifier,
+and so not among the models. ``visionmix train pretrain/roma_arm_base.yaml`` trains it, and the backbones read what it
+saves.
 """
 
 import math
