@@ -11,7 +11,7 @@ from torch.export import Dim
 from torch.fx import symbolic_trace
 
 import visionmix
-from visionmix.backbones import Block, Hierarchical, Plain, Residual, Stage, TokenBlock
+from visionmix.backbones import Block, Hierarchical, Parallel, Plain, Residual, Stage, TokenBlock
 from visionmix.layers import BatchNorm, ConvMlp, ConvPosition, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.by_name import layer_maker
 from visionmix.models import list_family_models
@@ -398,7 +398,7 @@ def test_old_and_new_models_have_no_hidden_options():
     for name in list_family_models():
         if name.startswith("test_"):
             with torch.device("meta"):
-                assert isinstance(timm.create_model(name, device="meta"), Hierarchical | Plain)
+                assert isinstance(timm.create_model(name, device="meta"), Hierarchical | Parallel | Plain)
 
 
 # The piece of blocks
