@@ -126,6 +126,8 @@ def test_chaotic_logits_equal_the_published_in_float64(case):
         "mambavision_tiny",
         "vssd_tiny",
         "mila_tiny",
+        "polaformer_pvt_tiny",
+        "polaformer_swin_tiny",
         "sgformer_small",
         "slab_swin_tiny__depths1121",
         "slab_pvt_tiny",

@@ -34,7 +34,7 @@ WITHOUT = {
 
 # The tiny model of a recipe, by pattern of the model's name: the first that matches.
 TINY = {
-    r"(agent|flatten)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
+    r"(agent|flatten|polaformer)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
     r"agent_deit": "test_agent_deit_tiny",
     r"slab_(deit|pvt|swin)": r"test_slab_\1",
     r"swin_tiny_prepbn": "test_swin_prepbn",
