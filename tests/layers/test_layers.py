@@ -167,7 +167,7 @@ def test_log_sigmoid_is_exact_and_differentiable():
     assert LogSigmoid()(x.detach().bfloat16()).dtype == torch.float32
 
 
-def naive_turns(x, height, width):
+def naive_turns(x, height, width, endpoint=True):
     """Return x (batch, height * width, heads, dim) turned pair by pair, as complex numbers in float64."""
     pairs = torch.view_as_complex(x.detach().double().unflatten(-1, (-1, 2)).contiguous())
     count = pairs.shape[-1] // 2
@@ -175,18 +175,20 @@ def naive_turns(x, height, width):
     for token in range(height * width):
         for pair in range(2 * count):
             position = token // width if pair < count else token % width
-            frequency = 10000.0 ** -(pair % count / max(count - 1, 1))
+            frequency = 10000.0 ** -(pair % count / (max(count - 1, 1) if endpoint else count))
             out[:, token, :, pair] *= complex(math.cos(position * frequency), math.sin(position * frequency))
     return torch.view_as_real(out).flatten(-2)
 
 
+@pytest.mark.parametrize("endpoint", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (1, 7)])
-def test_rotary_map_turns_pairs_by_row_and_column(size, dtype):
+def test_rotary_map_turns_pairs_by_row_and_column(size, dtype, endpoint):
     x = torch.randn(2, size[0] * size[1], 3, 12).to(dtype)
-    out = RotaryMap()(x, *size)
-    # The frequencies are of float32 whatever comes in.
-    assert torch.allclose(out.double(), naive_turns(x, *size), atol=1e-5)
+    out = RotaryMap(endpoint)(x, *size)
+    # With an endpoint the frequencies are of float32 whatever comes in.
+    bound = 1e-5 if endpoint or dtype != torch.float64 else 1e-13
+    assert torch.allclose(out.double(), naive_turns(x, *size, endpoint), rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("layout", ["slice", "odd", "spread"])
@@ -238,8 +240,9 @@ def test_kept_rotary_angles_serve_training(number, first):
     [torch.jit.script, lambda layer: torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")],
     ids=["script", "compile"],
 )
-def test_rotary_map_in_graphs_equals_eager(graph):
-    layer = RotaryMap()
+@pytest.mark.parametrize("endpoint", [True, False])
+def test_rotary_map_in_graphs_equals_eager(graph, endpoint):
+    layer = RotaryMap(endpoint)
     inside = graph(layer)
     for size in [(4, 6), (5, 3)]:
         x = torch.randn(2, size[0] * size[1], 2, 8)

@@ -34,7 +34,7 @@ WITHOUT = {
 
 # The tiny model of a recipe, by pattern of the model's name: the first that matches.
 TINY = {
-    r"(agent|flatten)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
+    r"(agent|flatten|polaformer)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
     r"agent_deit": "test_agent_deit_tiny",
     r"slab_(deit|pvt|swin)": r"test_slab_\1",
     r"swin_tiny_prepbn": "test_swin_prepbn",
@@ -47,7 +47,7 @@ TINY = {
     r"local_vim_tiny_middle_cls_token": "test_local_vim_middle_cls_token",
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
-    r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
+    r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
     r"(plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 

@@ -14,7 +14,7 @@ from visionmix.mixers.softmax import Attention
 _FEATURE_MAPS = ("elu", "relu", "softplus")
 
 
-def _levels(mean: Tensor, in_pairs: bool) -> Tensor:
+def key_levels(mean: Tensor, in_pairs: bool) -> Tensor:
     """Return the levels that `averages` divides keys by, from the keys' mean over all tokens (batch, 1, heads, dk).
 
     A rotation mixes the two channels of a pair, which therefore share one level.
@@ -43,7 +43,7 @@ def dot(q: Tensor, k: Tensor) -> Tensor:
     return (q * k).sum(dim=-1, keepdim=True)
 
 
-def _elu_plus_one(x: Tensor) -> Tensor:
+def elu_plus_one(x: Tensor) -> Tensor:
     """Return ``elu(x) + 1``, exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs."""
     # In place, since no gradient needs the old values. F.threshold stands for relu, which would keep its result for it.
     return F.threshold(x, 0.0, 0.0).add_(torch.clamp(x, max=0.0).exp_())
@@ -90,7 +90,7 @@ class LinearAttention(Attention):
         x = at_least_float32(x)
         if self.feature_map == "relu":
             return F.relu(x)
-        return F.softplus(x) if self.feature_map == "softplus" else _elu_plus_one(x)
+        return F.softplus(x) if self.feature_map == "softplus" else elu_plus_one(x)
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
@@ -100,7 +100,7 @@ class LinearAttention(Attention):
         normaliser = dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
-        return averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
+        return averages(q, k, v, normaliser, key_levels(mean, self.has_rotary))
 
 
 class _Rotary(Attention):
@@ -135,14 +135,14 @@ class MagnitudeAwareLinearAttention(_Rotary):
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        qk, v = _elu_plus_one(at_least_float32(qk)), at_least_float32(v)
+        qk, v = elu_plus_one(at_least_float32(qk)), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         mean = k.mean(dim=1, keepdim=True)
         z = dot(q, mean) * self.scale
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         # (1 + 1 / (z + e)) s q is (z + e + 1) times q over its normaliser, (z + e) / s.
-        out = averages(q, k, v, (z + 1e-6) / self.scale, _levels(mean, self.has_rotary))
+        out = averages(q, k, v, (z + 1e-6) / self.scale, key_levels(mean, self.has_rotary))
         return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, z + 1.000001)
 
 
@@ -163,7 +163,7 @@ class RankAugmentedLinearAttention(_Rotary):
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        q, k = _elu_plus_one(at_least_float32(qk)).chunk(2, dim=2)
+        q, k = elu_plus_one(at_least_float32(qk)).chunk(2, dim=2)
         v, tokens = at_least_float32(v), v.shape[1]
         weights = torch.softmax(dot(k, q.mean(dim=1, keepdim=True)) * self.scale, dim=1)
         k = k * (weights * tokens)
@@ -171,4 +171,4 @@ class RankAugmentedLinearAttention(_Rotary):
         normaliser = dot(q, mean) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(q, height, width), self.rotary(k, height, width)
-        return averages(q, k, v, normaliser, _levels(mean, self.has_rotary))
+        return averages(q, k, v, normaliser, key_levels(mean, self.has_rotary))
