@@ -1,8 +1,8 @@
 """MILA: linear attention between the projections, convolution and gate of a Mamba block.
 
 Source: MILA (Han et al. 2024, arXiv 2405.16605), which its repository calls MLLA. The mixer is
-`visionmix.mixers.MambaInspiredLinearAttention`. The published classifier takes sides that are multiples of 32 and
-square images alone; here any size runs.
+`visionmix.mixers.MambaInspiredLinearAttention`. The published classifier takes square images
+alone, whose sides are multiples of 32; here any size runs.
 """
 
 from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
