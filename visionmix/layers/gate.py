@@ -32,7 +32,8 @@ class LogSigmoid(nn.Module):
 class ChannelGate(nn.Module):
     """Every channel times a gate made from the mean over all cells: ``x * sigmoid(W_2 gelu(W_1 mean(norm(x))))``.
 
-    Shapes: (batch, height, width, dim) to the same.
+    Shapes: (batch, height, width, ..., dim) to the same: axes between map and channels, of several scans, have gates of
+    their own.
 
     Source: the BiAttn of LightViT (Huang et al. 2022, arXiv 2207.05557) without its spatial half, as EfficientVMamba
     (Pei et al. 2024, arXiv 2403.09977) and LocalMamba (Huang et al. 2024, arXiv 2403.09338) have it.
@@ -50,6 +51,10 @@ class ChannelGate(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gates(self, x: Tensor) -> Tensor:
+        """Return the factors (batch, 1, 1, ..., dim) of x (batch, height, width, ..., dim), in its type."""
         pooled = self.norm(x).mean(dim=[1, 2], keepdim=True)
-        return x * torch.sigmoid(self.fc2(self.act(self.fc1(pooled))))
+        return torch.sigmoid(self.fc2(self.act(self.fc1(pooled)))).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gates(x)

@@ -243,8 +243,7 @@ class SelectiveScan1d(_ScanParameters):
         super().__init__(dim, 1, dt_rank=dt_rank, d_state=d_state, **dd)
         if d_conv < 1:
             raise ValueError(f"d_conv={d_conv} is too small; give 1 or more")
-        self.before = d_conv - 1
-        self.conv = nn.Conv1d(dim, dim, d_conv, groups=dim, **dd)
+        self.conv = _CausalConv(dim, dim, d_conv, groups=dim, **dd)
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -252,7 +251,7 @@ class SelectiveScan1d(_ScanParameters):
         if positions is not None:
             skipped = positions.diff(dim=1, prepend=positions[:, :1] - 1) - 1
             gap = skipped.unsqueeze(1) * F.softplus(self.delta_bias[0]).unsqueeze(1)
-        x = self.act(self.conv(F.pad(x, [0, 0, self.before, 0]).transpose(1, 2))).transpose(1, 2)
+        x = self.act(self.conv(x))
         steps, B, C = self.x_proj(x).split(self.widths, dim=-1)
         y, _ = selective_scan_op(
             x.transpose(1, 2),
@@ -269,3 +268,26 @@ class SelectiveScan1d(_ScanParameters):
             scan_dtype(x),
         )
         return y.transpose(1, 2)
+
+
+class _CausalConv(nn.Conv1d):
+    """`torch.nn.Conv1d`, depthwise, of each token and those before it: (batch, length, dim) to the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _causal_conv(x, self.weight, self.bias)
+
+
+@torch.fx.wrap
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    length, taps = x.shape[1], weight.shape[2]
+    x = F.pad(x, [0, 0, taps - 1, 0])
+    if not torch.jit.is_scripting() and bias is not None:
+        if x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            # A sum of few taps reads tokens as they lie; oneDNN's convolution, between two transposes, takes twice as
+            # long, and with gradients in bfloat16 three times. Half types are summed in float32, as there.
+            wide, each = at_least_float32(x), at_least_float32(weight).squeeze(1).t().contiguous()
+            y = torch.addcmul(at_least_float32(bias), wide[:, :length], each[0])
+            for tap in range(1, taps):
+                y.addcmul_(wide[:, tap : tap + length], each[tap])
+            return y.to(x.dtype)
+    return F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)

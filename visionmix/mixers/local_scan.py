@@ -57,6 +57,7 @@ class LocalScan(nn.Module):
         super().__init__()
         inner, rank = scan_sizes(dim, expand, dt_rank)
         names = chosen_orders(directions, order, published_inverse)
+        self.count = len(names)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()
@@ -68,8 +69,8 @@ class LocalScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         routes = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
-        batch, height, width, count, dim = routes.shape
-        # The gate looks at one direction at a time: directions stand in the batch.
-        each = routes.permute(0, 3, 1, 2, 4).reshape(batch * count, height, width, dim)
-        y = self.channel_gate(each).reshape(batch, count, height, width, dim).sum(dim=1)
+        gates, parts = self.channel_gate.gates(routes).unbind(3), routes.unbind(3)
+        y = parts[0] * gates[0]
+        for at in range(1, self.count):
+            y.addcmul_(parts[at], gates[at])
         return self.proj(self.norm(y).to(z.dtype) * self.act(z))
