@@ -81,45 +81,27 @@ def plstm_2d(
     for name, gate in gates.items():
         check_shape(name, gate, axes | {"directions": 4})
     check_shape("direct", direct, axes)
-    return plstm_2d_op(
-        *(q, k, v, source_r, source_d, transition_rl, transition_du, transition_ru, transition_dl),
-        *(mark_l, mark_u, direct),
-    )
+    transitions = (transition_rl, transition_du, transition_ru, transition_dl)
+    return plstm_2d_op(q, k, v, (source_r, source_d), transitions, (mark_l, mark_u), direct)
 
 
 def plstm_2d_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    source_r: Tensor,
-    source_d: Tensor,
-    transition_rl: Tensor,
-    transition_du: Tensor,
-    transition_ru: Tensor | None,
-    transition_dl: Tensor | None,
-    mark_l: Tensor,
-    mark_u: Tensor,
+    sources: tuple[Tensor, Tensor],
+    transitions: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    marks: tuple[Tensor, Tensor],
     direct: Tensor,
 ) -> Tensor:
-    """Return what `plstm_2d` does, without its checks."""
+    """Return what `plstm_2d` does, without its checks; gates of a kind stand together, in its order."""
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
-            sources, transitions = (source_r, source_d), (transition_rl, transition_du, transition_ru, transition_dl)
-            return dispatch.call_reference(_reference, (q, k, v, *sources, *transitions, mark_l, mark_u, direct))
-    return torch.ops.visionmix.plstm_2d(
-        q,
-        k,
-        v,
-        source_r,
-        source_d,
-        transition_rl,
-        transition_du,
-        transition_ru,
-        transition_dl,
-        mark_l,
-        mark_u,
-        direct,
-    )
+            return dispatch.call_reference(_reference, (q, k, v, *sources, *transitions, *marks, direct))
+    s_r, s_d = sources
+    t_rl, t_du, t_ru, t_dl = transitions
+    m_l, m_u = marks
+    return torch.ops.visionmix.plstm_2d(q, k, v, s_r, s_d, t_rl, t_du, t_ru, t_dl, m_l, m_u, direct)
 
 
 def _reference(arguments: tuple[Tensor | None, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import timm
 import torch
+import torch.distributed.checkpoint
 
 from visionmix import private_api
 
@@ -59,3 +60,11 @@ def test_every_batch_norm_is_one():
     norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)
     assert all(issubclass(norm, private_api.AnyBatchNorm) for norm in norms)
     assert not issubclass(torch.nn.LayerNorm, private_api.AnyBatchNorm)
+
+
+def test_a_distributed_checkpoint_is_read_whole(tmp_path):
+    content = {"a": {"b": torch.arange(3.0)}, "c": torch.ones(2, 2)}
+    torch.distributed.checkpoint.save(content, checkpoint_id=tmp_path)
+    found = private_api.load_whole_state_dict(torch.distributed.checkpoint.FileSystemReader(tmp_path))
+    assert torch.equal(found["a"]["b"], content["a"]["b"])
+    assert torch.equal(found["c"], content["c"])

@@ -33,10 +33,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import BytesStorageMetadata, CheckpointException, FileSystemReader, metadata
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from visionmix.models.weights import read_checkpoint
+from visionmix.private_api import load_whole_state_dict
 
 METADATA = ".metadata"  # of torch.distributed.checkpoint, which writes it last
 
@@ -156,9 +155,8 @@ def _read_folder(path: Path) -> dict[str, Any]:
     held = reader.read_metadata().state_dict_metadata
     if "plain.0" not in held or any(isinstance(value, BytesStorageMetadata) for value in held.values()):
         raise ValueError(f"{path} is a checkpoint of torch.distributed.checkpoint, but not one of train.py")
-    tensors: dict[str, Any] = {}
     try:
-        _load_state_dict(tensors, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        tensors = load_whole_state_dict(reader)
         plain = tensors.pop("plain")
         processes = [
             torch.load(io.BytesIO(plain[str(rank)].numpy().tobytes()), weights_only=True) for rank in range(len(plain))

@@ -3,6 +3,8 @@
 Each stands here because no public name does the same. Every room may import this file; it imports none of them.
 """
 
+from typing import Any
+
 import torch
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._hub import load_model_config_from_path
@@ -21,6 +23,7 @@ __all__ = [
     "inside_functorch",
     "is_traced_tensor",
     "load_model_config_from_path",
+    "load_whole_state_dict",
     "outside_of_tracing",
     "parse_schema",
     "tree_leaves",
@@ -40,6 +43,17 @@ outside_of_tracing = _disable_current_modes
 def is_traced_tensor(value: torch.Value) -> bool:
     """Return whether a value of a traced graph stands for a tensor."""
     return value.type().isSubtypeOf(torch._C.TensorType.get())
+
+
+def load_whole_state_dict(reader: "torch.distributed.checkpoint.StorageReader") -> dict[str, Any]:
+    """Return all that a distributed checkpoint holds, nested as it was saved, read by this process alone."""
+    # Here, since few need it and it takes long to import.
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    found: dict[str, Any] = {}
+    _load_state_dict(found, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return found
 
 
 try:

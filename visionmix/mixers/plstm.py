@@ -149,14 +149,9 @@ class PLSTM(nn.Module):
             q.unflatten(-1, heads),
             k.unflatten(-1, heads),
             v.unflatten(-1, heads),
-            source_r.unflatten(-1, heads),
-            source_d.unflatten(-1, heads),
-            transition_r.unflatten(-1, heads),
-            transition_d.unflatten(-1, heads),
-            turn_up,
-            turn_left,
-            mark_l.unflatten(-1, heads),
-            mark_u.unflatten(-1, heads),
+            (source_r.unflatten(-1, heads), source_d.unflatten(-1, heads)),
+            (transition_r.unflatten(-1, heads), transition_d.unflatten(-1, heads), turn_up, turn_left),
+            (mark_l.unflatten(-1, heads), mark_u.unflatten(-1, heads)),
             torch.sigmoid(self.direct).expand(x.shape[0], x.shape[1], x.shape[2], -1),
         )
         y = F.rms_norm(y, [y.shape[-1]], None, self.norm_eps).flatten(3)
