@@ -125,21 +125,13 @@ def _rows(x: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(-1, x.shape[3] // group)
 
 
-def _corners(
-    x: Tensor,
-    offset_mask: Tensor,
-    group: int,
-    kernel_size: int,
-    stride: int,
-    pad: int,
-    dilation: int,
-    offset_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _corners(x: Tensor, offset_mask: Tensor, group: int, *sizes: float) -> tuple[Tensor, Tensor]:
     """Return the rows of the table that are summed, int32 (batch, rows, columns, group, 4 * taps), and their weights.
 
     The four cells around a tap's place stand side by side. A cell beyond the border has weight 0, and so has all of a
     tap at least one cell beyond it.
     """
+    kernel_size, stride, pad, dilation, offset_scale = sizes
     dtype = dispatch.compute_dtype(x, offset_mask)
     batch, height, width, _ = x.shape
     taps, middle = kernel_size * kernel_size, dilation * (kernel_size - 1) // 2
