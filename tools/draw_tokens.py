@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from PIL import Image
 from torch import Tensor, nn
 
-from visionmix.tools import data, demo_data, models, pictures
-from visionmix.tools.images import read_rgb
+from visionmix.tools import models, pictures, shown
 
 DROPPED = 0.15  # brightness left to cells that no token holds
 
@@ -66,23 +64,21 @@ def sources(model: nn.Module, images: Tensor, spec: str) -> tuple[np.ndarray, in
     return tokens.source.reshape(-1, *tokens.grid).numpy(), tokens.x.shape[1]
 
 
-def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list[str], path: Path, title: str) -> None:
-    """Write a picture with a row for each of `images`: the image itself, then a panel per reduction.
+def draw_tokens(given: shown.Shown, specs: list[str], path: Path, title: str) -> None:
+    """Write a picture with a row for each image: the image itself, then a panel per reduction.
 
     Args:
-        images: Normalised images (batch, 3, height, width).
-        shown: The same without normalisation, float (batch, height, width, 3) in [0, 1].
-        model: A model that can be reduced.
+        given: The images, and a model that can be reduced.
         specs: Reductions, as ``tome:r=8``.
         path: PNG to write.
         title: Of the picture.
     """
-    found = [sources(model, images, spec) for spec in specs]
-    figure = pictures.new_figure(2.6 * (len(specs) + 1), 2.8 * len(images) + 0.5)
-    grid = figure.subplots(len(images), len(specs) + 1, squeeze=False)
+    found = [sources(given.model, given.images, spec) for spec in specs]
+    figure = pictures.new_figure(2.6 * (len(specs) + 1), 2.8 * len(given.images) + 0.5)
+    grid = figure.subplots(len(given.images), len(specs) + 1, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for row, image in enumerate(shown):
+    for row, image in enumerate(given.pictures):
         grid[row, 0].imshow(image)
         for axes, (source, _) in zip(grid[row, 1:], found, strict=True):
             draw_regions(axes, image, source[row])
@@ -92,23 +88,14 @@ def draw_tokens(images: Tensor, shown: np.ndarray, model: nn.Module, specs: list
     pictures.save(figure, path)
 
 
-def _open(name: str) -> Image.Image:
-    if name in demo_data.PHOTOGRAPHS and not Path(name).exists():
-        return demo_data.open_photograph(demo_data.photograph_folder() / demo_data.PHOTOGRAPHS[name])
-    return read_rgb(name)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; return the exit status."""
     parse = argparse.ArgumentParser(
         prog="visionmix draw-tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument(
-        "images", nargs="+", metavar="IMAGE", help=f"a file, or one of {', '.join(demo_data.PHOTOGRAPHS)}"
-    )
+    parse.add_argument("images", nargs="+", metavar="IMAGE", help=shown.IMAGES)
     parse.add_argument("--model", default="deit_small_patch16_224", help="timm model name (default: %(default)s)")
-    parse.add_argument("--pretrained", action="store_true", help="the published weights")
-    parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
+    shown.add_weights(parse)
     parse.add_argument(
         "--reduce", action="append", metavar="METHOD:OPTIONS", help="a reduction; may be repeated (default: tome:r=13)"
     )
@@ -116,22 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse.parse_args(argv)
     specs = args.reduce or ["tome:r=13"]
     try:
-        if args.pretrained or args.checkpoint:
-            device = torch.device("cpu")
-            given = {"name": args.model, "pretrained": args.pretrained}
-            model = models.load_trained(args.checkpoint, **given, device=device).model
-        else:
-            torch.manual_seed(0)
-            model = models.create_model(args.model).eval()
+        model = shown.load(args.model, args.pretrained, args.checkpoint)
         for spec in specs:
             models.reduce_model(model, spec)
-        settings = models.model_input(model)
-        transform = data.eval_transform(settings.image_size, settings.interpolation, 1.0, settings.normalise)
-        images = torch.stack([transform(_open(name)) for name in args.images])
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
-        shown = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        trained = "" if args.pretrained or args.checkpoint else ", untrained"
-        draw_tokens(images, shown, model, specs, args.out, f"tokens of {args.model}{trained}")
+        untrained = "" if args.pretrained or args.checkpoint else ", untrained"
+        draw_tokens(shown.show(model, args.images), specs, args.out, f"tokens of {args.model}{untrained}")
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"draw-tokens: {error}", file=sys.stderr)
         return 2

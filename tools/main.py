@@ -19,6 +19,8 @@ COMMANDS = {
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
     "bakeoff": ("bakeoff", "train one skeleton with every mixer, and compare them"),
     "draw-tokens": ("draw_tokens", "draw images with the regions that a reduced model merges"),
+    "draw-attention": ("draw_attention", "draw what one cell attends to in the mixers of models"),
+    "draw-receptive-field": ("draw_receptive_field", "draw which pixels models see from the middle of an image"),
     "benchmark": ("benchmark", "time and memory of whole models, side by side"),
     "draw-speed": ("draw_speed", "draw accuracy against CPU time, our models beside timm's"),
     "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),

@@ -68,6 +68,10 @@ class Registry(Generic[_T]):
         """Return the registered names, sorted."""
         return sorted(self._classes)
 
+    def classes(self) -> tuple[type[_T], ...]:
+        """Return the registered classes."""
+        return tuple(self._classes.values())
+
     def class_called(self, class_name: str) -> type[_T] | None:
         """Return the registered class whose own name is `class_name`, or None."""
         return next((each for each in self._classes.values() if each.__name__ == class_name), None)

@@ -31,6 +31,11 @@ def mixer_class(class_name: str) -> type[nn.Module] | None:
     return _MIXERS.class_called(class_name)
 
 
+def is_mixer(module: nn.Module) -> bool:
+    """Return whether `module` is of a registered class."""
+    return isinstance(module, _MIXERS.classes())
+
+
 def mixer_options(name: str) -> dict[str, inspect.Parameter]:
     """Return the options of the mixer called `name`, by name.
 

@@ -1,0 +1,73 @@
+"""What tools that draw need: a model with its weights, and images as it sees them and as people do."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from visionmix.tools import data, demo_data, models
+from visionmix.tools.images import read_rgb
+
+IMAGES = f"a file, or one of {', '.join(demo_data.PHOTOGRAPHS)}"
+
+
+@dataclass
+class Shown:
+    """A model in eval mode, and images for it.
+
+    Attributes:
+        model: The model.
+        images: Normalised (batch, 3, height, width).
+        pictures: The same without normalisation, float (batch, height, width, 3) in [0, 1].
+    """
+
+    model: nn.Module
+    images: Tensor
+    pictures: np.ndarray
+
+
+def add_weights(parse: argparse.ArgumentParser) -> None:
+    """Add the options that say where a model's weights come from."""
+    parse.add_argument("--pretrained", action="store_true", help="the published weights")
+    parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
+
+
+def load(name: str, pretrained: bool = False, checkpoint: str | None = None) -> nn.Module:
+    """Return the model called `name` in eval mode, with random weights from seed 0 where none are given.
+
+    Raises:
+        ValueError: the model is unknown, or the weights are not its own.
+        OSError: there is no such file.
+    """
+    if pretrained or checkpoint:
+        given = {"name": name, "pretrained": pretrained}
+        return models.load_trained(checkpoint, **given, device=torch.device("cpu")).model
+    torch.manual_seed(0)
+    return models.create_model(name).eval()
+
+
+def show(model: nn.Module, names: Sequence[str]) -> Shown:
+    """Return the images called `names`, resized and cut for `model`.
+
+    Raises:
+        OSError: there is no such image.
+        ModuleNotFoundError: a photograph is asked for, and scikit-image is not installed.
+    """
+    settings = models.model_input(model)
+    transform = data.eval_transform(settings.image_size, settings.interpolation, 1.0, settings.normalise)
+    images = torch.stack([transform(open_image(name)) for name in names])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+    pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return Shown(model, images, pictures)
+
+
+def open_image(name: str) -> Image.Image:
+    """Return the RGB image of a file, or the photograph of this name that comes with scikit-image."""
+    if name in demo_data.PHOTOGRAPHS and not Path(name).exists():
+        return demo_data.open_photograph(demo_data.photograph_folder() / demo_data.PHOTOGRAPHS[name])
+    return read_rgb(name)
