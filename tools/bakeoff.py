@@ -6,7 +6,9 @@
 The recipe's model is the skeleton; the parameters of the mixer that it names are the measure. The hidden width of the
 feed-forwards is set so that every other mixer's model has as many within 3 %; where even narrow ones have too many, the
 mixer's own `expand` is halved first. Each run is one of tools/train.py, in its own folder under --output, and resumes
-where it stopped. Leaves results.csv (a row per run), results.md, accuracy_time.png and accuracy_memory.png.
+where it stopped. Leaves results.csv (a row per run), results.md, accuracy_time.png and accuracy_memory.png, and, of the
+best weights of each mixer's first run on test images, attention.png (what one cell attends to, in every layer) and
+receptive_field.png. Called again for finished runs, it draws them anew.
 """
 
 import argparse
@@ -23,12 +25,24 @@ import torch
 
 from visionmix import list_mixers
 from visionmix.mixers.registry import mixer_options
-from visionmix.tools import data, pictures, recipe, recipe_keys, timing
+from visionmix.tools import (
+    data,
+    draw_attention,
+    draw_receptive_field,
+    influence,
+    pictures,
+    recipe,
+    recipe_keys,
+    shown,
+    timing,
+)
 from visionmix.tools.checkpoint import write_aside
 
 _AGREE = 0.03
 _RATIOS = (0.5, 32.0)  # of the hidden width that is searched
 _HALVINGS = 4  # of a mixer's expand
+_IMAGES = 16  # of receptive fields
+_MIDDLE = (0.5, 0.5)
 
 
 def count_parameters(model: recipe_keys.ModelRecipe, num_classes: int, mixer: str | dict, mlp_ratio: float) -> int:
@@ -171,6 +185,26 @@ def write_results(output: Path, rows: Sequence[dict[str, object]]) -> None:
         pictures.draw_trade_off(accuracy, against, label, output / file)
 
 
+def draw_mixers(output: Path, mixers: Sequence[str], seed: int, images: Sequence[Path]) -> None:
+    """Draw what every mixer's trained model attends to and which pixels it sees.
+
+    Args:
+        output: The folder of the runs.
+        mixers: Their mixers.
+        seed: Which run of each.
+        images: Test images; attention is drawn on the first.
+    """
+    rows, fields = {}, {}
+    for mixer in mixers:
+        model = shown.load(None, checkpoint=str(output / f"{mixer}-{seed}" / "best.safetensors"))
+        given = shown.show(model, [str(image) for image in images])
+        rows[mixer] = (given.pictures[0], influence.attention_rows(model, given.images[:1], _MIDDLE))
+        fields[mixer] = influence.receptive_field(model, given.images)
+    draw_attention.draw_attention(rows, output / "attention.png", "what the cell in the ring attends to")
+    title = f"effective receptive fields, {len(images)} test images"
+    draw_receptive_field.draw_receptive_fields(fields, output / "receptive_field.png", title)
+
+
 def run(args: argparse.Namespace) -> None:
     """Train and measure every mixer with every seed.
 
@@ -208,6 +242,10 @@ def run(args: argparse.Namespace) -> None:
                 }
             )
             write_results(args.output, rows)
+    files = sorted(path for path in (args.data / "val").glob("*/*") if path.is_file())
+    # At equal distances, so that all classes are among them.
+    images = [files[at * len(files) // _IMAGES] for at in range(min(_IMAGES, len(files)))]
+    draw_mixers(args.output, list(fitted), args.seeds[0], images)
     print(table(rows))
 
 

@@ -37,8 +37,10 @@ def add_weights(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
 
 
-def load(name: str, pretrained: bool = False, checkpoint: str | None = None) -> nn.Module:
+def load(name: str | None, pretrained: bool = False, checkpoint: str | None = None) -> nn.Module:
     """Return the model called `name` in eval mode, with random weights from seed 0 where none are given.
+
+    A checkpoint of train knows its model: `name` may be None.
 
     Raises:
         ValueError: the model is unknown, or the weights are not its own.
@@ -47,6 +49,8 @@ def load(name: str, pretrained: bool = False, checkpoint: str | None = None) -> 
     if pretrained or checkpoint:
         given = {"name": name, "pretrained": pretrained}
         return models.load_trained(checkpoint, **given, device=torch.device("cpu")).model
+    if name is None:
+        raise ValueError("no model is named, and no checkpoint says which it holds; give a name")
     torch.manual_seed(0)
     return models.create_model(name).eval()
 

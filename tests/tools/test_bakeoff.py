@@ -66,3 +66,4 @@ def test_trains_and_goes_on(tmp_path, monkeypatch, tree):
     first = (tmp_path / "out" / "results.csv").read_text()
     assert bakeoff.main(arguments) == 0
     assert (tmp_path / "out" / "results.csv").read_text() == first
+    assert {"attention.png", "receptive_field.png"} <= {path.name for path in (tmp_path / "out").glob("*.png")}
