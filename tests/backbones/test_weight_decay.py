@@ -12,8 +12,8 @@ from tiny_models import CORE, TINY
 
 from visionmix.backbones.contract import Backbone
 
-# What begins as a recurrence's rates, skips and steps, or as a table of positions.
-LEAVES = {"A_log", "D", "delta_bias", "move_B", "bias_table", "position_bias"}
+# What begins as a recurrence's rates, skips and steps, or as positions in a table or of a kernel's elements.
+LEAVES = {"A_log", "D", "delta_bias", "move_B", "bias_table", "position_bias", "positions"}
 EMBEDDINGS = {"pos_embed", "class_token"}
 
 

@@ -124,7 +124,8 @@ PAPERS = {
     "mmdet/retinanet_{}_1x.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny raftmlp_s ravlt_tiny plainmamba_l1",
     "mmseg/upernet_{}_160k.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_tiny msvmamba_nano "
     "nat_mini plainmamba_l1 ravlt_small sgformer_small vig_h_t vmamba_tiny local_vmamba_tiny spatial_mamba_tiny "
-    "vil_tiny vim2_tiny vssd_tiny mambavision_tiny local_vim_tiny hrvmamba_base mila_base",
+    "vil_tiny vim2_tiny vssd_tiny mambavision_tiny local_vim_tiny hrvmamba_base mila_base van_b0",
+    "mmseg/semantic_fpn_{}_40k.py": "raftmlp_s van_b0",
     "mmseg/semantic_fpn_{}_80k.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny ravlt_small",
 }
 

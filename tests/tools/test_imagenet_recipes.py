@@ -29,6 +29,7 @@ WITHOUT = {
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
     r"mambavision_large3": "trained on ImageNet-21k alone, by settings that are not published",
     r"roma_arm_\w+": "pre-trained on remote sensing images, without labels",
+    r"van_b[456]": "its drop path from scratch is not published",
     r"vim_\w+_stride8": "fine-tuned from the model of stride 16: finetune/",
 }
 
@@ -48,7 +49,8 @@ TINY = {
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
-    r"(plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(convnext_dcls|flowformer|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|van)_": r"test_\1",
+    r"(vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
 

@@ -4,7 +4,6 @@ Source: Vision Transformer Adapter for Dense Predictions (Chen et al. 2022, arXi
 have it (arXiv 2403.17695).
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from visionmix.backbones import Plain
 from visionmix.integrations.openmmlab import MODELS, Backbone, check_indices
+from visionmix.layers.fan_out import draw_by_fan_out
 
 STRIDES = (8, 16, 32)  # of the adapter's tokens; the model's are of 16
 STEPS = 4  # groups of blocks, between which model and adapter attend to each other
@@ -227,10 +227,7 @@ class Adapter(Backbone):
 def _init(layer: nn.Module) -> None:
     if isinstance(layer, nn.Linear):
         trunc_normal_(layer.weight, std=0.02)
-    elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels // layer.groups
-        nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     else:
-        return
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+        draw_by_fan_out(layer)

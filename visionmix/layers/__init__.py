@@ -13,6 +13,7 @@ from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gate, scan_dtype, unscaled, zero_token
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
+from visionmix.layers.learnable_spacings import SpacedKernel
 from visionmix.layers.maps import pad, resample_map
 from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
@@ -56,6 +57,7 @@ __all__ = [
     "SelectiveScan2d",
     "SequenceMixer",
     "SharedDepthwiseConv",
+    "SpacedKernel",
     "StateScan2d",
     "Stem",
     "StemConv",

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -70,8 +69,8 @@ def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
         "crop_pct": weights.crop_pct or (0.875 if sizes["input_size"] == (3, 224, 224) else 1.0),
         "crop_mode": weights.crop_mode,
         "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        "mean": weights.mean,
+        "std": weights.std,
         "first_conv": layout.first_conv,
         "classifier": layout.classifier,
         "license": weights.license or family.license,

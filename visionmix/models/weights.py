@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class Weights:
         crop_pct: Part of the resized test image that is cut out; None for 0.875 at 224 pixels and 1 at other sizes.
         crop_mode: How test images are resized before that: "center" the shorter side, "squash" both, at the cost of the
             aspect ratio, "border" the longer one.
+        mean: Of each channel, of pixels in 0..1, which images are normalised by; as for `std`.
+        std: Deviation of each channel.
         num_classes: Outputs of the classifier.
         top1: Published ImageNet-1k top-1 accuracy in percent, or None.
         gmacs: Published multiply-adds at `input_size`, in thousands of millions, where the variant's are of another
@@ -55,6 +58,8 @@ class Weights:
     input_size: int | tuple[int, int] | None = None
     crop_pct: float | None = None
     crop_mode: str = "center"
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     num_classes: int = 1000
     top1: float | None = None
     gmacs: float | None = None
