@@ -462,7 +462,11 @@ def test_a_cpu_takes_the_estimated_time(name, batch, monkeypatch):
         optimizer.step()
 
     step()  # compiles the fused ops
-    taken = timing._fastest(step, 5.0)
+    # Rates and step in turn, the fastest of each: on a shared machine either may meet a slow second.
+    rounds = [(timing.quick_limits(seconds=1.0), timing._fastest(step, 2.0)) for _ in range(4)]
+    limits = tuple(max(values) for values in zip(*(limits for limits, _ in rounds), strict=True))
+    taken = min(seconds for _, seconds in rounds)
+    monkeypatch.setattr(timing, "quick_limits", lambda *_: limits)
     assert plan.estimate(cost, plan.cpu("none"), plan.CPU, serial=True).seconds == pytest.approx(taken, rel=0.15)
 
 

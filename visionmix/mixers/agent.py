@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
+from visionmix.layers.sequence import SequenceMixer
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
 
@@ -17,7 +18,7 @@ _TABLE_SIDE = 7
 
 
 @register_mixer("agent")
-class AgentAttention(nn.Module):
+class AgentAttention(SequenceMixer):
     """Softmax attention in two steps, through a few agents, at a cost linear in the tokens.
 
     With ``q, k, v = W x`` and the agents ``a = adaptive_average_pool(q)``, `num_agents` of them on a square grid, per
@@ -115,11 +116,6 @@ class AgentAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """Return (batch, heads, tokens, head_dim) of (batch, tokens, dim)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:

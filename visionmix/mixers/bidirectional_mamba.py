@@ -4,15 +4,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from visionmix.layers import Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import GatedMixer, Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 
 
 @register_mixer("bidirectional_mamba")
-class BidirectionalMamba(nn.Module):
+class BidirectionalMamba(GatedMixer):
     """Two selective scans of the tokens, one from each end, with their own parameters and a common gate.
 
     With ``x, z = W_in u`` and the convolution and scan S of `visionmix.layers.SelectiveScan1d`:
@@ -49,16 +49,13 @@ class BidirectionalMamba(nn.Module):
         order: str = "raster",
         **dd: Any,
     ) -> None:
-        super().__init__()
         inner, rank = scan_sizes(dim, expand, dt_rank)
+        super().__init__(dim, inner, **dd)
         scan = partial(SelectiveScan1d, inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
         self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.forward_scan = scan()
         self.backward_scan = scan()
-        self.act = nn.SiLU()
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim)."""
@@ -72,11 +69,6 @@ class BidirectionalMamba(nn.Module):
             y = take(forward + backward, inverse)
         y, scale = scaled_gate(y, 0.5 * self.act(z))
         return unscaled(self.proj(y), scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
     @torch.jit.ignore
     def directions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from visionmix.layers import Grid, SelectiveScan2d, scaled, scan_sizes, unscaled
+from visionmix.layers import Grid, SelectiveScan2d, SequenceMixer, scaled, scan_sizes, unscaled
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 
@@ -23,7 +23,7 @@ class _Scan(SelectiveScan2d):
 
 
 @register_mixer("mamba_vision")
-class MambaVisionMixer(nn.Module):
+class MambaVisionMixer(SequenceMixer):
     """A selective scan of half of the channels; the other half stands beside its result and gates nothing.
 
     With ``x, z = silu(conv(W_in u))``, where conv is a depthwise convolution along the sequence that sees the token
@@ -80,11 +80,6 @@ class MambaVisionMixer(nn.Module):
             return self._mix(x)
         index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
         return take(self._mix(take(x, index)), inverse)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
     def _mix(self, x: Tensor) -> Tensor:
         # The sequences of a batch are the rows of one map. PyTorch chooses a convolution by the batch, so that a graph

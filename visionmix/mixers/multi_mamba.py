@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import ChannelGate, Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import ChannelGate, GatedMixer, Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
 from visionmix.layers.order import chosen_orders, take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans.order_names import split_order
@@ -15,7 +15,7 @@ _DIRECTIONS = ("raster", "raster_reversed", "column", "column_reversed")
 
 
 @register_mixer("multi_mamba")
-class MultiMamba(nn.Module):
+class MultiMamba(GatedMixer):
     """Convolutions and selective scans of the tokens in several orders, with their own parameters and a common gate.
 
     With ``x, z = W_in u`` and, in order k of K, the convolution and scan S_k of `visionmix.layers.SelectiveScan1d`:
@@ -68,19 +68,16 @@ class MultiMamba(nn.Module):
         published_inverse: bool = False,
         **dd: Any,
     ) -> None:
-        super().__init__()
         inner, rank = scan_sizes(dim, expand, dt_rank)
+        super().__init__(dim, inner, **dd)
         self.orders = list(chosen_orders(directions, order, published_inverse))
         for name in self.orders:
             if len(split_order(name)) > 1:
                 raise ValueError(f"order={order!r} has {name!r}, which reads cells more than once; give another order")
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         sizes = {"dt_rank": rank, "d_state": d_state, "d_conv": d_conv}
         self.scans = nn.ModuleList(SelectiveScan1d(inner, **sizes, **dd) for _ in self.orders)
-        self.act = nn.SiLU()
         self.has_gate = channel_gate
         self.channel_gate = ChannelGate(inner, norm_eps=norm_eps, **dd) if channel_gate else nn.Identity()
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim)."""
@@ -105,8 +102,3 @@ class MultiMamba(nn.Module):
             y = torch.stack(routes).mean(dim=0)
         y, scale = scaled_gate(y, torch.ones_like(z[:, :, :1]))
         return unscaled(self.proj(y), scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)

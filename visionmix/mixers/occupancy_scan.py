@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import Tensor
 
-from visionmix.layers import SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import GatedMixer, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
 from visionmix.layers.order import sequence_order, take, turns_order
 from visionmix.mixers.registry import register_mixer
 
 
 @register_mixer("occupancy_scan")
-class OccupancyScan(nn.Module):
+class OccupancyScan(GatedMixer):
     """A selective scan of voxels, height first: all levels of a cell, from the lowest up, then those of the next cell.
 
     With ``x, z = W_in u`` and the convolution and scan S of `visionmix.layers.SelectiveScan1d` over the sequence:
@@ -52,13 +52,10 @@ class OccupancyScan(nn.Module):
         order: str = "u_order",
         **dd: Any,
     ) -> None:
-        super().__init__()
         inner, rank = scan_sizes(dim, expand, dt_rank)
+        super().__init__(dim, inner, **dd)
         self.order = sequence_order(order)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.scan = SelectiveScan1d(inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
-        self.act = nn.SiLU()
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         u = x

@@ -7,7 +7,16 @@ import torch.fx
 from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import gated_linear_attention_op
-from visionmix.layers import Grid, ScanLayerNorm, at_least_float32, scaled, scan_dtype, unscaled, zero_token
+from visionmix.layers import (
+    Grid,
+    ScanLayerNorm,
+    SequenceMixer,
+    at_least_float32,
+    scaled,
+    scan_dtype,
+    unscaled,
+    zero_token,
+)
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
@@ -16,7 +25,7 @@ _FORMS = ("chunked", "parallel")
 
 
 @register_mixer("retention")
-class Retention(nn.Module):
+class Retention(SequenceMixer):
     """Multi-head retention of the tokens before, in three forms that compute the same.
 
     Per head h, with ``q, k, v = W x + b`` and ``gamma = 1 - 2^(-e)``, where e is 5 + h:
@@ -90,11 +99,6 @@ class Retention(nn.Module):
             return self._retain(x)
         index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
         return take(self._retain(take(x, index)), inverse)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
     @torch.jit.ignore
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

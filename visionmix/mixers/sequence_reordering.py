@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import Tensor
 
-from visionmix.layers import Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import GatedMixer, Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans.cells import numbered
 
 
 @register_mixer("sequence_reordering")
-class SequenceReordering(nn.Module):
+class SequenceReordering(GatedMixer):
     """Two selective scans of the tokens, in order and in strides, with their own parameters and a common gate.
 
     With ``x, z = W_in u`` and the convolution and scan S of `visionmix.layers.SelectiveScan1d`:
@@ -56,19 +56,16 @@ class SequenceReordering(nn.Module):
         order: str = "raster",
         **dd: Any,
     ) -> None:
-        super().__init__()
         inner, rank = scan_sizes(dim, expand, dt_rank)
+        super().__init__(dim, inner, **dd)
         if rate < 1:
             raise ValueError(f"rate={rate} is too small; give 1 or more")
         scan = partial(SelectiveScan1d, inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
         self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.rate = rate
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.scan = scan()
         self.reordered_scan = scan()
-        self.act = nn.SiLU()
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim)."""
@@ -80,11 +77,6 @@ class SequenceReordering(nn.Module):
             y = take(self._scan(take(x, index)), inverse)
         y, scale = scaled_gate(y, self.act(z))
         return unscaled(self.proj(y), scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
     def _scan(self, x: Tensor) -> Tensor:
         index, inverse = _strided(x.shape[1], self.rate, x)
