@@ -7,13 +7,13 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import Grid, at_least_float32, join_prefix, split_prefix
+from visionmix.layers import Grid, SequenceMixer, at_least_float32, join_prefix, split_prefix
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
 
 @register_mixer("inline")
-class InjectiveLinearAttention(nn.Module):
+class InjectiveLinearAttention(SequenceMixer):
     """Linear attention whose weights sum to 1, and a depthwise convolution whose kernels are predicted for each image.
 
     With ``q, k, v = W x``, in each head, over all n tokens j,
@@ -24,8 +24,7 @@ class InjectiveLinearAttention(nn.Module):
 
     where weights may be negative, W_1 and W_2 have a block a head, and K is a kernel a channel. Time and memory are
     linear in the tokens. Tokens that are not cells (class tokens) take part in the attention and in every mean, but not
-    in the convolution. Kernels belong to a whole image, so the published code, which knows windows too, has them only
-    where one window is the map.
+    in the convolution. Kernels are an image's: there are no windows, as in every published configuration.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width; `forward_tokens` takes sequences
     (batch, tokens, dim), class tokens and all.
@@ -60,18 +59,13 @@ class InjectiveLinearAttention(nn.Module):
             self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_from(x, x)
-
     def forward_from(self, x: Tensor, source: Tensor) -> Tensor:
         """Return the mixed map of `x`, with kernels predicted from the mean of `source` (batch, height, width, dim).
 
         A block that hands over its own input, before the norm, gives the kernels the level that norms take away.
         """
-        batch, height, width, dim = x.shape
-        tokens = x.reshape(batch, height * width, dim)
-        mean = source.reshape(batch, height * width, dim).mean(dim=1)
-        return self._mix(tokens, mean, Grid(height, width, [], None)).reshape(batch, height, width, dim)
+        grid = Grid(x.shape[1], x.shape[2], [], None)
+        return self._mix(x.flatten(1, 2), source.mean(dim=[1, 2]), grid).unflatten(1, (grid.height, grid.width))
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim).
