@@ -20,19 +20,19 @@ def doubled(first: int, stages: int = 4) -> tuple[int, ...]:
     return tuple(first << stage for stage in range(stages))
 
 
-def leaplab_in1k(file: str, top1: float, **facts: Any) -> dict[str, Weights]:
+def leaplab_in1k(file: str, top1: float, crop_mode: str = "squash", **facts: Any) -> dict[str, Weights]:
     """Return the weights for ImageNet-1k that LeapLab keeps in its university's cloud, by tag.
-
-    Its data/build.py resizes test images to a square, before it cuts out the centre unless TEST.CROP is off.
 
     Args:
         file: The file's number in the cloud.
         top1: Published accuracy in percent.
+        crop_mode: How test images are resized, as `Weights` has it: data/build.py of Agent, FLatten and InLine makes
+            them square, before it cuts out the centre unless TEST.CROP is off.
         **facts: Other facts of `Weights`; an `input_size` becomes part of the tag.
     """
     tag = f"in1k_{facts['input_size']}" if "input_size" in facts else "in1k"
-    facts = {"crop_mode": "squash", **facts}
-    return {tag: Weights(f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", top1=top1, **facts)}
+    address = f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"
+    return {tag: Weights(address, top1=top1, crop_mode=crop_mode, **facts)}
 
 
 def mixers_by_letter(
