@@ -9,7 +9,7 @@ import visionmix
 from visionmix.mixers.registry import mixer_options
 
 SCANS = [name for name in visionmix.list_mixers() if "order" in mixer_options(name)]
-LINEAR = ["agent", "flow", "focused", "linear", "mala", "non_causal_ssd", "rala"]
+LINEAR = ["agent", "flow", "focused", "inline", "linear", "mala", "non_causal_ssd", "rala"]
 HALVES = [torch.float16, torch.bfloat16]
 
 

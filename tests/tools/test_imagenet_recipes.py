@@ -35,9 +35,9 @@ WITHOUT = {
 
 # The tiny model of a recipe, by pattern of the model's name: the first that matches.
 TINY = {
-    r"(agent|flatten|polaformer)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
+    r"(agent|flatten|inline|polaformer)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
     r"agent_deit": "test_agent_deit_tiny",
-    r"slab_(deit|pvt|swin)": r"test_slab_\1",
+    r"(inline|slab)_(deit|pvt|swin)": r"test_\1_\2",
     r"swin_tiny_prepbn": "test_swin_prepbn",
     r"deit_tiny_prepbn": "test_slab_deit",
     r"vig_h": "test_vig_h",
@@ -137,9 +137,9 @@ def test_a_recipe_names_its_model_its_source_and_its_drop_path(name):
 
 
 def test_recipes_test_as_the_published_weights_were_tested():
-    """Of Agent and FLatten, whose images are squashed and, at some sizes, not cropped."""
+    """Of Agent, FLatten and InLine, whose images are squashed and, at some sizes, not cropped."""
     paths, modes = RECIPES | FINE, set()
-    for name in timm.list_pretrained(["agent_*.in1k*", "flatten_*.in1k*"]):
+    for name in timm.list_pretrained(["agent_*.in1k*", "flatten_*.in1k*", "inline_*.in1k*"]):
         made, cfg = recipe.read(str(paths[name.replace(".in1k", "")])).data, timm.get_pretrained_cfg(name)
         assert (made.crop_mode, made.crop_pct, made.image_size) == (cfg.crop_mode, cfg.crop_pct, cfg.input_size[-1])
         modes.add((cfg.crop_mode, cfg.crop_pct))

@@ -5,7 +5,8 @@ Source: MILA (Han et al. 2024, arXiv 2405.16605), which its repository calls MLL
 alone, whose sides are multiples of 32; here any size runs.
 """
 
-from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
+from visionmix.models import KeyMap, Layout, Variant, register_family
+from visionmix.models.hosts import leaplab_in1k
 from visionmix.models.hosts.mila import mila
 from visionmix.models.keys import Join
 
@@ -24,14 +25,16 @@ def _mila(dim: int, depths: tuple[int, ...], heads: int) -> Layout:
     return mila(dim, depths, heads, "mila").with_keys(_KEYS)
 
 
-def _in1k(file: str, top1: float) -> dict[str, Weights]:
-    return {"in1k": Weights(f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", top1=top1)}
-
-
 VARIANTS = {
-    "mila_tiny": Variant(_mila(64, (2, 4, 8, 4), 2), _in1k("7a19712877cb4242889c", 83.5), 25, 4.2),
-    "mila_small": Variant(_mila(64, (3, 6, 21, 6), 2), _in1k("0e5d0b1409d540aaa80c", 84.4), 43, 7.3),
-    "mila_base": Variant(_mila(96, (3, 6, 21, 6), 3), _in1k("91c85c5a1061496d8796", 85.3), 96, 16.2),
+    "mila_tiny": Variant(
+        _mila(64, (2, 4, 8, 4), 2), leaplab_in1k("7a19712877cb4242889c", 83.5, crop_mode="center"), 25, 4.2
+    ),
+    "mila_small": Variant(
+        _mila(64, (3, 6, 21, 6), 2), leaplab_in1k("0e5d0b1409d540aaa80c", 84.4, crop_mode="center"), 43, 7.3
+    ),
+    "mila_base": Variant(
+        _mila(96, (3, 6, 21, 6), 3), leaplab_in1k("91c85c5a1061496d8796", 85.3, crop_mode="center"), 96, 16.2
+    ),
     "test_mila": Variant(_mila(16, (1, 1, 1, 1), 1).with_options(img_size=96)),
 }
 

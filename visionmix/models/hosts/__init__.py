@@ -6,8 +6,10 @@ of that layout's published files become the skeleton's. A family adds its mixers
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from visionmix.backbones.contract import MixerSpec
+from visionmix.models.weights import Weights
 
 HEAD = (r"^head\.(weight|bias)$", r"head.fc.\1")
 """Rename of the classifier, which most published code calls head."""
@@ -16,6 +18,21 @@ HEAD = (r"^head\.(weight|bias)$", r"head.fc.\1")
 def doubled(first: int, stages: int = 4) -> tuple[int, ...]:
     """Return `first` for the first of `stages`, twice as much for every later one."""
     return tuple(first << stage for stage in range(stages))
+
+
+def leaplab_in1k(file: str, top1: float, crop_mode: str = "squash", **facts: Any) -> dict[str, Weights]:
+    """Return the weights for ImageNet-1k that LeapLab keeps in its university's cloud, by tag.
+
+    Args:
+        file: The file's number in the cloud.
+        top1: Published accuracy in percent.
+        crop_mode: How test images are resized, as `Weights` has it: data/build.py of Agent, FLatten and InLine makes
+            them square, before it cuts out the centre unless TEST.CROP is off.
+        **facts: Other facts of `Weights`; an `input_size` becomes part of the tag.
+    """
+    tag = f"in1k_{facts['input_size']}" if "input_size" in facts else "in1k"
+    address = f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"
+    return {tag: Weights(address, top1=top1, crop_mode=crop_mode, **facts)}
 
 
 def mixers_by_letter(

@@ -40,6 +40,11 @@ def seven_or_twelve(side: int) -> int:
     return 7 if side <= 56 else 12
 
 
+def seven_or_eighth(side: int) -> int:
+    """Return the window for a first map of `side` cells: an eighth of it, 7 at least; 9 for 288 pixels, 12 for 384."""
+    return max(7, side // 8)
+
+
 def swin(
     embed_dim: int,
     depths: Sequence[int],
