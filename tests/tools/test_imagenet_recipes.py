@@ -36,9 +36,9 @@ WITHOUT = {
 TINY = {
     r"(agent|flatten|polaformer)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
     r"agent_deit": "test_agent_deit_tiny",
-    r"slab_(deit|pvt|swin)": r"test_slab_\1",
-    r"swin_tiny_prepbn": "test_swin_prepbn",
-    r"deit_tiny_prepbn": "test_slab_deit",
+    r"slab_(deit|pvt|swin|cswin)": r"test_slab_\1",
+    r"(swin|pvt)_\w+_prepbn": r"test_\1_prepbn",
+    r"deit_\w+_prepbn": "test_slab_deit",
     r"vig_h": "test_vig_h",
     r"vmamba_\w+_v0": "test_vmamba_v0",
     r"(di)?nat_isotropic": "test_dinat_isotropic",
