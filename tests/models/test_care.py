@@ -50,7 +50,7 @@ def test_new_classifiers_are_two(model):
 
 def test_the_last_block_has_no_sum_and_drops_whole_images():
     model = timm.create_model("test_care", drop_path_rate=0.25)
-    assert [hasattr(block, "scale") for stage in model.stages for block in stage.blocks] == [True] * 5 + [False]
+    assert [hasattr(block, "scale") for stage in model.stages for block in stage.blocks] == [True] * 4 + [False]
     assert isinstance(model.head.drop_path, DropPath)
     assert model.head.drop_path.drop_prob == 0.25
     assert all((block.scale.gamma == 1e-6).all() for block in model.stages[1].blocks)

@@ -152,7 +152,7 @@ class _Head(nn.Module):
         self.proj = nn.Linear(in_features, width, **dd)
         self.act = nn.GELU()
         self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, **dd)
-        self.drop_path: nn.Module = nn.Identity()
+        self.drop_path = nn.Identity()
         self.norm, self.dist_norm = LayerNorm(width, eps=1e-6, **dd), LayerNorm(width, eps=1e-6, **dd)
         self.drop = nn.Dropout(drop_rate)
         self.hidden_size = width
@@ -287,7 +287,7 @@ VARIANTS = {
     "care_s0": Variant(_layout((32, 64, 128, 256), (2, 4, 8, 4), 8, _S0), _in1k(78.4), params=7.3, gmacs=0.7),
     "care_s1": Variant(_layout((32, 64, 128, 256), (3, 6, 10, 6), 8, _S1), _in1k(80.1), params=9.6, gmacs=1.0),
     "care_s2": Variant(_layout((32, 64, 192, 384), (3, 6, 10, 6), 12, _S2), _in1k(82.1), params=19.5, gmacs=1.9),
-    "test_care": Variant(_layout((8, 16, 32, 64), (1, 1, 2, 2), 8, ((1, 2),) * 4, img_size=96)),
+    "test_care": Variant(_layout((8, 16, 32, 64), (1, 1, 1, 2), 8, ((1, 2),) * 4, img_size=96)),
 }
 
 register_family(__name__, VARIANTS, paper="arXiv 2411.16170")
