@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import visionmix
 from visionmix.layers import BatchNorm, LinearNorm, RepBN
+from visionmix.layers.fold import ChannelAffine
 
 NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
 
@@ -79,7 +80,10 @@ def test_reparameterised_models_compute_the_same(name):
     assert all(torch.equal(*pair) for pair in zip(again.parameters(), folded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["test_slab_swin", "test_swin_prepbn"])
+SLAB = [f"test_{name}" for name in ("slab_swin", "slab_cswin", "slab_pvt", "slab_deit", "swin_prepbn", "pvt_prepbn")]
+
+
+@pytest.mark.parametrize("name", SLAB)
 def test_reparameterised_in_float32(name):
     model = drawn(name).float()
     images = torch.randn(2, 3, 96, 96)
@@ -88,9 +92,19 @@ def test_reparameterised_in_float32(name):
         assert (reparameterize_model(model)(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_all_but_the_norms_before_padding_and_the_last_are_folded_away():
-    left = [key for key, module in drawn_and_folded("test_slab_swin").named_modules() if "Affine" in repr(type(module))]
-    assert left == ["stages.2.blocks.0.norm1", "stages.2.blocks.1.norm1", "stages.3.blocks.0.norm1", "norm"]
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("test_slab_swin", ["stages.2.blocks.0.norm1", "stages.2.blocks.1.norm1", "stages.3.blocks.0.norm1", "norm"]),
+        ("test_slab_cswin", ["stages.2.blocks.0.norm1", "stages.3.blocks.0.norm1", "norm"]),
+        ("test_slab_pvt", []),
+        ("test_pvt_prepbn", [f"stages.{stage}.blocks.0.norm1" for stage in range(3)]),  # queries and squares read them
+        ("test_slab_deit", ["norm"]),
+    ],
+)
+def test_norms_that_one_linear_layer_reads_unpadded_are_folded_away(name, left):
+    folded = drawn_and_folded(name)
+    assert [key for key, module in folded.named_modules() if type(module) is ChannelAffine] == left
 
 
 def drawn_and_folded(name):
@@ -169,10 +183,14 @@ def test_models_without_a_schedule_are_told_in_vain():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_host_hands_its_norm_to_all_places():
-    from visionmix.models.hosts import swin
+@pytest.mark.parametrize("host", ["swin", "cswin"])
+def test_a_host_takes_its_norm_to_all_places(host):
+    from visionmix.models import hosts
+    from visionmix.models.hosts import cswin, swin
 
-    layout = swin.swin(16, (1, 1, 2, 1), 1, "LLSS", lambda stage: "simplified", norm_layer=partial(RmsNorm, eps=1e-3))
+    make = {"swin": swin.swin, "cswin": cswin.cswin}[host]
+    layout = make(16, (1, 1, 2, 1), 2, "LLSS", lambda stage: "simplified")
+    layout = hosts.with_norm(layout, partial(RmsNorm, eps=1e-3))
     norms = [module for module in layout.skeleton(**layout.options).modules() if "Norm" in type(module).__name__]
     assert len(norms) == 1 + 3 + 2 * 5 + 1
     assert all(type(module) is RmsNorm and module.eps == 1e-3 for module in norms)

@@ -16,10 +16,12 @@ def defined(mixer, x):
     """The definition: every query weighs every key by itself, and every head is convolved apart."""
     q, k, v = projected(mixer, x)
     y = attended(q.relu(), k.relu(), v, mixer.num_heads, epsilon=1e-6).reshape(x.shape)
+    if hasattr(mixer, "conv"):
+        y = y + convolved(v, mixer.conv)
     return mixer.proj(y + convolved(v, mixer.lepe, mixer.num_heads))
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "qkv_bias": False}])
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "qkv_bias": False}, {"lepe": True}])
 @pytest.mark.parametrize("grid", [(4, 5), (1, 1), (7, 3)])
 def test_simplified_equals_definition(grid, options):
     mixer = simplified(**options).double()

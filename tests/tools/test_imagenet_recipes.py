@@ -37,9 +37,9 @@ WITHOUT = {
 TINY = {
     r"(agent|flatten|inline|polaformer)_(pvt_v2|pvt|swin|cswin)": r"test_\1_\2",
     r"agent_deit": "test_agent_deit_tiny",
-    r"(inline|slab)_(deit|pvt|swin)": r"test_\1_\2",
-    r"swin_tiny_prepbn": "test_swin_prepbn",
-    r"deit_tiny_prepbn": "test_slab_deit",
+    r"(inline|slab)_(deit|pvt|swin|cswin)": r"test_\1_\2",
+    r"(swin|pvt)_\w+_prepbn": r"test_\1_prepbn",
+    r"deit_\w+_prepbn": "test_slab_deit",
     r"vig_h": "test_vig_h",
     r"vmamba_\w+_v0": "test_vmamba_v0",
     r"(di)?nat_isotropic": "test_dinat_isotropic",
@@ -48,7 +48,7 @@ TINY = {
     r"local_vim_tiny_middle_cls_token": "test_local_vim_middle_cls_token",
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
-    r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
+    r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
     r"(convnext_dcls|flowformer|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|van)_": r"test_\1",
     r"(vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
@@ -102,9 +102,28 @@ def check_steps(made: recipe.Recipe, trainer) -> None:
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, made.optimizer.weight_decay}
 
 
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def small_teacher(tmp_path: Path) -> dict:
+    """Return the section of a small teacher; the published one exists and has the classes of ImageNet."""
+    checkpoint = save(tmp_path / "teacher", begin(model={"name": "vit_tiny_patch16_224", "kwargs": SMALL}))
+    return {"teacher": None, "checkpoint": str(checkpoint)}
+
+
+def check_teacher(made: recipe.Recipe, trainer) -> None:
+    assert math.isfinite(trainer.own_losses["distill"])
+    assert timm.get_pretrained_cfg(made.distill.teacher).num_classes == 1000
+
+
 @pytest.mark.parametrize("name", first_of_each_base({name: RECIPES[name] for name in RECIPES if name not in GENERAL}))
-def test_a_recipe_takes_two_steps(tree, name):
-    check_steps(*two_steps(tree, RECIPES[name]))
+def test_a_recipe_takes_two_steps(tree, tmp_path, name):
+    distilled = recipe.read(str(RECIPES[name])).distill.on
+    sections = {"data": {"image_size": 32}, "distill": small_teacher(tmp_path)} if distilled else {}
+    made, trainer = two_steps(tree, RECIPES[name], **sections)
+    check_steps(made, trainer)
+    if distilled:
+        check_teacher(made, trainer)
 
 
 def test_every_published_model_has_a_recipe():
@@ -208,27 +227,16 @@ def test_a_model_takes_weights_of_the_earlier_size(tmp_path, name, kwargs):
         assert fine.eval()(torch.zeros(1, 3, made.data.image_size, made.data.image_size)).shape == (1, 3)
 
 
-SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
-
-
 @pytest.mark.parametrize(
     ("name", "model", "kwargs"),
     [("distill_tokens", "deit_tiny_distilled_patch16_224", SMALL), ("distill_logits", "test_vig", {})],
 )
 def test_distillation_takes_two_steps(tree, tmp_path, name, model, kwargs):
-    """From a small teacher; the published one exists and has the classes of ImageNet."""
-    teacher = {"model": {"name": "vit_tiny_patch16_224", "kwargs": SMALL}}
-    checkpoint = save(tmp_path / "teacher", begin(**teacher))
-    made, trainer = two_steps(
-        tree,
-        FINE[name],
-        model={"name": model, "kwargs": kwargs},
-        data={"image_size": 32},
-        distill={"teacher": None, "checkpoint": str(checkpoint)},
-    )
+    model = {"name": model, "kwargs": kwargs}
+    distill = small_teacher(tmp_path)
+    made, trainer = two_steps(tree, FINE[name], model=model, data={"image_size": 32}, distill=distill)
     check_steps(made, trainer)
-    assert math.isfinite(trainer.own_losses["distill"])
-    assert timm.get_pretrained_cfg(made.distill.teacher).num_classes == 1000
+    check_teacher(made, trainer)
 
 
 def test_the_last_parts_weights_are_those_of_the_one_before():

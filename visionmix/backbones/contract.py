@@ -193,7 +193,7 @@ class Backbone(nn.Module):
         self.head.reset(num_classes, global_pool)
         self._note_hidden_size()
         like = next(value for value in self.parameters() if value.is_floating_point())
-        self.head.fc.to(like.device, like.dtype)
+        self.head.to(like.device, like.dtype)
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x`, images (batch, in_chans, height, width); raise ValueError for anything else."""

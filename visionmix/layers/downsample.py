@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from visionmix.graphs import may_branch_on_sizes
 from visionmix.layers.fold import fold_before, fold_behind
-from visionmix.layers.maps import channels_first
+from visionmix.layers.maps import channels_first, pad_to
 from visionmix.layers.stem import Stem
 
 _NORM = partial(LayerNorm, eps=1e-5)
@@ -64,7 +64,7 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.whole:
-            x = _pad_to_two(x)
+            x = pad_to(x, 2)
         return self.norm(self.conv(channels_first(x)).permute(0, 2, 3, 1))
 
 
@@ -82,15 +82,6 @@ class ConvsDownsample(Stem):
         for layer in self:
             x = layer(x)
         return x
-
-
-@torch.fx.wrap
-def _pad_to_two(x: Tensor) -> Tensor:
-    """Return x (batch, height, width, dim), with a row or a column of zeros added where it has only one."""
-    if may_branch_on_sizes():
-        if x.shape[1] < 2 or x.shape[2] < 2:
-            return F.pad(x, [0, 0, 0, max(0, 2 - x.shape[2]), 0, max(0, 2 - x.shape[1])])
-    return x
 
 
 @torch.fx.wrap

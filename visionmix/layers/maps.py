@@ -44,6 +44,21 @@ def _pad(x: Tensor, amounts: list[int]) -> Tensor:
     return F.pad(x, amounts)
 
 
+def pad_to(x: Tensor, side: int) -> Tensor:
+    """Return x (batch, height, width, channels), with zeros at the bottom and on the right where it is below `side`.
+
+    A graph that is being compiled serves maps of at least so many alone: there `x` comes back as it is.
+    """
+    return _pad_to(x, side)  # in two functions: see visionmix.graphs
+
+
+@torch.fx.wrap
+def _pad_to(x: Tensor, side: int) -> Tensor:
+    if may_branch_on_sizes():
+        return pad(x, [0, 0, 0, max(0, side - x.shape[2]), 0, max(0, side - x.shape[1])])
+    return x
+
+
 def resample_map(x: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Return x (batch, rows, columns, channels) resampled to (batch, height, width, channels).
 

@@ -1,6 +1,6 @@
 """Simplified linear attention: SLAB's mixer."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,14 @@ class SimplifiedLinearAttention(Attention):
         num_heads: Heads; a divisor of `dim`.
         grid_size: Rows and columns that p is stored at.
         kernel_size: Rows and columns of the depthwise convolution: an odd number.
+        lepe: Whether a depthwise 3x3 convolution of v over all channels is added too, as in the CSWin models.
         qkv_bias: Whether the projection to q, k and v has a bias.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `kernel_size` is even.
     """
+
+    has_conv: Final[bool]
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class SimplifiedLinearAttention(Attention):
         num_heads: int = 3,
         grid_size: tuple[int, int] = (14, 14),
         kernel_size: int = 5,
+        lepe: bool = False,
         qkv_bias: bool = True,
         **dd: Any,
     ) -> None:
@@ -53,6 +57,9 @@ class SimplifiedLinearAttention(Attention):
         super().__init__(dim, num_heads, qkv_bias, rotary=False, lepe=kernel_size, gate=False, **dd)
         self.lepe = SharedDepthwiseConv(dim // num_heads, num_heads, kernel_size, **dd)
         self.pos_embed = PositionEmbedding(dim, grid_size, mode="bilinear", **dd)
+        self.has_conv = lepe
+        if lepe:
+            self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.init_layer_weights()
 
     @torch.jit.ignore
@@ -68,4 +75,8 @@ class SimplifiedLinearAttention(Attention):
         mean = k.mean(dim=1, keepdim=True)
         normaliser = dot(q, mean) + 1e-6 / k.shape[1]
         # A channel whose keys are all 0 has no level, and nothing to divide.
-        return averages(q, k, at_least_float32(v), normaliser, mean.detach().clamp_min(1e-30))
+        out = averages(q, k, at_least_float32(v), normaliser, mean.detach().clamp_min(1e-30))
+        if self.has_conv:
+            local = self.conv(v.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2))
+            out = out + local.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        return out

@@ -6,9 +6,13 @@ of that layout's published files become the skeleton's. A family adds its mixers
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from torch import nn
+
 from visionmix.backbones.contract import MixerSpec
+from visionmix.models.layout import Layout
 from visionmix.models.weights import Weights
 
 HEAD = (r"^head\.(weight|bias)$", r"head.fc.\1")
@@ -65,3 +69,12 @@ def mixers_by_letter(
         return [linear(stage) if block < int(first) else cycle[block % len(cycle)] for block in range(depth)]
 
     return [mixers(stage, *each) for stage, each in enumerate(zip(letters, depths, strict=True))]
+
+
+def with_norm(layout: Layout, norm_layer: Callable[..., nn.Module]) -> Layout:
+    """Return the `layout` of a hierarchical host with `norm_layer` for every norm, those of stem and downsamplers too.
+
+    Norms inside mixers are the mixers' own.
+    """
+    places = {key: partial(layout.options[key], norm_layer=norm_layer) for key in ("stem_layer", "downsample_layer")}
+    return layout.with_options(norm_layer=norm_layer, **places)

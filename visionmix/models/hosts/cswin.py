@@ -8,7 +8,7 @@ from functools import partial
 
 from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import mlp, patch_stem
+from visionmix.layers import ConvDownsample, mlp, patch_stem
 from visionmix.models.hosts import HEAD, doubled, mixers_by_letter
 from visionmix.models.keys import KeyMap, shifted
 from visionmix.models.layout import Layout
@@ -58,6 +58,7 @@ def cswin(
         "num_heads": doubled(num_heads, len(depths)),
         "mixer": mixers_by_letter(layout, depths, mixer, stripes),
         "stem_layer": partial(patch_stem, kernel_size=7, padding=2),
+        "downsample_layer": ConvDownsample,
         "mlp_layer": mlp,
     }
     return Layout(Hierarchical, options, _KEYS)

@@ -3,12 +3,11 @@
 Source: PVT (Wang et al. 2021, arXiv 2102.12122) and PVTv2 (Wang et al. 2021, arXiv 2106.13797).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from timm.layers import LayerNorm
-from torch import nn
 
 from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
@@ -42,7 +41,6 @@ def pvt(
     mixer: _Mixers,
     num_heads: Sequence[int] = (1, 2, 5, 8),
     mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-    norm_layer: Callable[..., nn.Module] | None = None,
 ) -> Layout:
     """Return the layout of PVT, without its class token.
 
@@ -55,7 +53,6 @@ def pvt(
         mixer: The mixers, as the skeleton takes them.
         num_heads: Heads of each stage.
         mlp_ratios: Hidden width of each stage's feed-forwards over its channels.
-        norm_layer: Makes every norm, those of stem and downsamplers too; None for the layer norms of PVT.
     """
     options = {
         "stem_layer": patch_stem,
@@ -65,12 +62,6 @@ def pvt(
         "final_norm_layer": None,
         **_sizes(embed_dims, depths, mixer, num_heads),
     }
-    if norm_layer is not None:
-        options |= {
-            "stem_layer": partial(patch_stem, norm_layer=norm_layer),
-            "downsample_layer": partial(ConvDownsample, kernel_size=2, norm_layer=norm_layer),
-            "norm_layer": norm_layer,
-        }
     return Layout(Hierarchical, options, _KEYS)
 
 

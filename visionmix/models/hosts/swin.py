@@ -9,8 +9,6 @@ Source: Swin (Liu et al. 2021, arXiv 2103.14030).
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import nn
-
 from visionmix.backbones import Hierarchical
 from visionmix.backbones.contract import MixerSpec
 from visionmix.layers import PatchMerging, mlp, patch_stem
@@ -52,7 +50,6 @@ def swin(
     layout: str,
     mixer: Callable[[int], MixerSpec],
     window_size: Callable[[int], int] = seven_or_twelve,
-    norm_layer: Callable[..., nn.Module] | None = None,
 ) -> Layout:
     """Return the layout of Swin.
 
@@ -64,7 +61,6 @@ def swin(
             and whatever is in it, shifts its windows if it has any.
         mixer: Makes the family's own mixer from the stage's number.
         window_size: Gives the softmax blocks' window from the first stage's map, in cells along its shorter side.
-        norm_layer: Makes every norm, those of stem and downsamplers too; None for the layer norms of Swin.
     """
 
     def windows(stage: int) -> list[MixerSpec]:
@@ -80,12 +76,6 @@ def swin(
         "downsample_layer": PatchMerging,
         "mlp_layer": mlp,
     }
-    if norm_layer is not None:
-        options |= {
-            "stem_layer": partial(patch_stem, norm_layer=norm_layer),
-            "downsample_layer": partial(PatchMerging, norm_layer=norm_layer),
-            "norm_layer": norm_layer,
-        }
     return Layout(Hierarchical, options, _KEYS)
 
 

@@ -1,0 +1,5 @@
+# SLAB (arXiv 2405.11582), github.com/xinghaochen/SLAB,
+# detection/configs/pvt/mask_rcnn_pvt_s_prepbn_fpn_1x_coco.py. The file of its backbone is missing there; drop path is
+# that of PVT's own detector (arXiv 2102.12122).
+_base_ = "_base_/mask_rcnn_pvt_1x.py"
+model = dict(backbone=dict(name="pvt_small_prepbn", drop_path_rate=0.1), neck=dict(in_channels=[64, 128, 320, 512]))

@@ -1,0 +1,79 @@
+"""Attention to a smaller map: PVT's mixer."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, use_fused_attn
+from torch import Tensor, nn
+
+from visionmix.layers.fold import fold_behind
+from visionmix.layers.maps import channels_first, pad_to
+from visionmix.mixers.registry import register_mixer
+from visionmix.mixers.softmax import check_heads, softmax_attention
+
+_NORM = partial(LayerNorm, eps=1e-5)
+
+
+@register_mixer("spatial_reduction")
+class SpatialReductionAttention(nn.Module):
+    """Softmax attention of every cell to those of a smaller map, each of which stands for a square of cells.
+
+        q    = W_q x
+        k, v = W_kv norm(conv(x)), with kernel and stride `sr_ratio`
+        out  = W_o softmax(q k^T * head_dim^-0.5) v
+
+    Rows and columns beyond the last whole square have queries, but make no keys; a map smaller than a square is padded
+    to one with zeros, at the bottom and on the right.
+
+    Shapes: (batch, height, width, dim) to the same, for every height and width.
+
+    Source: PVT (Wang et al. 2021, arXiv 2102.12122).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`.
+        sr_ratio: Rows and columns of cells that a cell of the smaller map stands for.
+        qkv_bias: Whether W_q and W_kv have biases.
+        norm_layer: Makes the norm of the smaller map from `dim`.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or `sr_ratio` is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        sr_ratio: int = 2,
+        qkv_bias: bool = True,
+        norm_layer: Callable[..., nn.Module] = _NORM,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        if sr_ratio < 1:
+            raise ValueError(f"sr_ratio={sr_ratio} is too small; give 1 or more")
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.fused_attn = use_fused_attn()
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd)
+        self.norm = norm_layer(dim, **dd)
+        self.sr_kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution before it, for inference."""
+        self.norm = fold_behind(self.sr, self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        smaller = self.norm(self.sr(channels_first(pad_to(x, self.sr_ratio))).permute(0, 2, 3, 1))
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.sr_kv(smaller).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = softmax_attention(q, k, v, None, self.fused_attn)
+        return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (height, width)))
