@@ -48,7 +48,7 @@ TINY = {
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3|plainmamba)_": r"test_\1",
-    r"(plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
 
