@@ -9,7 +9,7 @@ if __name__ == "kernels":
 from visionmix.kernels.dispatch import Unavailable, backends, use
 from visionmix.kernels.flops import fvcore_handles
 from visionmix.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
-from visionmix.kernels.neighborhood_attention import na1d, na2d, na3d
+from visionmix.kernels.neighborhood_attention import na1d, na2d, na2d_av, na2d_qk, na3d
 from visionmix.kernels.selective_scan import selective_scan
 from visionmix.kernels.selective_scan_2d import selective_scan_2d
 
@@ -21,6 +21,8 @@ __all__ = [
     "gated_linear_attention",
     "na1d",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
     "selective_scan",
     "selective_scan_2d",

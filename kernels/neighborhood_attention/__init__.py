@@ -14,10 +14,11 @@ from torch import Tensor
 from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_shape, check_tensors
 from visionmix.kernels.neighborhood_attention import op as _registered  # noqa: F401
-from visionmix.kernels.neighborhood_attention import padding
+from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, check_window, per_axis
+from visionmix.kernels.neighborhood_attention.halves import na2d_av, na2d_qk, reference_forward
 from visionmix.kernels.neighborhood_attention.schema import Arguments
 
-__all__ = ["na1d", "na2d", "na3d", "neighborhood_attention_op"]
+__all__ = ["na1d", "na2d", "na2d_av", "na2d_qk", "na3d", "neighborhood_attention_op"]
 
 
 def neighborhood_attention_op(
@@ -48,7 +49,7 @@ def neighborhood_attention_op(
         if dispatch.bypassed():
             window = (kernel_size, stride, dilation, is_causal, scale)
             options = (additional_keys, additional_values, relative_position_bias, circular, key_padding, value_padding)
-            return dispatch.call_reference(padding.reference_forward, Arguments(query, key, value, *window, *options))
+            return dispatch.call_reference(reference_forward, Arguments(query, key, value, *window, *options))
     return torch.ops.visionmix.neighborhood_attention(
         query,
         key,
@@ -69,50 +70,6 @@ def neighborhood_attention_op(
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_AXES = {1: ("tokens",), 2: ("rows", "columns"), 3: ("levels", "rows", "columns")}
-
-
-def _per_axis(name: str, value: int | Sequence[int], axes: int, kind: type, least: int) -> list:
-    """Return one value per axis.
-
-    Raises:
-        TypeError: a value is not of `kind`.
-        ValueError: there are too many or too few of them, or one is below `least`.
-    """
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * axes
-    for x in values:
-        if not isinstance(x, kind) or (kind is int and isinstance(x, bool)):
-            raise TypeError(
-                f"{name}={value!r} holds a {type(x).__name__}; it must be {kind.__name__}, one or one per axis"
-            )
-    if len(values) != axes:
-        raise ValueError(f"{name}={value!r} has {len(values)} values; na{axes}d takes one, or {axes}")
-    if kind is int and min(values) < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}")
-    return values
-
-
-def _check_window(grid: list[int], kernel_size: list[int], stride: list[int], dilation: list[int], circular: bool):
-    def show(values: list[int]) -> int | tuple[int, ...]:
-        return values[0] if len(set(values)) == 1 else tuple(values)
-
-    if circular:
-        if any(k % 2 == 0 for k in kernel_size):
-            raise ValueError(f"kernel_size={show(kernel_size)} must be odd for a circular window")
-        if any(s != 1 for s in stride):
-            raise ValueError(f"stride={show(stride)} does not go with a circular window; pass stride=1")
-        return
-    for size, k, d, axis in zip(grid, kernel_size, dilation, _AXES[len(grid)], strict=True):
-        if k * d > size:
-            raise ValueError(
-                f"kernel_size={show(kernel_size)} does not fit a {'x'.join(map(str, grid))} grid with "
-                f"dilation={show(dilation)}; it needs at least {k * d} {axis}"
-            )
-    if any(s > k for s, k in zip(stride, kernel_size, strict=True)):
-        raise ValueError(
-            f"stride={show(stride)} is larger than kernel_size={show(kernel_size)}; queries of a group would not see "
-            "their own neighborhood"
-        )
 
 
 def _neighborhood_attention(
@@ -141,11 +98,10 @@ def _neighborhood_attention(
     key_heads, value_dim = value.shape[-2:]
     if dim == 0 or 0 in grid:
         raise ValueError(f"query has shape {tuple(query.shape)}; the map and the head dimension must be at least 1")
-    shape = {"batch": batch, **dict(zip(_AXES[axes], grid, strict=True))}
+    shape = {"batch": batch, **dict(zip(AXES[axes], grid, strict=True))}
     check_shape("key", key, shape | {"heads": key_heads, "dim": dim})
     check_shape("value", value, shape | {"heads": key_heads, "value dim": value_dim})
-    if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"query has {heads} heads, but key and value {key_heads}; theirs must divide the query's")
+    check_heads("query", heads, "key and value", key_heads)
     if (additional_keys is None) != (additional_values is None):
         missing = "additional_keys" if additional_keys is None else "additional_values"
         raise ValueError(f"{missing} is None; additional_keys and additional_values must be given together")
@@ -153,12 +109,12 @@ def _neighborhood_attention(
         shape = {"batch": batch, "extra": additional_keys.shape[1], "heads": key_heads}
         check_shape("additional_keys", additional_keys, shape | {"dim": dim})
         check_shape("additional_values", additional_values, shape | {"value dim": value_dim})
-    kernels = _per_axis("kernel_size", kernel_size, axes, int, 1)
-    strides = _per_axis("stride", stride, axes, int, 1)
-    dilations = _per_axis("dilation", dilation, axes, int, 1)
-    causal = [int(x) for x in _per_axis("is_causal", is_causal, axes, bool, 0)]
-    _check_window(grid, kernels, strides, dilations, circular)
-    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(_AXES[axes], kernels, strict=True)}
+    kernels = per_axis("kernel_size", kernel_size, axes, int, 1)
+    strides = per_axis("stride", stride, axes, int, 1)
+    dilations = per_axis("dilation", dilation, axes, int, 1)
+    causal = [int(x) for x in per_axis("is_causal", is_causal, axes, bool, 0)]
+    check_window(grid, kernels, strides, dilations, circular)
+    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(AXES[axes], kernels, strict=True)}
     check_shape("relative_position_bias", relative_position_bias, {"heads": heads} | spans)
     scale = dim**-0.5 if scale is None else scale
     window = (kernels, strides, dilations, causal, scale)

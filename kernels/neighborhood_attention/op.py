@@ -1,11 +1,8 @@
 """Registers `visionmix::neighborhood_attention`, one op for 1-D, 2-D and 3-D maps: its fake, FLOPs, implementations."""
 
-import math
-
 from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.neighborhood_attention import padding, reference
 from visionmix.kernels.neighborhood_attention.schema import SCHEMA, Arguments, Gradients, mixed_tensors
-from visionmix.kernels.neighborhood_attention.windows import count_pairs
 from visionmix.kernels.registration import register_op
 
 _NAME = "neighborhood_attention"
@@ -18,12 +15,7 @@ def _fake(a: Arguments):
 
 
 def _pairs(a: Arguments) -> int:
-    """Return the (query, key) pairs of all images and heads, those of padded queries too: they are computed."""
-    batch, *grid, heads, _ = a.query
-    kernel_size, stride, dilation, is_causal = map(tuple, (a.kernel_size, a.stride, a.dilation, a.is_causal))
-    grid = padding.extended_grid(grid, kernel_size, dilation, a.circular)
-    extra = 0 if a.additional_keys is None else a.additional_keys[1] * math.prod(grid)
-    return batch * heads * (count_pairs(grid, kernel_size, stride, dilation, is_causal, a.circular) + extra)
+    return padding.pairs(a.query, a.kernel_size, a.stride, a.dilation, a.is_causal, a.additional_keys, a.circular)
 
 
 def _flops(a: Arguments) -> int:

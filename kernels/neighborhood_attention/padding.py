@@ -4,6 +4,7 @@ Both happen inside the op, so that compiled graphs hold only tensors of the map'
 maximum of two, and where strides depend on one, Inductor guards on them and compiles again from size to size.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels.dispatch import Implementation, compute_dtype
-from visionmix.kernels.exported import is_symbolic
-from visionmix.kernels.neighborhood_attention import exported, reference
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
+from visionmix.kernels.neighborhood_attention.windows import count_pairs
 
 
 def extended_grid(
@@ -28,7 +28,27 @@ def extended_grid(
     return tuple(max(n, k * d) for n, k, d in zip(grid, kernel_size, dilation, strict=True))
 
 
-def _extend(x: Tensor, grid: tuple[int, ...], fill: Tensor | None) -> Tensor:
+def pairs(
+    queries: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[int],
+    additional_keys: Sequence[int] | None,
+    circular: bool,
+) -> int:
+    """Return the (query, key) pairs of all images and heads, those of padded queries too: they are computed.
+
+    Queries and additional keys are given by their shapes, (batch, *map, heads, ...) and (batch, extra, ...).
+    """
+    batch, *grid, heads, _ = queries
+    kernel_size, stride, dilation, is_causal = map(tuple, (kernel_size, stride, dilation, is_causal))
+    grid = extended_grid(grid, kernel_size, dilation, circular)
+    extra = 0 if additional_keys is None else additional_keys[1] * math.prod(grid)
+    return batch * heads * (count_pairs(grid, kernel_size, stride, dilation, is_causal, circular) + extra)
+
+
+def extend(x: Tensor, grid: tuple[int, ...], fill: Tensor | None) -> Tensor:
     """Return x (batch, *map, ...) with `fill` (...), or zeros, after the map's end along each axis, up to `grid`."""
     fill = x.new_zeros(()) if fill is None else fill.to(x.dtype)
     for axis, size in enumerate(grid, 1):
@@ -61,7 +81,7 @@ def _grids(a: Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _extended(a: Arguments, grid: tuple[int, ...]) -> Arguments:
     fills = {"query": None, "key": a.key_padding, "value": a.value_padding}
-    return a._replace(**{name: _extend(getattr(a, name), grid, fill) for name, fill in fills.items()})
+    return a._replace(**{name: extend(getattr(a, name), grid, fill) for name, fill in fills.items()})
 
 
 def forward(inner: Callable, a: Arguments) -> tuple[Tensor, Tensor]:
@@ -89,20 +109,13 @@ def backward(inner: Callable, a: Arguments, gradients: Gradients) -> tuple[Tenso
         return *grads, *(a.query.new_zeros(0) if x is None else x.new_zeros(x.shape) for x in paddings)
     # An added query has no gradient, and with a log-sum-exp of infinity no weight: exp(score - inf) = 0.
     fills = Gradients(None, None, None, gradients.lse.new_full((), torch.inf))
-    gradients = Gradients._make(_extend(x, extended, fill) for x, fill in zip(gradients, fills, strict=True))
+    gradients = Gradients._make(extend(x, extended, fill) for x, fill in zip(gradients, fills, strict=True))
     grads = inner(_extended(a, extended), gradients)
     outside = (
         a.query.new_zeros(0) if x is None else _sum_outside(grad, grid, x)
         for x, grad in zip(paddings, grads[1:3], strict=True)
     )
     return *(_crop(grad, grid) for grad in grads[:3]), *grads[3:], *outside
-
-
-def reference_forward(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Return (output, log-sum-exp) of the map by the PyTorch reference."""
-    if is_symbolic(*a.query.shape[1:-2]):
-        return exported.forward(a)
-    return forward(reference.forward, a)
 
 
 def padded(load: Callable[[], Implementation]) -> Callable[[], Implementation]:

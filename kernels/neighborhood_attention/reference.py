@@ -29,7 +29,7 @@ _TILE = {1: (64, 256), 2: (8, 16), 3: (4, 6)}
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """The arguments that are not tensors."""
 
     grid: tuple[int, ...]
@@ -80,7 +80,7 @@ def _spread(x: Tensor, axis: int, axes: int) -> Tensor:
     return x.reshape(shape)
 
 
-def _slab(problem: _Problem, axis: int, span: slice) -> tuple[slice, tuple]:
+def _slab(problem: Problem, axis: int, span: slice) -> tuple[slice, tuple]:
     """Return the keys that a span of queries sees along one axis, and its pattern: starts and stops relative to it."""
     windows = [(starts[span], stops[span]) for starts, stops in problem.windows(axis)]
     slab = slice(min(min(starts) for starts, _ in windows), max(max(stops) for _, stops in windows))
@@ -88,7 +88,7 @@ def _slab(problem: _Problem, axis: int, span: slice) -> tuple[slice, tuple]:
     return slab, pattern
 
 
-def _masks(problem: _Problem, patterns: list[tuple], device: torch.device) -> tuple[Tensor, Tensor]:
+def _masks(problem: Problem, patterns: list[tuple], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return `visible` and `bias_index` of the tiles with these patterns along their axes."""
     axes = len(patterns)
     index, visible, distance = torch.zeros((), dtype=torch.long), torch.tensor(True), 0
@@ -119,7 +119,7 @@ def _spans(length: int, size: int) -> list[slice]:
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
-def _tiles(problem: _Problem) -> list[tuple[slice, ...]]:
+def _tiles(problem: Problem) -> list[tuple[slice, ...]]:
     least, most = _TILE[len(problem.grid)]
     spans = [
         _spans(length, min(max(k, least), most)) for length, k in zip(problem.map, problem.kernel_size, strict=True)
@@ -127,7 +127,7 @@ def _tiles(problem: _Problem) -> list[tuple[slice, ...]]:
     return list(itertools.product(*spans))
 
 
-def _split(x: Tensor, problem: _Problem, dtype: torch.dtype) -> Tensor:
+def split(x: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
     """(batch, *grid, heads, dim) to (batch x classes, heads, *map, dim)."""
     axes = len(problem.grid)
     padding = [c * m - n for n, c, m in zip(problem.grid, problem.classes, problem.map, strict=True)]
@@ -140,8 +140,8 @@ def _split(x: Tensor, problem: _Problem, dtype: torch.dtype) -> Tensor:
     return x.permute(order).flatten(0, axes)
 
 
-def _join(x: Tensor, problem: _Problem, dtype: torch.dtype) -> Tensor:
-    """Undo `_split`; contiguous."""
+def join(x: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """Undo `split`; contiguous."""
     axes = len(problem.grid)
     x = x.unflatten(0, (-1, *problem.classes))
     order = [0, *(axis for i in range(axes) for axis in (axes + 2 + i, 1 + i)), axes + 1, 2 * axes + 2]
@@ -156,7 +156,7 @@ def _cut(x: Tensor, maps: slice, spans: tuple[slice, ...]) -> Tensor:
     return x[(maps, slice(None), *spans)].flatten(2, -2)
 
 
-def _assemble(tiles: list[Tensor], problem: _Problem) -> Tensor:
+def _assemble(tiles: list[Tensor], problem: Problem) -> Tensor:
     """Put tiles (maps, heads, *tile, dim) together to (maps, heads, *map, dim)."""
     cuts = _tiles(problem)
     for axis in reversed(range(len(problem.grid))):
@@ -172,7 +172,7 @@ class _Attention:
         problem = self.problem = _problem(a)
         self.scale = a.scale
         self.dtype = compute_dtype(*mixed_tensors(a))
-        self.query, self.key, self.value = (_split(x, problem, self.dtype) for x in (a.query, a.key, a.value))
+        self.query, self.key, self.value = (split(x, problem, self.dtype) for x in (a.query, a.key, a.value))
         self.extra_key, self.extra_value = (
             None if x is None else x.to(self.dtype).transpose(1, 2) for x in (a.additional_keys, a.additional_values)
         )
@@ -232,9 +232,9 @@ class _Attention:
         return query, key, value, near.flatten(2, 3)
 
 
-def _problem(a: Arguments) -> _Problem:
+def _problem(a: Arguments) -> Problem:
     window = (tuple(x) for x in (a.query.shape[1:-2], a.kernel_size, a.stride, a.dilation))
-    return _Problem(*window, tuple(map(bool, a.is_causal)), a.circular)
+    return Problem(*window, tuple(map(bool, a.is_causal)), a.circular)
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -254,8 +254,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
             tile_sums.append(total.reshape(count, *shape, 1))
         outs.append(_assemble(tile_outs, problem))
         sums.append(_assemble(tile_sums, problem))
-    out = _join(torch.cat(outs), problem, value.dtype)
-    return out, _join(torch.cat(sums), problem, attention.dtype).squeeze(-1)
+    out = join(torch.cat(outs), problem, value.dtype)
+    return out, join(torch.cat(sums), problem, attention.dtype).squeeze(-1)
 
 
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
@@ -266,8 +266,8 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     attention = _Attention(a)
     problem, query, key, value = attention.problem, a.query, a.key, a.value
     options = (a.additional_keys, a.additional_values, a.relative_position_bias)
-    grad_out = _split(gradients.grad_out, problem, attention.dtype)
-    grad_lse = _split(gradients.grad_lse.unsqueeze(-1), problem, attention.dtype)
+    grad_out = split(gradients.grad_out, problem, attention.dtype)
+    grad_lse = split(gradients.grad_lse.unsqueeze(-1), problem, attention.dtype)
     grads = [
         torch.zeros_like(x, memory_format=torch.contiguous_format)
         for x in (attention.query, attention.key, attention.value)
@@ -301,7 +301,7 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
             if grad_bias is not None:
                 total = grad_scores[..., :near].sum(0).reshape(attention.heads, -1)
                 grad_bias.index_add_(1, tile.bias_index.flatten(), total)
-    joined = [_join(grad, problem, x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)]
+    joined = [join(grad, problem, x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)]
     extras = (
         query.new_empty(0) if grad is None else grad.transpose(1, 2).to(x.dtype).contiguous()
         for grad, x in zip((grad_extra_key, grad_extra_value), options, strict=False)

@@ -14,6 +14,8 @@ from visionmix.backbones.contract import Backbone
 
 # What begins as a recurrence's rates, skips and steps, or as positions in a table or of a kernel's elements.
 LEAVES = {"A_log", "D", "delta_bias", "move_B", "bias_table", "position_bias", "positions"}
+LEAVES |= {"temperature", "query_embedding", "local_bias"}  # TransNeXt's; its position biases come from a network:
+NETWORK = ("position_bias.fc1.weight", "position_bias.fc2.weight")
 EMBEDDINGS = {"pos_embed", "class_token"}
 
 
@@ -55,6 +57,7 @@ def test_no_weight_decay_outlives_a_copy(name, made):
     model = COPIES[made](timm.create_model(name))
     keys = [key for key, _ in model.named_parameters()]
     expected = {key for key in keys if key.rpartition(".")[2] in LEAVES or EMBEDDINGS & {*key.split(".")}}
+    expected |= {key for key in keys if key.endswith(NETWORK)}
     assert model.no_weight_decay() == expected
     decayed = {
         id(value)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import visionmix
 from visionmix.layers import (
     ConvDownsample,
+    ConvGlu,
     ConvMlp,
     CornerHead,
     LogSigmoid,
@@ -59,6 +60,15 @@ def test_conv_mlp_adds_the_neighbours():
     hidden = F.linear(x, layer.fc1.weight, layer.fc1.bias).permute(0, 3, 1, 2)
     hidden = F.gelu(hidden + F.conv2d(hidden, layer.conv.weight, layer.conv.bias, padding=1, groups=12))
     assert torch.allclose(layer(x), F.linear(hidden.permute(0, 2, 3, 1), layer.fc2.weight, layer.fc2.bias), atol=1e-6)
+
+
+def test_conv_glu_convolves_its_gate_alone():
+    layer = ConvGlu(6, mlp_ratio=2)
+    x = torch.randn(2, 3, 5, 6)
+    gate, value = F.linear(x, layer.fc1.weight, layer.fc1.bias).split(8, dim=-1)
+    gate = F.conv2d(gate.permute(0, 3, 1, 2), layer.conv.weight, layer.conv.bias, padding=1, groups=8)
+    expected = F.linear(F.gelu(gate).permute(0, 2, 3, 1) * value, layer.fc2.weight, layer.fc2.bias)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from visionmix.layers import resample_map
+from visionmix.layers import pool_map, resample_map
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
@@ -69,3 +69,10 @@ def test_onnx_runtime_makes_maps_larger_and_smaller(size, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert torch.allclose(torch.from_numpy(out), Resample()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (7, 5), (2, 3)])
+def test_pooling_is_adaptive_average_pooling(size):
+    x = torch.randn(2, *size, 3, dtype=torch.float64)
+    expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)).permute(0, 2, 3, 1)
+    assert torch.allclose(pool_map(x, 2, 3), expected, atol=1e-12)

@@ -49,8 +49,8 @@ TINY = {
     r"(local_vim|local_vmamba)": r"test_\1",
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
-    r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|van)_": r"test_\1",
-    r"(vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
+    r"(van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
 

@@ -8,13 +8,13 @@ from visionmix.layers.bottleneck import Bottleneck, BottleneckStem
 from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
 from visionmix.layers.deformable import DeformableConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
-from visionmix.layers.feed_forward import ConvMlp, mlp, swiglu
+from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gate, scan_dtype, unscaled, zero_token
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.learnable_spacings import SpacedKernel
-from visionmix.layers.maps import pad, resample_map
+from visionmix.layers.maps import pad, pool_map, pool_windows, resample_map
 from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
@@ -31,6 +31,7 @@ __all__ = [
     "BottleneckStem",
     "ChannelGate",
     "ConvDownsample",
+    "ConvGlu",
     "ConvMlp",
     "ConvPosition",
     "ConvsDownsample",
@@ -70,6 +71,8 @@ __all__ = [
     "mlp",
     "pad",
     "patch_stem",
+    "pool_map",
+    "pool_windows",
     "prefix_positions",
     "resample_map",
     "scaled",

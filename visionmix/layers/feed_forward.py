@@ -176,3 +176,45 @@ class ConvMlp(nn.Module):
         if not self.act_first:
             y = self.act(y)
         return self.drop(self.fc2(y))
+
+
+class ConvGlu(nn.Module):
+    """A gated feed-forward whose gate sees neighbours: ``fc2(act(depthwise3x3(a)) * b)``, ``a, b = fc1(x).chunk(2)``.
+
+    The hidden width is two thirds of ``dim * mlp_ratio``, rounded down; all layers have biases.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Source: TransNeXt (Shi 2023, arXiv 2311.17132).
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden width over `dim` of the ungated feed-forward with as many parameters.
+        act_layer: The gate's activation.
+        drop: Dropout rate after the gate and after the last projection.
+    """
+
+    needs_map = True
+    entry = "fc1"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        hidden = int(2 * int(dim * mlp_ratio) / 3)
+        self.fc1 = nn.Linear(dim, 2 * hidden, **dd)
+        self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden, **dd)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate = self.act(self.conv(gate.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.drop(gate * value)))

@@ -112,3 +112,32 @@ def _weights(cells: int, wanted: int, mode: str, like: Tensor) -> Tensor:
     taken = (first.to(torch.int64) + taps).clamp(0, cells - 1)
     cell = torch.arange(cells, device=like.device)
     return torch.where(taken.unsqueeze(2) == cell, weight.unsqueeze(2), 0.0).sum(dim=1)
+
+
+def pool_map(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the means (batch, rows, columns, channels) of the windows of x (batch, height, width, channels).
+
+    The windows are those of `torch.nn.AdaptiveAvgPool2d`, which overlap where the map is no multiple of their number.
+    Its own op would be compiled, and exported to ONNX, for one size at a time.
+    """
+    return _pool_map(x, rows, columns)  # in two functions: see visionmix.graphs
+
+
+@torch.fx.wrap
+def _pool_map(x: Tensor, rows: int, columns: int) -> Tensor:
+    _, height, width, channels = x.shape
+    x = torch.matmul(_averaging(width, columns, x), x)
+    return torch.matmul(_averaging(height, rows, x), x.flatten(2)).unflatten(2, (-1, channels))
+
+
+def _averaging(length: int, bins: int, like: Tensor) -> Tensor:
+    """Return the matrix (bins, length) that averages `length` cells over adaptive pooling's windows."""
+    cell = torch.arange(length, device=like.device)
+    start, end = pool_windows(length, bins, torch.arange(bins, device=like.device).unsqueeze(1))
+    inside = (cell >= start) & (cell < end)
+    return inside.to(like.dtype) / (end - start)
+
+
+def pool_windows(length: int, bins: int, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first cell of each `window`, by number, of adaptive pooling's `bins`, and the first after it."""
+    return window * length // bins, ((window + 1) * length + bins - 1) // bins

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
+from visionmix.layers.maps import pool_map
 from visionmix.layers.sequence import SequenceMixer
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
@@ -94,7 +95,9 @@ class AgentAttention(SequenceMixer):
             raise ValueError("agent attention pools a whole map and cannot serve where cells are dropped or merged")
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         cells, prefix = split_prefix(q, grid.prefix_positions)
-        agents = self._heads(_pool(cells, grid.height, grid.width, self.side))
+        agents = self._heads(
+            pool_map(cells.unflatten(1, (grid.height, grid.width)), self.side, self.side).flatten(1, 2)
+        )
         key_bias = _cell_bias(self.key_table, self.key_rows, self.key_columns, grid.height, grid.width)
         query_bias = _cell_bias(self.query_table, self.query_rows, self.query_columns, grid.height, grid.width)
         cells, _ = split_prefix(v, grid.prefix_positions)
@@ -148,23 +151,3 @@ def _cell_bias(table: Tensor, rows: Tensor, columns: Tensor, height: int, width:
     lines = _resample_line(rows, height).unsqueeze(3) + _resample_line(columns, width).unsqueeze(2)
     bias = F.interpolate(table, size=[height, width], mode="bilinear") + lines
     return bias.flatten(2).transpose(1, 2)
-
-
-@torch.fx.wrap
-def _pool(x: Tensor, height: int, width: int, side: int) -> Tensor:
-    """Return the means (batch, side * side, dim) of the windows of a map's cells (batch, height * width, dim).
-
-    The windows are those of `torch.nn.AdaptiveAvgPool2d`, which overlap where `side` does not divide the map. Its own
-    op would be compiled, and exported to ONNX, for one size at a time.
-    """
-    x = torch.matmul(_averaging(width, side, x), x.unflatten(1, (height, width)))
-    return torch.matmul(_averaging(height, side, x), x.flatten(2)).unflatten(-1, (side, -1)).flatten(1, 2)
-
-
-def _averaging(length: int, bins: int, like: Tensor) -> Tensor:
-    """Return the matrix (bins, length) that averages `length` cells over adaptive pooling's windows."""
-    cell = torch.arange(length, device=like.device)
-    window = torch.arange(bins, device=like.device).unsqueeze(1)
-    start, end = window * length // bins, ((window + 1) * length + bins - 1) // bins
-    inside = (cell >= start) & (cell < end)
-    return inside.to(like.dtype) / (end - start)

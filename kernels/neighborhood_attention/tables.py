@@ -1,0 +1,107 @@
+"""The windows of a map as tables: which keys every query sees, as tensors. Sizes may be symbols of a graph."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Window(NamedTuple):
+    """The arguments that choose the keys, one value per axis of the map, but for the shape."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    is_causal: Sequence[int]
+    circular: bool
+
+
+class AxisTable:
+    """The window of each query along one axis.
+
+    Attributes:
+        key: the key's token at each offset, int64 (queries, kernel size); tokens beyond the map's end are padding.
+        steps: the offset from query to key, in steps of the dilation, (queries, kernel size).
+        visible: whether the query sees that key, (queries, kernel size).
+    """
+
+    def __init__(self, size, kernel_size: int, stride: int, dilation: int, causal: bool, circular: bool, device):
+        extended = size if circular else torch.sym_max(size, kernel_size * dilation)
+        token = torch.arange(size, device=device).unsqueeze(1)
+        residue, i = token % dilation, token // dilation
+        length = (extended - residue + dilation - 1) // dilation
+        if circular:
+            start = i - kernel_size // 2
+        elif causal:
+            start = torch.minimum(i // stride * stride + stride - 1, length - 1) - kernel_size + 1
+        else:
+            leader = torch.minimum(i // stride * stride + stride // 2, length - 1)
+            start = torch.minimum(leader - kernel_size // 2, length - kernel_size).clamp(min=0)
+        j = start + torch.arange(kernel_size, device=device)
+        self.visible = (j >= 0) & (j < length)
+        if causal:
+            self.visible = self.visible & (j <= i)
+        self.steps = j - i
+        self.key = j.clamp(min=0) * dilation + residue
+
+
+class Tables:
+    """The windows of every query of a map.
+
+    Attributes:
+        axes: the table of each axis.
+    """
+
+    def __init__(self, grid: Sequence[int], window: Window, device: torch.device):
+        self.window = window
+        options = zip(grid, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
+        self.axes = [AxisTable(*each, window.circular, device) for each in options]
+
+    def biased(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        """Return scores (batch, *map, heads, window) plus the bias (heads, *spans) of each offset, -inf where a query
+        does not see the key."""
+        if bias is not None:
+            # By an embedding, whose gradient adds up in a fixed order on a GPU too.
+            table = bias.to(scores.dtype).flatten(1).transpose(0, 1)
+            scores = scores + F.embedding(self._bias_index(), table).movedim(-1, -2)
+        return scores.masked_fill(self.hidden(), -math.inf)
+
+    def hidden(self) -> Tensor:
+        """Return whether a query does not see a key of its window, bool (*map, 1, window)."""
+        kernel_size = self.window.kernel_size
+        visible = torch.ones((), dtype=torch.bool, device=self.axes[0].steps.device)
+        for table in _pairwise([axis.visible for axis in self.axes]):
+            visible = visible & table
+        if self.window.circular:
+            radii = [(k + 1) // 2 for k in kernel_size]
+            whole, steps = math.prod(radii), _pairwise([axis.steps for axis in self.axes])
+            visible = visible & (sum((s * (whole // r)) ** 2 for s, r in zip(steps, radii, strict=True)) < whole**2)
+        return ~visible.flatten(len(self.axes)).unsqueeze(-2)
+
+    def _bias_index(self) -> Tensor:
+        """Return each key's place in the flattened bias table, int64 (*map, window)."""
+        index = torch.zeros((), dtype=torch.int64, device=self.axes[0].steps.device)
+        for step, k in zip(_pairwise([axis.steps for axis in self.axes]), self.window.kernel_size, strict=True):
+            index = index * (2 * k - 1) + (step + k - 1).clamp(0, 2 * k - 2)
+        return index.flatten(len(self.axes))
+
+
+def _pairwise(tables: list[Tensor]) -> list[Tensor]:
+    """Turn (queries, kernel size) of each axis into views that broadcast to (*queries, *kernel sizes)."""
+    axes = len(tables)
+    views = []
+    for axis, table in enumerate(tables):
+        view = table
+        for _ in range(axes - 1 - axis):
+            view = view.unsqueeze(1)
+        for _ in range(axis):
+            view = view.unsqueeze(0)
+        for _ in range(axis):
+            view = view.unsqueeze(axes)
+        for _ in range(axes - 1 - axis):
+            view = view.unsqueeze(-1)
+        views.append(view)
+    return views
