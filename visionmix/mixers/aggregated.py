@@ -64,12 +64,12 @@ def _distances(length: int, bins: int, built: int, like: Tensor) -> tuple[Tensor
     Shapes: (distances,), float32 as in the published code, and (length, bins), int64.
     """
     # Twice a distance is an integer; where all windows are of one size, it is odd for all pairs, or even for all.
-    step = 2 if _divides(bins, length) else 1
-    least = 1 - length - (bins - 1) * length // bins
-    most = 2 * length - 1 - (length + bins - 1) // bins
+    step, least, count = 1, -2 * length, 4 * length  # simple expressions, for graphs of all sizes
+    if _divides(bins, length):
+        step, least, count = 2, 1 - length - (bins - 1) * length // bins, 2 * length - length // bins
     first, after = pool_windows(length, bins, numbered(bins, like))
     twice = 2 * numbered(length, like).unsqueeze(1) - (first + after - 1)
-    distance = (numbered((most - least) // step + 1, like) * step + least).to(torch.float32) / 2
+    distance = (numbered(count, like) * step + least).to(torch.float32) / 2
     distance = distance / (built - 1) * 8
     return distance.sign() * (distance.abs() + 1).log2() / 3, (twice - least) // step
 
