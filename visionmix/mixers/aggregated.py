@@ -238,7 +238,8 @@ def _unit(x: Tensor) -> Tensor:
 def _pooled(length: int, ratio: int) -> int:
     if torch.jit.is_scripting():
         return max(length // ratio, 1)
-    return torch.sym_max(length // ratio, 1)
+    pooled = length // ratio
+    return pooled.clamp(min=1) if isinstance(pooled, Tensor) else torch.sym_max(pooled, 1)  # traces count by tensors
 
 
 @torch.fx.wrap

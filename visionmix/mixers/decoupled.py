@@ -32,29 +32,29 @@ class DecoupledMixer(nn.Module):
 
     Args:
         dim: Channels, at least 4.
-        num_heads: Heads of `dim` channels; a quarter of them, at least one, are those of the group a.
+        num_heads: Heads of the group a; a divisor of its channels.
         strips: Length of the two convolutions in place of attention, an odd number; None for attention.
 
     Raises:
-        ValueError: `dim` is below 4, the group's heads do not divide its channels, or `strips` is even.
+        ValueError: `dim` is below 4, `num_heads` does not divide ``dim // 4``, or `strips` is even.
     """
 
     attends: Final[bool]
 
-    def __init__(self, dim: int, num_heads: int = 4, strips: int | None = None, **dd: Any) -> None:
+    def __init__(self, dim: int, num_heads: int = 1, strips: int | None = None, **dd: Any) -> None:
         super().__init__()
-        group, heads = dim // 4, max(num_heads // 4, 1)
+        group = dim // 4
         if group < 1:
             raise ValueError(f"dim={dim} is too small for four groups of channels; give 4 or more")
-        if strips is None and group % heads:
+        if strips is None and (num_heads < 1 or group % num_heads):
             raise ValueError(
-                f"num_heads={num_heads} makes {heads} heads of a group, which do not divide its {group} channels; give "
-                "another number"
+                f"num_heads={num_heads} does not divide the {group} channels of the group that attends; give a divisor "
+                f"of {group}"
             )
         if strips is not None and strips % 2 == 0:
             raise ValueError(f"strips={strips} is even; give an odd number, so that a window has a middle")
         self.groups = [dim - 3 * group, group, group, group]
-        self.heads = heads
+        self.heads = num_heads
         self.attends = strips is None
 
         def conv(rows: int, columns: int) -> nn.Conv2d:

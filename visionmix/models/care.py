@@ -284,10 +284,10 @@ _S0, _S1, _S2 = (
 )
 
 VARIANTS = {
-    "care_s0": Variant(_layout((32, 64, 128, 256), (2, 4, 8, 4), 8, _S0), _in1k(78.4), params=7.3, gmacs=0.7),
-    "care_s1": Variant(_layout((32, 64, 128, 256), (3, 6, 10, 6), 8, _S1), _in1k(80.1), params=9.6, gmacs=1.0),
-    "care_s2": Variant(_layout((32, 64, 192, 384), (3, 6, 10, 6), 12, _S2), _in1k(82.1), params=19.5, gmacs=1.9),
-    "test_care": Variant(_layout((8, 16, 32, 64), (1, 1, 1, 2), 8, ((1, 2),) * 4, img_size=96)),
+    "care_s0": Variant(_layout((32, 64, 128, 256), (2, 4, 8, 4), 2, _S0), _in1k(78.4), params=7.3, gmacs=0.7),
+    "care_s1": Variant(_layout((32, 64, 128, 256), (3, 6, 10, 6), 2, _S1), _in1k(80.1), params=9.6, gmacs=1.0),
+    "care_s2": Variant(_layout((32, 64, 192, 384), (3, 6, 10, 6), 3, _S2), _in1k(82.1), params=19.5, gmacs=1.9),
+    "test_care": Variant(_layout((8, 16, 32, 64), (1, 1, 1, 2), 2, ((1, 2),) * 4, img_size=96)),
 }
 
 register_family(__name__, VARIANTS, paper="arXiv 2411.16170")
