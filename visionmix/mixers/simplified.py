@@ -73,7 +73,8 @@ class SimplifiedLinearAttention(Attention):
         k = self.pos_embed(k.flatten(2).unflatten(1, (height, width))).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         q, k = F.relu(at_least_float32(q)), F.relu(at_least_float32(k))
         mean = k.mean(dim=1, keepdim=True)
-        normaliser = dot(q, mean) + 1e-6 / k.shape[1]
+        # 1e-6 is added to the sum: PyTorch's export to ONNX takes an addend below 1e-8 for 0.
+        normaliser = (dot(q, mean * k.shape[1]) + 1e-6) / k.shape[1]
         # A channel whose keys are all 0 has no level, and nothing to divide.
         out = averages(q, k, at_least_float32(v), normaliser, mean.detach().clamp_min(1e-30))
         if self.has_conv:
