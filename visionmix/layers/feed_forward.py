@@ -7,21 +7,19 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
-_LARGE = 2**25  # bytes; the C library takes larger tensors from the system every time
+from visionmix.layers.tiles import in_tiles
+
 _TILE = 1024  # tokens per thread, whose hidden channels stay in its cache
 
 
 def _in_tiles(module: nn.Module, x: Tensor) -> Tensor:
     """Return ``module._whole(x)``, a feed-forward of tokens (..., dim).
 
-    Where the hidden channels would fill a large tensor, and only in eager inference on a CPU, the tokens go through it
-    a few at a time, so that it is never made: at 1024 pixels `vmamba_tiny` needs two thirds of the memory then, and
-    meets half the page faults. A module whose parts have hooks sees all tokens at once, as the hooks expect.
+    Where `in_tiles` says so the tokens go through it a few at a time, so that its hidden channels are never there at
+    once: at 1024 pixels `vmamba_tiny` needs two thirds of the memory then, and meets half the page faults.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or type(x) is not Tensor:
-        return module._whole(x)
     tokens = x.numel() // x.shape[-1]
-    if not x.is_cpu or tokens * module.fc1.out_features * x.element_size() <= _LARGE or _has_hooks(module):
+    if not in_tiles(module, x, tokens * module.fc1.out_features):
         return module._whole(x)
     tiles = x.reshape(tokens, x.shape[-1]).split(_TILE * torch.get_num_threads())
     first = module._whole(tiles[0])
@@ -31,10 +29,6 @@ def _in_tiles(module: nn.Module, x: Tensor) -> Tensor:
     for tile, place in zip(tiles[1:], places, strict=True):
         place.copy_(module._whole(tile))
     return out.view(*x.shape[:-1], -1)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
 
 
 def mlp(

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from visionmix.layers.half_precision import at_least_float32
 from visionmix.layers.norm import ScanLayerNorm
+from visionmix.layers.tiles import in_tiles
+
+_TILE = 2**20  # numbers, about a core's cache
 
 
 @torch.fx.wrap
@@ -53,8 +56,16 @@ class ChannelGate(nn.Module):
 
     def gates(self, x: Tensor) -> Tensor:
         """Return the factors (batch, 1, 1, ..., dim) of x (batch, height, width, ..., dim), in its type."""
-        pooled = self.norm(x).mean(dim=[1, 2], keepdim=True)
-        return torch.sigmoid(self.fc2(self.act(self.fc1(pooled)))).to(x.dtype)
+        return torch.sigmoid(self.fc2(self.act(self.fc1(self._pooled(x))))).to(x.dtype)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """Return the mean over all cells of the norm, (batch, 1, 1, ..., dim)."""
+        if not torch.jit.is_scripting():
+            if in_tiles(self, x, x.numel()):
+                rows = max(1, _TILE * x.shape[0] * x.shape[1] // x.numel())
+                sums = [self.norm(part).sum(dim=[1, 2], keepdim=True) for part in x.split(rows, dim=1)]
+                return torch.stack(sums).sum(dim=0) / (x.shape[1] * x.shape[2])
+        return self.norm(x).mean(dim=[1, 2], keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gates(x)
