@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import visionmix
 from visionmix.layers import (
+    ChannelGate,
     ConvDownsample,
     ConvGlu,
     ConvMlp,
@@ -22,9 +23,11 @@ from visionmix.layers import (
     RotaryMap,
     SelectiveScan2d,
     feed_forward,
+    gate,
     mlp,
     patch_stem,
     swiglu,
+    tiles,
 )
 from visionmix.layers.maps import channels_first
 
@@ -74,7 +77,7 @@ def test_conv_glu_convolves_its_gate_alone():
 @pytest.fixture
 def tiles_of_five(monkeypatch):
     """Makes feed-forwards take five tokens at a time, however few there are."""
-    monkeypatch.setattr(feed_forward, "_LARGE", 0)
+    monkeypatch.setattr(tiles, "_LARGE", 0)
     monkeypatch.setattr(feed_forward, "_TILE", 5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
@@ -92,6 +95,19 @@ def test_tiles_of_a_feed_forward_make_the_whole(tiles_of_five, monkeypatch, make
     seen.clear()
     module(x)  # with gradients, which need what is inside
     assert seen == [x.shape]
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 3, 12), (2, 7, 3, 4, 12)])
+def test_tiles_of_rows_make_the_gates_of_the_whole_map(monkeypatch, shape):
+    layer, x = ChannelGate(12).eval(), torch.randn(shape)
+    with torch.inference_mode():
+        whole = layer.gates(x)
+        monkeypatch.setattr(tiles, "_LARGE", 0)
+        monkeypatch.setattr(gate, "_TILE", 2 * x[:, 0].numel())
+        norms = []
+        monkeypatch.setattr(layer.norm, "forward", lambda x, f=layer.norm.forward: norms.append(x.shape[1]) or f(x))
+        assert torch.allclose(layer.gates(x), whole, atol=1e-6)
+    assert norms == [2, 2, 2, 1]
 
 
 def test_tiles_keep_the_type_of_autocast(tiles_of_five):

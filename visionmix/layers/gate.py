@@ -62,7 +62,7 @@ class ChannelGate(nn.Module):
         """Return the mean over all cells of the norm, (batch, 1, 1, ..., dim)."""
         if not torch.jit.is_scripting():
             if in_tiles(self, x, x.numel()):
-                rows = max(1, _TILE * x.shape[0] * x.shape[1] // x.numel())
+                rows = max(1, _TILE * x.shape[1] // x.numel())
                 sums = [self.norm(part).sum(dim=[1, 2], keepdim=True) for part in x.split(rows, dim=1)]
                 return torch.stack(sums).sum(dim=0) / (x.shape[1] * x.shape[2])
         return self.norm(x).mean(dim=[1, 2], keepdim=True)
