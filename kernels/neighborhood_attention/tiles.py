@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from visionmix.kernels.neighborhood_attention.padding import extend, extended_grid
 from visionmix.kernels.neighborhood_attention.reference import Problem, join, split
 from visionmix.kernels.neighborhood_attention.tables import AxisTable, Tables, Window
+from visionmix.private_api import outside_of_tracing
 
 _TILE = (4, 16)  # queries along each axis, at least and at most
 
@@ -42,21 +43,23 @@ class _Axis(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _axis(size: int, kernel_size: int, stride: int, dilation: int, causal: bool, circular: bool) -> _Axis:
-    classes = min(size, dilation)
-    length = -(-size // classes)
-    least, most = _TILE
-    count = -(-length // min(max(kernel_size + 1, least), most))
-    tile = -(-length // count)
-    steps = AxisTable(size, kernel_size, stride, dilation, causal, circular, "cpu").steps
-    # Places of the keys, counted from the tile's first query.
-    place = steps + (torch.arange(size) // dilation % tile).unsqueeze(1)
-    before = max(0, -int(place.min()))
-    slab = before + max(int(place.max()) + 1, tile)
-    # Queries that pad the map see any keys, no two of them the same.
-    index = _padded(place + before, classes * length).view(length, classes, kernel_size).transpose(0, 1)
-    index = index[: 1 if size == classes * length else classes]
-    index = _padded(index, count * tile).unflatten(1, (count, tile))
-    return _Axis(count, tile, before, slab, index)
+    # Real tensors that any pass may keep, whatever is traced at the first call.
+    with outside_of_tracing(), torch.inference_mode(False):
+        classes = min(size, dilation)
+        length = -(-size // classes)
+        least, most = _TILE
+        count = -(-length // min(max(kernel_size + 1, least), most))
+        tile = -(-length // count)
+        steps = AxisTable(size, kernel_size, stride, dilation, causal, circular, "cpu").steps
+        # Places of the keys, counted from the tile's first query.
+        place = steps + (torch.arange(size) // dilation % tile).unsqueeze(1)
+        before = max(0, -int(place.min()))
+        slab = before + max(int(place.max()) + 1, tile)
+        # Queries that pad the map see any keys, no two of them the same.
+        index = _padded(place + before, classes * length).view(length, classes, kernel_size).transpose(0, 1)
+        index = index[: 1 if size == classes * length else classes]
+        index = _padded(index, count * tile).unflatten(1, (count, tile))
+        return _Axis(count, tile, before, slab, index)
 
 
 def _padded(index: Tensor, length: int) -> Tensor:
