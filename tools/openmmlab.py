@@ -85,20 +85,21 @@ def train(scope: str, argv: Sequence[str] | None, text: str) -> int:
         metavar="FILE",
         help="go on from FILE, or from the work dir's last checkpoint",
     )
+    # Without mmengine the command still says how it is called.
+    reader = {}
+    if installed():
+        from mmengine.config import DictAction
+
+        reader = {"action": DictAction}
+    parser.add_argument(
+        "--cfg-options", nargs="+", metavar="KEY=VALUE", help="any key, e.g. train_dataloader.batch_size=4", **reader
+    )
+    args = parser.parse_args(argv)
     if not installed():
         print(f"train: {INSTALL}", file=sys.stderr)
         return 2
-    from mmengine.config import DictAction
     from mmengine.runner import Runner
 
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="any key, e.g. train_dataloader.batch_size=4",
-    )
-    args = parser.parse_args(argv)
     try:
         config = read(args.config, args.data, args.cfg_options)
         if (found := config.get("default_scope")) != scope:
