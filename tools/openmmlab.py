@@ -86,7 +86,7 @@ def train(scope: str, argv: Sequence[str] | None, text: str) -> int:
         help="go on from FILE, or from the work dir's last checkpoint",
     )
     # Without mmengine the command still says how it is called.
-    reader = {}
+    reader: dict[str, Any] = {}
     if installed():
         from mmengine.config import DictAction
 
