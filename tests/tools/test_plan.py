@@ -474,7 +474,7 @@ def estimated_over_taken(names: dict[str, int]) -> list[float]:
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "batch"), [("vig_t", 4), ("vmamba_tiny", 2)])
 def test_a_cpu_takes_the_estimated_time_beside_a_model_of_timm(name, batch, monkeypatch):
-    """The shares of its rates that a CPU reaches differ from CPU to CPU, for all models; docs/performance.md has them."""
+    """The shares of their rates that CPUs reach differ, for all models alike; docs/performance.md has them."""
     monkeypatch.setattr(timing.time, "perf_counter", time.thread_time)
     own, swin = estimated_over_taken({name: batch, "swin_tiny_patch4_window7_224": 2})
     assert own == pytest.approx(swin, rel=0.15)
