@@ -50,17 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
         prog="visionmix draw-receptive-field", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("models", nargs="+", metavar="MODEL", help="names that timm knows")
+    shown.add_models(parse)
     parse.add_argument("--images", nargs="+", metavar="IMAGE", help=shown.IMAGES)
-    parse.add_argument("--pretrained", action="store_true", help="the published weights")
-    parse.add_argument("--checkpoint", action="append", help="weights of a model: .pt, .pth or .safetensors")
     parse.add_argument(
         "--out", type=Path, default=Path("receptive_field.png"), help="the picture (default: %(default)s)"
     )
-    args = parse.parse_args(argv)
-    files = args.checkpoint or [None] * len(args.models)
-    if len(files) != len(args.models):
-        parse.error(f"--checkpoint is given {len(files)} times for {len(args.models)} models; give one for each")
+    args, files = shown.read_models(parse, argv)
     found = {}
     try:
         for name, file in zip(args.models, files, strict=True):

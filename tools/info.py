@@ -51,9 +51,9 @@ size, and a tag of 22k classes builds 21,841 outputs.
 Parameters and GMACs (multiply-adds at the image size, fused ops by their formulas) are counted here; the published
 columns repeat what the authors print. The licence is that of the weights. The last column lists the image sizes at
 which the outputs equal those of the published code, to 1e-5 of the largest logit, for the same weights. Models with
-re-parameterised batch norms and Vision-LSTM are compared in float64, to 1e-6: with the weights of the comparison their
-activations grow, or are divided by heads near zero, until float32 itself, the published code's too, has lost most of
-its digits.
+re-parameterised batch norms, SG-Former, Vision-LSTM and `vir_base` are compared in float64, to 1e-6: with the weights of
+the comparison activations grow, cells of nearly equal rank change places, or sums are divided by heads near zero, until
+float32, the published code's too, has lost digits. The larger VANs are compared with fewer blocks.
 """
 _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
@@ -229,7 +229,7 @@ def family_rows() -> str:
         facts = [published(tag) for name in names for tag in _tagged(name)]
         with torch.device("meta"):
             sizes = [sum(value.numel() for value in timm.create_model(name).parameters()) for name in names]
-        span = f"{min(sizes) / 1e6:.0f} to {max(sizes) / 1e6:.0f}"
+        span = " to ".join(dict.fromkeys(f"{size / 1e6:.0f}" for size in (min(sizes), max(sizes))))
         best = max((fact.top1 for fact in facts if fact.top1 is not None), default=None)
         licences = ", ".join(sorted({fact.license for fact in facts}))
         papers = ", ".join(_paper_link(paper) for paper in sorted({fact.paper for fact in facts}))

@@ -37,6 +37,25 @@ def add_weights(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--checkpoint", help="weights: .pt, .pth or .safetensors")
 
 
+def add_models(parse: argparse.ArgumentParser) -> None:
+    """Add models side by side and the options that say where their weights come from."""
+    parse.add_argument("models", nargs="+", metavar="MODEL", help="names that timm knows")
+    parse.add_argument("--pretrained", action="store_true", help="the published weights")
+    parse.add_argument("--checkpoint", action="append", help="weights of a model: .pt, .pth or .safetensors")
+
+
+def read_models(parse: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list]:
+    """Return the arguments in `argv`, and the file with the weights of each model, None where it has none.
+
+    Ends the program where there are not as many files as models.
+    """
+    args = parse.parse_args(argv)
+    files = args.checkpoint or [None] * len(args.models)
+    if len(files) != len(args.models):
+        parse.error(f"--checkpoint is given {len(files)} times for {len(args.models)} models; give one for each")
+    return args, files
+
+
 def load(name: str | None, pretrained: bool = False, checkpoint: str | None = None) -> nn.Module:
     """Return the model called `name` in eval mode, with random weights from seed 0 where none are given.
 

@@ -6,6 +6,7 @@ which check nothing: they script, trace and export.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -260,18 +261,8 @@ def _sums(
     return out + sums.flatten(2, 3).unflatten(1, grid)
 
 
-def _forward_scores(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-) -> Tensor:
+def _forward_scores(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    kernel_size, stride, dilation, is_causal, scale, additional_keys, relative_position_bias, circular = options
     dtype = dispatch.compute_dtype(query, key, additional_keys, relative_position_bias)
     window = Window(kernel_size, stride, dilation, is_causal, circular)
     tables = Tables(query.shape[1:-2], window, query.device)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_mixer
+from drawn import check_half_precision, drawn_mixer
 from naive_linear_attention import attended, convolved
 from torch.nn import functional as F
 
@@ -56,15 +56,7 @@ def test_half_precision_carries_large_keys(dtype, autocast):
         mixer.qk.bias[:3] = 200.0
         mixer.qk.bias[3:] = torch.tensor([300.0, -12.0, 0.0])
     x = 10 * torch.randn(1, 40, 40, 12)
-    low = mixer if autocast else mixer.to(dtype)
-    with torch.autocast("cpu", dtype, enabled=autocast):
-        out = low(x if autocast else x.to(dtype))
-    out.float().square().mean().backward()
-    assert all(torch.isfinite(value.grad).all() for value in low.parameters())
-    with torch.no_grad():
-        expected = defined(low.double(), x.double() if autocast else x.to(dtype).double())
-    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
-    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    check_half_precision(mixer, x, defined, dtype, autocast)
 
 
 @pytest.mark.parametrize(("dim", "groups"), [(4, [1, 1, 1, 1]), (7, [4, 1, 1, 1]), (32, [8, 8, 8, 8])])

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_mixer
+from drawn import check_half_precision, drawn_mixer
 from naive_linear_attention import attended, convolved
 from torch.nn import functional as F
 
@@ -64,15 +64,7 @@ def test_half_precision_carries_the_largest_powers(dtype, autocast):
         mixer.qkv.bias[:8] = 50.0  # of two heads' queries: 50^5 is beyond float16
         mixer.qkv.bias[12:16] = -50.0  # and of one head's keys
     x = torch.randn(1, 40, 40, 12)
-    low = mixer if autocast else mixer.to(dtype)
-    with torch.autocast("cpu", dtype, enabled=autocast):
-        out = low(x if autocast else x.to(dtype))
-    out.float().square().mean().backward()
-    assert all(torch.isfinite(value.grad).all() for value in low.parameters())
-    with torch.no_grad():
-        expected = defined(low.double(), x.double() if autocast else x.to(dtype).double())
-    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
-    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    check_half_precision(mixer, x, defined, dtype, autocast)
 
 
 def test_polarity_begins_with_neither_scale_nor_power_nor_positions():

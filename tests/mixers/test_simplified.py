@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_mixer
+from drawn import check_half_precision, drawn_mixer
 from naive_linear_attention import attended, convolved, projected
 
 from visionmix import create_mixer
@@ -50,15 +50,7 @@ def test_half_precision_carries_channels_without_a_positive_entry(dtype, autocas
         mixer.qkv.bias[12:16] = -50.0  # and of one head's keys
         mixer.qkv.bias[20:23] = -50.0  # and three channels' of the head with large queries
     x = torch.randn(1, 40, 40, 12)
-    low = mixer if autocast else mixer.to(dtype)
-    with torch.autocast("cpu", dtype, enabled=autocast):
-        out = low(x if autocast else x.to(dtype))
-    out.float().square().mean().backward()
-    assert all(torch.isfinite(value.grad).all() for value in low.parameters())
-    with torch.no_grad():
-        expected = defined(low.double(), x.double() if autocast else x.to(dtype).double())
-    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
-    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    check_half_precision(mixer, x, defined, dtype, autocast)
 
 
 def test_simplified_begins_without_positions():

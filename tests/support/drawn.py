@@ -1,9 +1,10 @@
 """Mixers whose parameters are all drawn at random, biases and positions too: none hides behind a 0 or a 1."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionmix import create_mixer
 
@@ -15,3 +16,20 @@ def drawn_mixer(name: str, *, std: float = 0.3, **options: Any) -> nn.Module:
     for value in mixer.parameters():
         nn.init.normal_(value, std=std)
     return mixer
+
+
+def check_half_precision(
+    mixer: nn.Module, x: Tensor, defined: Callable[..., Tensor], dtype: torch.dtype, autocast: bool
+) -> None:
+    """Assert that `mixer`, under autocast or converted to `dtype`, has finite gradients on x (batch, height, width, 12)
+    and computes what its definition, called with a mixer and a map in float64, does, within some roundings.
+    """
+    low = mixer if autocast else mixer.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = low(x if autocast else x.to(dtype))
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(value.grad).all() for value in low.parameters())
+    with torch.no_grad():
+        expected = defined(low.double(), x.double() if autocast else x.to(dtype).double())
+    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
+    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
