@@ -51,9 +51,9 @@ size, and a tag of 22k classes builds 21,841 outputs.
 Parameters and GMACs (multiply-adds at the image size, fused ops by their formulas) are counted here; the published
 columns repeat what the authors print. The licence is that of the weights. The last column lists the image sizes at
 which the outputs equal those of the published code, to 1e-5 of the largest logit, for the same weights. Models with
-re-parameterised batch norms, SG-Former, Vision-LSTM and `vir_base` are compared in float64, to 1e-6: with the weights of
-the comparison activations grow, cells of nearly equal rank change places, or sums are divided by heads near zero, until
-float32, the published code's too, has lost digits. The larger VANs are compared with fewer blocks.
+re-parameterised batch norms, SG-Former, Vision-LSTM and `vir_base` are compared in float64, to 1e-6: with the weights
+of the comparison activations grow, cells of nearly equal rank change places, or sums are divided by heads near zero,
+until float32, the published code's too, has lost digits. The larger VANs are compared with fewer blocks.
 """
 _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
