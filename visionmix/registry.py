@@ -38,6 +38,9 @@ def import_modules(package: str, path: Iterable[str]) -> None:
 class Registry(Generic[_T]):
     """Classes by name, with the options that each of their constructors takes.
 
+    A constructor that ends in ``**options`` passes them on to its parent class, whose options it has as well; one that
+    ends in ``**dd`` takes a device and a dtype besides what it names.
+
     Args:
         kind: Their kind, for messages: "mixer".
         besides: Parameters of the constructors that are not options.
@@ -85,12 +88,15 @@ class Registry(Generic[_T]):
         if name not in self._classes:
             hint = nearest(str(name), self._classes)
             raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
-        parameters = inspect.signature(self._classes[name].__init__).parameters
-        return {
-            key: value
-            for key, value in parameters.items()
-            if key not in self.besides and value.kind is not inspect.Parameter.VAR_KEYWORD
-        }
+        found: dict[str, inspect.Parameter] = {}
+        for each in self._classes[name].__mro__:
+            if "__init__" in vars(each):
+                parameters = inspect.signature(vars(each)["__init__"]).parameters
+                found = dict(parameters) | found
+                if "options" not in parameters:
+                    break
+        variadic = inspect.Parameter.VAR_KEYWORD
+        return {key: value for key, value in found.items() if key not in self.besides and value.kind is not variadic}
 
     def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
         """Return the class called `name`, which must know all of `options` and need no others.

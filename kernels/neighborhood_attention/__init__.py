@@ -14,7 +14,7 @@ from torch import Tensor
 from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_shape, check_tensors
 from visionmix.kernels.neighborhood_attention import op as _registered  # noqa: F401
-from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, check_window, per_axis
+from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, checked_window
 from visionmix.kernels.neighborhood_attention.halves import na2d_av, na2d_qk, reference_forward
 from visionmix.kernels.neighborhood_attention.schema import Arguments
 
@@ -22,21 +22,11 @@ __all__ = ["na1d", "na2d", "na2d_av", "na2d_qk", "na3d", "neighborhood_attention
 
 
 def neighborhood_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    scale: float,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    relative_position_bias: Tensor | None,
-    circular: bool,
-    key_padding: Tensor | None = None,
-    value_padding: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float,
+    additional_keys: Tensor | None, additional_values: Tensor | None, relative_position_bias: Tensor | None,
+    circular: bool, key_padding: Tensor | None = None, value_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (output, log-sum-exp) of neighborhood attention; the lists have one entry per axis of the map.
 
     `is_causal` holds 0 or 1: PyTorch cannot trace a list of bools.
@@ -74,20 +64,11 @@ _R = TypeVar("_R")
 
 def _neighborhood_attention(
     axes: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    relative_position_bias: Tensor | None = None,
-    circular: bool = False,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1, dilation: int | Sequence[int] = 1, is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None, additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+    relative_position_bias: Tensor | None = None, circular: bool = False, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Check the arguments of `na1d`, `na2d` or `na3d`, and call the op."""
     tensors = {"query": query, "key": key, "value": value}
     extra = {"additional_keys": additional_keys, "additional_values": additional_values}
@@ -109,17 +90,12 @@ def _neighborhood_attention(
         shape = {"batch": batch, "extra": additional_keys.shape[1], "heads": key_heads}
         check_shape("additional_keys", additional_keys, shape | {"dim": dim})
         check_shape("additional_values", additional_values, shape | {"value dim": value_dim})
-    kernels = per_axis("kernel_size", kernel_size, axes, int, 1)
-    strides = per_axis("stride", stride, axes, int, 1)
-    dilations = per_axis("dilation", dilation, axes, int, 1)
-    causal = [int(x) for x in per_axis("is_causal", is_causal, axes, bool, 0)]
-    check_window(grid, kernels, strides, dilations, circular)
-    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(AXES[axes], kernels, strict=True)}
+    window = checked_window(grid, kernel_size, stride, dilation, is_causal, circular)
+    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(AXES[axes], window.kernel_size, strict=True)}
     check_shape("relative_position_bias", relative_position_bias, {"heads": heads} | spans)
     scale = dim**-0.5 if scale is None else scale
-    window = (kernels, strides, dilations, causal, scale)
-    options = (additional_keys, additional_values, relative_position_bias, circular)
-    out, lse = neighborhood_attention_op(query, key, value, *window, *options)
+    options = (scale, additional_keys, additional_values, relative_position_bias, circular)
+    out, lse = neighborhood_attention_op(query, key, value, *window[:4], *options)
     return (out, lse) if return_lse else out
 
 

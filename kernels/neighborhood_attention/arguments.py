@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from visionmix.kernels.neighborhood_attention.tables import Window
+
 AXES = {1: ("tokens",), 2: ("rows", "columns"), 3: ("levels", "rows", "columns")}
 
 
@@ -56,3 +58,25 @@ def check_heads(name: str, heads: int, key_name: str, key_heads: int) -> None:
     """
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"{name} has {heads} heads, but {key_name} {key_heads}; theirs must divide the {name}'s")
+
+
+def checked_window(
+    grid: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+    circular: bool,
+) -> Window:
+    """Return the window of a map, one value per axis; its causality is 0 or 1.
+
+    Raises:
+        TypeError: an argument is no integer, or `is_causal` no bool.
+        ValueError: an argument has another number of axes, or the window does not fit the map.
+    """
+    axes = len(grid)
+    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    kernels, strides, dilations = (per_axis(name, value, axes, int, 1) for name, value in sizes.items())
+    causal = [int(x) for x in per_axis("is_causal", is_causal, axes, bool, 0)]
+    check_window(list(grid), kernels, strides, dilations, circular)
+    return Window(kernels, strides, dilations, causal, circular)

@@ -6,7 +6,6 @@ which check nothing: they script, trace and export.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from visionmix.kernels.checks import check_shape, check_tensors
 from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.neighborhood_attention import exported, reference, tiles
 from visionmix.kernels.neighborhood_attention import padding as padded_maps
-from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, check_window, per_axis
+from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, checked_window
 from visionmix.kernels.neighborhood_attention.schema import Arguments, mixed_tensors
-from visionmix.kernels.neighborhood_attention.tables import Tables, Window
+from visionmix.kernels.neighborhood_attention.tables import Tables, Window, window_of
 from visionmix.kernels.registration import register_reference_op
 
 
@@ -82,11 +81,11 @@ def na2d_qk(
     if additional_keys is not None:
         extra = {"batch": batch, "extra": additional_keys.shape[1], "heads": key_heads, "dim": dim}
         check_shape("additional_keys", additional_keys, extra)
-    window = _window(grid, kernel_size, stride, dilation, is_causal, circular)
-    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(AXES[2], window[0], strict=True)}
+    window = checked_window(grid, kernel_size, stride, dilation, is_causal, circular)
+    spans = {f"2 x {k} - 1 {axis}": 2 * k - 1 for axis, k in zip(AXES[2], window.kernel_size, strict=True)}
     check_shape("relative_position_bias", relative_position_bias, {"heads": heads} | spans)
     scale = dim**-0.5 if scale is None else scale
-    return neighborhood_scores_op(query, key, *window, scale, additional_keys, relative_position_bias, circular)
+    return neighborhood_scores_op(query, key, window.flat(), scale, additional_keys, relative_position_bias)
 
 
 def na2d_av(
@@ -139,72 +138,36 @@ def na2d_av(
         extra = additional_values.shape[1]
         shape = {"batch": batch, "extra": extra, "heads": key_heads, "dim": dim}
         check_shape("additional_values", additional_values, shape)
-    window = _window(grid, kernel_size, stride, dilation, is_causal, circular)
+    window = checked_window(grid, kernel_size, stride, dilation, is_causal, circular)
     shape = {"batch": batch, **dict(zip(AXES[2], grid, strict=True)), "heads": heads}
-    check_shape("weights", weights, shape | {"window": window[0][0] * window[0][1] + extra})
-    return neighborhood_sums_op(weights, value, *window, additional_values, circular)
-
-
-def _window(
-    grid: Sequence[int],
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-    circular: bool,
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return one value per axis of kernel size, stride, dilation and, as 0 or 1, causality, checked."""
-    axes = len(grid)
-    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    kernels, strides, dilations = (per_axis(name, value, axes, int, 1) for name, value in sizes.items())
-    causal = [int(x) for x in per_axis("is_causal", is_causal, axes, bool, 0)]
-    check_window(list(grid), kernels, strides, dilations, circular)
-    return kernels, strides, dilations, causal
+    check_shape("weights", weights, shape | {"window": math.prod(window.kernel_size) + extra})
+    return neighborhood_sums_op(weights, value, window.flat(), additional_values)
 
 
 def neighborhood_scores_op(
     query: Tensor,
     key: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
+    window: list[int],
     scale: float,
     additional_keys: Tensor | None,
     relative_position_bias: Tensor | None,
-    circular: bool,
 ) -> Tensor:
-    """Return what `na2d_qk` does, without its checks; a map that is smaller than the window is extended by keys of
-    zeros."""
+    """Return what `na2d_qk` does, without its checks, for a window as `Window.flat` writes it; a map that is smaller
+    than the window is extended by keys of zeros."""
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
-            window = (kernel_size, stride, dilation, is_causal)
-            options = (scale, additional_keys, relative_position_bias, circular)
-            return dispatch.call_reference(_reference_scores, (query, key, *window, *options))
-    return torch.ops.visionmix.neighborhood_scores(
-        query, key, kernel_size, stride, dilation, is_causal, scale, additional_keys, relative_position_bias, circular
-    )
+            arguments = (query, key, window, scale, additional_keys, relative_position_bias)
+            return dispatch.call_reference(_reference_scores, arguments)
+    return torch.ops.visionmix.neighborhood_scores(query, key, window, scale, additional_keys, relative_position_bias)
 
 
-def neighborhood_sums_op(
-    weights: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    additional_values: Tensor | None,
-    circular: bool,
-) -> Tensor:
-    """Return what `na2d_av` does, without its checks; a map that is smaller than the window is extended by values of
-    zeros."""
+def neighborhood_sums_op(weights: Tensor, value: Tensor, window: list[int], additional_values: Tensor | None) -> Tensor:
+    """Return what `na2d_av` does, without its checks, for a window as `Window.flat` writes it; a map that is smaller
+    than the window is extended by values of zeros."""
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
-            window = (kernel_size, stride, dilation, is_causal)
-            return dispatch.call_reference(_reference_sums, (weights, value, *window, additional_values, circular))
-    return torch.ops.visionmix.neighborhood_sums(
-        weights, value, kernel_size, stride, dilation, is_causal, additional_values, circular
-    )
+            return dispatch.call_reference(_reference_sums, (weights, value, window, additional_values))
+    return torch.ops.visionmix.neighborhood_sums(weights, value, window, additional_values)
 
 
 def reference_forward(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -212,8 +175,7 @@ def reference_forward(a: Arguments) -> tuple[Tensor, Tensor]:
     if not is_symbolic(*a.query.shape[1:-2]):
         return padded_maps.forward(reference.forward, a)
     dtype = dispatch.compute_dtype(*mixed_tensors(a))
-    window = Window(a.kernel_size, a.stride, a.dilation, a.is_causal, a.circular)
-    tables = Tables(a.query.shape[1:-2], window, a.query.device)
+    tables = Tables(a.query.shape[1:-2], window_of(a), a.query.device)
     bias = a.relative_position_bias
     scores = _scores(a.query.to(dtype), a.key.to(dtype), tables, a.scale, a.additional_keys, bias, a.key_padding)
     total = scores.logsumexp(-1, keepdim=True)
@@ -261,30 +223,18 @@ def _sums(
     return out + sums.flatten(2, 3).unflatten(1, grid)
 
 
-def _forward_scores(query: Tensor, key: Tensor, *options: Any) -> Tensor:
-    kernel_size, stride, dilation, is_causal, scale, additional_keys, relative_position_bias, circular = options
-    dtype = dispatch.compute_dtype(query, key, additional_keys, relative_position_bias)
-    window = Window(kernel_size, stride, dilation, is_causal, circular)
-    tables = Tables(query.shape[1:-2], window, query.device)
-    scores = _scores(query.to(dtype), key.to(dtype), tables, scale, additional_keys, relative_position_bias)
-    return scores.contiguous()
-
-
-def _forward_sums(
-    weights: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[int],
-    additional_values: Tensor | None,
-    circular: bool,
+def _forward_scores(
+    query: Tensor, key: Tensor, window: list[int], scale: float, keys: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    dtype = dispatch.compute_dtype(weights, value, additional_values)
-    window = Window(kernel_size, stride, dilation, is_causal, circular)
-    tables = Tables(value.shape[1:-2], window, value.device)
-    out = _sums(weights.to(dtype), value.to(dtype), tables, additional_values)
-    return out.to(value.dtype).contiguous()
+    dtype = dispatch.compute_dtype(query, key, keys, bias)
+    tables = Tables(query.shape[1:-2], Window.of(window), query.device)
+    return _scores(query.to(dtype), key.to(dtype), tables, scale, keys, bias).contiguous()
+
+
+def _forward_sums(weights: Tensor, value: Tensor, window: list[int], values: Tensor | None) -> Tensor:
+    dtype = dispatch.compute_dtype(weights, value, values)
+    tables = Tables(value.shape[1:-2], Window.of(window), value.device)
+    return _sums(weights.to(dtype), value.to(dtype), tables, values).to(value.dtype).contiguous()
 
 
 def _reference_scores(arguments: tuple) -> Tensor:
@@ -295,8 +245,8 @@ def _reference_sums(arguments: tuple) -> Tensor:
     return _forward_sums(*arguments)
 
 
-def _fake_scores(query, key, kernel_size, stride, dilation, is_causal, scale, keys, bias, circular) -> Tensor:
-    keys_seen = math.prod(kernel_size) + (0 if keys is None else keys.shape[1])
+def _fake_scores(query, key, window, scale, keys, bias) -> Tensor:
+    keys_seen = math.prod(Window.of(window).kernel_size) + (0 if keys is None else keys.shape[1])
     return query.new_empty((*query.shape[:-1], keys_seen), dtype=dispatch.compute_dtype(query, key, keys, bias))
 
 
@@ -304,19 +254,18 @@ def _fake_sums(weights, value, *_) -> Tensor:
     return value.new_empty((*weights.shape[:-1], value.shape[-1]))
 
 
-def _flops_scores(query, key, kernel_size, stride, dilation, is_causal, scale, keys, bias, circular) -> int:
-    return 2 * query[-1] * padded_maps.pairs(query, kernel_size, stride, dilation, is_causal, keys, circular)
+def _flops_scores(query, key, window, scale, keys, bias) -> int:
+    return 2 * query[-1] * padded_maps.pairs(query, Window.of(window), keys)
 
 
-def _flops_sums(weights, value, kernel_size, stride, dilation, is_causal, values, circular) -> int:
-    return 2 * value[-1] * padded_maps.pairs(weights, kernel_size, stride, dilation, is_causal, values, circular)
+def _flops_sums(weights, value, window, values) -> int:
+    return 2 * value[-1] * padded_maps.pairs(weights, Window.of(window), values)
 
 
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal"
 _SCORES = (
-    f"(Tensor query, Tensor key, {_WINDOW}, float scale, Tensor? additional_keys, Tensor? relative_position_bias, "
-    "bool circular) -> Tensor"
+    "(Tensor query, Tensor key, int[] window, float scale, Tensor? additional_keys, Tensor? relative_position_bias) "
+    "-> Tensor"
 )
-_SUMS = f"(Tensor weights, Tensor value, {_WINDOW}, Tensor? additional_values, bool circular) -> Tensor"
+_SUMS = "(Tensor weights, Tensor value, int[] window, Tensor? additional_values) -> Tensor"
 register_reference_op("neighborhood_scores", _SCORES, _forward_scores, _flops_scores, _fake_scores)
 register_reference_op("neighborhood_sums", _SUMS, _forward_sums, _flops_sums, _fake_sums)

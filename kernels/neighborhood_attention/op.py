@@ -3,6 +3,7 @@
 from visionmix.kernels import dispatch, gpu
 from visionmix.kernels.neighborhood_attention import padding, reference
 from visionmix.kernels.neighborhood_attention.schema import SCHEMA, Arguments, Gradients, mixed_tensors
+from visionmix.kernels.neighborhood_attention.tables import window_of
 from visionmix.kernels.registration import register_op
 
 _NAME = "neighborhood_attention"
@@ -15,7 +16,7 @@ def _fake(a: Arguments):
 
 
 def _pairs(a: Arguments) -> int:
-    return padding.pairs(a.query, a.kernel_size, a.stride, a.dilation, a.is_causal, a.additional_keys, a.circular)
+    return padding.pairs(a.query, window_of(a), a.additional_keys)
 
 
 def _flops(a: Arguments) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visionmix.kernels.dispatch import Implementation, compute_dtype
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
+from visionmix.kernels.neighborhood_attention.tables import Window
 from visionmix.kernels.neighborhood_attention.windows import count_pairs
 
 
@@ -28,24 +29,16 @@ def extended_grid(
     return tuple(max(n, k * d) for n, k, d in zip(grid, kernel_size, dilation, strict=True))
 
 
-def pairs(
-    queries: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[int],
-    additional_keys: Sequence[int] | None,
-    circular: bool,
-) -> int:
+def pairs(queries: Sequence[int], window: Window, additional_keys: Sequence[int] | None) -> int:
     """Return the (query, key) pairs of all images and heads, those of padded queries too: they are computed.
 
     Queries and additional keys are given by their shapes, (batch, *map, heads, ...) and (batch, extra, ...).
     """
     batch, *grid, heads, _ = queries
-    kernel_size, stride, dilation, is_causal = map(tuple, (kernel_size, stride, dilation, is_causal))
-    grid = extended_grid(grid, kernel_size, dilation, circular)
+    kernel_size, stride, dilation, is_causal = map(tuple, window[:4])
+    grid = extended_grid(grid, kernel_size, dilation, window.circular)
     extra = 0 if additional_keys is None else additional_keys[1] * math.prod(grid)
-    return batch * heads * (count_pairs(grid, kernel_size, stride, dilation, is_causal, circular) + extra)
+    return batch * heads * (count_pairs(grid, kernel_size, stride, dilation, is_causal, window.circular) + extra)
 
 
 def extend(x: Tensor, grid: tuple[int, ...], fill: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionmix.kernels.neighborhood_attention.schema import Arguments
+
 
 class Window(NamedTuple):
     """The arguments that choose the keys, one value per axis of the map, but for the shape."""
@@ -17,6 +19,22 @@ class Window(NamedTuple):
     dilation: Sequence[int]
     is_causal: Sequence[int]
     circular: bool
+
+    def flat(self) -> list[int]:
+        """Return the arguments one behind the other, as an op takes them."""
+        return [*self.kernel_size, *self.stride, *self.dilation, *self.is_causal, int(self.circular)]
+
+    @classmethod
+    def of(cls, flat: Sequence[int]) -> "Window":
+        """Return the window whose `flat` is given."""
+        axes = len(flat) // 4
+        kernel_size, stride, dilation, is_causal = (flat[at : at + axes] for at in range(0, 4 * axes, axes))
+        return cls(kernel_size, stride, dilation, is_causal, bool(flat[-1]))
+
+
+def window_of(a: Arguments) -> Window:
+    """Return the arguments of the op that choose the keys."""
+    return Window(a.kernel_size, a.stride, a.dilation, a.is_causal, a.circular)
 
 
 class AxisTable:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from visionmix.kernels import na2d, na2d_av, na2d_qk, use
 from visionmix.kernels.neighborhood_attention.definition import axis_visible
 from visionmix.kernels.neighborhood_attention.halves import neighborhood_scores_op, neighborhood_sums_op
+from visionmix.kernels.neighborhood_attention.tables import Window
 
 SCORES, SUMS = torch.ops.visionmix.neighborhood_scores, torch.ops.visionmix.neighborhood_sums
 
@@ -180,9 +181,9 @@ def test_strides_of_halves():
 def test_halves_of_a_map_smaller_than_the_window(grid):
     """The op extends the map by keys and values of zeros."""
     tensors = make(grid, (3, 3))
-    window = ([3, 3], [1, 1], [1, 1], [0, 0])
-    scores = neighborhood_scores_op(tensors["query"], tensors["key"], *window, 0.5, None, None, False)
-    out = neighborhood_sums_op(scores.softmax(-1), tensors["value"], *window, None, False)
+    window = Window((3, 3), (1, 1), (1, 1), (0, 0), circular=False).flat()
+    scores = neighborhood_scores_op(tensors["query"], tensors["key"], window, 0.5, None, None)
+    out = neighborhood_sums_op(scores.softmax(-1), tensors["value"], window, None)
     ends = [0, 0, 0, 0, 0, max(0, 3 - grid[1]), 0, max(0, 3 - grid[0])]
     padded = {name: nn.functional.pad(x, ends) for name, x in tensors.items()}
     with use("reference"):
@@ -193,11 +194,11 @@ def test_halves_of_a_map_smaller_than_the_window(grid):
 
 def test_opcheck_of_halves():
     tensors = make((4, 5), (3, 3), extra=2, bias=True)
-    window = ([3, 3], [1, 1], [1, 1], [0, 0])
+    window = Window((3, 3), (1, 1), (1, 1), (0, 0), circular=False).flat()
     keys = (tensors["additional_keys"], tensors["relative_position_bias"])
-    torch.library.opcheck(SCORES, (tensors["query"], tensors["key"], *window, 0.5, *keys, False))
+    torch.library.opcheck(SCORES, (tensors["query"], tensors["key"], window, 0.5, *keys))
     weights = torch.randn(2, 4, 5, 2, 11, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(SUMS, (weights, tensors["value"], *window, tensors["additional_values"], False))
+    torch.library.opcheck(SUMS, (weights, tensors["value"], window, tensors["additional_values"]))
 
 
 class Halves(nn.Module):
@@ -205,16 +206,12 @@ class Halves(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(8, 24)
         self.bias = nn.Parameter(torch.randn(2, 5, 5))
-        self.circular = circular
+        self.window = Window((3, 3), (1, 1), (2, 1), (0, 0), circular).flat()
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(3)
-        window = ([3, 3], [1, 1], [2, 1], [0, 0])
-        scores = neighborhood_scores_op(
-            q, k, window[0], window[1], window[2], window[3], 0.5, None, self.bias, self.circular
-        )
-        weights = scores.softmax(-1)
-        return neighborhood_sums_op(weights, v, window[0], window[1], window[2], window[3], None, self.circular)
+        weights = neighborhood_scores_op(q, k, self.window, 0.5, None, self.bias).softmax(-1)
+        return neighborhood_sums_op(weights, v, self.window, None)
 
 
 @pytest.mark.parametrize("circular", [False, True])

@@ -21,7 +21,7 @@ from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, StateScan2d, scan_sizes
-from visionmix.layers.sequence import GatedMixer, SequenceMixer
+from visionmix.layers.sequence import GatedMixer, ScanMixer, SequenceMixer
 from visionmix.layers.spatial_frequency import JointSpatialFrequency, PyramidFusion
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
@@ -53,6 +53,7 @@ __all__ = [
     "RepBN",
     "RotaryMap",
     "ScanLayerNorm",
+    "ScanMixer",
     "ScanRmsNorm",
     "SelectiveScan1d",
     "SelectiveScan2d",

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionmix.layers.grid import Grid
+from visionmix.layers.selective_scan import SelectiveScan1d, scan_sizes
 
 
 class SequenceMixer(nn.Module):
@@ -20,16 +21,54 @@ class SequenceMixer(nn.Module):
         return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
 
 
-class GatedMixer(SequenceMixer):
-    """A sequence mixer with Mamba's projections: `in_proj` to values and gates, `act` of the gates, `proj` back.
+class ScanMixer(nn.Module):
+    """The frame of mixers around selective scans: `in_proj` to values and gates, `act` of the gates, `proj` back.
 
     Args:
         dim: Channels.
-        inner: Channels of the values, and of the gates.
+        expand: Channels of the scans over `dim`.
+        d_state: States per channel.
+        dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
+
+    Attributes:
+        inner: Channels of the scans.
+        sizes: `dt_rank` and `d_state`, as the scans take them.
+
+    Raises:
+        ValueError: `expand` leaves no channel.
     """
 
-    def __init__(self, dim: int, inner: int, **dd: Any) -> None:
+    has_bias = False  # of the projections
+
+    def __init__(self, dim: int, expand: float = 2.0, d_state: int = 16, dt_rank: int | None = None, **dd: Any) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.inner, rank = scan_sizes(dim, expand, dt_rank)
+        self.sizes = {"dt_rank": rank, "d_state": d_state}
+        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=self.has_bias, **dd)
         self.act = nn.SiLU()
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.proj = nn.Linear(self.inner, dim, bias=self.has_bias, **dd)
+
+    def factory_kwargs(self) -> dict[str, Any]:
+        """Return the `device` and the `dtype` that were asked for, for a subclass's own layers."""
+        return {"device": self.proj.weight.device, "dtype": self.proj.weight.dtype}
+
+
+class GatedMixer(ScanMixer, SequenceMixer):
+    """A sequence mixer around Mamba's convolutions and scans, `visionmix.layers.SelectiveScan1d`.
+
+    Args:
+        dim: Channels.
+        d_conv: Tokens that the causal convolutions see.
+        **options: `expand`, `d_state` and `dt_rank` of `ScanMixer`.
+
+    Raises:
+        ValueError: `expand` leaves no channel.
+    """
+
+    def __init__(self, dim: int, *, d_conv: int = 4, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.sizes["d_conv"] = d_conv
+
+    def new_scan(self) -> SelectiveScan1d:
+        """Return a convolution and scan of the values, with parameters of their own."""
+        return SelectiveScan1d(self.inner, **self.sizes, **self.factory_kwargs())

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from visionmix.kernels.neighborhood_attention.halves import neighborhood_scores_op, neighborhood_sums_op
+from visionmix.kernels.neighborhood_attention.tables import Window
 from visionmix.layers import at_least_float32, pool_map, pool_windows
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import Attention, check_heads, softmax_attention
@@ -198,6 +199,8 @@ class AggregatedAttention(nn.Module):
         self.local_tokens = nn.Parameter(torch.empty(num_heads, head_dim, 9, **dd))
         self.local_weights = nn.Parameter(torch.empty(num_heads, 9, **dd))
         self.proj = nn.Linear(dim, dim, **dd)
+        # The disc of 3 is the square, cut at the border of the map.
+        self.window = Window((3, 3), (1, 1), (1, 1), (0, 0), circular=True).flat()
         self.init_layer_weights()
 
     @torch.jit.ignore
@@ -218,14 +221,13 @@ class AggregatedAttention(nn.Module):
         k, v = self.key_value(x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
         pooled_k, pooled_v = self.key_value(pooled).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         queries = (q + self.query_embedding) * F.softplus(self.temperature) * _log_keys(height, width, rows, columns, q)
-        three, one, none = [3, 3], [1, 1], [0, 0]  # the disc of 3 is the square, cut at the border
-        scores = neighborhood_scores_op(queries, _unit(k), three, one, one, none, 1.0, _unit(pooled_k), None, True)
+        scores = neighborhood_scores_op(queries, _unit(k), self.window, 1.0, _unit(pooled_k), None)
         bias = self.position_bias(height, width, rows, columns, x).transpose(1, 2).unflatten(0, (height, width))
         bias = torch.cat([self.local_bias.to(bias.dtype).expand(height, width, -1, -1), bias], dim=-1)
         weights = (scores + bias).softmax(dim=-1)
         added = torch.einsum("bhwnd,ndk->bhwnk", q, self.local_tokens.to(q.dtype)) + self.local_weights
         weights = torch.cat([weights[..., :9] + added, weights[..., 9:]], dim=-1)
-        out = neighborhood_sums_op(weights, v, three, one, one, none, pooled_v, True)
+        out = neighborhood_sums_op(weights, v, self.window, pooled_v)
         return self.proj(out.flatten(3))
 
 

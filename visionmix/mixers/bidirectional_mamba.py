@@ -1,12 +1,11 @@
 """Mamba in both directions along a sequence: Vim's mixer."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visionmix.layers import GatedMixer, Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import GatedMixer, Grid, scaled_gate, unscaled
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 
@@ -27,35 +26,21 @@ class BidirectionalMamba(GatedMixer):
 
     Args:
         dim: Channels.
-        expand: Channels of the scans over `dim`.
-        d_state: States per channel.
-        dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
-        d_conv: Tokens that the causal convolutions see.
         order: The scan order of the cells; the other direction is its reverse. A padded step of an order is a token of
             zeros.
+        **options: `expand`, `d_state`, `dt_rank` and `d_conv` of `visionmix.layers.GatedMixer`.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such
             `order`, or it joins several.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        expand: float = 2.0,
-        d_state: int = 16,
-        dt_rank: int | None = None,
-        d_conv: int = 4,
-        order: str = "raster",
-        **dd: Any,
-    ) -> None:
-        inner, rank = scan_sizes(dim, expand, dt_rank)
-        super().__init__(dim, inner, **dd)
-        scan = partial(SelectiveScan1d, inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
+    def __init__(self, dim: int, *, order: str = "raster", **options: Any) -> None:
+        super().__init__(dim, **options)
         self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
-        self.forward_scan = scan()
-        self.backward_scan = scan()
+        self.forward_scan = self.new_scan()
+        self.backward_scan = self.new_scan()
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim)."""

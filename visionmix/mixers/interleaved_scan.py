@@ -6,7 +6,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from visionmix.layers import ScanLayerNorm, SelectiveScan2d, scan_sizes
+from visionmix.layers import ScanLayerNorm, ScanMixer, SelectiveScan2d
 from visionmix.layers.order import take, turns_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
@@ -14,7 +14,7 @@ from visionmix.scans.order_names import split_order
 
 
 @register_mixer("interleaved_scan")
-class InterleavedScan(nn.Module):
+class InterleavedScan(ScanMixer):
     """The 2D selective scan of several frames as one sequence: at each cell of an order, first every frame's token.
 
     With ``x, z = W_in u`` and the scans S of `visionmix.layers.SelectiveScan2d`, each direction with its own
@@ -35,14 +35,12 @@ class InterleavedScan(nn.Module):
 
     Args:
         dim: Channels.
-        expand: Channels of the scan over `dim`.
-        d_state: States per channel.
-        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
         published_inverse: Whether the scans of every second direction are brought back to the frames as the published
             code does, whose weights need it: it takes their sequence for that of one frame behind the other.
         norm_eps: Epsilon of the norm after the scans.
+        **options: `expand`, `d_state` and `dt_rank` of `visionmix.layers.ScanMixer`.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, there is no such `order`, or it joins
@@ -52,29 +50,22 @@ class InterleavedScan(nn.Module):
     def __init__(
         self,
         dim: int,
-        expand: float = 2.0,
-        d_state: int = 16,
-        dt_rank: int | None = None,
+        *,
         order: str = "raster",
         published_inverse: bool = False,
         norm_eps: float = 1e-5,
-        **dd: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        inner, rank = scan_sizes(dim, expand, dt_rank)
+        super().__init__(dim, **options)
+        inner, dd = self.inner, self.factory_kwargs()
         self.directions = list(direction_names(order))
         for name in self.directions:
             if len(split_order(name)) > 1:
                 raise ValueError(f"order={order!r} reads cells more than once; give an order that is not joined")
         self.published_inverse = published_inverse
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
-        self.act = nn.SiLU()
-        self.scans = nn.ModuleList(
-            SelectiveScan2d(inner, ("raster",), dt_rank=rank, d_state=d_state, **dd) for _ in self.directions
-        )
+        self.scans = nn.ModuleList(SelectiveScan2d(inner, ("raster",), **self.sizes, **dd) for _ in self.directions)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         u = x

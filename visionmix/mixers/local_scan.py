@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import ChannelGate, ScanLayerNorm, SelectiveScan2d, scan_sizes
+from visionmix.layers import ChannelGate, ScanLayerNorm, ScanMixer, SelectiveScan2d
 from visionmix.layers.order import chosen_orders
 from visionmix.mixers.registry import register_mixer
 
@@ -13,7 +13,7 @@ _DIRECTIONS = ("raster", "raster_reversed", "window_7", "window_7_reversed")
 
 
 @register_mixer("local_scan")
-class LocalScan(nn.Module):
+class LocalScan(ScanMixer):
     """A selective scan in each of several directions, each followed by the same channel gate, added.
 
     With ``x, z = W_in u`` and the scans S of `visionmix.layers.SelectiveScan2d`:
@@ -27,9 +27,6 @@ class LocalScan(nn.Module):
 
     Args:
         dim: Channels.
-        expand: Channels of the scan over `dim`.
-        d_state: States per channel.
-        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         directions: Names of scan orders, as `visionmix.scans.order` takes them. The published models have four in each
             block, found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
         order: A scan order or a set of directions that replaces `directions`, as other mixers take it; None for
@@ -37,6 +34,7 @@ class LocalScan(nn.Module):
         norm_eps: Epsilon of the norms.
         published_inverse: Whether scans by columns are brought back to the map as the published code does it: by an
             inverse that is right for square maps, on which its weights were trained, and scrambles others.
+        **options: `expand`, `d_state` and `dt_rank` of `visionmix.layers.ScanMixer`.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, or there is no such order.
@@ -45,26 +43,21 @@ class LocalScan(nn.Module):
     def __init__(
         self,
         dim: int,
-        expand: float = 2.0,
-        d_state: int = 16,
-        dt_rank: int | None = None,
+        *,
         directions: Sequence[str] = _DIRECTIONS,
         order: str | None = None,
         norm_eps: float = 1e-5,
         published_inverse: bool = False,
-        **dd: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        inner, rank = scan_sizes(dim, expand, dt_rank)
+        super().__init__(dim, **options)
+        inner, dd = self.inner, self.factory_kwargs()
         names = chosen_orders(directions, order, published_inverse)
         self.count = len(names)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
-        self.act = nn.SiLU()
-        self.scan = SelectiveScan2d(inner, names, dt_rank=rank, d_state=d_state, merge="none", **dd)
+        self.scan = SelectiveScan2d(inner, names, **self.sizes, merge="none", **dd)
         self.channel_gate = ChannelGate(inner, norm_eps=norm_eps, **dd)
         self.norm = ScanLayerNorm(inner, eps=norm_eps, **dd)
-        self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from visionmix.layers import ChannelGate, GatedMixer, Grid, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import ChannelGate, GatedMixer, Grid, scaled_gate, unscaled
 from visionmix.layers.order import chosen_orders, take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans.order_names import split_order
@@ -34,10 +34,6 @@ class MultiMamba(GatedMixer):
 
     Args:
         dim: Channels.
-        expand: Channels of the scans over `dim`.
-        d_state: States per channel.
-        dt_rank: Rank of the step sizes' projections; None for ``ceil(dim / 16)``.
-        d_conv: Tokens that the causal convolutions see.
         directions: Names of scan orders, as `visionmix.scans.order` takes them; orders joined by "+" are refused. Those
             of LocalVim were found by a search among rows, columns and windows of 2 and 7, forwards and backwards.
         order: A scan order or a set of directions that replaces `directions`, as other mixers take it; None for
@@ -46,6 +42,7 @@ class MultiMamba(GatedMixer):
         norm_eps: Epsilon of the norm in the channel gate.
         published_inverse: Whether orders by columns are brought back to the map as LocalMamba's published code does it:
             by an inverse that is right for square maps, on which its weights were trained, and scrambles others.
+        **options: `expand`, `d_state`, `dt_rank` and `d_conv` of `visionmix.layers.GatedMixer`.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such order,
@@ -57,27 +54,24 @@ class MultiMamba(GatedMixer):
     def __init__(
         self,
         dim: int,
-        expand: float = 2.0,
-        d_state: int = 16,
-        dt_rank: int | None = None,
-        d_conv: int = 4,
+        *,
         directions: Sequence[str] = _DIRECTIONS,
         order: str | None = None,
         channel_gate: bool = True,
         norm_eps: float = 1e-5,
         published_inverse: bool = False,
-        **dd: Any,
+        **options: Any,
     ) -> None:
-        inner, rank = scan_sizes(dim, expand, dt_rank)
-        super().__init__(dim, inner, **dd)
+        super().__init__(dim, **options)
         self.orders = list(chosen_orders(directions, order, published_inverse))
         for name in self.orders:
             if len(split_order(name)) > 1:
                 raise ValueError(f"order={order!r} has {name!r}, which reads cells more than once; give another order")
-        sizes = {"dt_rank": rank, "d_state": d_state, "d_conv": d_conv}
-        self.scans = nn.ModuleList(SelectiveScan1d(inner, **sizes, **dd) for _ in self.orders)
+        self.scans = nn.ModuleList(self.new_scan() for _ in self.orders)
         self.has_gate = channel_gate
-        self.channel_gate = ChannelGate(inner, norm_eps=norm_eps, **dd) if channel_gate else nn.Identity()
+        self.channel_gate = nn.Identity()
+        if channel_gate:
+            self.channel_gate = ChannelGate(self.inner, norm_eps=norm_eps, **self.factory_kwargs())
 
     def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the mixed tokens (batch, tokens, dim)."""

@@ -6,7 +6,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from visionmix.layers import GatedMixer, SelectiveScan1d, scaled_gate, scan_sizes, unscaled
+from visionmix.layers import GatedMixer, scaled_gate, unscaled
 from visionmix.layers.order import sequence_order, take, turns_order
 from visionmix.mixers.registry import register_mixer
 
@@ -30,32 +30,19 @@ class OccupancyScan(GatedMixer):
 
     Args:
         dim: Channels.
-        expand: Channels of the scan over `dim`.
-        d_state: States per channel.
-        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
-        d_conv: Voxels that the causal convolution sees.
         order: The scan order of the cells. A name that ends in "_reversed" reads the levels downwards as well; a padded
             step of an order is a cell of zeros.
+        **options: `expand`, `d_state`, `dt_rank` and `d_conv` of `visionmix.layers.GatedMixer`.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state`, `dt_rank` or `d_conv` is below 1, or there is no such
             `order`, or it joins several.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        expand: float = 2.0,
-        d_state: int = 16,
-        dt_rank: int | None = None,
-        d_conv: int = 4,
-        order: str = "u_order",
-        **dd: Any,
-    ) -> None:
-        inner, rank = scan_sizes(dim, expand, dt_rank)
-        super().__init__(dim, inner, **dd)
+    def __init__(self, dim: int, *, order: str = "u_order", **options: Any) -> None:
+        super().__init__(dim, **options)
         self.order = sequence_order(order)
-        self.scan = SelectiveScan1d(inner, dt_rank=rank, d_state=d_state, d_conv=d_conv, **dd)
+        self.scan = self.new_scan()
 
     def forward(self, x: Tensor) -> Tensor:
         u = x

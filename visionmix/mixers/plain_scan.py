@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.layers import SelectiveScan2d, scaled_gate, scan_sizes, unscaled, zero_token
+from visionmix.layers import ScanMixer, SelectiveScan2d, scaled_gate, unscaled, zero_token
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
 
 @register_mixer("plain_scan")
-class PlainScan(nn.Module):
+class PlainScan(ScanMixer):
     """Four scans of the map along snakes, which share their parameters and know the direction of each step.
 
     With ``x, z = W_in u + b_in`` and the scans S of `visionmix.layers.SelectiveScan2d`, whose B has a learned vector
@@ -24,9 +24,6 @@ class PlainScan(nn.Module):
 
     Args:
         dim: Channels.
-        expand: Channels of the scans over `dim`.
-        d_state: States per channel.
-        dt_rank: Rank of the step sizes' projection; None for ``ceil(dim / 16)``.
         d_conv: Rows and columns of the depthwise convolution, an odd number.
         order: A scan order, whose directions are the order, its transpose and the reverses of both, or one of
             `visionmix.scans.direction_sets()`.
@@ -35,34 +32,32 @@ class PlainScan(nn.Module):
             raster order.
         bias_scale: Factor of the steps' bias. The published code adds it twice, once in the projection and once in the
             scan, so its weights are run with 2.0.
+        **options: `expand`, `d_state` and `dt_rank` of `visionmix.layers.ScanMixer`.
 
     Raises:
         ValueError: `expand` leaves no channel, `d_state` or `dt_rank` is below 1, `d_conv` is even, `permute` is
             unknown, or there is no such `order`.
     """
 
+    has_bias = True
+
     def __init__(
         self,
         dim: int,
-        expand: float = 2.0,
-        d_state: int = 16,
-        dt_rank: int | None = None,
+        *,
         d_conv: int = 7,
         order: str = "plainmamba",
         permute: str = "all",
         bias_scale: float = 1.0,
-        **dd: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, **options)
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv={d_conv} is even; give an odd number, so that a window has a middle")
-        inner, rank = scan_sizes(dim, expand, dt_rank)
-        self.in_proj = nn.Linear(dim, 2 * inner, **dd)
+        inner, dd = self.inner, self.factory_kwargs()
         self.conv = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, **dd)
-        self.act = nn.SiLU()
-        options = {"shared": True, "permute": permute, "moves": True, "bias_scale": bias_scale}
-        self.scan = SelectiveScan2d(inner, direction_names(order), dt_rank=rank, d_state=d_state, **options, **dd)
-        self.proj = nn.Linear(inner, dim, **dd)
+        reading = {"shared": True, "permute": permute, "moves": True, "bias_scale": bias_scale}
+        self.scan = SelectiveScan2d(inner, direction_names(order), **self.sizes, **reading, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
