@@ -65,5 +65,5 @@ class LocalScan(ScanMixer):
         gates, parts = self.channel_gate.gates(routes).unbind(3), routes.unbind(3)
         y = parts[0] * gates[0]
         for at in range(1, self.count):
-            y.addcmul_(parts[at], gates[at])
+            y = y.addcmul_(parts[at], gates[at])  # a graph drops a statement whose result nothing reads
         return self.proj(self.norm(y).to(z.dtype) * self.act(z))
