@@ -1,17 +1,31 @@
-"""A block as its two branches, with the attention's keys and weights in between."""
+"""A block as its two branches, and its attention in three moves: project, mix, close."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional as F
 
 from visionmix.backbones.block import Block as MapBlock
 from visionmix.backbones.block import TokenBlock
 from visionmix.mixers.softmax import SoftmaxAttention
+
+
+class Projected(NamedTuple):
+    """The projections of an attention.
+
+    Attributes:
+        q: Queries, (batch, heads, tokens, head channels).
+        k: Keys, likewise.
+        v: Values, likewise.
+        gate: Factor of the mixed values, (batch, tokens, channels), or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
 
 
 class Attended(NamedTuple):
@@ -19,84 +33,179 @@ class Attended(NamedTuple):
 
     Attributes:
         x: Its output, (batch, tokens, channels).
-        keys: Its keys as they enter the product, (batch, heads, tokens, head channels).
+        projected: Its projections.
         weights: Attention weights of the first queries asked for, (batch, heads, queries, tokens), or None.
     """
 
     x: Tensor
-    keys: Tensor
+    projected: Projected
     weights: Tensor | None
 
 
-class AttentionBlock(NamedTuple):
+class AttentionBlock:
     """The branches of a block, each with its norm, scale, stochastic depth and residual.
 
-    Attributes:
-        attention: ``attention(x, key_bias=None, queries=0)`` returns `Attended`, with ``x + branch(x)`` as its `x`.
-        feed_forward: ``feed_forward(x)`` returns ``x + branch(x)``.
-    """
-
-    attention: Callable[..., Attended]
-    feed_forward: Callable[[Tensor], Tensor]
-
-
-def _timm_attention(layer: Attention, x: Tensor, key_bias: Tensor | None, queries: int) -> Attended:
-    batch, tokens, _ = x.shape
-    qkv = layer.qkv(x).reshape(batch, tokens, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    q, k = layer.q_norm(q), layer.k_norm(k)
-    mixed, weights = _attend(q, k, v, key_bias, queries, layer.fused_attn, layer.attn_drop)
-    mixed = layer.norm(mixed)
-    gate = getattr(layer, "gate", None)  # newer versions of timm have it
-    if gate is not None:
-        mixed = mixed * gate(x).sigmoid()
-    return Attended(layer.proj_drop(layer.proj(mixed)), k, weights)
-
-
-def _softmax_mixer(mixer: SoftmaxAttention, x: Tensor, key_bias: Tensor | None, queries: int) -> Attended:
-    qkv = mixer.qkv(x)
-    heads = qkv[..., : 3 * mixer.dim].unflatten(-1, (3, mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k, v = heads.unbind(0)
-    mixed, weights = _attend(q, k, v, key_bias, queries, mixer.fused_attn)
-    if mixer.gate:
-        mixed = mixed * qkv[..., 3 * mixer.dim :]
-    return Attended(mixer.proj(mixed), k, weights)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    queries: int,
-    fused: bool,
-    dropout: nn.Dropout | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return ``softmax(q k^T / sqrt(head channels) + key_bias) v``, (batch, tokens, channels), and its weights.
+    ``attention(x)`` is ``close(x, *mix(project(open(x))))``: a method may merge or drop tokens between the moves.
 
     Args:
-        q: Queries, (batch, heads, tokens, head channels); so are `k` and `v`.
-        key_bias: Added to the logits of every query, (batch, tokens).
-        queries: Number of first queries whose weights are returned.
-        fused: Whether PyTorch's fused attention is used.
-        dropout: Of the weights.
+        block: The block.
+        layer: Its attention, whose `qkv` has the rows of queries, keys and values, one behind the other, and of a gate.
     """
-    bias = None if key_bias is None else key_bias.to(q.dtype)[:, None, None, :]
-    if fused:
-        drop = dropout.p if dropout is not None and dropout.training else 0.0
-        # The scale is the default one; a bias of one row is read by every query.
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
-        weights = _weights(q[:, :, :queries], k, bias) if queries else None
-    else:
-        full = _weights(q, k, bias)
-        mixed = (full if dropout is None else dropout(full)) @ v
-        weights = full[:, :, :queries] if queries else None
-    return mixed.transpose(1, 2).flatten(2), weights
+
+    def __init__(self, block: nn.Module, layer: nn.Module) -> None:
+        self.block, self.layer = block, layer
+
+    def open(self, x: Tensor) -> Tensor:
+        """Return the tokens that the attention reads, (batch, tokens, channels)."""
+        raise NotImplementedError
+
+    def close(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """Return ``x + branch``, of the `mixed` values (batch, tokens, channels) and their gate."""
+        raise NotImplementedError
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Return ``x + branch(x)`` of the feed-forward, (batch, tokens, channels)."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Projected:
+        """Return the projections of `open`'s tokens."""
+        qkv, gate = self.layer.qkv(x).tensor_split([3 * x.shape[2]], dim=2)
+        q, k, v = self._heads(qkv).unbind(0)
+        return Projected(*self._normalised(q, k), v, self._gate(x, gate))
+
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries and keys alone."""
+        q, k = self._heads(self._rows(x, 0, 2 * x.shape[2])).unbind(0)
+        return self._normalised(q, k)
+
+    def values(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the values alone, and their gate."""
+        v, gate = self._rows(x, 2 * x.shape[2], self.layer.qkv.out_features).tensor_split([x.shape[2]], dim=2)
+        return self._heads(v).squeeze(0), self._gate(x, gate)
+
+    def mix(
+        self, projected: Projected, key_bias: Tensor | None = None, queries: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``softmax(q k^T / sqrt(head channels) + key_bias) v``, (batch, tokens, channels), and its weights.
+
+        Args:
+            projected: Of the layer.
+            key_bias: Added to the logits of every query, (batch, tokens).
+            queries: Number of first queries whose weights are returned.
+        """
+        q, k, v, _ = projected
+        if self.layer.fused_attn:
+            dropout = self._dropout()
+            drop = dropout.p if dropout is not None and dropout.training else 0.0
+            # The scale is the default one; a bias of one row is read by every query.
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_row(key_bias, q), dropout_p=drop)
+            weights = attention_weights(q[:, :, :queries], k, key_bias) if queries else None
+            return mixed.transpose(1, 2).flatten(2), weights
+        full = attention_weights(q, k, key_bias)
+        return self.mix_by(full, v), full[:, :, :queries] if queries else None
+
+    def mix_by(self, weights: Tensor, v: Tensor) -> Tensor:
+        """Return the values (batch, tokens, channels), mixed by attention weights (batch, heads, tokens, tokens)."""
+        dropout = self._dropout()
+        return ((weights if dropout is None else dropout(weights)) @ v).transpose(1, 2).flatten(2)
+
+    def attention(self, x: Tensor, key_bias: Tensor | None = None, queries: int = 0) -> Attended:
+        """Return ``x + branch(x)`` of the attention; see `mix` for the rest."""
+        projected = self.project(self.open(x))
+        mixed, weights = self.mix(projected, key_bias, queries)
+        return Attended(self.close(x, mixed, projected.gate), projected, weights)
+
+    def _dropout(self) -> nn.Dropout | None:
+        return None
+
+    def _normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def _gate(self, x: Tensor, rows: Tensor) -> Tensor | None:
+        """Return the gate of tokens `x`, for which `qkv` has given the `rows` behind the values."""
+        return None
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Return rows (batch, tokens, parts * channels) as (parts, batch, heads, tokens, head channels)."""
+        each = self.layer.qkv.in_features // self.layer.num_heads
+        return rows.unflatten(-1, (-1, self.layer.num_heads, each)).permute(2, 0, 3, 1, 4)
+
+    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
+        qkv = self.layer.qkv
+        return F.linear(x, qkv.weight[first:last], None if qkv.bias is None else qkv.bias[first:last])
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+class _TimmBlock(AttentionBlock):
+    """timm's pre-norm ViT block with its plain attention."""
+
+    def open(self, x: Tensor) -> Tensor:
+        return self.block.norm1(x)
+
+    def close(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        return x + self.block.drop_path1(self.block.ls1(self._branch(mixed, gate)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.block.drop_path2(self.block.ls2(self.block.mlp(self.block.norm2(x))))
+
+    def _branch(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        mixed = self.layer.norm(mixed)
+        return self.layer.proj_drop(self.layer.proj(mixed if gate is None else mixed * gate))
+
+    def _dropout(self) -> nn.Dropout | None:
+        return self.layer.attn_drop
+
+    def _normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer.q_norm(q), self.layer.k_norm(k)
+
+    def _gate(self, x: Tensor, rows: Tensor) -> Tensor | None:
+        gate = getattr(self.layer, "gate", None)  # newer versions of timm have it
+        return None if gate is None else gate(x).sigmoid()
+
+
+class _TimmPostBlock(_TimmBlock):
+    """timm's post-norm ViT block, as Swin V2 has it."""
+
+    def open(self, x: Tensor) -> Tensor:
+        return x
+
+    def close(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        return x + self.block.drop_path1(self.block.norm1(self._branch(mixed, gate)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.block.drop_path2(self.block.norm2(self.block.mlp(x)))
+
+
+class _SoftmaxBlock(AttentionBlock):
+    """This library's block of tokens with the mixer "softmax"."""
+
+    def open(self, x: Tensor) -> Tensor:
+        return self.block.norm1(x)
+
+    def close(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        return self.block.scale1(x, self.layer.proj(mixed if gate is None else mixed * gate))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        return block.scale2(x, block.mlp(block.norm2(x))) if block.has_mlp else x
+
+    def _gate(self, x: Tensor, rows: Tensor) -> Tensor | None:
+        return rows if self.layer.gate else None
+
+
+def attention_weights(q: Tensor, k: Tensor, key_bias: Tensor | None = None) -> Tensor:
+    """Return ``softmax(q k^T / sqrt(head channels) + key_bias)``, (batch, heads, queries, keys).
+
+    Args:
+        q: Queries, (batch, heads, queries, head channels).
+        k: Keys, (batch, heads, keys, head channels).
+        key_bias: Added to the logits of every query, (batch, keys).
+    """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (logits if bias is None else logits + bias).softmax(dim=-1)
+    return (logits if key_bias is None else logits + _row(key_bias, q)).softmax(dim=-1)
+
+
+def _row(key_bias: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if key_bias is None else key_bias.to(q.dtype)[:, None, None, :]
 
 
 def attention_block(block: nn.Module) -> AttentionBlock:
@@ -120,17 +229,7 @@ def attention_block(block: nn.Module) -> AttentionBlock:
         raise TypeError(
             f"an attention of class {type(block.attn).__qualname__} cannot be reduced; timm.layers.Attention can"
         )
-
-    attended = partial(_timm_attention, block.attn)
-    if forward is ResPostBlock.forward:
-        return AttentionBlock(
-            _residual(_same, attended, lambda x, y: x + block.drop_path1(block.norm1(y))),
-            lambda x: x + block.drop_path2(block.norm2(block.mlp(x))),
-        )
-    return AttentionBlock(
-        _residual(block.norm1, attended, lambda x, y: x + block.drop_path1(block.ls1(y))),
-        lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
-    )
+    return (_TimmPostBlock if forward is ResPostBlock.forward else _TimmBlock)(block, block.attn)
 
 
 def _softmax_block(block: MapBlock) -> AttentionBlock:
@@ -141,10 +240,7 @@ def _softmax_block(block: MapBlock) -> AttentionBlock:
             f"a mixer of class {type(block.mixer).__qualname__} {need}, so that this reduction cannot be applied; "
             f"SoftmaxAttention without rotary and lepe can be reduced"
         )
-    return AttentionBlock(
-        _residual(block.norm1, partial(_softmax_mixer, block.mixer), block.scale1),
-        lambda x: block.scale2(x, block.mlp(block.norm2(x))) if block.has_mlp else x,
-    )
+    return _SoftmaxBlock(block, block.mixer)
 
 
 def check_reads_tokens(block: MapBlock) -> None:
@@ -153,17 +249,3 @@ def check_reads_tokens(block: MapBlock) -> None:
     for part in parts:
         if part is not getattr(block, "mlp", None) or getattr(part, "needs_map", False):
             raise TypeError(f"a block with a {type(part).__qualname__} reads whole maps and cannot be reduced")
-
-
-def _residual(opening: Callable, attended: Callable, closing: Callable) -> Callable[..., Attended]:
-    """Return attention with a residual: ``closing(x, y)`` adds the branch's result y to x."""
-
-    def attention(x: Tensor, key_bias: Tensor | None = None, queries: int = 0) -> Attended:
-        found = attended(opening(x), key_bias, queries)
-        return found._replace(x=closing(x, found.x))
-
-    return attention
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

@@ -1,6 +1,6 @@
 """The forward paths of reduced models, one class per skeleton; each is mixed with the class of the model it reduces."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -51,11 +51,18 @@ class ReducedBackbone(Reduced):
         tokens, _ = self._run(images, trace=self.reduction.trace_source)
         return self._normalised(tokens)
 
+    def run_with(self, method: Method, images: Tensor) -> Tokens:
+        """Return the tokens after the last block, before its norm, where `method` reduces in place of `reduction`."""
+        tokens = method.begin(self._embed_tokens(images, False))
+        for index, block in enumerate(self.blocks):
+            tokens = method.step(block, tokens, index)
+        return method.end(tokens)
+
     def _run(
         self, images: Tensor, trace: bool, take: Collection[int] = (), last: int | None = None
     ) -> tuple[Tokens, list[Tokens]]:
         """Return the tokens after block `last` (None: the last one), and those after each of the blocks `take`."""
-        tokens = self._embed_tokens(images, trace)
+        tokens = self.reduction.begin(self._embed_tokens(images, trace))
         taken = []
         for index, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
             tokens = self._step(block, tokens, index)
@@ -64,9 +71,25 @@ class ReducedBackbone(Reduced):
         return tokens, taken
 
     def _step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
-        if self.grad_checkpointing:
-            return checkpoint(self.reduction.step, block, tokens, index)
-        return self.reduction.step(block, tokens, index)
+        step = self.reduction.train_step if self.training else self.reduction.step
+        tokens = checkpoint(step, block, tokens, index) if self.grad_checkpointing else step(block, tokens, index)
+        return self.reduction.end(tokens) if index == len(self.blocks) - 1 else tokens
+
+    @property
+    def forward_train(self) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+        """Return a function of images that returns logits and the method's own losses, scalars by name.
+
+        Raises:
+            AttributeError: the method has no losses.
+        """
+        if not self.reduction.has_losses:
+            raise AttributeError(f"method {self.reduction.name!r} has no losses of its own, so no forward_train")
+        return self._forward_train
+
+    def _forward_train(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, _ = self._run(images, trace=self._pools_cells() or self.reduction.trace_source)
+        logits = self.forward_head(self._features(tokens))
+        return logits, self.reduction.losses(self, images, tokens)
 
     def _pools_cells(self) -> bool:
         """Return whether the head pools over the cells' tokens."""
@@ -127,7 +150,7 @@ class ReducedVisionTransformer(ReducedBackbone):
 
     def _features(self, tokens: Tokens) -> Tensor:
         tokens = self._normalised(tokens)
-        if tokens.size is None or not self._pools_cells():
+        if (tokens.size is None and tokens.mask is None) or not self._pools_cells():
             return tokens.x
         return torch.cat([tokens.prefix(), tokens.cells()], dim=1)
 
@@ -226,10 +249,18 @@ class ReducedPlain(ReducedBackbone):
         tokens = self._normalised(tokens)
         if not self.has_prefix:
             return tokens.map()
-        if tokens.size is None or not self._pools_cells():
-            return tokens.x
+        if (tokens.size is None and tokens.mask is None) or not self._pools_cells():
+            return self._placed(tokens)
         positions = self.class_token.positions(tokens.grid[0] * tokens.grid[1])
         return join_prefix(tokens.cells(), tokens.prefix(), positions)
+
+    def _placed(self, tokens: Tokens) -> Tensor:
+        """Return the tokens with those of the prefix where the head looks for them."""
+        rest = [place for place in range(tokens.x.shape[1]) if place not in tokens.prefix_positions]
+        positions = self.class_token.positions(len(rest))
+        if tuple(positions) == tokens.prefix_positions:
+            return tokens.x
+        return join_prefix(tokens.x[:, rest], tokens.prefix(), positions)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normalised map (batch, rows, columns, embed_dim) of images (batch, in_chans, height, width).
@@ -242,7 +273,7 @@ class ReducedPlain(ReducedBackbone):
     # The steps of the skeleton's forward_intermediates.
 
     def _enter(self, x: Tensor) -> Tokens:
-        return self._embed_tokens(x, trace=True)
+        return self.reduction.begin(self._embed_tokens(x, trace=True))
 
     def _advance(self, unit: nn.Module, state: Tokens, index: int) -> Tokens:
         return self._step(unit, state, index)

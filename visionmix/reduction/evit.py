@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.reduction.attention import attention_block
-from visionmix.reduction.methods import Method, check_leading, register_method
+from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_number, quarters, register_method
 from visionmix.reduction.tokens import Tokens, take
 
 
@@ -98,17 +98,13 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int, fuse: bool) -> Tokens:
 def schedule(keep_rate: float | Sequence[float], layers: Sequence[int] | None, depth: int) -> tuple[float, ...]:
     """Return the share of tokens that each of `depth` blocks keeps; see `EViT` for the rest."""
     rates = [keep_rate] if isinstance(keep_rate, int | float) else keep_rate
-    if not isinstance(rates, list | tuple) or not all(_is_number(rate) for rate in rates):
+    if not isinstance(rates, list | tuple) or not all(is_number(rate) for rate in rates):
         raise TypeError(f"keep_rate={keep_rate!r}: give a number, or a list of them")
     if not all(0 < rate <= 1 for rate in rates):
         raise ValueError(f"keep_rate={keep_rate}: a share of the tokens that stay must lie in (0, 1]")
     if layers is None and rates is keep_rate and len(rates) == depth:
         return tuple(rates)
-    chosen = sorted({depth * quarter // 4 for quarter in (1, 2, 3)}) if layers is None else layers
-    if not isinstance(chosen, list | tuple | range) or not all(isinstance(layer, int) for layer in chosen):
-        raise TypeError(f"layers={layers!r}: give a list of block numbers")
-    if not all(0 <= layer < depth for layer in chosen) or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers={layers}: give different block numbers from 0 to {depth - 1}")
+    chosen = chosen_layers(quarters(depth) if layers is None else layers, depth)
     if rates is not keep_rate:
         rates = rates * len(chosen)
     if len(rates) != len(chosen):
@@ -118,7 +114,3 @@ def schedule(keep_rate: float | Sequence[float], layers: Sequence[int] | None, d
         )
     rate_of = dict(zip(chosen, rates, strict=True))
     return tuple(rate_of.get(index, 1.0) for index in range(depth))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

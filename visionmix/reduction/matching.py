@@ -56,7 +56,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
     r = min(r, (tokens - num_prefix_tokens) // 2)
     if r <= 0:
         return _keep_all, _identity
-    away, stay, partner = _pair(metric.detach(), r, num_prefix_tokens)
+    away, stay, partner = pair(metric.detach(), r, num_prefix_tokens)
 
     first, others, odd = _kept_order(stay, tokens, num_prefix_tokens)
     kept = torch.cat([part.expand(batch, -1) for part in (first, others, odd)], dim=1)
@@ -85,8 +85,11 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
     return merge, unmerge
 
 
-def _pair(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, numbered within A and B, the tokens of A that go (batch, r), those that stay, and where the former go."""
+def pair(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, numbered within A and B, the tokens of A that go (batch, r), those that stay, and where the former go.
+
+    See `match` for the sets and the arguments; `r` is at most the number of tokens of A that are free.
+    """
     with full_precision(metric.device):
         unit = normalize(at_least_float32(metric), dim=-1)
         similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)

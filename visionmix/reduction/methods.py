@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionmix.reduction.tokens import Tokens
 from visionmix.registry import Registry
@@ -14,25 +14,51 @@ class Method(ABC):
     """How a model's tokens become fewer, block by block. It holds settings; all that changes is in `Tokens`.
 
     A subclass takes the blocks that it will run and the positions of the prefix tokens, then its options by keyword,
-    and refuses options that do not fit.
+    and refuses options that do not fit. One that has parameters is a `torch.nn.Module` as well, whose first base is
+    `Method`: the reduced model's child `reduction`.
 
     Attributes:
         name: The name that it is registered under.
+        has_losses: Whether `losses` returns any, so that the reduced model has a ``forward_train``.
         trace_source: Whether `Tokens.source` is followed in every pass.
     """
 
     name: ClassVar[str]
+    has_losses: ClassVar[bool] = False
     trace_source: bool = False
 
     @abstractmethod
     def __init__(self, blocks: Sequence[nn.Module], prefix_positions: tuple[int, ...], **options: Any) -> None: ...
 
+    def begin(self, tokens: Tokens) -> Tokens:
+        """Return the model's embedded tokens as the first block gets them."""
+        return tokens
+
     @abstractmethod
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         """Return `tokens` after `block`, the model's block number `index`."""
 
+    def train_step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
+        """Return `tokens` after `block` in training, where a method then works otherwise."""
+        return self.step(block, tokens, index)
+
+    def end(self, tokens: Tokens) -> Tokens:
+        """Return the last block's tokens as the model's last norm gets them."""
+        return tokens
+
+    def losses(self, model: nn.Module, images: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        """Return the method's own losses, scalars by name with their weights in them.
+
+        Args:
+            model: The reduced model, in training.
+            images: (batch, channels, height, width).
+            tokens: What the model made of them, after `end` and before its last norm.
+        """
+        return {}
+
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+        settings = {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "training"}
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
 
 
 _METHODS: Registry[Method] = Registry("method", besides=("blocks", "prefix_positions"))
@@ -71,3 +97,41 @@ def check_leading(name: str, prefix_positions: tuple[int, ...]) -> None:
     """Raise ValueError unless the prefix tokens are the first of the sequence."""
     if prefix_positions != tuple(range(len(prefix_positions))):
         raise ValueError(f"method {name!r} needs the prefix tokens first; this model has them at {prefix_positions}")
+
+
+def quarters(depth: int) -> list[int]:
+    """Return the numbers of the blocks a quarter, a half and three quarters of the way: 3, 6, 9 of 12."""
+    return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
+
+
+def chosen_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """Return the option `layers` as a list of numbers of blocks, checked.
+
+    Raises:
+        TypeError: `layers` is no list of ints.
+        ValueError: a number is outside the model's `depth` or comes twice.
+    """
+    if not isinstance(layers, list | tuple | range) or not all(is_int(layer) for layer in layers):
+        raise TypeError(f"layers={layers!r}: give a list of block numbers")
+    if not all(0 <= layer < depth for layer in layers) or len(set(layers)) < len(layers):
+        raise ValueError(f"layers={layers}: give different block numbers from 0 to {depth - 1}")
+    return list(layers)
+
+
+def check_positive(**values: float) -> None:
+    """Raise TypeError or ValueError unless each of the options is a number above 0."""
+    for name, value in values.items():
+        if not is_number(value):
+            raise TypeError(f"{name}={value!r}: give a number above 0")
+        if not value > 0:
+            raise ValueError(f"{name}={value}: give a number above 0")
+
+
+def is_int(value: object) -> bool:
+    """Return whether `value` is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from visionmix.backbones.block import Block, TokenBlock
-from visionmix.reduction.attention import check_reads_tokens
 from visionmix.reduction.evit import schedule
 from visionmix.reduction.methods import Method, register_method
+from visionmix.reduction.scans import check_scans
 from visionmix.reduction.tokens import Tokens, take
+from visionmix.reduction.tokens import keep as keep_tokens
 
 
 @register_method("ssm_prune")
@@ -73,10 +73,7 @@ class SSMPrune(Method):
         self.align = align and not released
         self.released = released
         self.trace_source = trace_source
-        if len(prefix_positions) > 1:
-            raise ValueError(f"method 'ssm_prune' knows one class token; this model has {len(prefix_positions)}")
-        for block in blocks:
-            _check_block(block)
+        check_scans(self.name, blocks, prefix_positions)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         x, order = block.norm1(tokens.x), None
@@ -125,24 +122,4 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int) -> Tokens:
     prefix = tuple(keep // 2 if place else 0 for place in tokens.prefix_positions)
     for place, new in zip(tokens.prefix_positions, prefix, strict=True):
         kept = torch.cat([kept[:, :new], places[:, place : place + 1], kept[:, new:]], dim=1)
-    before = places if tokens.position is None else tokens.position
-    new = tokens._replace(x=take(tokens.x, kept), prefix_positions=prefix, position=before.gather(1, kept))
-    if tokens.source is None:
-        return new
-    moved = torch.full_like(places, -1).scatter(1, kept, places[:, : kept.shape[1]])
-    return new._replace(source=tokens.moved(moved), rest=tokens.cells())
-
-
-def _check_block(block: nn.Module) -> None:
-    own = type(block).forward in (Block.forward, TokenBlock.forward)
-    if not own or not hasattr(block.mixer, "directions"):
-        what = type(getattr(block, "mixer", block)).__qualname__
-        raise TypeError(
-            f"method 'ssm_prune' looks into selective scans, and a {what} shows none (it has no method directions); "
-            "take a model with the mixer 'bidirectional_mamba'"
-        )
-    check_reads_tokens(block)
-    if not block.mixer.in_raster:
-        raise ValueError(
-            f"order={block.mixer.order!r}: method 'ssm_prune' prunes sequences of rows; give the mixer order='raster'"
-        )
+    return keep_tokens(tokens._replace(position=places if tokens.position is None else tokens.position), kept, prefix)

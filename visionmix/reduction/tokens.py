@@ -23,6 +23,9 @@ class Tokens(NamedTuple):
             None where there are none or this is not followed.
         position: Where each token stood in the whole sequence, int64 (batch, tokens), for methods that ask; None before
             any token is dropped.
+        mask: Which tokens are there, bool (batch, tokens), where images keep different numbers or tokens have halted;
+            None for all.
+        state: What else a method carries from block to block, by its name for it; None for nothing.
     """
 
     x: Tensor
@@ -32,6 +35,8 @@ class Tokens(NamedTuple):
     source: Tensor | None = None
     rest: Tensor | None = None
     position: Tensor | None = None
+    mask: Tensor | None = None
+    state: dict[str, Tensor] | None = None
 
     def prefix(self) -> Tensor:
         """Return the prefix tokens, (batch, prefix tokens, channels)."""
@@ -64,6 +69,59 @@ class Tokens(NamedTuple):
             return None
         now = position.gather(1, self.source.clamp(min=0))
         return now if self.rest is None else torch.where(self.source < 0, self.source, now)
+
+
+def keep(tokens: Tokens, kept: Tensor, prefix_positions: tuple[int, ...], mask: Tensor | None = None) -> Tokens:
+    """Return only the tokens at positions `kept`, int64 (batch, kept) of each image's own, in that order.
+
+    Args:
+        tokens: The tokens.
+        kept: The positions, those of all prefix tokens among them.
+        prefix_positions: Where the prefix tokens stand in `kept`.
+        mask: Which of the positions are really kept, bool (batch, kept), where the rest is padding; None for all.
+    """
+    size = None if tokens.size is None else take(tokens.size, kept)
+    position = None if tokens.position is None else tokens.position.gather(1, kept)
+    new = tokens._replace(
+        x=take(tokens.x, kept), prefix_positions=prefix_positions, size=size, position=position, mask=mask
+    )
+    if tokens.source is None:
+        return new
+    places = torch.arange(tokens.x.shape[1], device=kept.device).expand(tokens.x.shape[0], -1)
+    new_places = places[:, : kept.shape[1]]
+    if mask is not None:
+        new_places = new_places.masked_fill(~mask, -1)
+    moved = torch.full_like(places, -1).scatter(1, kept, new_places)
+    return new._replace(source=tokens.moved(moved), rest=tokens.cells())
+
+
+def merge(tokens: Tokens, target: Tensor, count: int, weight: Tensor | None = None) -> Tokens:
+    """Return `count` tokens, each ``sum(weight * x) / sum(weight)`` of those whose `target` it is; sizes are summed.
+
+    Args:
+        tokens: The tokens; their `prefix_positions` are not changed.
+        target: Position of each token in the new sequence, int64 (batch, tokens).
+        count: Length of the new sequence, in which no place is empty.
+        weight: (batch, tokens, 1), or None for the sizes.
+    """
+    size = ones(tokens.x) if tokens.size is None else tokens.size
+    weight = size if weight is None else weight
+    x = (summed(tokens.x * weight, target, count) / summed(weight, target, count)).to(tokens.x.dtype)
+    return tokens._replace(x=x, size=summed(size, target, count), source=tokens.moved(target))
+
+
+def ones(x: Tensor) -> Tensor:
+    """Return sizes of one for tokens (batch, tokens, channels): (batch, tokens, 1).
+
+    They are float32 at least, since half types do not hold every number of cells.
+    """
+    return x.new_ones(*x.shape[:2], 1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def summed(x: Tensor, target: Tensor, count: int) -> Tensor:
+    """Return the sums (batch, count, channels) of tokens (batch, tokens, channels) that have the same `target`."""
+    sums = x.new_zeros(x.shape[0] * count, x.shape[2])
+    return sums.index_add(0, rows(target, count), x.flatten(0, 1)).unflatten(0, (x.shape[0], count))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

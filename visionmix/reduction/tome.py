@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from visionmix.reduction.attention import attention_block
 from visionmix.reduction.matching import match
-from visionmix.reduction.methods import Method, check_leading, register_method
-from visionmix.reduction.tokens import Tokens
+from visionmix.reduction.methods import Method, check_leading, is_int, register_method
+from visionmix.reduction.tokens import Tokens, ones
 
 
 @register_method("tome")
@@ -56,17 +56,14 @@ class ToMe(Method):
         attended = parts.attention(tokens.x, bias)
         tokens = tokens._replace(x=attended.x)
         if self.r[index]:
-            tokens = merged(tokens, attended.keys.detach().mean(dim=1), self.r[index])
+            tokens = merged(tokens, attended.projected.k.detach().mean(dim=1), self.r[index])
         return tokens._replace(x=parts.feed_forward(tokens.x))
 
 
 def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
     """Return `tokens` with the `r` pairs merged that are most similar in `metric`, (batch, tokens, features)."""
     merge, unmerge = match(metric, r, len(tokens.prefix_positions))
-    size = tokens.size
-    if size is None:
-        # In float32 at least: half types do not hold every number of cells.
-        size = tokens.x.new_ones(*tokens.x.shape[:2], 1, dtype=torch.promote_types(tokens.x.dtype, torch.float32))
+    size = ones(tokens.x) if tokens.size is None else tokens.size
     x, size = merge(tokens.x, tokens.size), merge(size, mode="sum")
     places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     source = None if tokens.source is None else tokens.moved(unmerge(places.unsqueeze(2)).squeeze(2))
@@ -75,14 +72,14 @@ def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
 
 def schedule(r: int | tuple[int, float] | list[int], depth: int) -> tuple[int, ...]:
     """Return how many tokens each of `depth` blocks removes; see `ToMe` for `r` and what is raised."""
-    if isinstance(r, tuple) and len(r) == 2 and _is_int(r[0]) and isinstance(r[1], int | float):
+    if isinstance(r, tuple) and len(r) == 2 and is_int(r[0]) and isinstance(r[1], int | float):
         r, slope = r
         if r < 0 or not -1 <= slope <= 1:
             raise ValueError(f"r=({r}, {slope}): give a number of tokens of at least 0 and a slope from -1 to 1")
         first = int(r * (1.0 - slope))
         grow = (2 * r - first - first) / max(depth - 1, 1)
         return tuple(int(first + grow * index) for index in range(depth))
-    if not _is_int(r) and not (isinstance(r, list) and all(_is_int(value) for value in r)):
+    if not is_int(r) and not (isinstance(r, list) and all(is_int(value) for value in r)):
         raise TypeError(f"r={r!r}: give an int, a pair (int, slope) or a list of one int per block")
     amounts = list(r) if isinstance(r, list) else [r] * depth
     if len(amounts) > depth:
@@ -90,7 +87,3 @@ def schedule(r: int | tuple[int, float] | list[int], depth: int) -> tuple[int, .
     if min(amounts, default=0) < 0:
         raise ValueError(f"r={r}: a block cannot remove a negative number of tokens; give 0 or more")
     return (*amounts, *[0] * (depth - len(amounts)))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,181 @@
+"""Pruning of tokens by learned predictors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionmix.layers import at_least_float32
+from visionmix.reduction.attention import attention_block
+from visionmix.reduction.evit import schedule
+from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_number, quarters, register_method
+from visionmix.reduction.tokens import Tokens, keep
+
+_EPS = 1e-6  # of sums of attention weights in training, as published
+
+
+@register_method("dynamicvit")
+class DynamicViT(Method, nn.Module):
+    """Keep the tokens that a small predictor finds worth keeping, before some blocks.
+
+    The predictor makes of each token x, with z = gelu(W norm(x)), the logits of keeping and dropping it,
+
+        p = log_softmax(mlp([first half of z, mean over tokens of the second half of z]))
+
+    Of the N tokens that the image had at first, ``int(rate * N)`` with the highest logits stay, in falling order. In
+    training all stay: decisions are drawn (Gumbel softmax, straight through), and a dropped token is seen by itself
+    alone.
+
+    The predictors are parameters of the method, the reduced model's ``reduction.predictors``, and must be trained. In
+    training, ``forward_train`` adds the squared difference between the share of tokens that each predictor keeps and
+    its rate, and, with a `teacher`, the divergences KL(teacher || student) of the logits and of the tokens that are
+    left.
+
+    Source: DynamicViT (Rao et al. 2021, arXiv 2106.02034).
+
+    Args:
+        blocks: The model's blocks.
+        prefix_positions: Its prefix tokens; they always stay.
+        keep_rate: Share of the tokens that stay at the first predictor, whose powers are those of the others; or a list
+            of the shares of the first number of tokens, falling.
+        layers: Numbers of the blocks, from 0, before which tokens are dropped; None for those a quarter, a half and
+            three quarters of the way (3, 6, 9 of 12).
+        teacher: A `VisionTransformer` of timm with as many tokens, for the distillation losses. It is no part of the
+            model: whoever moves the model to a device moves the teacher too.
+        ratio_weight: Weight of the loss of shares.
+        distill_weight: Weight of each of both divergences.
+        trace_source: Whether every pass follows which token holds which cell.
+
+    Raises:
+        TypeError: an option is of another type, or a block has no readable attention.
+        ValueError: a rate is outside (0, 1], a weight is negative, or numbers of blocks do not fit.
+    """
+
+    has_losses = True
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        prefix_positions: tuple[int, ...],
+        *,
+        keep_rate: float | Sequence[float] = 0.7,
+        layers: Sequence[int] | None = None,
+        teacher: nn.Module | None = None,
+        ratio_weight: float = 2.0,
+        distill_weight: float = 0.5,
+        trace_source: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        depth = len(blocks)
+        self.layers = chosen_layers(quarters(depth) if layers is None else layers, depth)
+        if is_number(keep_rate):
+            keep_rate = [keep_rate ** (stage + 1) for stage in range(len(self.layers))]
+        rates = schedule(keep_rate, self.layers, depth)
+        self.keep_rate = [rates[layer] for layer in self.layers]
+        for name, value in (("ratio_weight", ratio_weight), ("distill_weight", distill_weight)):
+            if not is_number(value):
+                raise TypeError(f"{name}={value!r}: give a number")
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: give 0 or more")
+        if teacher is not None and not isinstance(teacher, VisionTransformer):
+            raise TypeError(f"teacher is a {type(teacher).__qualname__}; give a VisionTransformer of timm")
+        self.ratio_weight, self.distill_weight = ratio_weight, distill_weight
+        self.__dict__["teacher"] = teacher  # not by setattr, which would make it a part of the model
+        self.trace_source = trace_source
+        check_leading(self.name, prefix_positions)
+        qkv = [attention_block(block).layer.qkv for block in blocks].pop()
+        like = {"device": qkv.weight.device, "dtype": qkv.weight.dtype}
+        self.predictors = nn.ModuleList(Predictor(qkv.in_features, **like) for _ in self.layers)
+
+    def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
+        if index in self.layers:
+            stage, prefix = self.layers.index(index), len(tokens.prefix_positions)
+            count = int(tokens.grid[0] * tokens.grid[1] * self.keep_rate[stage])
+            scores = self.predictors[stage](tokens.x[:, prefix:])[..., 0].detach()
+            best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+            places = torch.arange(prefix, device=best.device).expand(best.shape[0], -1)
+            tokens = keep(tokens, torch.cat([places, prefix + best], dim=1), tokens.prefix_positions)
+        parts = attention_block(block)
+        return tokens._replace(x=parts.feed_forward(parts.attention(tokens.x).x))
+
+    def train_step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
+        parts, state, prefix = attention_block(block), dict(tokens.state or {}), len(tokens.prefix_positions)
+        if index in self.layers:
+            stage = self.layers.index(index)
+            before = state.get("stays", torch.ones_like(tokens.x[:, prefix:, 0]))
+            logits = self.predictors[stage](tokens.x[:, prefix:], before)
+            state["stays"] = before * F.gumbel_softmax(logits, hard=True)[..., 0]
+            state[f"share_{stage}"] = state["stays"].mean(dim=1)
+        if "stays" not in state:
+            return tokens._replace(x=parts.feed_forward(parts.attention(tokens.x).x))
+        projected = parts.project(parts.open(tokens.x))
+        stays = F.pad(state["stays"], [prefix, 0], value=1.0)
+        mixed = parts.mix_by(_masked_weights(projected.q, projected.k, stays), projected.v)
+        x = parts.feed_forward(parts.close(tokens.x, mixed, projected.gate))
+        return tokens._replace(x=x, state=state)
+
+    def losses(self, model: Any, images: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        state, teacher = tokens.state, self.__dict__["teacher"]
+        if state is None or not self.predictors:
+            return {}
+        shares = [(state[f"share_{stage}"] - rate).square().mean() for stage, rate in enumerate(self.keep_rate)]
+        found = {"ratio": self.ratio_weight * torch.stack(shares).mean()}
+        if teacher is None:
+            return found
+        prefix = len(tokens.prefix_positions)
+        with torch.no_grad():
+            expected = teacher.forward_features(images)
+            logits = teacher.forward_head(expected)
+        x = model.norm(tokens.x)
+        kept = (state["stays"].detach() > 0.5).unsqueeze(2)
+        each = _divergence(x[:, prefix:], expected[:, teacher.num_prefix_tokens :])
+        own = model.forward_head(x)
+        found["logits"] = self.distill_weight * _divergence(own, logits).sum() / len(own)
+        found["tokens"] = self.distill_weight * (each * kept).sum() / kept.sum().clamp(min=1)
+        return found
+
+
+class Predictor(nn.Module):
+    """The logits, as a log-softmax, of keeping and dropping each token; see `DynamicViT`.
+
+    Shapes: (batch, tokens, dim) to (batch, tokens, 2); the second argument is the weight of each token in the mean,
+    (batch, tokens), or None for one each.
+
+    Args:
+        dim: Channels.
+    """
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.fc1 = nn.Linear(dim, dim // 2, **dd)
+        self.fc2 = nn.Linear(dim // 2, dim // 4, **dd)
+        self.fc3 = nn.Linear(dim // 4, 2, **dd)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        own, shared = F.gelu(self.proj(self.norm(x))).chunk(2, dim=2)
+        if weight is None:
+            mean = shared.mean(dim=1, keepdim=True)
+        else:
+            mean = (shared * weight.unsqueeze(2)).sum(dim=1, keepdim=True) / weight.sum(dim=1)[:, None, None]
+        z = torch.cat([own, mean.expand_as(shared)], dim=2)
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(z))))).log_softmax(dim=-1)
+
+
+def _masked_weights(q: Tensor, k: Tensor, stays: Tensor) -> Tensor:
+    """Return attention weights (batch, heads, queries, keys) of keys times `stays` (batch, keys) and of each query's
+    own."""
+    logits = at_least_float32((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3))
+    own = torch.eye(stays.shape[1], device=q.device, dtype=logits.dtype)
+    seen = stays.to(logits.dtype)[:, None, None, :]
+    weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * (seen + (1 - seen) * own)
+    return ((weights + _EPS / stays.shape[1]) / (weights.sum(dim=3, keepdim=True) + _EPS)).to(q.dtype)
+
+
+def _divergence(own: Tensor, expected: Tensor) -> Tensor:
+    """Return the terms of KL(expected || own) of logits, of their shape."""
+    return F.kl_div(own.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="none", log_target=True)
