@@ -254,6 +254,47 @@ def test_rmeeto_equals_its_definition(place, r):
         assert fast(x).isfinite().all()
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.9, -1.0])
+@pytest.mark.parametrize("host", HOSTS)
+def test_algm_equals_its_definition(host, threshold):
+    """Images merge different numbers of tokens: the shorter one is padded, which its own tokens do not see."""
+    model = vit(**HOSTS[host], depth=4)
+    fast = reduction.apply(model, "algm", layers=[0, 1, 3], threshold=threshold, trace_source=True)
+    prefix = model.num_prefix_tokens
+    with torch.no_grad():
+        tokens = fast.forward_tokens(images(4))
+        counts = set()
+        for image, start in enumerate(embedded(model, 4)):
+            expected, members = naive_reduction.algm(model, start, 6, [0, 1, 3], threshold)
+            torch.testing.assert_close(tokens.x[image, : len(expected)], model.norm(expected))
+            sizes = [len(group) for group in members]
+            assert tokens.size[image, :, 0].tolist() == sizes + [0.0] * (tokens.x.shape[1] - len(sizes))
+            for position, group in enumerate(members):
+                cells = [token - prefix for token in group if token >= prefix]
+                assert tokens.source[image, cells].tolist() == [position] * len(cells)
+            counts.add(len(members))
+    assert (len(counts) > 1) == (tokens.mask is not None)
+    assert threshold != 0.1 or len(counts) > 1
+
+
+def test_algm_as_released_merges_alike_in_all_images():
+    fast = reduction.apply(vit(), "algm", layers=[0, 2], threshold=0.1, released=True)
+    tokens = fast.forward_tokens(images(4))
+    assert tokens.mask is None
+    assert not torch.allclose(fast(images(4))[:1], fast(images(4)[:1]))
+    assert torch.allclose(
+        fast(images(4)[:1]), reduction.apply(vit(), "algm", layers=[0, 2], threshold=0.1)(images(4)[:1])
+    )
+
+
+def test_algm_on_maps_that_windows_do_not_fill():
+    model = vit(dynamic_img_size=True)
+    fast = reduction.apply(model, "algm", layers=[0, 2], threshold=-1.0)
+    image = torch.randn(2, 3, 20, 28, dtype=torch.float64)
+    assert fast.forward_intermediates(image, [2], intermediates_only=True)[0].shape == (2, 16, 5, 7)
+    assert fast(torch.randn(2, 3, 4, 4, dtype=torch.float64)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("method", "options", "error", "text"),
     [
@@ -277,6 +318,10 @@ def test_rmeeto_equals_its_definition(place, r):
         ("dynamicvit", {"keep_rate": [0.5]}, ValueError, "1 entries"),
         ("dynamicvit", {"teacher": nn.Linear(2, 2)}, TypeError, "teacher is a Linear"),
         ("dynamicvit", {"ratio_weight": -1}, ValueError, "ratio_weight=-1"),
+        ("algm", {"threshold": 2}, ValueError, "threshold=2"),
+        ("algm", {"window_size": 1}, ValueError, "window_size=1"),
+        ("algm", {"window_size": 2.0}, TypeError, r"window_size=2\.0"),
+        ("algm", {"layers": [7]}, ValueError, r"layers=\[7\]"),
         ("rmeeto", {}, TypeError, "bidirectional_mamba"),
         ("rmeeto", {"layers": [0]}, ValueError, r"layers=\[0\]"),
         ("rmeeto", {"r": 1.5}, TypeError, r"r=1\.5"),

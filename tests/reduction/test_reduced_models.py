@@ -31,12 +31,14 @@ METHODS = {
     "evit": {"keep_rate": 0.6, "layers": [1, 2]},
     "mctf": {"r": 5},
     "ats": {"layers": [1, 2]},
+    "algm": {"layers": [0, 2], "threshold": 0.1},
     "avit": {"gate_scale": 0.1, "gate_center": 1.0},
     "zero_tprune": {"layers": [0, 1], "keep_rates": [0.9, 0.6], "similar": 3},
     "dynamicvit": {"keep_rate": 0.6},
 }
 NEED_A_CLASS_TOKEN = ("evit", "ats", "zero_tprune")
-MERGE = ("tome", "mctf")
+MERGE = ("tome", "mctf", "algm")
+BY_IMAGE = ("ats", "algm")  # whose sizes depend on the images
 
 
 def vit(distilled: bool = False, **options) -> VisionTransformer:
@@ -193,6 +195,10 @@ def test_dropped_cells_keep_their_last_value():
 def test_trains(method):
     options = {"drop_path_rate": 0.1, "patch_drop_rate": 0.3, "pos_drop_rate": 0.1, "init_values": 0.1}
     fast = reduction.apply(vit(**options), method, **METHODS[method]).train()
+    if method == "algm":
+        with pytest.raises(ValueError, match="patch_drop_rate=0"):
+            fast(images())
+        fast = reduction.apply(vit(**options | {"patch_drop_rate": 0.0}), method, **METHODS[method]).train()
     grads = []
     for checkpointing in (False, True, False):
         torch.manual_seed(4)
@@ -204,8 +210,9 @@ def test_trains(method):
     assert all(torch.equal(a, b) for a, b in zip(grads[0], grads[2], strict=True))
     for a, b in zip(grads[0], grads[1], strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match="patch_drop_rate"):
-        fast.forward_intermediates(images())
+    if method != "algm":
+        with pytest.raises(ValueError, match="patch_drop_rate"):
+            fast.forward_intermediates(images())
 
 
 def test_gradients_are_those_of_the_definition():
@@ -267,6 +274,7 @@ def test_tokens_never_run_out():
     few = {"keep_rates": [0.001] * 4, "layers": range(4), "similar": 1000}
     assert reduction.apply(vit(), "zero_tprune", **few)(images(1)).isfinite().all()
     assert reduction.apply(vit(), "dynamicvit", keep_rate=0.001)(images()).isfinite().all()
+    assert reduction.apply(vit(), "algm", threshold=-1.0, layers=range(4))(images(1)).isfinite().all()
     assert reduction.apply(vit(), "ats", samples=2, layers=range(4))(images(7)).isfinite().all()
 
 
@@ -291,7 +299,7 @@ def test_autocast_is_finite(method, dtype):
 @pytest.mark.parametrize(
     ("method", "host"),
     [
-        *((method, "vit") for method in METHODS if method != "ats"),  # whose sizes depend on the images
+        *((method, "vit") for method in METHODS if method not in BY_IMAGE),
         *(pytest.param("tome", host, marks=pytest.mark.long) for host in HOSTS if host != "vit"),
     ],
 )
@@ -305,7 +313,7 @@ def test_exports_and_compiles_whole(method, host):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "ats"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in BY_IMAGE])
 def test_compiles_by_inductor(method):
     fast = reduction.apply(vit(depth=3), method, **METHODS[method])
     torch.compiler.reset()

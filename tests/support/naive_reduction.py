@@ -213,3 +213,43 @@ def zero_tprune(graph: Tensor, keys: Tensor, rounds: int, similar: int, rate: fl
     ranks = page_rank(graph, rounds)
     ranked = sorted(range(prefix, len(kept)), key=lambda at: -ranks[at].item())[:stay]
     return kept[:prefix] + [kept[at] for at in sorted(ranked)]
+
+
+def algm(model: nn.Module, x: Tensor, columns: int, layers: list[int], threshold: float) -> tuple[Tensor, list]:
+    """Return the tokens of one image (tokens, channels) behind the blocks, and which first ones each is the mean of."""
+    prefix = model.num_prefix_tokens
+    members = [[token] for token in range(len(x))]
+
+    def cosine(one: int, other: int) -> float:
+        return torch.cosine_similarity(x[one], x[other], dim=0).item()
+
+    for index, block in enumerate(model.blocks):
+        x = x + block.attn(block.norm1(x.unsqueeze(0)))[0]
+        groups = [[token] for token in range(len(x))]
+        if index == layers[0]:
+            rows, found = (len(x) - prefix) // columns, []
+            for row in range(0, rows - 1, 2):
+                for column in range(0, columns - 1, 2):
+                    at = prefix + row * columns + column
+                    window = [at, at + 1, at + columns, at + columns + 1]
+                    pairs = [cosine(one, other) for one in window for other in window if one != other]
+                    if sum(pairs) / len(pairs) >= threshold:
+                        found.append((sum(pairs) / len(pairs), window))
+            found = [window for _, window in sorted(found, key=lambda each: -each[0])]
+            taken = {token for window in found for token in window}
+            rest = [[token] for token in range(prefix, len(x)) if token not in taken]
+            groups = [[token] for token in range(prefix)] + found + rest
+        elif index in layers:
+            even = [token for token in range(0, len(x), 2) if token >= prefix]
+            odd = [token for token in range(1, len(x), 2) if token >= prefix]
+            best = {token: max(odd, key=lambda other: cosine(token, other)) for token in even}
+            values = torch.tensor([cosine(token, best[token]) for token in even])
+            limit = (values.mean() + values.std() / (index + 1)).item()
+            away = {token: best[token] for token in even if cosine(token, best[token]) >= limit}
+            order = [token for token in range(0, len(x), 2) if token not in away] + list(range(1, len(x), 2))
+            groups = [[token, *(gone for gone in away if away[gone] == token)] for token in order]
+        sizes = torch.tensor([float(len(each)) for each in members], dtype=x.dtype)
+        x = torch.stack([(x[group] * sizes[group, None]).sum(0) / sizes[group].sum() for group in groups])
+        members = [_join(members, group) for group in groups]
+        x = x + block.mlp(block.norm2(x))
+    return x, members

@@ -1,5 +1,6 @@
 """Token merging and pruning around a built model: `apply` one of `list_methods()`, `remove` it."""
 
+from visionmix.reduction.algm import ALGM
 from visionmix.reduction.ats import ATS
 from visionmix.reduction.avit import AViT
 from visionmix.reduction.dynamicvit import DynamicViT
@@ -15,6 +16,7 @@ from visionmix.reduction.wrapping import apply, remove
 from visionmix.reduction.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "ALGM",
     "ATS",
     "MCTF",
     "AViT",

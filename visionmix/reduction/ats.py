@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.layers import at_least_float32
-from visionmix.reduction.attention import attention_block, attention_weights
+from visionmix.reduction.attention import attention_block, attention_weights, mask_bias
 from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_int, register_method
 from visionmix.reduction.tokens import Tokens, keep
 
@@ -71,9 +71,7 @@ class ATS(Method):
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)
-        bias = None
-        if tokens.mask is not None:
-            bias = torch.zeros_like(tokens.x[..., 0]).masked_fill(~tokens.mask, -math.inf)
+        bias = mask_bias(tokens)
         if index not in self.layers:
             return tokens._replace(x=parts.feed_forward(parts.attention(tokens.x, bias).x))
         projected = parts.project(parts.open(tokens.x))

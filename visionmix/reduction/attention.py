@@ -1,7 +1,9 @@
 """A block as its two branches, and its attention in three moves: project, mix, close."""
 
+import math
 from typing import NamedTuple
 
+import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from visionmix.backbones.block import Block as MapBlock
 from visionmix.backbones.block import TokenBlock
 from visionmix.mixers.softmax import SoftmaxAttention
+from visionmix.reduction.tokens import Tokens
 
 
 class Projected(NamedTuple):
@@ -202,6 +205,13 @@ def attention_weights(q: Tensor, k: Tensor, key_bias: Tensor | None = None) -> T
     """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (logits if key_bias is None else logits + _row(key_bias, q)).softmax(dim=-1)
+
+
+def mask_bias(tokens: Tokens) -> Tensor | None:
+    """Return a bias of keys, (batch, tokens), that hides what `tokens.mask` says is not there; None where all is."""
+    if tokens.mask is None:
+        return None
+    return torch.zeros_like(tokens.x[..., 0]).masked_fill(~tokens.mask, -math.inf)
 
 
 def _row(key_bias: Tensor | None, q: Tensor) -> Tensor | None:

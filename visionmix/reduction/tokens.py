@@ -101,12 +101,13 @@ def merge(tokens: Tokens, target: Tensor, count: int, weight: Tensor | None = No
     Args:
         tokens: The tokens; their `prefix_positions` are not changed.
         target: Position of each token in the new sequence, int64 (batch, tokens).
-        count: Length of the new sequence, in which no place is empty.
+        count: Length of the new sequence. An empty place has a token and a size of zeros.
         weight: (batch, tokens, 1), or None for the sizes.
     """
     size = ones(tokens.x) if tokens.size is None else tokens.size
     weight = size if weight is None else weight
-    x = (summed(tokens.x * weight, target, count) / summed(weight, target, count)).to(tokens.x.dtype)
+    total = summed(weight, target, count)
+    x = (summed(tokens.x * weight, target, count) / torch.where(total == 0, 1, total)).to(tokens.x.dtype)
     return tokens._replace(x=x, size=summed(size, target, count), source=tokens.moved(target))
 
 
