@@ -78,8 +78,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, (3 + gate) * dim, bias=qkv_bias, **dd)
         if lepe is not None:
             self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim, **dd)
-        if gate_norm:
-            self.norm = LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = LayerNorm(dim, eps=1e-5, **dd) if gate_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,13 +98,16 @@ class Attention(nn.Module):
             cells, around = _cells(out, height, width), _cells(v, height, width)
             # In place on the convolution's output, which no gradient needs.
             out = self.lepe(around).add_(cells).permute(0, 2, 3, 1).flatten(1, 2)
-        if self.gate:
-            o = parts[2]
-            if self.gate_norm:
-                out, o = self.norm(out), F.silu(o)
-            out, scale = scaled_gate(out, o)
-            return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
-        return self.proj(out)
+        return self.close(out, parts[2] if self.gate else None)
+
+    def close(self, out: Tensor, o: Tensor | None) -> Tensor:
+        """Return the result from the attended values and the gate, both (batch, tokens, dim), None for no gate."""
+        if o is None:
+            return self.proj(out)
+        if self.gate_norm:
+            out, o = self.norm(out), F.silu(o)
+        out, scale = scaled_gate(out, o)
+        return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
 
 
 @register_mixer("softmax")

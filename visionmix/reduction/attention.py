@@ -58,9 +58,7 @@ def _softmax_mixer(mixer: SoftmaxAttention, x: Tensor, key_bias: Tensor | None, 
     heads = qkv[..., : 3 * mixer.dim].unflatten(-1, (3, mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = heads.unbind(0)
     mixed, weights = _attend(q, k, v, key_bias, queries, mixer.fused_attn)
-    if mixer.gate:
-        mixed = mixed * qkv[..., 3 * mixer.dim :]
-    return Attended(mixer.proj(mixed), k, weights)
+    return Attended(mixer.close(mixed, qkv[..., 3 * mixer.dim :] if mixer.gate else None), k, weights)
 
 
 def _attend(
