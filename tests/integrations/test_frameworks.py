@@ -113,18 +113,21 @@ def test_check_configs_sees_parameters_without_a_gradient(monkeypatch):
 PAPERS = {
     "mmdet/mask_rcnn_{}_1x.py": "agent_pvt_tiny agent_swin_tiny efficient_vmamba_tiny flatten_pvt_tiny mavit_tiny "
     "msvmamba_nano raftmlp_s ravlt_tiny sgformer_small slab_swin_tiny vig_h_t vmamba_tiny local_vmamba_tiny "
-    "spatial_mamba_tiny vim2_tiny vssd_tiny plainmamba_l1 mila_tiny pvt_tiny_prepbn transnext_tiny",
+    "spatial_mamba_tiny vim2_tiny vssd_tiny plainmamba_l1 mila_tiny pvt_tiny_prepbn transnext_tiny l2vit_tiny",
     "mmdet/mask_rcnn_{}_3x.py": "agent_swin_tiny dinat_mini dinats_tiny efficient_vmamba_base flatten_swin_tiny "
     "mavit_small msvmamba_tiny nat_mini ravlt_small sgformer_small swin_tiny_prepbn vmamba_tiny local_vmamba_tiny "
-    "spatial_mamba_tiny vssd_tiny mila_tiny",
+    "spatial_mamba_tiny vssd_tiny mila_tiny l2vit_tiny",
     "mmdet/cascade_mask_rcnn_{}_3x.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_small nat_mini "
     "ravlt_small mambavision_tiny",
     "mmdet/mask_rcnn_{}_100e.py": "local_vim_tiny",
     "mmdet/cascade_mask_rcnn_{}_100e.py": "vim_tiny",
-    "mmdet/retinanet_{}_1x.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny raftmlp_s ravlt_tiny plainmamba_l1",
+    "mmdet/retinanet_{}_1x.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny raftmlp_s ravlt_tiny plainmamba_l1 "
+    "l2vit_tiny",
+    "mmdet/retinanet_{}_3x.py": "l2vit_tiny",
     "mmseg/upernet_{}_160k.py": "agent_swin_tiny dinat_mini dinats_tiny flatten_swin_tiny mavit_tiny msvmamba_nano "
     "nat_mini plainmamba_l1 ravlt_small sgformer_small vig_h_t vmamba_tiny local_vmamba_tiny spatial_mamba_tiny "
-    "vil_tiny vim2_tiny vssd_tiny mambavision_tiny local_vim_tiny hrvmamba_base mila_base van_b0 transnext_tiny",
+    "vil_tiny vim2_tiny vssd_tiny mambavision_tiny local_vim_tiny hrvmamba_base mila_base van_b0 transnext_tiny "
+    "l2vit_tiny",
     "mmseg/semantic_fpn_{}_40k.py": "raftmlp_s van_b0",
     "mmseg/semantic_fpn_{}_80k.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny ravlt_small",
 }

@@ -18,6 +18,7 @@ from visionmix.layers import (
     ConvMlp,
     CornerHead,
     LogSigmoid,
+    NormConvDownsample,
     OffsetLayerNorm,
     PatchMerging,
     RotaryMap,
@@ -55,6 +56,24 @@ def test_patch_merging_compiled_pads_as_eager_does(size):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     x = torch.randn(1, *size, 3)
     assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("size", [(6, 4), (5, 7), (1, 4)])
+def test_norm_conv_downsample_pads_behind_the_norm_or_leaves_out(size, whole):
+    layer = NormConvDownsample(3, 5, whole=whole)
+    nn.init.normal_(layer.norm.bias)  # so that zeros before the norm would not be zeros behind it
+    x = torch.randn(2, *size, 3)
+    rows, columns = (max((side + whole) // 2, 1) for side in size)
+    out = layer(x)
+    assert out.shape == (2, rows, columns, 5) == (2, *layer.grid_size(*size), 5)
+    padded = torch.zeros(2, 2 * rows + 1, 2 * columns + 1, 3)
+    padded[:, : size[0], : size[1]] = layer.norm(x)
+    for row in range(rows):
+        for column in range(columns):
+            cells = padded[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            expected = torch.einsum("brck,dkrc->bd", cells, layer.conv.weight)
+            assert torch.allclose(out[:, row, column], expected + layer.conv.bias, atol=1e-6)
 
 
 def test_conv_mlp_adds_the_neighbours():

@@ -9,7 +9,8 @@ import visionmix
 from visionmix.mixers.registry import mixer_options
 
 SCANS = [name for name in visionmix.list_mixers() if "order" in mixer_options(name)]
-LINEAR = ["agent", "flow", "focused", "inline", "linear", "mala", "non_causal_ssd", "rala"]
+LINEAR = ["agent", "dual_gated", "flow", "focused", "inline", "linear", "linear_global", "mala", "non_causal_ssd"]
+LINEAR += ["norm_aware", "rala"]
 HALVES = [torch.float16, torch.bfloat16]
 
 

@@ -1,40 +1,22 @@
 """MILA's mixer against its definition, written cell by cell."""
 
-import math
-
 import pytest
 import torch
+from naive_linear_attention import turned_attention
 from torch.nn import functional as F
 
 from visionmix.mixers import MambaInspiredLinearAttention
 
 
-def turned(x, height, width):
-    """Return x (tokens, dim), pairs of all its channels turned by row in the first half, by column in the second."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    count = pairs.shape[1] // 2
-    for cell in range(height * width):
-        for pair in range(2 * count):
-            angle = (cell // width if pair < count else cell % width) * 10000.0 ** -(pair % count / count)
-            pairs[cell, pair] = pairs[cell, pair] * complex(math.cos(angle), math.sin(angle))
-    return torch.view_as_real(pairs).flatten(1)
-
-
 def naive(mixer, x):
-    _, height, width, dim = x.shape
+    _, height, width, _ = x.shape
     y, gate = mixer.in_proj(x).chunk(2, dim=-1)
     v = F.silu(mixer.conv(y.permute(0, 3, 1, 2)))
     local = mixer.lepe(v).permute(0, 2, 3, 1)
     out = []
     for values in v.permute(0, 2, 3, 1).flatten(1, 2):
-        q, k = (F.elu(mixer.qk(values)) + 1).chunk(2, dim=-1)
-        turned_q, turned_k = turned(q.clone(), height, width), turned(k.clone(), height, width)
-        heads = []
-        for head in torch.arange(dim).chunk(mixer.num_heads):
-            weights = turned_q[:, head] @ turned_k[:, head].T / len(values)
-            normaliser = (q[:, head] @ k[:, head].T).mean(dim=1, keepdim=True) + 1e-6
-            heads.append(weights @ values[:, head] / normaliser)
-        out.append(torch.cat(heads, dim=1).unflatten(0, (height, width)))
+        qk = F.elu(mixer.qk(values)) + 1
+        out.append(turned_attention(qk, values, mixer.num_heads, height, width).unflatten(0, (height, width)))
     return mixer.proj((torch.stack(out) + local) * F.silu(gate))
 
 

@@ -68,6 +68,18 @@ def test_window_equals_timm_on_whole_windows(shift):
     assert torch.allclose(mixer(x), block._attn(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_window_without_biases_is_one_whose_biases_are_0(shift):
+    plain, biased = (window(window_size=3, shift=shift, relative_bias=each) for each in (False, True))
+    assert biased.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["bias_table"]
+    nn.init.zeros_(biased.bias_table)
+    x = torch.randn(2, 6, 7, 12)
+    assert torch.allclose(plain(x), biased(x), atol=1e-6)
+    plain.set_grid_size((2, 5))
+    assert (plain.side, plain.shift_size) == (2, 0)
+    assert plain(x).shape == x.shape
+
+
 def test_a_window_is_no_larger_than_the_map():
     assert (window(shift=True).side, window(shift=True).shift_size) == (7, 3)
     for grid, expected in {(7, 7): (7, 0), (9, 8): (7, 3), (5, 9): (5, 0), (1, 1): (1, 0)}.items():

@@ -320,10 +320,11 @@ def test_compiles_by_inductor(method):
     torch.testing.assert_close(torch.compile(fast, fullgraph=True)(images()), fast(images()), atol=1e-4, rtol=1e-4)
 
 
-def plain(**options) -> Plain:
+def plain(mixer=None, **options) -> Plain:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 4, "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    model = Plain(**sizes, mixer={"name": "softmax", "gate": True}, mlp_layer=mlp, layer_scale=0.5, **options)
+    mixer = mixer or {"name": "softmax", "gate": True}
+    model = Plain(**sizes, mixer=mixer, mlp_layer=mlp, layer_scale=0.5, **options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -342,6 +343,11 @@ def test_reduces_a_plain_model():
     torch.testing.assert_close(fast.forward_head(features, pre_logits=True), pooled)
     fast.train()(images()).sum().backward()
     assert reduction.remove(fast) is model
+
+
+def test_a_normalised_gate_is_reduced_too():
+    model = plain({"name": "softmax", "gate": True, "gate_norm": True})
+    torch.testing.assert_close(reduction.apply(model, "tome", r=0)(images()), model(images()))
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

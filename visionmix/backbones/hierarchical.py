@@ -108,7 +108,7 @@ class Hierarchical(Backbone):
         final_norm_layer: Makes the norm after the last stage; "same" for the last stage's `norm_layer`, None for none.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made; one that projects before the
             classifier has that width as `hidden_size`.
-        layer_scale: Initial value of the blocks' learned scales, or None for none.
+        layer_scale: Initial value of the blocks' learned scales, or None for none. One per stage.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
 
@@ -143,7 +143,7 @@ class Hierarchical(Backbone):
         stage_norm_layer: _EachStage = None,
         final_norm_layer: LayerSpec = "same",
         head_layer: LayerSpec = _HEAD,
-        layer_scale: float | None = None,
+        layer_scale: float | Sequence[float | None] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -174,6 +174,7 @@ class Hierarchical(Backbone):
         stage_layers = per_stage(stage_layer, stages, "stage_layer")
         block_layers = per_stage(block_layer, stages, "block_layer")
         mixers = per_stage(mixer, stages, "mixer")
+        scales = per_stage(layer_scale, stages, "layer_scale")
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.patch_size = patch_size
@@ -185,7 +186,7 @@ class Hierarchical(Backbone):
             downsample = downsamplers[index](embed_dims[index - 1], dim, **dd) if index else None
             if downsample is not None:
                 grid_size, reduction = downsample.grid_size(*grid_size), reduction * downsample.stride
-            options = {"mlp_layer": mlps[index], "norm_layer": norms[index], "layer_scale": layer_scale, **dd}
+            options = {"mlp_layer": mlps[index], "norm_layer": norms[index], "layer_scale": scales[index], **dd}
             places = {"num_heads": num_heads[index], "grid_size": grid_size, "where": f" of stage {index}"}
             blocks = build_blocks(dim, block_layers[index], mixers[index], rates[index], **places, **options)
             embedding = embeddings[index]

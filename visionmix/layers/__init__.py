@@ -7,7 +7,7 @@ are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem
 from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
 from visionmix.layers.deformable import DeformableConv
-from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
+from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, NormConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
@@ -44,6 +44,7 @@ __all__ = [
     "LinearNorm",
     "LogSigmoid",
     "MultiScalePatches",
+    "NormConvDownsample",
     "OffsetLayerNorm",
     "PatchMerging",
     "PositionEmbedding",

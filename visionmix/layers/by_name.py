@@ -9,7 +9,7 @@ from timm.layers import ClassifierHead, get_act_layer, get_norm_layer
 from torch import nn
 
 from visionmix.layers.bottleneck import BottleneckStem
-from visionmix.layers.downsample import ConvDownsample, PatchMerging
+from visionmix.layers.downsample import ConvDownsample, NormConvDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
@@ -35,7 +35,11 @@ _LAYERS: dict[str, dict[str, Layer]] = {
         "deep_patch": deep_patch_stem,
         "bottleneck": BottleneckStem,
     },
-    "downsample_layer": {"conv": ConvDownsample, "patch_merging": PatchMerging},
+    "downsample_layer": {
+        "conv": ConvDownsample,
+        "norm_conv": NormConvDownsample,
+        "patch_merging": PatchMerging,
+    },
     "mlp_layer": {"mlp": mlp, "swiglu": swiglu, "conv_mlp": ConvMlp, "conv_glu": ConvGlu},
     "norm_layer": {
         "batchnorm": BatchNorm,

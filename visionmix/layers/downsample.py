@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -91,6 +91,52 @@ def _pad_if_odd(x: Tensor) -> Tensor:
         if x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
             return x
     return F.pad(x, [0, 0, 0, 1, 0, 1])
+
+
+class NormConvDownsample(nn.Module):
+    """``conv(norm(x))``, a norm over channels and a convolution of 2x2 patches.
+
+    Cells beyond the last whole patch are left out, and a map of one row or column is padded to two. With `whole`, an
+    odd side is padded instead. Zeros go to the bottom and to the right, behind the norm.
+
+    Shapes: (batch, height, width, dim) to (batch, height // 2, width // 2, out_dim); with `whole` to (batch,
+    ceil(height / 2), ceil(width / 2), out_dim).
+
+    Source: ConvNeXt (Liu et al. 2022, arXiv 2201.03545).
+
+    Args:
+        dim: Channels in.
+        out_dim: Channels out.
+        norm_layer: Makes the norm from `dim`.
+        whole: Whether odd sides are padded.
+    """
+
+    whole: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        norm_layer: Callable[..., nn.Module] = _NORM,
+        whole: bool = False,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
+        self.stride = 2
+        self.whole = whole
+
+    @torch.jit.ignore
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns that a map of `height` by `width` becomes."""
+        return ((height + 1) // 2, (width + 1) // 2) if self.whole else (max(height // 2, 1), max(width // 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = _pad_if_odd(x) if self.whole else pad_to(x, 2)
+        return self.conv(channels_first(x)).permute(0, 2, 3, 1)
 
 
 class PatchMerging(nn.Module):

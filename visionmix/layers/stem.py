@@ -250,11 +250,16 @@ def deep_conv_stem(in_chans: int = 3, embed_dim: int = 64, patch_size: int = 4, 
     Raises:
         ValueError: `patch_size` is not 4, or `embed_dim` is odd.
     """
+    return Stem(in_chans, deep_convs(embed_dim, patch_size), **dd)
+
+
+def deep_convs(embed_dim: int, patch_size: int) -> list[StemConv]:
+    """Return the convolutions of `deep_conv_stem`."""
     if patch_size != 4:
         raise ValueError(f"patch_size={patch_size} does not suit two convolutions of stride 2; give 4")
     conv = StemConv(_half(embed_dim), 3, norm_layer=nn.BatchNorm2d, act_layer=nn.GELU)
     last = conv._replace(channels=embed_dim, stride=2, act_layer=None)
-    return Stem(in_chans, [conv._replace(stride=2), conv, conv, last], **dd)
+    return [conv._replace(stride=2), conv, conv, last]
 
 
 def deep_patch_stem(

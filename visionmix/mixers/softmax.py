@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 import torch
-from timm.layers import use_fused_attn
+from timm.layers import LayerNorm, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +16,8 @@ class Attention(nn.Module):
 
         q, k, v, o = W x
         out        = W_o ((attend(q, k, v) + depthwise(v)) * o)        (depthwise with `lepe`, o with `gate`)
+
+    With `gate_norm` the gate stands behind a layer norm: ``W_o (norm(attend(q, k, v) + depthwise(v)) * silu(o))``.
 
     A mixer gives `attend`, from qk (batch, tokens, 2 heads, head_dim), the heads of q before those of k, from v (batch,
     tokens, heads, head_dim) and the map's height and width to the same shape as v.
@@ -30,19 +32,29 @@ class Attention(nn.Module):
         rotary: Whether q and k have rotary position encodings of rows and columns.
         lepe: Odd kernel size of a depthwise convolution of v that is added; None for no convolution.
         gate: Whether a fourth projection multiplies the result, without an activation.
+        gate_norm: Whether the result is normalised before the gate, and the gate activated.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, `lepe` is even, or `rotary` meets heads whose width is no
-            multiple of 4.
+        ValueError: `num_heads` does not divide `dim`, `lepe` is even, `rotary` meets heads whose width is no multiple
+            of 4, or there is no gate for `gate_norm`.
     """
 
     entry = "qkv"
     has_rotary: Final[bool]
     gate: Final[bool]
     has_lepe: Final[bool]
+    gate_norm: Final[bool]
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool, rotary: bool, lepe: int | None, gate: bool, **dd: Any
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool,
+        rotary: bool,
+        lepe: int | None,
+        gate: bool,
+        gate_norm: bool = False,
+        **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -51,11 +63,14 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads={num_heads} makes heads of {head_dim} channels; rotary needs a multiple of 4")
         if lepe is not None and lepe % 2 == 0:
             raise ValueError(f"lepe={lepe} is even; give an odd kernel size, so that a window has a middle")
+        if gate_norm and not gate:
+            raise ValueError("gate_norm=True normalises what is gated; give gate=True too")
         self.dim = dim
         self.num_heads = num_heads
         self.scale = head_dim**-0.5
         self.has_rotary = rotary
         self.gate = gate
+        self.gate_norm = gate_norm
         self.has_lepe = lepe is not None
         self.parts = [2 * dim, dim, dim] if gate else [2 * dim, dim]  # q and k, v, o
         self.needs_map = rotary or self.has_lepe
@@ -63,6 +78,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, (3 + gate) * dim, bias=qkv_bias, **dd)
         if lepe is not None:
             self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim, **dd)
+        self.norm = LayerNorm(dim, eps=1e-5, **dd) if gate_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +98,16 @@ class Attention(nn.Module):
             cells, around = _cells(out, height, width), _cells(v, height, width)
             # In place on the convolution's output, which no gradient needs.
             out = self.lepe(around).add_(cells).permute(0, 2, 3, 1).flatten(1, 2)
-        if self.gate:
-            out, scale = scaled_gate(out, parts[2])
-            return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
-        return self.proj(out)
+        return self.close(out, parts[2] if self.gate else None)
+
+    def close(self, out: Tensor, o: Tensor | None) -> Tensor:
+        """Return the result from the attended values and the gate, both (batch, tokens, dim), None for no gate."""
+        if o is None:
+            return self.proj(out)
+        if self.gate_norm:
+            out, o = self.norm(out), F.silu(o)
+        out, scale = scaled_gate(out, o)
+        return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
 
 
 @register_mixer("softmax")
@@ -95,7 +117,8 @@ class SoftmaxAttention(Attention):
     Shapes, arguments and errors are those of `Attention`.
 
     Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); `rotary`, `lepe` and `gate` as the later stages of MAViT
-    (Fan et al. 2025, arXiv 2507.00698) have them.
+    (Fan et al. 2025, arXiv 2507.00698) have them, `gate_norm` as those of NaLaFormer (Meng et al. 2025, arXiv
+    2506.21137).
     """
 
     def __init__(
@@ -106,9 +129,10 @@ class SoftmaxAttention(Attention):
         rotary: bool = False,
         lepe: int | None = None,
         gate: bool = False,
+        gate_norm: bool = False,
         **dd: Any,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, **dd)
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, gate_norm, **dd)
         self.fused_attn = use_fused_attn()
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:

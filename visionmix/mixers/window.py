@@ -1,7 +1,7 @@
 """Softmax attention inside windows, shifted or not: Swin's mixer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -19,8 +19,8 @@ class WindowAttention(nn.Module):
     """Multi-head softmax attention inside square windows, with a learned bias of relative position.
 
     ``out = W_o softmax(q k^T * head_dim^-0.5 + B) v`` with ``q, k, v = W x`` among the cells of a window, where B has
-    an entry a head and offset between two cells. With `shift` the map is rolled by half a window before it is cut, and
-    cells that the roll made neighbours do not see each other.
+    an entry a head and offset between two cells; it is 0 without `relative_bias`. With `shift` the map is rolled by
+    half a window before it is cut, and cells that the roll made neighbours do not see each other.
 
     A map that windows do not cover is padded with zeros at the bottom and on the right. Attention sees the padding, as
     Swin's code has it for detection. A window larger than the built map shrinks to its shorter side; where a window is
@@ -37,12 +37,14 @@ class WindowAttention(nn.Module):
         shift: Whether windows are shifted by half their size.
         qkv_bias: Whether the projection to q, k and v has a bias.
         grid_size: Rows and columns of the built map; None for one that is larger than a window.
+        relative_bias: Whether there is a bias of relative position.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
     """
 
     undecayed = ("bias_table",)
+    has_bias: Final[bool]
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class WindowAttention(nn.Module):
         shift: bool = False,
         qkv_bias: bool = True,
         grid_size: tuple[int, int] | None = None,
+        relative_bias: bool = True,
         **dd: Any,
     ) -> None:
         super().__init__()
@@ -65,8 +68,10 @@ class WindowAttention(nn.Module):
         self.side, self.shift_size = self._side_and_shift(grid_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        table = trunc_normal_(torch.zeros((2 * self.side - 1) ** 2, num_heads, **dd), std=0.02)
-        self.bias_table = nn.Parameter(table)
+        self.has_bias = relative_bias
+        if relative_bias:
+            table = trunc_normal_(torch.zeros((2 * self.side - 1) ** 2, num_heads, **dd), std=0.02)
+            self.bias_table = nn.Parameter(table)
 
     @torch.jit.ignore
     def _side_and_shift(self, grid_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -83,11 +88,14 @@ class WindowAttention(nn.Module):
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
         x = self.qkv(into_windows(x, side, shift)).flatten(0, 1)
         q, k, v = x.reshape(-1, cells, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self._relative_bias()
+        bias = torch.jit.annotate(Tensor | None, None)
+        if self.has_bias:
+            bias = self._relative_bias()
         if shift > 0:
             # Written out, with an axis of windows, so that the mask is not repeated for every image.
             q, k, v = [each.unflatten(0, (batch, rows * columns)) for each in (q, k, v)]
-            x = softmax_attention(q, k, v, bias + _apart(rows, columns, side, shift, x).unsqueeze(1), False)
+            mask = _apart(rows, columns, side, shift, x).unsqueeze(1)
+            x = softmax_attention(q, k, v, mask if bias is None else bias + mask, False)
         else:
             x = softmax_attention(q, k, v, bias, self.fused_attn)
         # By way of all cells: a graph that compared the windows of all images with the images would be made anew where
@@ -111,8 +119,9 @@ class WindowAttention(nn.Module):
         window and pads, so that its outputs differ where the window or its shift does.
         """
         self.side, self.shift_size = self._side_and_shift(grid_size)
-        with torch.no_grad():
-            self.bias_table = nn.Parameter(self._resampled(self.bias_table))
+        if self.has_bias:
+            with torch.no_grad():
+                self.bias_table = nn.Parameter(self._resampled(self.bias_table))
 
     @torch.jit.ignore
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor:

@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, LayerNorm, SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from visionmix.backbones import Hierarchical
 from visionmix.backbones.block import Residual
-from visionmix.layers import ConvMlp, patch_stem
+from visionmix.layers import ConvMlp, NormConvDownsample, patch_stem
 from visionmix.layers.fold import entry_of, fold_before
-from visionmix.layers.maps import channels_first, pad_to
 from visionmix.layers.norm import BatchNorm
+from visionmix.layers.truncated import draw_convolutions
 from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
 
 _mlp = partial(ConvMlp, residual=False, act_first=True)
@@ -92,27 +92,6 @@ class _Block(_LastBlock):
     def forward(self, x: Tensor) -> Tensor:
         y = self.interacted(self.mixer(x))
         return self.scale(x, y + self.mlp2(self.norm2(y)))
-
-
-class _Downsample(nn.Module):
-    """``conv(norm(x))``, of 2x2 cells that do not overlap; a map of one row or column is padded to two with zeros.
-
-    Shapes: (batch, height, width, dim) to (batch, height // 2, width // 2, out_dim).
-    """
-
-    def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = BatchNorm(dim, **dd)
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
-        self.stride = 2
-
-    @torch.jit.ignore
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns that a map of `height` by `width` becomes."""
-        return max(height // 2, 1), max(width // 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(channels_first(self.norm(pad_to(x, 2)))).permute(0, 2, 3, 1)
 
 
 class _Head(nn.Module):
@@ -210,10 +189,7 @@ class CareTransformer(Hierarchical):
     def init_weights(self) -> None:
         """Draw the weights of linear layers and convolutions from a truncated normal of deviation 0.02, biases 0."""
         super().init_weights()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        draw_convolutions(self)
 
     @torch.jit.ignore
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
@@ -261,7 +237,7 @@ def _layout(
         "mixer": [strips, strips, "decoupled", "decoupled"],
         "num_heads": (num_heads,) * 4,
         "stem_layer": partial(patch_stem, norm_layer=nn.BatchNorm2d),
-        "downsample_layer": _Downsample,
+        "downsample_layer": partial(NormConvDownsample, norm_layer=BatchNorm),
         "block_layer": [*blocks, [last] * (depths[-1] - 1) + [partial(_LastBlock, ratios=ratios[-1])]],
         "mlp_layer": _mlp,
         "norm_layer": BatchNorm,

@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones import Hierarchical, Residual, Stage
-from visionmix.layers import ConvDownsample, Stem, StemConv, mlp
+from visionmix.layers import NormConvDownsample, Stem, StemConv, mlp
+from visionmix.layers.truncated import DrawnConvolutions, draw_convolutions
 from visionmix.mixers.learnable_spacings import LearnableSpacings
 from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
 from visionmix.models.hosts import HEAD, doubled
@@ -28,7 +29,7 @@ _KEYS = KeyMap(
         (r"^downsample_layers\.0\.0\.", "stem.conv1."),
         (r"^downsample_layers\.0\.1\.", "stem.norm1."),
         (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
-        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv.conv."),
+        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
         (r"^stages\.(\d)\.\d+\.dwconv\.P$", r"stages.\1.spacings.positions"),
         (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"\.dwconv\.", ".mixer."),
@@ -83,23 +84,11 @@ class _Block(nn.Module):
         return self.scale(x, self.mlp(self.norm(y)))
 
 
-def _draw(module: nn.Module) -> None:
-    """Draw the convolutions inside `module` from a truncated normal of deviation 0.02, their biases 0."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-
-class _Stem(Stem):
+class _Stem(DrawnConvolutions, Stem):
     """A convolution of whole patches and a norm."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int, **dd: Any) -> None:
         super().__init__(in_chans, [StemConv(embed_dim, patch_size, patch_size, 0, norm_layer=_NORM)], **dd)
-
-    @torch.jit.ignore
-    def init_layer_weights(self) -> None:
-        _draw(self)
 
 
 class _Stage(Stage):
@@ -124,7 +113,7 @@ class _Stage(Stage):
 
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
-        _draw(self.downsample)
+        draw_convolutions(self.downsample)
 
     def forward(self, x: Tensor, carry: list[Tensor] | None = None) -> Tensor:
         x = self.pos_embed(self.downsample(x))
@@ -137,23 +126,6 @@ class _Stage(Stage):
             else:
                 x = block(x, kernel)
         return self.norm(x)
-
-
-class _Downsample(nn.Module):
-    """A norm, then a 2x2 convolution of stride 2."""
-
-    def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = _NORM(dim, **dd)
-        self.conv = ConvDownsample(dim, out_dim, kernel_size=2, norm_layer=nn.Identity, **dd)
-        self.stride = self.conv.stride
-
-    @torch.jit.ignore
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        return self.conv.grid_size(height, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.norm(x))
 
 
 class _Head(ClassifierHead):
@@ -179,7 +151,7 @@ def _layout(embed_dim: int, depths: Sequence[int], kernel_count: int, **options:
     layers = {
         "mixer": {"name": "dcls", "kernel_count": kernel_count},
         "stem_layer": _Stem,
-        "downsample_layer": _Downsample,
+        "downsample_layer": partial(NormConvDownsample, norm_layer=_NORM),
         "stage_layer": _Stage,
         "block_layer": _Block,
         "mlp_layer": mlp,

@@ -185,7 +185,7 @@ class _SoftmaxBlock(AttentionBlock):
         return self.block.norm1(x)
 
     def close(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        return self.block.scale1(x, self.layer.proj(mixed if gate is None else mixed * gate))
+        return self.block.scale1(x, self.layer.close(mixed, gate))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         block = self.block

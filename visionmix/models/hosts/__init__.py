@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from visionmix.backbones import Stage
 from visionmix.backbones.contract import MixerSpec
+from visionmix.layers.truncated import DrawnConvolutions
 from visionmix.models.layout import Layout
 from visionmix.models.weights import Weights
 
@@ -37,6 +39,10 @@ def leaplab_in1k(file: str, top1: float, crop_mode: str = "squash", **facts: Any
     tag = f"in1k_{facts['input_size']}" if "input_size" in facts else "in1k"
     address = f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"
     return {tag: Weights(address, top1=top1, crop_mode=crop_mode, **facts)}
+
+
+class DrawnStage(DrawnConvolutions, Stage):
+    """`Stage` whose convolutions begin as its linear layers do, in ConvNeXt's way."""
 
 
 def mixers_by_letter(
