@@ -24,6 +24,7 @@ GENERAL = {"defaults", "bakeoff"}  # of no model in particular
 
 # Models without a recipe from scratch, by pattern, and why.
 WITHOUT = {
+    r"ecoformer_pvt_v2_b\d": "trained from PVTv2s with softmax attention, whose weights are not published",
     r"mamba_yolo_\w+_backbone": "trained inside its detector alone",
     r"(pyramid|plain)_(nano|tiny|small)": "no published model: bakeoff.yaml trains it",
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",

@@ -1,6 +1,6 @@
 """Attention with a Gaussian kernel instead of softmax, through landmarks: the mixer of SOFT and SOFT++."""
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.fx
@@ -18,8 +18,8 @@ class _HeadConv(nn.Conv2d):
     """A depthwise convolution of maps (batch, dim, height, width), one kernel for all channels of a head."""
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int, **dd: Any) -> None:
-        options = {"padding": kernel_size // 2, "groups": num_heads, "bias": False}
-        super().__init__(num_heads, num_heads, kernel_size, **options, **dd)
+        padding = kernel_size // 2
+        super().__init__(num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False, **dd)
         self.head_dim = dim // num_heads
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,8 +72,6 @@ class SoftmaxFreeAttention(nn.Module):
     """
 
     entry = "qv"
-    normalised: Final[bool]
-    published_step: Final[bool]
 
     def __init__(
         self,

@@ -73,9 +73,8 @@ class _PostNormBlock(Block):
 
     def __init__(self, dim: int, *, drop_path: float = 0.0, **options: Any) -> None:
         super().__init__(dim, **options)
-        self.scale1.drop_path = nn.Dropout(drop_path)
-        if self.has_mlp:
-            self.scale2.drop_path = nn.Dropout(drop_path)
+        for scale in [self.scale1, self.scale2] if self.has_mlp else [self.scale1]:
+            scale.add_module("drop_path", nn.Dropout(drop_path))
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -91,7 +90,9 @@ class _PostNormBlock(Block):
 class _TokenStage(Stage):
     """`Stage` on the cells and a class token, which is the last of `carry` before it and after it."""
 
-    def forward(self, x: Tensor, carry: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, carry: list[Tensor] | None = None) -> Tensor:
+        if carry is None:
+            raise ValueError("carry=None holds no class token; give a list that ends in one, (batch, 1, dim)")
         x = self.pos_embed(self.downsample(x))
         grid = Grid(x.shape[1], x.shape[2], [0], None)
         x = join_prefix(x.flatten(1, 2), carry[-1], grid.prefix_positions)
@@ -126,7 +127,7 @@ class Soft(Hierarchical):
         self, *arguments: Any, embed_dims: Sequence[int], published_step: bool = False, **options: Any
     ) -> None:
         super().__init__(*arguments, embed_dims=embed_dims, **options)
-        dd = {key: options.get(key) for key in ("device", "dtype")}
+        dd: dict[str, Any] = {key: options.get(key) for key in ("device", "dtype")}
         self.class_token = PrefixTokens(embed_dims[-1], **dd)
         if published_step:
             mixers = [each for each in self.modules() if isinstance(each, SoftmaxFreeAttention) and each.normalised]
