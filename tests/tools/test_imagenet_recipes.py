@@ -25,6 +25,7 @@ GENERAL = {"defaults", "bakeoff"}  # of no model in particular
 # Models without a recipe from scratch, by pattern, and why.
 WITHOUT = {
     r"her_encoder": "taught by the image encoder of SAM, without labels",
+    r"ecoformer_pvt_v2_b\d": "trained from PVTv2s with softmax attention, whose weights are not published",
     r"mamba_yolo_\w+_backbone": "trained inside its detector alone",
     r"(pyramid|plain)_(nano|tiny|small)": "no published model: bakeoff.yaml trains it",
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
@@ -51,7 +52,7 @@ TINY = {
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
     r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
-    r"(l2vit|nalaformer|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(l2vit|nalaformer|soft|softpp|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
 

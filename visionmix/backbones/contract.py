@@ -147,6 +147,34 @@ class Backbone(nn.Module):
                 module.set_progress(done)
 
     @torch.jit.ignore
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """Fit every layer that is fitted to data, such as a hash, to `images`, as many as one pass has memory for.
+
+        A layer that is fitted has a method `calibrate`, called with its input. One is fitted after another, in the
+        order of a pass in evaluation mode, so each to what the fitted ones before it return.
+
+        Args:
+            images: (batch, in_chans, height, width), as the model takes them.
+
+        Raises:
+            ValueError: no layer is fitted to data, or `images` is not a fitting batch.
+        """
+        layers = [each for each in self.modules() if each is not self and hasattr(each, "calibrate")]
+        if not layers:
+            raise ValueError(f"no layer of {type(self).__qualname__} is fitted to data; leave out calibrate()")
+        training = {each: each.training for each in self.modules()}
+        hooks = [each.register_forward_pre_hook(lambda layer, inputs: layer.calibrate(*inputs)) for each in layers]
+        try:
+            self.eval()
+            self(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for each, mode in training.items():
+                each.training = mode
+
+    @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make `img_size` the size that size-tied tensors are stored at, by resampling them once.
 

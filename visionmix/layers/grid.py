@@ -121,6 +121,10 @@ class PrefixTokens(nn.Module):
         """Return where the tokens stand in a sequence with `cells` other tokens."""
         return prefix_positions(cells, self.count, self.place)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def tokens(self, batch: int) -> Tensor:
+        """Return the tokens with their positions, (batch, count, dim), for each of `batch` images."""
         tokens = self.weight + self.pos_embed if self.positioned else self.weight
-        return join_prefix(x, tokens.expand(x.shape[0], -1, -1), self.positions(x.shape[1]))
+        return tokens.expand(batch, -1, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return join_prefix(x, self.tokens(x.shape[0]), self.positions(x.shape[1]))

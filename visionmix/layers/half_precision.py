@@ -15,6 +15,13 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
+@torch.jit.ignore
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast would round products of `x` to half precision; a function that must not turns it off."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def scan_dtype(x: Tensor) -> torch.dtype:
     """Return the type of a scan's result up to its norm, float32 at least: sums over a sequence outgrow float16."""
     return _scan_dtype(x)
