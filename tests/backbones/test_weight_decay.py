@@ -17,6 +17,7 @@ LEAVES = {"A_log", "D", "delta_bias", "move_B", "bias_table", "position_bias", "
 LEAVES |= {"temperature", "query_embedding", "local_bias"}  # TransNeXt's; its position biases come from a network:
 NETWORK = ("position_bias.fc1.weight", "position_bias.fc2.weight")
 MONARCH = ".mixer.kernel."  # the network that computes the kernels of Monarch Mixer
+LEAVES |= {"global_tokens"}  # DualToken-ViT's
 EMBEDDINGS = {"pos_embed", "class_token"}
 
 

@@ -50,7 +50,7 @@ TINY = {
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
     r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
-    r"(m2_vit)_": r"test_\1",
+    r"(dualtoken_vit|fmvit|m2_vit|s2aformer)_": r"test_\1",
     r"(van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
