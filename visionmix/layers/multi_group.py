@@ -56,6 +56,14 @@ class MultiGroupConv(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(out_dim, **dd) for _ in numbers)
         self.identity = nn.BatchNorm2d(dim, **dd) if dim == out_dim else None
+        self.init_layer_weights()
+
+    @torch.jit.ignore
+    def init_layer_weights(self) -> None:
+        """Let every norm begin with its share of the sum, which is then as large as one of its parts."""
+        norms = [*self.norms] if self.identity is None else [*self.norms, self.identity]
+        for norm in norms:
+            nn.init.constant_(norm.weight, 1.0 / len(norms))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
