@@ -16,6 +16,8 @@ from visionmix.backbones.contract import Backbone
 LEAVES = {"A_log", "D", "delta_bias", "move_B", "bias_table", "position_bias", "positions"}
 LEAVES |= {"temperature", "query_embedding", "local_bias"}  # TransNeXt's; its position biases come from a network:
 NETWORK = ("position_bias.fc1.weight", "position_bias.fc2.weight")
+MONARCH = ".mixer.kernel."  # the network that computes the kernels of Monarch Mixer
+LEAVES |= {"global_tokens"}  # DualToken-ViT's
 EMBEDDINGS = {"pos_embed", "class_token"}
 
 
@@ -57,7 +59,7 @@ def test_no_weight_decay_outlives_a_copy(name, made):
     model = COPIES[made](timm.create_model(name))
     keys = [key for key, _ in model.named_parameters()]
     expected = {key for key in keys if key.rpartition(".")[2] in LEAVES or EMBEDDINGS & {*key.split(".")}}
-    expected |= {key for key in keys if key.endswith(NETWORK)}
+    expected |= {key for key in keys if key.endswith(NETWORK) or MONARCH in key}
     assert model.no_weight_decay() == expected
     decayed = {
         id(value)

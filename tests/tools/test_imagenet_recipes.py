@@ -52,7 +52,8 @@ TINY = {
     r"mambar": "test_mambar_tiny",
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
     r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
-    r"(l2vit|nalaformer|soft|softpp|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(dualtoken_vit|fmvit|l2vit|m2_vit|nalaformer|s2aformer|soft|softpp)_": r"test_\1",
+    r"(van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
 }
 
 

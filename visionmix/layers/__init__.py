@@ -15,6 +15,7 @@ from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gat
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.learnable_spacings import SpacedKernel
 from visionmix.layers.maps import pad, pool_map, pool_windows, resample_map
+from visionmix.layers.monarch import MonarchLinear, MonarchMlp
 from visionmix.layers.multi_scale import MultiScalePatches
 from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
@@ -43,6 +44,8 @@ __all__ = [
     "JointSpatialFrequency",
     "LinearNorm",
     "LogSigmoid",
+    "MonarchLinear",
+    "MonarchMlp",
     "MultiScalePatches",
     "NormConvDownsample",
     "OffsetLayerNorm",

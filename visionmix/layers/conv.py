@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.fold import fold_behind
+from visionmix.layers.half_precision import at_least_float32
 
 
 class DepthwiseConvNormAct(nn.Module):
@@ -61,3 +63,26 @@ class SharedDepthwiseConv(nn.Module):
         # Copies of the few kernels, where heads in the batch's axis would copy the map.
         weight, bias = self.weight.repeat(self.heads, 1, 1, 1), self.bias.repeat(self.heads)
         return F.conv2d(x, weight, bias, padding=self.weight.shape[-1] // 2, groups=x.shape[1])
+
+
+class CausalConv(nn.Conv1d):
+    """`torch.nn.Conv1d`, depthwise, of each token and those before it: (batch, length, dim) to the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _causal_conv(x, self.weight, self.bias)
+
+
+@torch.fx.wrap
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    length, taps = x.shape[1], weight.shape[2]
+    x = F.pad(x, [0, 0, taps - 1, 0])
+    if not torch.jit.is_scripting() and bias is not None:
+        if x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            # A sum of few taps reads tokens as they lie; oneDNN's convolution, between two transposes, takes twice as
+            # long, and with gradients in bfloat16 three times. Half types are summed in float32, as there.
+            wide, each = at_least_float32(x), at_least_float32(weight).squeeze(1).t().contiguous()
+            y = torch.addcmul(at_least_float32(bias), wide[:, :length], each[0])
+            for tap in range(1, taps):
+                y.addcmul_(wide[:, tap : tap + length], each[tap])
+            return y.to(x.dtype)
+    return F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)

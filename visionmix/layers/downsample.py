@@ -139,6 +139,16 @@ class NormConvDownsample(nn.Module):
         return self.conv(channels_first(x)).permute(0, 2, 3, 1)
 
 
+def patch_cells(x: Tensor) -> list[Tensor]:
+    """Return the four cells of every 2x2 patch of x (batch, height, width, dim), column by column.
+
+    An odd side is padded by zeros. Each is (batch, ceil(height / 2), ceil(width / 2), dim).
+    """
+    x = _pad_if_odd(x)
+    # These are whole patches whether a side is even, or odd and padded, or even and padded all the same.
+    return [x[:, :-1:2, :-1:2], x[:, 1::2, :-1:2], x[:, :-1:2, 1::2], x[:, 1::2, 1::2]]
+
+
 class PatchMerging(nn.Module):
     """Each 2x2 patch as one vector, a norm over it and a linear map without bias.
 
@@ -172,7 +182,4 @@ class PatchMerging(nn.Module):
         self.norm = fold_before(self.norm, self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _pad_if_odd(x)
-        # These are whole patches whether a side is even, or odd and padded, or even and padded all the same.
-        cells = [x[:, :-1:2, :-1:2], x[:, 1::2, :-1:2], x[:, :-1:2, 1::2], x[:, 1::2, 1::2]]
-        return self.reduction(self.norm(torch.cat(cells, dim=-1)))
+        return self.reduction(self.norm(torch.cat(patch_cells(x), dim=-1)))

@@ -49,7 +49,7 @@ def mlp(
     return _Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
 
-class _InTiles:
+class InTiles:
     """The forward pass of a feed-forward that computes `_whole` for all tokens at once; a large one in tiles."""
 
     entry = "fc1"
@@ -60,7 +60,7 @@ class _InTiles:
         return _in_tiles(self, x)
 
 
-class _Mlp(_InTiles, Mlp):
+class _Mlp(InTiles, Mlp):
     """timm's feed-forward; a large one in tiles."""
 
     def _whole(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def swiglu(
     return _SwiGlu(dim, 2 * hidden, act_layer=nn.SiLU, bias=bias, drop=drop, gate_last=False, **dd)
 
 
-class _SwiGlu(_InTiles, GluMlp):
+class _SwiGlu(InTiles, GluMlp):
     """timm's gated feed-forward with one tensor of the hidden width less, and none during the last projection.
 
     The C library hands memory back to the system once about twice the largest tensor is free. The first projection's

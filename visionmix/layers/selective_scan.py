@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.layers.conv import CausalConv
 from visionmix.layers.half_precision import at_least_float32, scan_dtype
 from visionmix.layers.order import scan_order
 from visionmix.scans import move_codes
@@ -243,7 +244,7 @@ class SelectiveScan1d(_ScanParameters):
         super().__init__(dim, 1, dt_rank=dt_rank, d_state=d_state, **dd)
         if d_conv < 1:
             raise ValueError(f"d_conv={d_conv} is too small; give 1 or more")
-        self.conv = _CausalConv(dim, dim, d_conv, groups=dim, **dd)
+        self.conv = CausalConv(dim, dim, d_conv, groups=dim, **dd)
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -268,26 +269,3 @@ class SelectiveScan1d(_ScanParameters):
             scan_dtype(x),
         )
         return y.transpose(1, 2)
-
-
-class _CausalConv(nn.Conv1d):
-    """`torch.nn.Conv1d`, depthwise, of each token and those before it: (batch, length, dim) to the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _causal_conv(x, self.weight, self.bias)
-
-
-@torch.fx.wrap
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    length, taps = x.shape[1], weight.shape[2]
-    x = F.pad(x, [0, 0, taps - 1, 0])
-    if not torch.jit.is_scripting() and bias is not None:
-        if x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            # A sum of few taps reads tokens as they lie; oneDNN's convolution, between two transposes, takes twice as
-            # long, and with gradients in bfloat16 three times. Half types are summed in float32, as there.
-            wide, each = at_least_float32(x), at_least_float32(weight).squeeze(1).t().contiguous()
-            y = torch.addcmul(at_least_float32(bias), wide[:, :length], each[0])
-            for tap in range(1, taps):
-                y.addcmul_(wide[:, tap : tap + length], each[tap])
-            return y.to(x.dtype)
-    return F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)

@@ -37,9 +37,10 @@ class SpatialReductionAttention(nn.Module):
         sr_ratio: Rows and columns of cells that a cell of the smaller map stands for.
         qkv_bias: Whether W_q and W_kv have biases.
         norm_layer: Makes the norm of the smaller map from `dim`.
+        qk_dim: Channels of q and k in each head; None for those of v, head_dim.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or `sr_ratio` is below 1.
+        ValueError: `num_heads` does not divide `dim`, or `sr_ratio` or `qk_dim` is below 1.
     """
 
     def __init__(
@@ -49,19 +50,24 @@ class SpatialReductionAttention(nn.Module):
         sr_ratio: int = 2,
         qkv_bias: bool = True,
         norm_layer: Callable[..., nn.Module] = _NORM,
+        qk_dim: int | None = None,
         **dd: Any,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         if sr_ratio < 1:
             raise ValueError(f"sr_ratio={sr_ratio} is too small; give 1 or more")
+        if qk_dim is not None and qk_dim < 1:
+            raise ValueError(f"qk_dim={qk_dim} is too small; give 1 or more, or None for the width of a head")
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.fused_attn = use_fused_attn()
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        keys = dim if qk_dim is None else num_heads * qk_dim
+        self.widths = [keys, dim]
+        self.q = nn.Linear(dim, keys, bias=qkv_bias, **dd)
         self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd)
         self.norm = norm_layer(dim, **dd)
-        self.sr_kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.sr_kv = nn.Linear(dim, keys + dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     @torch.jit.ignore
@@ -72,8 +78,45 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         smaller = self.norm(self.sr(channels_first(pad_to(x, self.sr_ratio))).permute(0, 2, 3, 1))
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.sr_kv(smaller).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = softmax_attention(q, k, v, None, self.fused_attn)
+        k, v = self.sr_kv(smaller).split(self.widths, dim=-1)
+        y = softmax_attention(self._heads(self.q(x)), self._heads(k), self._heads(v), None, self.fused_attn)
         return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (height, width)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Return a map (batch, height, width, channels) as (batch, heads, cells, channels of a head)."""
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+@register_mixer("strip")
+class StripAttention(SpatialReductionAttention):
+    """`SpatialReductionAttention` whose queries and keys have one channel a head, so that each is a strip of numbers.
+
+    Without a smaller map, at `sr_ratio` 1, keys and values come from x itself. Shapes and errors are those of
+    `SpatialReductionAttention`.
+
+    Source: S2AFormer (Xu et al. 2025, arXiv 2505.22195). It reduces keys and values in space by a convolution, and
+    compresses the channels of queries and keys; that they become one a head is from the authors' strip cross-attention
+    (Xu et al. 2024, arXiv 2411.17061).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; a divisor of `dim`.
+        sr_ratio: Rows and columns of cells that a cell of the smaller map stands for.
+        qkv_bias: Whether the projections to q, k and v have biases.
+        norm_layer: Makes the norm of the smaller map from `dim`.
+        qk_dim: Channels of q and k in each head.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 3,
+        sr_ratio: int = 2,
+        qkv_bias: bool = True,
+        norm_layer: Callable[..., nn.Module] = _NORM,
+        qk_dim: int = 1,
+        **dd: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, sr_ratio, qkv_bias, norm_layer, qk_dim, **dd)
+        if sr_ratio == 1:
+            self.sr, self.norm = nn.Identity(), nn.Identity()
