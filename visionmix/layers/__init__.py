@@ -5,7 +5,7 @@ are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 """
 
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem
-from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
+from visionmix.layers.conv import DepthwiseConvNormAct, OmniShift, SharedDepthwiseConv
 from visionmix.layers.deformable import DeformableConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
@@ -45,6 +45,7 @@ __all__ = [
     "LogSigmoid",
     "MultiScalePatches",
     "OffsetLayerNorm",
+    "OmniShift",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
