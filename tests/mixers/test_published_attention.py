@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.layers import OmniShift
+from visionmix.layers import OmniShift, PrimitiveMixture
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-9}
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -83,3 +83,169 @@ def test_recurrent_wkv_in_restore_rwkv(dtype):
             x = blocks(conv(x, f"reduce_chan_level{level}") if level > 1 else x, f"decoder_level{level}")
         out = conv(blocks(x, "refinement"), "output") + image
     assert golden.relative_error(out, arrays["logits"]) <= BOUNDS[dtype]
+
+
+# CATANet
+
+_AGGREGATION = {"iasa_attn.proj.weight": "proj.weight", "conv1x1.weight": "out.weight", "means": "centers"}
+
+
+def token_aggregation(tensors, group_size, dtype):
+    """Return the mixer with a published token aggregation block's tensors."""
+    qkv = torch.cat([tensors[f"iasa_attn.to_{part}.weight"] for part in "qkv"])
+    kv = torch.cat([tensors[f"irca_attn.to_{part}.weight"] for part in "kv"])
+    own = {"qkv.weight": qkv, "center_kv.weight": kv, "started": tensors["initted"]}
+    own |= {ours: tensors[key].flatten(1) for key, ours in _AGGREGATION.items()}
+    centers, dim = tensors["means"].shape
+    sizes = {"num_heads": 4, "qk_dim": 36, "num_centers": centers, "group_size": group_size}
+    sizes["stable"] = False
+    mixer = visionmix.create_mixer("token_aggregation", dim, **sizes, dtype=dtype)
+    mixer.load_state_dict(own)
+    return mixer.eval()
+
+
+def in_patches(x, side, function):
+    """Return the means, where patches overlap, of `function` of each: 2 cells of the next, more at the far border."""
+    total, counts = torch.zeros_like(x), torch.zeros_like(x)
+    starts = [[min(at, n - side) for at in range(0, n - 2, side - 2)] for n in x.shape[1:3]]
+    for top in starts[0]:
+        for left in starts[1]:
+            patch = (slice(None), slice(top, top + side), slice(left, left + side))
+            total[patch] += function(x[patch])
+            counts[patch] += 1
+    return total / counts
+
+
+@both_precisions
+def test_token_aggregation_in_catanet(dtype):
+    """Super-resolution: eight times token aggregation, then attention in overlapping patches."""
+    meta, arrays = golden.load("catanet_x2")
+    tensors = golden.state_dict(meta)
+    started = {key: torch.tensor(True) for key, _, _ in meta["kept"]}  # as the golden was made
+    tensors = {key: value.to(dtype) for key, value in tensors.items()} | started
+
+    def linear(x, name):
+        return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, [40], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def conv(x, name):  # over maps whose channels come last
+        weight, groups = tensors[f"{name}.weight"], x.shape[-1] // tensors[f"{name}.weight"].shape[1]
+        y = F.conv2d(
+            x.permute(0, 3, 1, 2), weight, tensors[f"{name}.bias"], padding=weight.shape[-1] // 2, groups=groups
+        )
+        return y.permute(0, 2, 3, 1)
+
+    def mlp(x, name):
+        hidden = F.gelu(linear(x, f"{name}.fc1"))
+        return linear(hidden + F.gelu(conv(hidden, f"{name}.dwconv.depthwise_conv.0")), f"{name}.fc2")
+
+    def attention(x, name):
+        y = norm(x, f"{name}.norm").flatten(1, 2)
+        q, k, v = (linear(y, f"{name}.fn.to_{part}").unflatten(-1, (4, -1)).transpose(1, 2) for part in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + linear(y, f"{name}.fn.proj").reshape(x.shape)
+
+    image = golden.image(40, 48).to(dtype)
+    base = F.interpolate(image, scale_factor=2, mode="bilinear")
+    with torch.no_grad(), golden.quick_start():
+        x = first = conv(image.permute(0, 2, 3, 1), "first_conv")
+        for index in range(8):
+            name, shortcut = f"blocks.{index}", x
+            block = under(tensors, f"{name}.0.")
+            x = x + token_aggregation(block, (256, 128, 64, 32)[index % 4], dtype)(norm(x, f"{name}.0.norm"))
+            x = x + mlp(norm(x, f"{name}.0.mlp.norm"), f"{name}.0.mlp.fn")
+            side = (16, 20, 24, 28)[index % 4]
+            x = in_patches(x, side, lambda patch, name=name: attention(patch, f"{name}.1.layer.0"))
+            x = x + mlp(norm(x, f"{name}.1.layer.1.norm"), f"{name}.1.layer.1.fn")
+            x = shortcut + conv(x, f"mid_convs.{index}")
+        larger = F.pixel_shuffle(conv(x + first, "upconv").permute(0, 3, 1, 2), 2)
+        out = conv(F.leaky_relu(larger, 0.1).permute(0, 2, 3, 1), "last_conv").permute(0, 3, 1, 2) + base
+    assert golden.relative_error(out, arrays["logits"]) <= BOUNDS[dtype]
+
+
+# SGConv, ScatterFormer, LightNet, CLEAR: modules on sequences
+
+_SGCONV = {"D": "D", "output_linear.weight": "proj.weight", "output_linear.bias": "proj.bias"}
+
+
+@both_precisions
+@pytest.mark.parametrize("case", ["sgconv_cat", "sgconv_sum_bi"])
+def test_structured_global_conv(case, dtype):
+    meta, arrays = golden.load(case)
+    tensors, kwargs = golden.state_dict(meta), meta["kwargs"]
+    options = {"kernel_dim": 16, "mode": kwargs["mode"].removesuffix("_randn"), "grid_size": (8, 16)}
+    options |= {"bidirectional": kwargs.get("bidirectional", False), "channels": kwargs.get("channels", 1)}
+    options |= {key: kwargs[key] for key in ("decay_min", "decay_max") if key in kwargs}
+    mixer = visionmix.create_mixer("structured_global_conv", 12, **options, dtype=dtype)
+    own = {ours: tensors[key] for key, ours in _SGCONV.items()}
+    own["pieces"] = torch.stack([tensors[f"kernel_list.{index}"] for index in range(4)])
+    mixer.load_state_dict(own | {"kernel_norm": mixer.kernel_norm})
+    mixer.set_kernel_norm()  # the golden's code takes it on its first call
+    tokens = golden.image(16, 32).reshape(1, 12, 128).transpose(1, 2).to(dtype)
+    with torch.no_grad():
+        out = mixer(tokens.unflatten(1, (8, 16))).flatten(1, 2).transpose(1, 2)
+    assert golden.relative_error(out, arrays["logits"]) <= BOUNDS[dtype]
+
+
+@both_precisions
+def test_scattered(dtype):
+    meta, arrays = golden.load("scatterformer_sla")
+    mixer = visionmix.create_mixer("scattered", 32, num_heads=4, dtype=dtype)
+    mixer.load_state_dict(golden.state_dict(meta))
+    window = torch.repeat_interleave(torch.arange(3), torch.tensor(meta["kwargs"]["counts"]))
+    voxels = golden.image(16, 16).reshape(1, 24, 32).to(dtype)
+    with torch.no_grad():
+        out = mixer.forward_windows(voxels, window)
+    assert golden.relative_error(out[0], arrays["logits"]) <= BOUNDS[dtype]
+
+
+_LIGHTNET = {"g_proj.0.weight": "gate_down.weight", "g_proj.1.weight": "gate_up.weight", "g_norm.weight": "norm.weight"}
+
+
+@both_precisions
+def test_lightnet(dtype):
+    meta, arrays = golden.load("lightnet_attention")
+    tensors = golden.state_dict(meta)
+    mixer = visionmix.create_mixer("lightnet", 48, num_heads=4, causal=True, dtype=dtype)
+    own = {ours: tensors[key] for key, ours in (_LIGHTNET | {"o_proj.weight": "proj.weight"}).items()}
+    mixer.load_state_dict(own | {"qkv.weight": torch.cat([tensors[f"{part}_proj.weight"] for part in "qkv"])})
+    with torch.no_grad():
+        out = mixer(golden.image(16, 16).reshape(1, 4, 4, 48).to(dtype)).flatten(1, 2)
+    assert golden.relative_error(out, arrays["logits"]) <= BOUNDS[dtype]
+
+
+@both_precisions
+@pytest.mark.parametrize("case", ["clear_local", "clear_local_down"])
+def test_circular_na_with_text(case, dtype):
+    meta, arrays = golden.load(case)
+    tensors, kwargs = golden.state_dict(meta), meta["kwargs"]
+    if "spatial_weight" in tensors:
+        tensors["down_weight"] = tensors.pop("spatial_weight").flatten().reshape(4, 4)
+    options = {"kernel_size": 2 * kwargs["window_size"] - 1, "down_factor": kwargs.get("down_factor")}
+    mixer = visionmix.create_mixer("circular_na", 24, num_heads=2, **options, dtype=dtype)
+    mixer.load_state_dict(tensors)
+    text, image = golden.image(17, 32).reshape(1, 68, 24).to(dtype).split([4, 64], dim=1)
+    with torch.no_grad():
+        image, text = mixer.forward_with_text(image.unflatten(1, (8, 8)), text)
+    out = torch.cat([text, image.flatten(1, 2)], dim=1)
+    assert golden.relative_error(out, arrays["logits"]) <= BOUNDS[dtype]
+
+
+_MIXTURE = {"gate.gate": "gate", "experts.0": "dense", "experts.1": "shifted"}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)], ids=str)
+def test_primitive_mixture(dtype, bound):
+    """A layer of the mixer shift_add. The golden itself is of float32."""
+    meta, arrays = golden.load("shiftadd_moe_fc")
+    own = {}
+    for key, value in golden.state_dict(meta).items():
+        part, _, leaf = key.rpartition(".")
+        own[f"{_MIXTURE[part]}.{leaf}"] = value
+    layer = PrimitiveMixture(48, 64, dtype=dtype)
+    layer.load_state_dict(own)
+    with torch.no_grad():
+        out = layer(golden.image(16, 16).reshape(1, 16, 48).to(dtype))
+    assert golden.relative_error(out, arrays["logits"]) <= bound

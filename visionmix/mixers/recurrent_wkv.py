@@ -79,7 +79,7 @@ class RecurrentWkv(nn.Module):
 
 
 def _averages(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
-    """Return the averages (batch, cells, dim) of v with weights k, both (batch, rows, columns, dim), in row-major order.
+    """Return averages (batch, cells, dim) of v with weights k, both (batch, rows, columns, dim), in row-major order.
 
     Args:
         k: Weights at the distance 1.
