@@ -9,10 +9,6 @@ from torch.nn import functional as F
 
 from visionmix.layers.half_precision import at_least_float32
 
-_FINEST = 2.0**-16  # of the published fixed-point numbers, which reach from -2^15 to 2^15
-_LARGEST = 2.0**15
-_SMALLEST_SHIFT = -14.0
-
 
 class ShiftLinear(nn.Module):
     """A linear layer whose weights are 0 or a power of two with a sign, so that products are shifts of bits.
@@ -46,7 +42,7 @@ class ShiftLinear(nn.Module):
     @torch.jit.ignore
     def init_layer_weights(self) -> None:
         """Draw shifts from -14 to 0, signs from -1 to 1, and the bias as that of `torch.nn.Linear`, all uniformly."""
-        nn.init.uniform_(self.shift, _SMALLEST_SHIFT, 0.0)
+        nn.init.uniform_(self.shift, -14.0, 0.0)
         nn.init.uniform_(self.sign, -1.0, 1.0)
         if self.bias is not None:
             bound = self.shift.shape[1] ** -0.5
@@ -54,7 +50,7 @@ class ShiftLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shift, sign = at_least_float32(self.shift), at_least_float32(self.sign)
-        power = torch.exp2(shift + (shift.clamp(_SMALLEST_SHIFT, 0.0).round() - shift).detach())
+        power = torch.exp2(shift + (shift.clamp(-14.0, 0.0).round() - shift).detach())
         rounded = sign.round().sign()
         weight = power * rounded.detach() + (sign - sign.detach())
         bias = None if self.bias is None else _fixed(at_least_float32(self.bias))
@@ -62,8 +58,8 @@ class ShiftLinear(nn.Module):
 
 
 def _fixed(x: Tensor) -> Tensor:
-    """Return x as a fixed-point number, rounded down; the gradient is that of the identity."""
-    fixed = (torch.floor(x / _FINEST) * _FINEST).clamp(-_LARGEST, _LARGEST - 1)
+    """Return x as a multiple of 2^-16 between -2^15 and 2^15, rounded down; the gradient is that of the identity."""
+    fixed = (torch.floor(x * 65536.0) / 65536.0).clamp(-32768.0, 32767.0)
     return x + (fixed - x).detach()
 
 

@@ -254,4 +254,4 @@ class CircularNeighborhoodAttention(_Neighborhood):
         cells = channels_first(pad_to(x.flatten(3), self.down_factor))
         weight = self.down_weight.to(cells.dtype).expand(cells.shape[1], 1, -1, -1)
         y = F.conv2d(cells, weight, stride=self.down_factor, groups=cells.shape[1])
-        return y.flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
+        return y.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
