@@ -62,8 +62,8 @@ def circular(mixer, x, text):
     count, maps = text.shape[1], []
     for each in (k, v):
         cells = each[:, count:].unflatten(1, (height, width))
-        cells = F.pad(cells, [0, 0, 0, 0, 0, max(0, factor - width), 0, max(0, factor - height)])
-        rows, columns = cells.shape[1] // max(1, factor), cells.shape[2] // max(1, factor)
+        rows, columns = -(-height // max(1, factor)), -(-width // max(1, factor))
+        cells = F.pad(cells, [0, 0, 0, 0, 0, columns * factor - width, 0, rows * factor - height]) if factor else cells
         squares = [
             (cells[:, factor * r : factor * (r + 1), factor * c : factor * (c + 1)]
              * mixer.down_weight[..., None, None]).sum(dim=(1, 2))

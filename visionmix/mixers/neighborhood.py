@@ -6,13 +6,12 @@ import torch
 import torch.fx
 from timm.layers import trunc_normal_, use_fused_attn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visionmix.graphs import may_branch_on_sizes
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
-from visionmix.layers.maps import channels_first, pad_to
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.window import into_windows
 
 
 class _Neighborhood(nn.Module):
@@ -178,8 +177,8 @@ class CircularNeighborhoodAttention(_Neighborhood):
 
     The window is round; at the border it is cut off rather than shifted. With `down_factor` every token sees a smaller
     map too, whose keys and values are those of squares of `down_factor` cells a side, summed with learned weights, the
-    same for all channels, which begin as those of the mean. Cells beyond the last whole square are in none; a map
-    smaller than a square is padded to one with keys and values of 0.
+    same for all channels, which begin as those of the mean. Squares at the bottom and on the right that the map does
+    not fill are filled with keys and values of 0.
 
     Shapes: (batch, height, width, dim) to the same, for every height and width. `forward_with_text` takes text beside
     the map.
@@ -251,7 +250,8 @@ class CircularNeighborhoodAttention(_Neighborhood):
 
     def _smaller(self, x: Tensor) -> Tensor:
         """Return keys or values (batch, height, width, heads, channels) of the smaller map, (batch, cells, ...)."""
-        cells = channels_first(pad_to(x.flatten(3), self.down_factor))
-        weight = self.down_weight.to(cells.dtype).expand(cells.shape[1], 1, -1, -1)
-        y = F.conv2d(cells, weight, stride=self.down_factor, groups=cells.shape[1])
-        return y.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        side = self.down_factor
+        # By way of all cells: a graph that told squares from images would be made anew where an image is one square.
+        squares = into_windows(x.flatten(3), side).flatten(0, 1).unflatten(0, (-1, side * side))
+        y = (squares * self.down_weight.to(x.dtype).reshape(side * side, 1)).sum(dim=1)
+        return y.view(x.shape[0], -1, y.shape[1]).unflatten(-1, (self.num_heads, -1))
