@@ -6,6 +6,7 @@ are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem
 from visionmix.layers.conv import DepthwiseConvNormAct, OmniShift, SharedDepthwiseConv
+from visionmix.layers.cross_scale import CrossScaleTokens
 from visionmix.layers.deformable import DeformableConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
 from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
@@ -37,6 +38,7 @@ __all__ = [
     "ConvPosition",
     "ConvsDownsample",
     "CornerHead",
+    "CrossScaleTokens",
     "DeformableConv",
     "DepthwiseConvNormAct",
     "GatedMixer",

@@ -64,6 +64,7 @@ class GatedDeltaRule(SequenceMixer):
         self.order = sequence_order(order)
         self.in_raster = self.order == "raster"
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
         self.has_gate = gate
         self.bidirectional = bidirectional
         directions = 2 if bidirectional else 1
@@ -103,10 +104,9 @@ class GatedDeltaRule(SequenceMixer):
         q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
         beta = torch.sigmoid(at_least_float32(self.beta(x)))
         decay = self.log_sigmoid(at_least_float32(self.decay(x))) if self.has_gate else torch.zeros_like(beta)
-        scale = float(q.shape[-1]) ** -0.5
         if not self.bidirectional:
-            return gated_delta_rule_op(q, k, v, decay, beta, scale)
+            return gated_delta_rule_op(q, k, v, decay, beta, self.scale)
         betas, decays = beta.chunk(2, dim=-1), decay.chunk(2, dim=-1)
-        y = gated_delta_rule_op(q, k, v, decays[0], betas[0], scale)
-        back = gated_delta_rule_op(q.flip(1), k.flip(1), v.flip(1), decays[1].flip(1), betas[1].flip(1), scale)
+        y = gated_delta_rule_op(q, k, v, decays[0], betas[0], self.scale)
+        back = gated_delta_rule_op(q.flip(1), k.flip(1), v.flip(1), decays[1].flip(1), betas[1].flip(1), self.scale)
         return y + back.flip(1)

@@ -29,6 +29,7 @@ class FeatureMap(nn.Module):
 
     def __init__(self, heads: int, head_dim: int, **dd: Any) -> None:
         super().__init__()
+        self.head_dim = head_dim
 
 
 class Elu(FeatureMap):
@@ -158,7 +159,7 @@ class Taylor(FeatureMap):
         x = qk * qk.shape[-1] ** -0.25
         parts = [torch.ones_like(x[..., :1]), x, x.square() * 0.5**0.5]
         # A product of two different channels counts twice.
-        parts.extend([x[..., :index] * x[..., index : index + 1] for index in range(1, qk.shape[-1])])
+        parts.extend([x[..., :index] * x[..., index : index + 1] for index in range(1, self.head_dim)])
         return torch.cat(parts, dim=-1)
 
 
