@@ -78,8 +78,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     if is_symbolic(length):
         return _chunk(q, k, v, g, beta, None)[0].transpose(1, 2).contiguous()
     state, outs = None, []
-    for part in zip(*(x.split(_CHUNK, dim=2) for x in (q, k, v, g, beta)), strict=True):
-        out, state = _chunk(*part, state)
+    parts = [x.split(_CHUNK, dim=2) for x in (q, k, v, g, beta)]
+    for query, key, value, gate, share in zip(*parts, strict=True):
+        out, state = _chunk(query, key, value, gate, share, state)
         outs.append(out)
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous()
 

@@ -10,7 +10,7 @@ from visionmix.mixers.registry import mixer_options
 
 SCANS = [name for name in visionmix.list_mixers() if "order" in mixer_options(name)]
 LINEAR = ["agent", "flow", "focused", "inline", "linear", "mala", "non_causal_ssd", "rala", "scattered"]
-LINEAR += ["channel", "generalized_linear", "recurrent_wkv", "shift_add"]
+LINEAR += ["generalized_linear", "recurrent_wkv", "shift_add"]
 HALVES = [torch.float16, torch.bfloat16]
 
 

@@ -94,6 +94,7 @@ class Performer(FeatureMap):
     """
 
     turns = False
+    projection: Tensor
 
     def __init__(self, heads: int, head_dim: int, **dd: Any) -> None:
         super().__init__(heads, head_dim)

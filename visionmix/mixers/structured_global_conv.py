@@ -59,6 +59,7 @@ class StructuredGlobalConv(SequenceMixer):
     undecayed = ("pieces", "D")
     bidirectional: Final[bool]
     concatenated: Final[bool]
+    kernel_norm: Tensor
 
     def __init__(
         self,

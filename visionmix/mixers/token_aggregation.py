@@ -35,7 +35,7 @@ class TokenAggregation(nn.Module):
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 
-    Source: CATANet (Liu et al. 2025, arXiv 2503.06896). Its code takes no map of between one and about two groups.
+    Source: CATANet (Liu et al. 2025, arXiv 2503.06896). Its code refuses maps of between one and about two groups.
 
     Args:
         dim: Channels.
@@ -52,6 +52,9 @@ class TokenAggregation(nn.Module):
         ValueError: `num_heads` does not divide `dim` and `qk_dim`, or `num_centers`, `group_size` or `num_iters` is
             below 1.
     """
+
+    centers: Tensor
+    started: Tensor
 
     def __init__(
         self,
@@ -88,10 +91,10 @@ class TokenAggregation(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False, **dd)
         self.register_buffer("centers", torch.empty(num_centers, dim, **dd))
         self.register_buffer("started", torch.empty((), dtype=torch.bool, device=dd.get("device")))
-        self.init_non_persistent_buffers()
+        self.init_layer_weights()
 
     @torch.jit.ignore
-    def init_non_persistent_buffers(self) -> None:
+    def init_layer_weights(self) -> None:
         """Draw the centres at random, to be replaced by the first training step."""
         with torch.no_grad():
             nn.init.normal_(self.centers)
