@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import visionmix
-from visionmix.layers import OmniShift, PrimitiveMixture
+from visionmix.layers import ChannelMix, PrimitiveMixture
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-9}
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -26,25 +26,25 @@ _RE_WKV = {"key.weight": "key.weight", "value.weight": "value.weight", "receptan
 _RE_WKV |= {"output.weight": "proj.weight", "spatial_decay": "decay", "spatial_first": "bonus"}
 
 
-def omni_shift(tensors, dtype):
-    layer = OmniShift(tensors["conv1x1.weight"].shape[0], dtype=dtype)
-    layer.load_state_dict({ours: tensors[key] for key, ours in _OMNI_SHIFT.items()})
-    return layer
+_CHANNEL_MIX = {f"{name}.weight": f"{name}.weight" for name in ("key", "value", "receptance")}
+
+
+def loaded(layer, tensors, names):
+    """Load the published tensors, among them those of the shift."""
+    shift = {f"shift.{ours}": tensors[f"omni_shift.{key}"] for key, ours in _OMNI_SHIFT.items()}
+    layer.load_state_dict({ours: tensors[key] for key, ours in names.items()} | shift)
 
 
 def rwkv_block(x, tensors):
-    """The published block: the mixer, then a feed-forward whose gate and whose input are shifted in all directions."""
+    """The published block: the mixer, then the feed-forward, each behind a norm and scaled by channel."""
     dim, dtype = x.shape[-1], x.dtype
-    mixer = visionmix.create_mixer("recurrent_wkv", dim, dtype=dtype)
-    own = {ours: tensors[f"att.{key}"] for key, ours in _RE_WKV.items()}
-    shift = {f"shift.{ours}": tensors[f"att.omni_shift.{key}"] for key, ours in _OMNI_SHIFT.items()}
-    mixer.load_state_dict(own | shift)
-    x = x + tensors["gamma1"] * mixer(F.layer_norm(x, [dim], tensors["ln1.weight"], tensors["ln1.bias"]))
-    y = F.layer_norm(x, [dim], tensors["ln2.weight"], tensors["ln2.bias"])
-    y = omni_shift(under(tensors, "ffn.omni_shift."), dtype)(y)
-    hidden = F.linear(y, tensors["ffn.key.weight"]).relu().square()
-    gate = F.linear(y, tensors["ffn.receptance.weight"]).sigmoid()
-    return x + tensors["gamma2"] * gate * F.linear(hidden, tensors["ffn.value.weight"])
+    mixer, mlp = visionmix.create_mixer("recurrent_wkv", dim, dtype=dtype), ChannelMix(dim, dtype=dtype)
+    loaded(mixer, under(tensors, "att."), _RE_WKV)
+    loaded(mlp, under(tensors, "ffn."), _CHANNEL_MIX)
+    for number, layer in enumerate((mixer, mlp), 1):
+        weight, bias = tensors[f"ln{number}.weight"], tensors[f"ln{number}.bias"]
+        x = x + tensors[f"gamma{number}"] * layer(F.layer_norm(x, [dim], weight, bias))
+    return x
 
 
 @both_precisions

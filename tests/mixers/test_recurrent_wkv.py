@@ -8,7 +8,7 @@ from drawn import check_half_precision, drawn_mixer
 from torch.nn import functional as F
 
 from visionmix import create_mixer
-from visionmix.layers import OmniShift
+from visionmix.layers import ChannelMix, OmniShift
 
 recurrent_wkv = partial(drawn_mixer, "recurrent_wkv")
 
@@ -71,6 +71,28 @@ def test_omni_shift_equals_definition():
     layer = OmniShift(6, dtype=torch.float64)
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     assert torch.allclose(layer(x), shifted(layer, x), atol=1e-12)
+
+
+def test_channel_mix_equals_definition():
+    torch.manual_seed(0)
+    layer = ChannelMix(6, mlp_ratio=2, dtype=torch.float64)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    y = shifted(layer.shift, x)
+    hidden = (y @ layer.key.weight.T).relu() ** 2
+    assert torch.allclose(layer(x), (y @ layer.receptance.weight.T).sigmoid() * (hidden @ layer.value.weight.T))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_channel_mix_squares_more_than_float16_holds(autocast):
+    torch.manual_seed(0)
+    layer, x = ChannelMix(12), 300 * torch.randn(1, 5, 5, 12)
+    with torch.no_grad():
+        layer.value.weight *= 1e-3
+        expected = layer(x)
+        layer = layer if autocast else layer.half()
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            out = layer(x if autocast else x.half())
+    assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def test_no_recurrence_is_refused():

@@ -9,7 +9,7 @@ from visionmix.layers.conv import DepthwiseConvNormAct, OmniShift, SharedDepthwi
 from visionmix.layers.cross_scale import CrossScaleTokens
 from visionmix.layers.deformable import DeformableConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, PatchMerging
-from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
+from visionmix.layers.feed_forward import ChannelMix, ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gate, scan_dtype, unscaled, zero_token
@@ -32,6 +32,7 @@ __all__ = [
     "Bottleneck",
     "BottleneckStem",
     "ChannelGate",
+    "ChannelMix",
     "ConvDownsample",
     "ConvGlu",
     "ConvMlp",

@@ -10,7 +10,7 @@ from torch import nn
 
 from visionmix.layers.bottleneck import BottleneckStem
 from visionmix.layers.downsample import ConvDownsample, PatchMerging
-from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
+from visionmix.layers.feed_forward import ChannelMix, ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
@@ -36,7 +36,13 @@ _LAYERS: dict[str, dict[str, Layer]] = {
         "bottleneck": BottleneckStem,
     },
     "downsample_layer": {"conv": ConvDownsample, "patch_merging": PatchMerging},
-    "mlp_layer": {"mlp": mlp, "swiglu": swiglu, "conv_mlp": ConvMlp, "conv_glu": ConvGlu},
+    "mlp_layer": {
+        "mlp": mlp,
+        "swiglu": swiglu,
+        "conv_mlp": ConvMlp,
+        "conv_glu": ConvGlu,
+        "channel_mix": ChannelMix,
+    },
     "norm_layer": {
         "batchnorm": BatchNorm,
         "linearnorm": LinearNorm,

@@ -96,4 +96,4 @@ def _averages(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
     sums, _ = selective_scan_op(inputs, step, rates, one, one, None, None, None, False, False)
     before, after = sums.transpose(1, 2).chunk(2, dim=-1)
     total, weights = (before + after.flip(1) + parts * bonus.repeat(2)).chunk(2, dim=-1)
-    return total / weights
+    return total / weights.clamp_min(1e-37)  # 0 where all that a cell sees is below float32's range
