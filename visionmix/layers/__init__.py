@@ -22,7 +22,7 @@ from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, StateScan2d, scan_sizes
-from visionmix.layers.sequence import GatedMixer, ScanMixer, SequenceMixer
+from visionmix.layers.sequence import GatedMixer, OrderedMixer, ScanMixer, SequenceMixer
 from visionmix.layers.shift_add import PrimitiveMixture, ShiftLinear
 from visionmix.layers.spatial_frequency import JointSpatialFrequency, PyramidFusion
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
@@ -50,6 +50,7 @@ __all__ = [
     "MultiScalePatches",
     "OffsetLayerNorm",
     "OmniShift",
+    "OrderedMixer",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.kernels.delta_rule import gated_delta_rule_op
-from visionmix.layers import Grid, LogSigmoid, ScanRmsNorm, SequenceMixer, at_least_float32, scaled_gate, unscaled
-from visionmix.layers.order import sequence_order, take, token_order
+from visionmix.layers import LogSigmoid, OrderedMixer, ScanRmsNorm, at_least_float32, scaled_gate, unscaled
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
 
 @register_mixer("gated_delta_rule")
-class GatedDeltaRule(SequenceMixer):
+class GatedDeltaRule(OrderedMixer):
     """Linear attention whose state replaces the value of a key, from both ends of the sequence.
 
     With ``q, k, v = W x`` per head, q and k after a SiLU and of length 1, and from each end with gates of its own
@@ -59,10 +58,8 @@ class GatedDeltaRule(SequenceMixer):
         norm_eps: float = 1e-6,
         **dd: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(order)
         check_heads(dim, num_heads)
-        self.order = sequence_order(order)
-        self.in_raster = self.order == "raster"
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.has_gate = gate
@@ -87,13 +84,9 @@ class GatedDeltaRule(SequenceMixer):
                 halves = self.decay.bias.unflatten(0, (-1, self.num_heads))
                 halves.copy_(torch.linspace(4.0, 6.4, self.num_heads).expand_as(halves))
 
-    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return the mixed tokens (batch, tokens, dim)."""
-        if self.in_raster:
-            y = self._attend(x)
-        else:
-            index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
-            y = take(self._attend(take(x, index)).flatten(2), inverse).unflatten(-1, (self.num_heads, -1))
+    def mix(self, x: Tensor) -> Tensor:
+        """Return the mixed tokens of x, both (batch, steps, dim) in the order."""
+        y = self._attend(x)
         gate = self.act(self.out_gate(x))
         y, scale = scaled_gate(self.norm(y).flatten(2), gate)
         return unscaled(self.proj(y), scale)

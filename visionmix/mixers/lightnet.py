@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.kernels.gated_linear_attention import gated_linear_attention_op
-from visionmix.layers import Grid, ScanRmsNorm, SequenceMixer, at_least_float32, scaled_gate, unscaled
-from visionmix.layers.order import sequence_order, take, token_order
+from visionmix.layers import OrderedMixer, ScanRmsNorm, at_least_float32, scaled_gate, unscaled
 from visionmix.mixers.registry import register_mixer
 
 
 @register_mixer("lightnet")
-class LightNetAttention(SequenceMixer):
+class LightNetAttention(OrderedMixer):
     """Linear attention with weights of the keys that sum to 1, so that one pass over a map sees all of it.
 
     With ``q, k, v = silu(W_q x), W_k x, W_v x``, per head of dk key channels:
@@ -61,7 +60,7 @@ class LightNetAttention(SequenceMixer):
         norm_eps: float = 1e-6,
         **dd: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(order)
         key_dim = int(dim * key_ratio)
         if num_heads < 1 or dim % num_heads or key_dim < 1 or key_dim % num_heads:
             raise ValueError(
@@ -70,8 +69,7 @@ class LightNetAttention(SequenceMixer):
             )
         if gate_rank < 1:
             raise ValueError(f"gate_rank={gate_rank} is too small; give 1 or more")
-        self.order = sequence_order(order)
-        self.in_raster = self.order == "raster"
+        self.in_raster = self.in_raster or not causal  # what sees everything has no order
         self.causal = causal
         self.num_heads = num_heads
         self.scale = (key_dim // num_heads) ** -0.5
@@ -83,13 +81,9 @@ class LightNetAttention(SequenceMixer):
         self.norm = ScanRmsNorm(dim, eps=norm_eps, **dd)
         self.proj = nn.Linear(dim, dim, bias=False, **dd)
 
-    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return the mixed tokens (batch, tokens, dim)."""
-        if not self.causal or self.in_raster:
-            y = self._attend(x)
-        else:
-            index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
-            y = take(self._attend(take(x, index)), inverse)
+    def mix(self, x: Tensor) -> Tensor:
+        """Return the mixed tokens of x, both (batch, steps, dim) in the order."""
+        y = self._attend(x)
         gate = self.act(self.gate_up(self.gate_down(x)))
         y, scale = scaled_gate(self.norm(y), gate)
         return unscaled(self.proj(y), scale)

@@ -8,8 +8,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers import Grid, SequenceMixer, at_least_float32, scaled, unscaled
-from visionmix.layers.order import sequence_order, take, token_order
+from visionmix.layers import OrderedMixer, at_least_float32, scaled, unscaled
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans.cells import numbered
 
@@ -17,7 +16,7 @@ _MODES = ("cat", "sum")
 
 
 @register_mixer("structured_global_conv")
-class StructuredGlobalConv(SequenceMixer):
+class StructuredGlobalConv(OrderedMixer):
     """A depthwise convolution over all tokens, from learned pieces that are stretched over longer and longer distances.
 
     Each channel has n pieces p_i of `kernel_dim` numbers, which linear interpolation stretches to s_i times as many:
@@ -74,14 +73,12 @@ class StructuredGlobalConv(SequenceMixer):
         order: str = "raster",
         **dd: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(order)
         for name, value in (("kernel_dim", kernel_dim), ("channels", channels)):
             if value < 1:
                 raise ValueError(f"{name}={value} is too small; give 1 or more")
         if mode not in _MODES:
             raise ValueError(f"mode={mode!r} is unknown; give one of {', '.join(map(repr, _MODES))}")
-        self.order = sequence_order(order)
-        self.in_raster = self.order == "raster"
         self.bidirectional = bidirectional
         self.concatenated = mode == "cat"
         self.decay_min, self.decay_max = float(decay_min), float(decay_max)
@@ -107,15 +104,11 @@ class StructuredGlobalConv(SequenceMixer):
         with torch.no_grad():
             self.kernel_norm.copy_(self._whole().norm(dim=-1, keepdim=True))
 
-    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return the mixed tokens (batch, tokens, dim)."""
-        if self.in_raster:
-            y = self._convolve(x)
-        else:
-            index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
-            y = take(self._convolve(take(x, index)), inverse)
+    def mix(self, x: Tensor) -> Tensor:
+        """Return the mixed tokens of x, both (batch, steps, dim) in the order."""
+        y = F.gelu(self._convolve(x))
         bias = self.proj(x.new_zeros([1, y.shape[2]]))  # which has the type of the projection's results
-        y, scale = scaled(F.gelu(y), bias)
+        y, scale = scaled(y, bias)
         return unscaled(self.proj(y), scale, bias)
 
     def kernel(self, length: int) -> Tensor:
