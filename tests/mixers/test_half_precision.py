@@ -9,8 +9,8 @@ import visionmix
 from visionmix.mixers.registry import mixer_options
 
 SCANS = [name for name in visionmix.list_mixers() if "order" in mixer_options(name)]
-LINEAR = ["agent", "dual_gated", "flow", "focused", "inline", "linear", "linear_global", "mala", "non_causal_ssd"]
-LINEAR += ["norm_aware", "rala"]
+LINEAR = ["agent", "dual_gated", "flow", "focused", "generalized_linear", "inline", "linear", "linear_global", "mala"]
+LINEAR += ["non_causal_ssd", "norm_aware", "rala", "recurrent_wkv", "scattered", "shift_add"]
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -18,9 +18,10 @@ def bound(name, deviation):
     """Return the units of the last place that a scan may be off by.
 
     The offsets of a deformable convolution grow with its input, so that rounding a large one moves a tap by parts of a
-    cell, in a map of noise to another value: such results are only held to be finite.
+    cell, in a map of noise to another value; the error of a softmax grows with its scores. Such results are only held
+    to be finite.
     """
-    return math.inf if name == "deformable_scan" and deviation > 1 else 5
+    return math.inf if deviation > {"deformable_scan": 1, "lightnet": 30}.get(name, math.inf) else 5
 
 
 def build(name, dim=32):

@@ -5,10 +5,11 @@ are `device` and `dtype` of the parameters, as everywhere in PyTorch.
 """
 
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem
-from visionmix.layers.conv import DepthwiseConvNormAct, SharedDepthwiseConv
+from visionmix.layers.conv import DepthwiseConvNormAct, OmniShift, SharedDepthwiseConv
+from visionmix.layers.cross_scale import CrossScaleTokens
 from visionmix.layers.deformable import DeformableConv
 from visionmix.layers.downsample import ConvDownsample, ConvsDownsample, NormConvDownsample, PatchMerging
-from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
+from visionmix.layers.feed_forward import ChannelMix, ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.gate import ChannelGate, LogSigmoid
 from visionmix.layers.grid import Grid, PrefixTokens, join_prefix, prefix_positions, split_prefix
 from visionmix.layers.half_precision import at_least_float32, scaled, scaled_gate, scan_dtype, unscaled, zero_token
@@ -22,7 +23,8 @@ from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
 from visionmix.layers.selective_scan import SelectiveScan1d, SelectiveScan2d, StateScan2d, scan_sizes
-from visionmix.layers.sequence import GatedMixer, ScanMixer, SequenceMixer
+from visionmix.layers.sequence import GatedMixer, OrderedMixer, ScanMixer, SequenceMixer
+from visionmix.layers.shift_add import PrimitiveMixture, ShiftLinear
 from visionmix.layers.spatial_frequency import JointSpatialFrequency, PyramidFusion
 from visionmix.layers.stem import Stem, StemConv, conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
 
@@ -31,12 +33,14 @@ __all__ = [
     "Bottleneck",
     "BottleneckStem",
     "ChannelGate",
+    "ChannelMix",
     "ConvDownsample",
     "ConvGlu",
     "ConvMlp",
     "ConvPosition",
     "ConvsDownsample",
     "CornerHead",
+    "CrossScaleTokens",
     "DeformableConv",
     "DepthwiseConvNormAct",
     "GatedMixer",
@@ -49,9 +53,12 @@ __all__ = [
     "MultiScalePatches",
     "NormConvDownsample",
     "OffsetLayerNorm",
+    "OmniShift",
+    "OrderedMixer",
     "PatchMerging",
     "PositionEmbedding",
     "PrefixTokens",
+    "PrimitiveMixture",
     "ProjectionHead",
     "PyramidFusion",
     "RepBN",
@@ -63,6 +70,7 @@ __all__ = [
     "SelectiveScan2d",
     "SequenceMixer",
     "SharedDepthwiseConv",
+    "ShiftLinear",
     "SpacedKernel",
     "StateScan2d",
     "Stem",

@@ -10,7 +10,7 @@ from torch import nn
 
 from visionmix.layers.bottleneck import BottleneckStem
 from visionmix.layers.downsample import ConvDownsample, NormConvDownsample, PatchMerging
-from visionmix.layers.feed_forward import ConvGlu, ConvMlp, mlp, swiglu
+from visionmix.layers.feed_forward import ChannelMix, ConvGlu, ConvMlp, mlp, swiglu
 from visionmix.layers.head import CornerHead, ProjectionHead, TokenHead
 from visionmix.layers.monarch import MonarchMlp
 from visionmix.layers.norm import BatchNorm
@@ -41,7 +41,14 @@ _LAYERS: dict[str, dict[str, Layer]] = {
         "norm_conv": NormConvDownsample,
         "patch_merging": PatchMerging,
     },
-    "mlp_layer": {"mlp": mlp, "swiglu": swiglu, "conv_mlp": ConvMlp, "conv_glu": ConvGlu, "monarch_mlp": MonarchMlp},
+    "mlp_layer": {
+        "mlp": mlp,
+        "swiglu": swiglu,
+        "conv_mlp": ConvMlp,
+        "conv_glu": ConvGlu,
+        "channel_mix": ChannelMix,
+        "monarch_mlp": MonarchMlp,
+    },
     "norm_layer": {
         "batchnorm": BatchNorm,
         "linearnorm": LinearNorm,

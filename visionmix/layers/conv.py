@@ -86,3 +86,37 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 y.addcmul_(wide[:, tap : tap + length], each[tap])
             return y.to(x.dtype)
     return F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+
+
+class OmniShift(nn.Module):
+    """A cell and its neighbours within 5x5, in the proportions ``alpha``: RWKV's token shift in all directions.
+
+        y = alpha_0 x + alpha_1 depthwise1x1(x) + alpha_2 depthwise3x3(x) + alpha_3 depthwise5x5(x)
+
+    Convolutions have no biases. They are computed as the one depthwise 5x5 convolution that they make up.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Source: Restore-RWKV (Yang et al. 2024, arXiv 2407.11087).
+
+    Args:
+        dim: Channels.
+    """
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(4, **dd))
+        self.weight1, self.weight3, self.weight5 = (
+            nn.Conv2d(dim, dim, size, groups=dim, bias=False, **dd).weight for size in (1, 3, 5)
+        )
+        self.init_layer_weights()
+
+    @torch.jit.ignore
+    def init_layer_weights(self) -> None:
+        """Draw the proportions from a standard normal, as the published code does."""
+        nn.init.normal_(self.alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cell, three, five = self.alpha[1] * self.weight1, self.alpha[2] * self.weight3, self.alpha[3] * self.weight5
+        weight = F.pad(F.pad(self.alpha[0] + cell, [1, 1, 1, 1]) + three, [1, 1, 1, 1]) + five
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=2, groups=x.shape[3]).permute(0, 2, 3, 1)

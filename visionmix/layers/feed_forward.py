@@ -7,6 +7,8 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
+from visionmix.layers.conv import OmniShift
+from visionmix.layers.half_precision import at_least_float32, scaled, unscaled
 from visionmix.layers.tiles import in_tiles
 
 _TILE = 1024  # tokens per thread, whose hidden channels stay in its cache
@@ -212,3 +214,34 @@ class ConvGlu(nn.Module):
         gate, value = self.fc1(x).chunk(2, dim=-1)
         gate = self.act(self.conv(gate.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return self.drop(self.fc2(self.drop(gate * value)))
+
+
+class ChannelMix(nn.Module):
+    """RWKV's feed-forward: ``sigmoid(W_r y) * W_v relu(W_k y)^2`` with ``y = omni_shift(x)``, all without biases.
+
+    Shapes: (batch, height, width, dim) to the same.
+
+    Source: Restore-RWKV (Yang et al. 2024, arXiv 2407.11087).
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden width over `dim`.
+        drop: Dropout rate of the result.
+    """
+
+    needs_map = True
+
+    def __init__(self, dim: int, *, mlp_ratio: float = 4.0, drop: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.shift = OmniShift(dim, **dd)
+        self.key = nn.Linear(dim, hidden, bias=False, **dd)
+        self.value = nn.Linear(hidden, dim, bias=False, **dd)
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shift(x)
+        # In float32 until the gate: squares outgrow float16.
+        hidden, scale = scaled(at_least_float32(self.key(x)).relu().square(), x)
+        return self.drop(torch.sigmoid(self.receptance(x)) * unscaled(self.value(hidden), scale))

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionmix.layers.grid import Grid
+from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.layers.selective_scan import SelectiveScan1d, scan_sizes
 
 
@@ -19,6 +20,35 @@ class SequenceMixer(nn.Module):
         batch, height, width, dim = x.shape
         tokens = x.reshape(batch, height * width, dim)
         return self.forward_tokens(tokens, Grid(height, width, [], None)).reshape(batch, height, width, dim)
+
+
+class OrderedMixer(SequenceMixer):
+    """A sequence mixer that reads its tokens in a scan order: a subclass has ``mix(x)``.
+
+    A padded step of an order is a token of zeros. Tokens that are not cells keep their places in the sequence.
+
+    Args:
+        order: The scan order; see `visionmix.scans`.
+
+    Raises:
+        ValueError: there is no such `order`, or it joins several.
+    """
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = sequence_order(order)
+        self.in_raster = self.order == "raster"
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Return the mixed tokens of x, both (batch, steps, dim) in the order."""
+        raise NotImplementedError
+
+    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return the mixed tokens (batch, tokens, dim)."""
+        if self.in_raster:
+            return self.mix(x)
+        index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
+        return take(self.mix(take(x, index)), inverse)
 
 
 class ScanMixer(nn.Module):

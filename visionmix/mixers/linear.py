@@ -3,15 +3,12 @@
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor
-from torch.nn import functional as F
 
 from visionmix.layers import at_least_float32
+from visionmix.mixers.feature_maps import FEATURE_MAPS, elu_plus_one
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import Attention
-
-_FEATURE_MAPS = ("elu", "relu", "softplus")
 
 
 def key_levels(mean: Tensor, in_pairs: bool) -> Tensor:
@@ -43,27 +40,23 @@ def dot(q: Tensor, k: Tensor) -> Tensor:
     return (q * k).sum(dim=-1, keepdim=True)
 
 
-def elu_plus_one(x: Tensor) -> Tensor:
-    """Return ``elu(x) + 1``, exp(x) below 0 and x + 1 above; docs/kernels.md has what `F.elu` costs."""
-    # In place, since no gradient needs the old values. F.threshold stands for relu, which would keep its result for it.
-    return F.threshold(x, 0.0, 0.0).add_(torch.clamp(x, max=0.0).exp_())
-
-
 @register_mixer("linear")
 class LinearAttention(Attention):
     """``out = phi(q) (phi(k)^T v) / (phi(q) sum(phi(k)))`` per head, projected as in `Attention`.
 
-    The feature map phi is ``elu(x) + 1``, ``relu(x)`` or ``softplus(x)``. With `rotary`, q and k are rotated
-    in the numerator alone.
+    phi is one of `visionmix.mixers.feature_maps.FEATURE_MAPS`. With `rotary`, q and k are rotated in the numerator
+    alone.
 
-    Shapes and errors are those of `Attention`; ValueError also for an unknown `feature_map`.
+    Shapes and errors are those of `Attention`; ValueError also for an unknown `feature_map`, and for `rotary` with one
+    whose features are not channels.
 
-    Source: linear transformers (Katharopoulos et al. 2020, arXiv 2006.16236).
+    Source: linear transformers (Katharopoulos et al. 2020, arXiv 2006.16236), and of the feature maps those that they
+    name. With ``feature_map="relu", lepe=5`` and few heads it is LiT's attention (Wang et al. 2025, arXiv 2501.12976).
 
     Args:
         dim: Channels.
         num_heads: Heads; a divisor of `dim`.
-        feature_map: "elu", "relu" or "softplus".
+        feature_map: "elu", "relu", "squared_relu", "softplus", "exp", "cosformer", "performer", "hedgehog" or "taylor".
         qkv_bias: See `Attention`, as for all that follow.
         rotary: Whether q and k have rotary position encodings.
         lepe: Kernel size of a depthwise convolution of v that is added, or None.
@@ -82,25 +75,26 @@ class LinearAttention(Attention):
         **dd: Any,
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, **dd)
-        if feature_map not in _FEATURE_MAPS:
-            raise ValueError(f"feature_map={feature_map!r} is unknown; give one of {_FEATURE_MAPS}")
-        self.feature_map = feature_map
-
-    def _features(self, x: Tensor) -> Tensor:
-        x = at_least_float32(x)
-        if self.feature_map == "relu":
-            return F.relu(x)
-        return F.softplus(x) if self.feature_map == "softplus" else elu_plus_one(x)
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map={feature_map!r} is unknown; give one of {tuple(FEATURE_MAPS)}")
+        if rotary and not FEATURE_MAPS[feature_map].turns:
+            turned = tuple(name for name, each in FEATURE_MAPS.items() if each.turns)
+            raise ValueError(
+                f"feature_map={feature_map!r} makes features that are no channels, and rotary=True turns channels; "
+                f"give rotary=False, or one of {turned}"
+            )
+        self.feature_map = FEATURE_MAPS[feature_map](num_heads, dim // num_heads, **dd)
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
-        qk, v = self._features(qk), at_least_float32(v)
+        qk, v = self.feature_map(at_least_float32(qk)), at_least_float32(v)
         q, k = qk.chunk(2, dim=2)
         mean = k.mean(dim=1, keepdim=True)
         normaliser = dot(q, mean) + 1e-6
+        levels = key_levels(mean, True) if self.has_rotary else k.detach().abs().mean(dim=1, keepdim=True) + 1e-6
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
-        return averages(q, k, v, normaliser, key_levels(mean, self.has_rotary))
+        return averages(q, k, v, normaliser, levels)
 
 
 class _Rotary(Attention):

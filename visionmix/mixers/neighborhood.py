@@ -1,16 +1,17 @@
 """Neighborhood attention, dilated and circular: every token attends to a window around itself."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.fx
-from timm.layers import trunc_normal_
+from timm.layers import trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
 from visionmix.graphs import may_branch_on_sizes
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads
+from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.window import into_windows
 
 
 class _Neighborhood(nn.Module):
@@ -55,7 +56,16 @@ class _Neighborhood(nn.Module):
             trunc_normal_(self.position_bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = self._projected(x)
+        return self.proj(self._attend(x, q, k, v, None, None))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v (..., heads, channels) of x (..., dim)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return q, k, v
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
+        """Return the attended values (batch, height, width, dim), with more keys and values for all cells or None."""
         # Key and value of the padding are the projection of a token of zeros. The sum is over one token or none: it
         # drops the axis, and where no cell is missing it gives zeros that nothing reads.
         padding = self.qkv(_padding(x, self.span)).sum(dim=0).unflatten(0, (3, self.num_heads, -1))
@@ -69,14 +79,14 @@ class _Neighborhood(nn.Module):
             self.dilation,
             [0, 0],
             self.scale,
-            None,
-            None,
+            keys,
+            values,
             self.position_bias,
             self.circular,
             key_padding,
             value_padding,
         )
-        return self.proj(out.flatten(3))
+        return out.flatten(3)
 
 
 @torch.fx.wrap
@@ -165,11 +175,16 @@ class DilatedNeighborhoodAttention(_Neighborhood):
 class CircularNeighborhoodAttention(_Neighborhood):
     """Softmax attention of every token to the tokens less than ``(kernel_size + 1) / 2`` away from it.
 
-    The window is round; at the border it is cut off rather than shifted.
+    The window is round; at the border it is cut off rather than shifted. With `down_factor` every token sees a smaller
+    map too, whose keys and values are those of squares of `down_factor` cells a side, summed with learned weights, the
+    same for all channels, which begin as those of the mean. Squares at the bottom and on the right that the map does
+    not fill are filled with keys and values of 0.
 
-    Shapes: (batch, height, width, dim) to the same, for every height and width.
+    Shapes: (batch, height, width, dim) to the same, for every height and width. `forward_with_text` takes text beside
+    the map.
 
-    Source: CLEAR (Liu et al. 2024, arXiv 2412.16112).
+    Source: CLEAR (Liu et al. 2024, arXiv 2412.16112), whose windows have the radius ``(kernel_size + 1) / 2``. Its maps
+    are multiples of `down_factor`.
 
     Args:
         dim: Channels.
@@ -177,10 +192,13 @@ class CircularNeighborhoodAttention(_Neighborhood):
         kernel_size: Diameter of the window in tokens; an odd number.
         position_bias: Whether a learned bias for each relative position and head is added before the softmax.
         qkv_bias: Whether the projection to q, k and v has a bias.
+        down_factor: Rows and columns of cells that a cell of the smaller map stands for; None for no smaller map.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or `kernel_size` is even or below 1.
+        ValueError: `num_heads` does not divide `dim`, `kernel_size` is even or below 1, or `down_factor` is below 1.
     """
+
+    down_factor: Final[int]
 
     def __init__(
         self,
@@ -189,8 +207,51 @@ class CircularNeighborhoodAttention(_Neighborhood):
         kernel_size: int = 7,
         position_bias: bool = False,
         qkv_bias: bool = True,
+        down_factor: int | None = None,
         **dd: Any,
     ) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; a round window needs an odd diameter")
+        if down_factor is not None and down_factor < 1:
+            raise ValueError(f"down_factor={down_factor} is too small; give 1 or more, or None for no smaller map")
         super().__init__(dim, num_heads, kernel_size, 1, True, position_bias, qkv_bias, **dd)
+        self.down_factor = down_factor or 0
+        self.fused_attn = use_fused_attn()
+        if self.down_factor:
+            area = self.down_factor**2
+            self.down_weight = nn.Parameter(torch.full((self.down_factor, self.down_factor), 1 / area, **dd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._projected(x)
+        if self.down_factor:
+            return self.proj(self._attend(x, q, k, v, self._smaller(k), self._smaller(v)))
+        return self.proj(self._attend(x, q, k, v, None, None))
+
+    @torch.jit.export
+    def forward_with_text(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixed map and the mixed text (batch, tokens, dim).
+
+        All cells see all of the text. The text sees itself and every cell, but not the smaller map.
+
+        Args:
+            x: The map (batch, height, width, dim).
+            text: The text (batch, tokens, dim), projected as cells are.
+        """
+        q, k, v = self._projected(x)
+        text_q, text_k, text_v = self._projected(text)
+        keys, values = text_k, text_v
+        if self.down_factor:
+            keys, values = torch.cat([keys, self._smaller(k)], dim=1), torch.cat([values, self._smaller(v)], dim=1)
+        mixed = self.proj(self._attend(x, q, k, v, keys, values))
+        everything = [torch.cat([text_k, k.flatten(1, 2)], dim=1), torch.cat([text_v, v.flatten(1, 2)], dim=1)]
+        heads = [each.transpose(1, 2) for each in (text_q, everything[0], everything[1])]
+        y = softmax_attention(heads[0], heads[1], heads[2], None, self.fused_attn)
+        return mixed, self.proj(y.transpose(1, 2).flatten(2))
+
+    def _smaller(self, x: Tensor) -> Tensor:
+        """Return keys or values (batch, height, width, heads, channels) of the smaller map, (batch, cells, ...)."""
+        side = self.down_factor
+        # By way of all cells: a graph that told squares from images would be made anew where an image is one square.
+        squares = into_windows(x.flatten(3), side).flatten(0, 1).unflatten(0, (-1, side * side))
+        y = (squares * self.down_weight.to(x.dtype).reshape(side * side, 1)).sum(dim=1)
+        return y.view(x.shape[0], -1, y.shape[1]).unflatten(-1, (self.num_heads, -1))

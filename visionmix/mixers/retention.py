@@ -8,16 +8,14 @@ from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import gated_linear_attention_op
 from visionmix.layers import (
-    Grid,
+    OrderedMixer,
     ScanLayerNorm,
-    SequenceMixer,
     at_least_float32,
     scaled,
     scan_dtype,
     unscaled,
     zero_token,
 )
-from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import check_heads
 
@@ -25,7 +23,7 @@ _FORMS = ("chunked", "parallel")
 
 
 @register_mixer("retention")
-class Retention(SequenceMixer):
+class Retention(OrderedMixer):
     """Multi-head retention of the tokens before, in three forms that compute the same.
 
     Per head h, with ``q, k, v = W x + b`` and ``gamma = 1 - 2^(-e)``, where e is 5 + h:
@@ -77,28 +75,19 @@ class Retention(SequenceMixer):
         head_norm: bool = True,
         **dd: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(order)
         check_heads(dim, num_heads)
         if form not in _FORMS:
             raise ValueError(f"form={form!r} is unknown; give one of {', '.join(map(repr, _FORMS))}")
         if decays is not None and not (isinstance(decays, list | tuple) and len(decays) == 2 and min(decays) > 0):
             raise ValueError(f"decays={decays!r} are not two positive numbers; give (5, 9), or None for 5, 6, 7, ...")
         self.first_decay, self.last_decay = map(float, decays or (5, 4 + num_heads))
-        self.order = sequence_order(order)
-        self.in_raster = self.order == "raster"
         self.in_parallel = form == "parallel"
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.norm = ScanLayerNorm(self.head_dim, eps=norm_eps, **dd) if head_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return the mixed tokens (batch, tokens, dim)."""
-        if self.in_raster:
-            return self._retain(x)
-        index, inverse = token_order(self.order, grid.height, grid.width, grid.prefix_positions, x)
-        return take(self._retain(take(x, index)), inverse)
 
     @torch.jit.ignore
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -128,8 +117,8 @@ class Retention(SequenceMixer):
         y, scale = scaled(self.norm(y).flatten(-2), like)
         return unscaled(self.proj(y), scale, self.proj(zero_token(y)))
 
-    def _retain(self, x: Tensor) -> Tensor:
-        """Return the mixed tokens (batch, tokens, dim) of a sequence."""
+    def mix(self, x: Tensor) -> Tensor:
+        """Return the mixed tokens of x, both (batch, steps, dim) in the order."""
         qkv = self.qkv(x)
         q, k, v = self._heads(qkv)
         decays = self._log_decays(q)
