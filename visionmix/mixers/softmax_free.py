@@ -207,9 +207,10 @@ def newton_inverse(matrix: Tensor, step: Tensor, iterations: int) -> Tensor:
         iterations: Steps.
     """
     fixed = matrix.detach()
-    inverse = step * fixed
+    flat, inverse = fixed.flatten(0, 1), (step * fixed).flatten(0, 1)
     for _ in range(iterations):
-        inverse = 2.0 * inverse - inverse @ fixed @ inverse
+        inverse = torch.baddbmm(inverse, inverse @ flat, inverse, beta=2.0, alpha=-1.0)
+    inverse = inverse.view(matrix.shape)
     if matrix.requires_grad:
         inverse = inverse - inverse @ (matrix - fixed) @ inverse  # less 0, which has the gradient
     return inverse
