@@ -1,6 +1,7 @@
 """`load_checkpoint`: published and own names, files without a classifier or with another one, and refusals."""
 
 import logging
+import re
 
 import golden
 import pytest
@@ -270,3 +271,14 @@ def test_key_maps_add_up_in_order():
     made = both({"a.weight": torch.arange(6.0).view(1, 3, 2), "x": torch.ones(1)})
     assert made.keys() == {"pos_embed.weight", "class_token.pos_embed.half"}
     assert torch.equal(made["class_token.pos_embed.half"], torch.tensor([[[0.0, 0.5]]]))
+
+
+def test_files_with_a_downsamplers_former_name_load():
+    model = timm.create_model("test_convnext_dcls")
+    tensors = {
+        re.sub(r"\.downsample\.conv\.", ".downsample.conv.conv.", key): x for key, x in model.state_dict().items()
+    }
+    assert tensors.keys() != model.state_dict().keys()
+    other = timm.create_model("test_convnext_dcls")
+    assert load_checkpoint(other, tensors) == []
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())

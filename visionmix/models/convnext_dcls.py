@@ -30,6 +30,7 @@ _KEYS = KeyMap(
         (r"^downsample_layers\.0\.1\.", "stem.norm1."),
         (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
         (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+        (r"\.downsample\.conv\.conv\.", ".downsample.conv."),  # this library's former name
         (r"^stages\.(\d)\.\d+\.dwconv\.P$", r"stages.\1.spacings.positions"),
         (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"\.dwconv\.", ".mixer."),
