@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_mixer
+from drawn import check_definition, drawn_mixer
 from torch.nn import functional as F
 
 from visionmix import create_mixer
@@ -41,13 +41,7 @@ def defined(mixer, x):
 @pytest.mark.parametrize(("options", "grid"), [({}, (3, 4)), ({"qkv_bias": False}, (1, 1)), ({"num_heads": 1}, (5, 1))])
 def test_flow_equals_definition(options, grid):
     mixer = flow(**options).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-8, atol=1e-10)
+    check_definition(mixer, defined, (2, *grid, 12))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_mixer
+from drawn import check_definition, drawn_mixer
 from torch.nn import functional as F
 
 from visionmix import create_mixer
@@ -42,13 +42,7 @@ def defined(mixer, x, dilation):
 def test_lka_equals_definition(options, sizes, grid):
     mixer = lka(**options).double()
     assert (mixer.conv.kernel_size[0], mixer.dilated.kernel_size[0]) == sizes
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined(mixer, x, options.get("dilation", 3))
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-8, atol=1e-10)
+    check_definition(mixer, lambda mixer, x: defined(mixer, x, options.get("dilation", 3)), (2, *grid, 12))
 
 
 def test_float16_carries_gated_products_beyond_its_range():

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import check_half_precision, drawn_mixer
+from drawn import check_definition, check_half_precision, drawn_mixer
 from torch.nn import functional as F
 
 from visionmix import create_mixer
@@ -70,13 +70,7 @@ def defined(mixer, x):
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_linear_equals_definition(name, grid):
     mixer = linear(feature_map=name, std=0.7).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-10)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-7, atol=1e-9)
+    check_definition(mixer, defined, (2, *grid, 12), atol=1e-10, rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name in FEATURE_MAPS if name not in ("elu", "softplus")])
@@ -146,13 +140,7 @@ def defined_generalized(mixer, x):
 @pytest.mark.parametrize("grid", [(3, 4), (1, 1)])
 def test_generalized_linear_equals_definition(grid, options):
     mixer = generalized(**options).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined_generalized(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-7, atol=1e-9)
+    check_definition(mixer, defined_generalized, (2, *grid, 12), rtol=1e-7)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import check_half_precision, drawn_mixer
+from drawn import check_definition, check_half_precision, drawn_mixer
 from naive_linear_attention import convolved
 from torch.nn import functional as F
 
@@ -51,13 +51,7 @@ def defined(mixer, x):
 @pytest.mark.parametrize("grid", [(4, 5), (1, 1), (7, 3)])
 def test_norm_aware_equals_definition(options, grid):
     mixer = norm_aware(**options).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-8, atol=1e-10)
+    check_definition(mixer, defined, (2, *grid, 12))
 
 
 def test_queries_of_zeros_and_keys_of_zeros_attend_to_nothing():

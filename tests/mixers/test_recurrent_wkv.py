@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import check_half_precision, drawn_mixer
+from drawn import check_definition, check_half_precision, drawn_mixer
 from torch.nn import functional as F
 
 from visionmix import create_mixer
@@ -48,13 +48,7 @@ def defined(mixer, x):
 @pytest.mark.parametrize("grid", [(3, 4), (1, 1), (5, 1)])
 def test_recurrent_wkv_equals_definition(grid, recurrences):
     mixer = recurrent_wkv(std=1.0, recurrences=recurrences).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads = torch.autograd.grad(out, leaves, grad)
-    for own, other in zip(grads, torch.autograd.grad(expected, leaves, grad), strict=True):
-        assert torch.allclose(own, other, rtol=1e-8, atol=1e-10)
+    check_definition(mixer, defined, (2, *grid, 12))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

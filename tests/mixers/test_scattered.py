@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import check_half_precision, drawn_mixer
+from drawn import check_definition, check_half_precision, drawn_mixer
 
 from visionmix import create_mixer
 
@@ -31,13 +31,7 @@ def defined(mixer, x, windows=None):
 @pytest.mark.parametrize("grid", [(7, 5), (1, 1), (3, 6)])
 def test_scattered_equals_definition(grid, options):
     mixer = scattered(**options).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-7, atol=1e-9)
+    check_definition(mixer, defined, (2, *grid, 12), rtol=1e-7)
 
 
 def test_tokens_lie_anywhere():

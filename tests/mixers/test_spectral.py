@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import check_half_precision, drawn_mixer
+from drawn import check_definition, check_half_precision, drawn_mixer
 from torch.nn import functional as F
 
 from visionmix import create_mixer
@@ -37,13 +37,7 @@ def defined_dct(mixer, x):
 def test_dct_equals_definition(grid, reduction, fused):
     mixer = dct(reduction=reduction).double()
     mixer.fused_attn = fused
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined_dct(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-7, atol=1e-9)
+    check_definition(mixer, defined_dct, (2, *grid, 12), rtol=1e-7)
 
 
 def test_without_attention_all_frequencies_make_the_map():
@@ -100,13 +94,7 @@ def defined_orchid(mixer, x):
 @pytest.mark.parametrize("grid", [(3, 4), (1, 1), (6, 5)])
 def test_orchid_equals_definition(grid, kernel):
     mixer = orchid(kernel=kernel).double()
-    x = torch.randn(2, *grid, 12, dtype=torch.float64, requires_grad=True)
-    out, expected = mixer(x), defined_orchid(mixer, x)
-    assert torch.allclose(out, expected, atol=1e-12)
-    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    for own, other in zip(grads, wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-7, atol=1e-9)
+    check_definition(mixer, defined_orchid, (2, *grid, 12), rtol=1e-7)
 
 
 @pytest.mark.parametrize("kernel", ["magnitude", "correlation"])

@@ -18,6 +18,27 @@ def drawn_mixer(name: str, *, std: float = 0.3, **options: Any) -> nn.Module:
     return mixer
 
 
+def check_definition(
+    mixer: nn.Module, defined: Callable[..., Tensor], shape: tuple[int, ...], *, atol: float = 1e-12, rtol: float = 1e-8
+) -> None:
+    """Assert that a `mixer` of float64 computes what its definition, called with it and x of this shape, does.
+
+    Args:
+        mixer: The mixer.
+        defined: Its definition.
+        shape: Of x.
+        atol: How far results may lie apart.
+        rtol: How far gradients may lie apart, of their size; a hundredth of it where they are near 0.
+    """
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    out, expected = mixer(x), defined(mixer, x)
+    assert torch.allclose(out, expected, atol=atol)
+    leaves, grad = [x, *mixer.parameters()], torch.randn_like(out)
+    grads, wanted = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    for own, other in zip(grads, wanted, strict=True):
+        assert torch.allclose(own, other, rtol=rtol, atol=rtol / 100)
+
+
 def check_half_precision(
     mixer: nn.Module, x: Tensor, defined: Callable[..., Tensor], dtype: torch.dtype, autocast: bool
 ) -> None:

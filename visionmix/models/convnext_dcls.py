@@ -35,7 +35,7 @@ _KEYS = KeyMap(
         (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"\.dwconv\.", ".mixer."),
         (r"\.pwconv(\d)\.", r".mlp.fc\1."),
-        (r"\.gamma$", ".scale.gamma"),
+        (r"(?<!scale)\.gamma$", ".scale.gamma"),
         (r"^norm\.", "head.norm."),
         HEAD,
     ],

@@ -8,8 +8,8 @@ from torch.nn.functional import normalize
 
 from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
-from visionmix.reduction.attention import attention_block, mask_bias
-from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_int, is_number, register_method
+from visionmix.reduction.attention import attention_block, check_attention, mask_bias
+from visionmix.reduction.methods import Method, chosen_layers, is_int, is_number, register_method
 from visionmix.reduction.tokens import Tokens, merge, ones
 
 _NEVER = -2.0  # less than any cosine
@@ -75,9 +75,7 @@ class ALGM(Method):
         self.window_size = window_size
         self.released = released
         self.trace_source = trace_source
-        check_leading(self.name, prefix_positions)
-        for block in blocks:
-            attention_block(block)
+        check_attention(self.name, blocks, prefix_positions)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)

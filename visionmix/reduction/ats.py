@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.layers import at_least_float32
-from visionmix.reduction.attention import attention_block, attention_weights, mask_bias
-from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_int, register_method
+from visionmix.reduction.attention import attention_block, attention_weights, check_attention, mask_bias
+from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method
 from visionmix.reduction.tokens import Tokens, keep
 
 
@@ -61,13 +61,7 @@ class ATS(Method):
         self.samples = samples
         self.released = released
         self.trace_source = trace_source
-        if not prefix_positions:
-            raise ValueError(
-                "method 'ats' scores tokens by the class token, and this model has none; take another model"
-            )
-        check_leading(self.name, prefix_positions)
-        for block in blocks:
-            attention_block(block)
+        check_attention(self.name, blocks, prefix_positions, class_token=True)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)

@@ -1,6 +1,7 @@
 """A block as its two branches, and its attention in three moves: project, mix, close."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -240,6 +241,31 @@ def attention_block(block: nn.Module) -> AttentionBlock:
             f"an attention of class {type(block.attn).__qualname__} cannot be reduced; timm.layers.Attention can"
         )
     return (_TimmPostBlock if forward is ResPostBlock.forward else _TimmBlock)(block, block.attn)
+
+
+def check_attention(
+    name: str, blocks: Sequence[nn.Module], prefix_positions: tuple[int, ...], class_token: bool = False
+) -> None:
+    """Refuse a model that the method `name` cannot look into.
+
+    Args:
+        name: Of the method.
+        blocks: The model's blocks.
+        prefix_positions: Its prefix tokens, which must be the first of the sequence.
+        class_token: Whether the method needs one.
+
+    Raises:
+        TypeError: a block has no readable attention.
+        ValueError: prefix tokens are elsewhere, or there are none where one is needed.
+    """
+    if class_token and not prefix_positions:
+        raise ValueError(
+            f"method {name!r} scores tokens by the class token, and this model has none; take another model"
+        )
+    if prefix_positions != tuple(range(len(prefix_positions))):
+        raise ValueError(f"method {name!r} needs the prefix tokens first; this model has them at {prefix_positions}")
+    for block in blocks:
+        attention_block(block)
 
 
 def _softmax_block(block: MapBlock) -> AttentionBlock:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers import at_least_float32
-from visionmix.reduction.attention import attention_block
+from visionmix.reduction.attention import attention_block, check_attention
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_number, quarters, register_method
+from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method
 from visionmix.reduction.tokens import Tokens, keep
 
 _EPS = 1e-6  # of sums of attention weights in training, as published
@@ -85,7 +85,7 @@ class DynamicViT(Method, nn.Module):
         self.ratio_weight, self.distill_weight = ratio_weight, distill_weight
         self.__dict__["teacher"] = teacher  # not by setattr, which would make it a part of the model
         self.trace_source = trace_source
-        check_leading(self.name, prefix_positions)
+        check_attention(self.name, blocks, prefix_positions)
         qkv = [attention_block(block).layer.qkv for block in blocks].pop()
         like = {"device": qkv.weight.device, "dtype": qkv.weight.dtype}
         self.predictors = nn.ModuleList(Predictor(qkv.in_features, **like) for _ in self.layers)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from visionmix.reduction.attention import attention_block
-from visionmix.reduction.methods import Method, check_leading, chosen_layers, is_number, quarters, register_method
+from visionmix.reduction.attention import attention_block, check_attention
+from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method
 from visionmix.reduction.tokens import Tokens, take
 
 
@@ -51,13 +51,7 @@ class EViT(Method):
         self.keep_rate = schedule(keep_rate, layers, len(blocks))
         self.fuse = fuse
         self.trace_source = trace_source
-        if not prefix_positions:
-            raise ValueError(
-                "method 'evit' scores tokens by the class token, and this model has none; take another model"
-            )
-        check_leading(self.name, prefix_positions)
-        for block in blocks:
-            attention_block(block)
+        check_attention(self.name, blocks, prefix_positions, class_token=True)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)

@@ -11,10 +11,9 @@ from torch.nn.functional import normalize
 
 from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
-from visionmix.reduction.attention import attention_block, attention_weights
+from visionmix.reduction.attention import attention_block, attention_weights, check_attention
 from visionmix.reduction.methods import (
     Method,
-    check_leading,
     check_positive,
     chosen_layers,
     is_number,
@@ -104,9 +103,7 @@ class MCTF(Method):
         self.r_teacher = r_teacher
         self.consistency_weight = consistency_weight
         self.trace_source = trace_source
-        check_leading(self.name, prefix_positions)
-        for block in blocks:
-            attention_block(block)
+        check_attention(self.name, blocks, prefix_positions)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)

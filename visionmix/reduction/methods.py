@@ -93,12 +93,6 @@ def method_class(name: str, options: Mapping[str, Any]) -> type[Method]:
     return _METHODS.checked(name, options)
 
 
-def check_leading(name: str, prefix_positions: tuple[int, ...]) -> None:
-    """Raise ValueError unless the prefix tokens are the first of the sequence."""
-    if prefix_positions != tuple(range(len(prefix_positions))):
-        raise ValueError(f"method {name!r} needs the prefix tokens first; this model has them at {prefix_positions}")
-
-
 def quarters(depth: int) -> list[int]:
     """Return the numbers of the blocks a quarter, a half and three quarters of the way: 3, 6, 9 of 12."""
     return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})

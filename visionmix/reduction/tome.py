@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from visionmix.reduction.attention import attention_block
+from visionmix.reduction.attention import attention_block, check_attention
 from visionmix.reduction.matching import match
-from visionmix.reduction.methods import Method, check_leading, is_int, register_method
+from visionmix.reduction.methods import Method, is_int, register_method
 from visionmix.reduction.tokens import Tokens, ones
 
 
@@ -46,9 +46,7 @@ class ToMe(Method):
         self.r = schedule(r, len(blocks))
         self.prop_attn = prop_attn
         self.trace_source = trace_source
-        check_leading(self.name, prefix_positions)
-        for block in blocks:
-            attention_block(block)
+        check_attention(self.name, blocks, prefix_positions)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from visionmix.layers import at_least_float32
-from visionmix.reduction.attention import attention_block, attention_weights
+from visionmix.reduction.attention import attention_block, attention_weights, check_attention
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import Method, check_leading, is_int, register_method
+from visionmix.reduction.methods import Method, is_int, register_method
 from visionmix.reduction.tokens import Tokens, keep, take
 
 # In thirds of the model's blocks from the first to the last: how often scores are passed on.
@@ -86,13 +86,7 @@ class ZeroTPrune(Method):
         self.variant = variant
         self.trace_source = trace_source
         self.depth = depth
-        if not prefix_positions:
-            raise ValueError(
-                "method 'zero_tprune' ranks tokens from the class token on, and this model has none; take another model"
-            )
-        check_leading(self.name, prefix_positions)
-        for block in blocks:
-            attention_block(block)
+        check_attention(self.name, blocks, prefix_positions, class_token=True)
 
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)
