@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visionmix.layers.fold import entry_of, fold_before
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
+from visionmix.layers.position import ConvPosition
 
 
 class Residual(nn.Module):
@@ -108,6 +109,23 @@ class Block(nn.Module):
         if self.has_mlp:
             x = self.scale2(x, self.mlp(self.norm2(x)))
         return x
+
+
+class TwoPositionsBlock(Block):
+    """`Block` with `visionmix.layers.ConvPosition` before the mixer and another one before the feed-forward."""
+
+    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
+    has_pos: Final[bool]
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, pos_layer=ConvPosition, **options)
+        self.pos2 = ConvPosition(dim, device=options["device"], dtype=options["dtype"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.pos(x)
+        x = self.scale1(x, self.mixer(self.norm1(x)))
+        x = x + self.pos2(x)
+        return self.scale2(x, self.mlp(self.norm2(x))) if self.has_mlp else x
 
 
 class TokenBlock(Block):

@@ -4,13 +4,14 @@ Source: MILA (Han et al. 2024, arXiv 2405.16605), which its repository calls MLL
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
-from visionmix.backbones import Block, Hierarchical
+from visionmix.backbones import Hierarchical
+from visionmix.backbones.block import TwoPositionsBlock
 from visionmix.backbones.contract import MixerSpec
-from visionmix.layers import ConvPosition, ConvsDownsample, Stem, StemConv, mlp
+from visionmix.layers import ConvsDownsample, Stem, StemConv, mlp
 from visionmix.models.hosts import HEAD, doubled
 from visionmix.models.keys import NEXT_STAGE, KeyMap
 from visionmix.models.layout import Layout
@@ -46,7 +47,7 @@ def mila(embed_dim: int, depths: Sequence[int], num_heads: int, mixer: MixerSpec
         "mixer": mixer,
         "stem_layer": _Stem,
         "downsample_layer": _downsample,
-        "block_layer": _Block,
+        "block_layer": TwoPositionsBlock,
         "mlp_layer": mlp,
     }
     return Layout(Hierarchical, options, _KEYS)
@@ -80,20 +81,3 @@ def _downsample(dim: int, out_dim: int, **dd: Any) -> ConvsDownsample:
     first = StemConv(4 * out_dim, 1, act_layer=nn.ReLU)
     depthwise = first._replace(kernel_size=3, stride=2, groups=4 * out_dim)
     return ConvsDownsample(dim, [first, depthwise, StemConv(out_dim, 1, norm_layer=nn.BatchNorm2d)], **dd)
-
-
-class _Block(Block):
-    """`Block` with a second position encoding, before the feed-forward."""
-
-    has_mlp: Final[bool]  # repeated: TorchScript knows only the constants of the class itself
-    has_pos: Final[bool]
-
-    def __init__(self, dim: int, **options: Any) -> None:
-        super().__init__(dim, pos_layer=ConvPosition, **options)
-        self.pos2 = ConvPosition(dim, device=options["device"], dtype=options["dtype"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos(x)
-        x = self.scale1(x, self.mixer(self.norm1(x)))
-        x = x + self.pos2(x)
-        return self.scale2(x, self.mlp(self.norm2(x))) if self.has_mlp else x
