@@ -1,9 +1,11 @@
-"""Mixers whose published code is a module, not a classifier, against what that module computes."""
+"""Mixers against what single modules of published code compute: code without a classifier, and modules of a classifier
+whose logits hardly see them."""
 
 import re
 
 import golden
 import pytest
+import timm
 import torch
 
 import visionmix
@@ -46,3 +48,26 @@ def test_multi_head_scan(case, num_heads):
             assert {key.partition(".")[0] for key in missing} == {"in_proj", "conv", "norm"}
             out = mixer.scan(image)
     assert golden.relative_error(out, arrays["logits"]) <= 1e-5
+
+
+# How many entries of the published list of stages a stage takes; downsamplers stand in it too.
+_ENTRIES = {"spatial_mamba_tiny": 1, "a2mamba_nano": 2, "segman_tiny": 2}
+
+
+@pytest.mark.parametrize("case", _ENTRIES)
+def test_mixers_inside_a_model(case):
+    meta, arrays = golden.load(f"{case}_mixers")
+    overlay = {"state_dict": {"model": golden.state_dict(meta)}}
+    with golden.quick_start():
+        model = timm.create_model(meta["name"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert len(arrays) == len(meta["calls"])
+    for call, each in enumerate(meta["calls"]):
+        _, entry, _, block, _ = each["module"].split(".")
+        mixer = model.stages[int(entry) // _ENTRIES[case]].blocks[int(block)].mixer
+        x = golden.image(*each["size"], channels=each["channels"]).permute(0, 2, 3, 1)
+        with torch.no_grad():
+            assert golden.relative_error(mixer(x).permute(0, 3, 1, 2), arrays[f"out{call}"]) <= 1e-5
+            with visionmix.kernels.use("reference"):
+                out = mixer.double()(x.double()).permute(0, 3, 1, 2)
+            assert golden.relative_error(out, arrays[f"out{call}"]) <= 1e-9
+            mixer.float()

@@ -4,8 +4,9 @@ from torch import Tensor
 
 from visionmix.kernels.schema import Schema
 
+# A dilation may follow the size of the map, which is a symbol in graphs of all sizes.
 _OPTIONS = (
-    "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, Tensor? additional_keys, "
+    "int[] kernel_size, int[] stride, SymInt[] dilation, int[] is_causal, float scale, Tensor? additional_keys, "
     "Tensor? additional_values, Tensor? relative_position_bias, bool circular, Tensor? key_padding=None, "
     'Tensor? value_padding=None, str implementation="auto"'
 )

@@ -49,7 +49,8 @@ class AxisTable:
     def __init__(self, size, kernel_size: int, stride: int, dilation: int, causal: bool, circular: bool, device):
         extended = size if circular else torch.sym_max(size, kernel_size * dilation)
         token = torch.arange(size, device=device).unsqueeze(1)
-        residue, i = token % dilation, token // dilation
+        i = token // dilation
+        residue = token - i * dilation  # no remainder: ONNX takes none by a symbol
         length = (extended - residue + dilation - 1) // dilation
         if circular:
             start = i - kernel_size // 2

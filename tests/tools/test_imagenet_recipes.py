@@ -31,7 +31,7 @@ WITHOUT = {
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
     r"mambavision_large3": "trained on ImageNet-21k alone, by settings that are not published",
     r"roma_arm_\w+": "pre-trained on remote sensing images, without labels",
-    r"van_b[456]": "its drop path from scratch is not published",
+    r"favit_b[123]|segman_large_encoder|van_b[456]": "its drop path from scratch is not published",
     r"vim_\w+_stride8": "fine-tuned from the model of stride 16: finetune/",
 }
 
@@ -53,7 +53,9 @@ TINY = {
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
     r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
     r"(dualtoken_vit|fmvit|l2vit|m2_vit|nalaformer|s2aformer|soft|softpp)_": r"test_\1",
-    r"(van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(a2mamba|favit|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"segman_\w+_encoder": "test_segman_encoder",
+    r"stvit_r_swin_": "test_stvit_r_swin",
 }
 
 

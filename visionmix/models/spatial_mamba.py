@@ -12,8 +12,9 @@ import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from visionmix.backbones import Block, Hierarchical
-from visionmix.layers import ConvPosition, ConvsDownsample, Stem, StemConv, mlp
+from visionmix.backbones import Hierarchical
+from visionmix.backbones.block import TwoPositionBlock
+from visionmix.layers import ConvsDownsample, Stem, StemConv, mlp
 from visionmix.models import Join, KeyMap, Layout, Variant, Weights, register_family
 from visionmix.models.hosts import doubled
 from visionmix.models.keys import NEXT_STAGE
@@ -82,27 +83,12 @@ def _downsample(dim: int, out_dim: int, **dd: Any) -> ConvsDownsample:
     return ConvsDownsample(dim, [conv, conv._replace(kernel_size=3, stride=2, groups=wide), last], **dd)
 
 
-class _Block(Block):
-    """`Block` with a position encoding before the mixer and one before the feed-forward."""
-
-    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None, **options: Any) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, pos_layer=ConvPosition, **options, **dd)
-        self.pos2 = ConvPosition(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos(x)
-        x = self.scale1(x, self.mixer(self.norm1(x)))
-        x = x + self.pos2(x)
-        return self.scale2(x, self.mlp(self.norm2(x)))
-
-
 def _layout(dim: int, depths: Sequence[int], **options: Any) -> Layout:
     layers = {
         "mixer": "state_fusion",
         "stem_layer": _Stem,
         "downsample_layer": _downsample,
-        "block_layer": _Block,
+        "block_layer": TwoPositionBlock,
         "mlp_layer": mlp,
         "norm_layer": partial(LayerNorm, eps=1e-5),
     }
