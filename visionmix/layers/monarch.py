@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visionmix.kernels.monarch import monarch_op
 from visionmix.layers.feed_forward import InTiles
+from visionmix.layers.half_precision import autocasts
 
 
 class MonarchLinear(nn.Module):
@@ -72,7 +73,7 @@ class MonarchLinear(nn.Module):
 def _product(x: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
     if not torch.jit.is_scripting():
         # As autocast does it for the dense layer; an op is left alone by it.
-        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        if x.dtype == torch.float32 and autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
     return monarch_op(x, first, second)
 
