@@ -85,6 +85,8 @@ def fit_mixer(model: recipe_keys.ModelRecipe, num_classes: int, name: str, wante
     specs: list[str | dict] = [name]
     if expand is not None:
         specs += [{"name": name, "expand": expand.default / 2**power} for power in range(1, _HALVINGS + 1)]
+    if "num_heads" in mixer_options(name):  # where the model's heads do not fit
+        specs.append({"name": name, "num_heads": 1})
     for spec in specs:
         try:
             ratio = fit_ratio(lambda value, spec=spec: count_parameters(model, num_classes, spec, value), wanted)

@@ -173,7 +173,7 @@ def test_reference_kernels_in_float64_are_closer_still(case):
 
 def test_every_published_model_has_a_golden():
     # The others' authors published neither code nor weights.
-    without_code = {"atrous_vmamba", "skeletons", "vim2"}
+    without_code = {"atrous_vmamba", "dualtoken_vit", "fmvit", "m2_vit", "s2aformer", "skeletons", "vim2"}
     named = {name for name in MODELS if not name.startswith("test_")}
     named = {name for name in named if family_of(name).module.rpartition(".")[2] not in without_code}
     assert named <= {case.partition("__")[0] for case in CASES}

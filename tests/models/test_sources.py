@@ -329,12 +329,13 @@ def test_timm_crops_test_images_as_the_authors_did():
         crops[name] = config["crop_mode"], config["crop_pct"]
     squashed = {name for name, (mode, _) in crops.items() if mode == "squash"}
     of_512 = {"mambavision_large2.in21k_in1k_512", "mambavision_large3.in21k_in1k_512"}
-    of_384 = {"transnext_small.in1k_384", "transnext_base.in1k_384"}
+    of_384 = {"transnext_small.in1k_384", "transnext_base.in1k_384", "l2vit_base.in22k_in1k_384"}
     others = {name for name in TAGGED if name.startswith(("agent_", "flatten_", "inline_", "polaformer_"))}
-    assert squashed == others | of_512 | of_384
+    of_1024 = {"her_encoder.sam"}
+    assert squashed == others | of_512 | of_384 | of_1024
     assert {crops[name] for name in of_512} == {("squash", 0.93)}
     # Of the published cfgs, three say TEST.CROP: False; TransNeXt's code crops nothing from 384 pixels on.
-    whole = of_384 | {"agent_swin_small.in1k_288", "agent_swin_base.in1k_384", "flatten_swin_base.in1k_384"}
+    whole = of_384 | of_1024 | {"agent_swin_small.in1k_288", "agent_swin_base.in1k_384", "flatten_swin_base.in1k_384"}
     assert {name for name in squashed - of_512 if crops[name][1] == 1.0} == whole
     assert {crops[name][1] for name in squashed - of_512 - whole} == {0.875}
 

@@ -267,6 +267,8 @@ def _dilations(height: int, width: int, kernel_size: list[int]) -> list[int]:
 def _dilation(length: int, most: int) -> int:
     if torch.jit.is_scripting():
         return max(1, min(length // most, most))
+    if torch.jit.is_tracing():  # sizes are tensors
+        return max(1, min(int(length // most), most))
     # Not by `min` and `max`: a graph for all sizes would be compiled once more for every outcome.
     return torch.sym_max(1, torch.sym_min(length // most, most))
 

@@ -96,6 +96,7 @@ def _layout(dim: int, depths: Sequence[int], num_heads: Sequence[int], **options
 _SAM = Weights(
     "https://github.com/xq141839/HER-Seg/raw/main/pretrain_weights/SAM_PFD_10K.pth",
     crop_mode="squash",
+    num_classes=0,
     std=(0.485, 0.456, 0.406),
 )
 
