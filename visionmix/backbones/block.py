@@ -1,6 +1,6 @@
 """The pre-norm residual block of both skeletons, and the piece that blocks are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from visionmix.layers.fold import entry_of, fold_before
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.position import ConvPosition
+
+Maker = Callable[..., nn.Module]
+
+
+def placed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `device` and the `dtype` of a block's options, those that there are."""
+    return {name: options[name] for name in ("device", "dtype") if name in options}
 
 
 class Residual(nn.Module):

@@ -6,7 +6,7 @@ share its positions, which are parameters of the stage here and repeated for eve
 published training moved positions with five times the learning rate and kept them apart by a loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones import Hierarchical, Residual, Stage
+from visionmix.backbones.block import Maker, placed
 from visionmix.layers import NormConvDownsample, Stem, StemConv, mlp
 from visionmix.layers.truncated import DrawnConvolutions, draw_convolutions
 from visionmix.mixers.learnable_spacings import LearnableSpacings
@@ -53,28 +54,18 @@ class _Block(nn.Module):
         mixer: Makes the token mixer.
         mlp_layer: Makes the feed-forward from `dim`.
         norm_layer: Makes a norm over channels from `dim`.
-        drop_path: Rate of stochastic depth.
-        layer_scale: Initial value of gamma, or None for none.
+        **options: `drop_path` and `layer_scale` of `visionmix.backbones.Residual`.
     """
 
     spaced: Final[bool]
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: Callable[..., nn.Module],
-        mlp_layer: Callable[..., nn.Module],
-        norm_layer: Callable[..., nn.Module],
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, mixer: Maker, mlp_layer: Maker, norm_layer: Maker, **options: Any) -> None:
         super().__init__()
+        dd = placed(options)
         self.mixer = mixer()
         self.norm = norm_layer(dim, **dd)
         self.mlp = mlp_layer(dim, **dd)
-        self.scale = Residual(dim, drop_path, layer_scale, **dd)
+        self.scale = Residual(dim, **options)
         self.spaced = isinstance(self.mixer, LearnableSpacings)
 
     def forward(self, x: Tensor, kernel: Tensor | None = None) -> Tensor:

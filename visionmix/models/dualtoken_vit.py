@@ -9,7 +9,7 @@ classifier. Decided here: the depths, and the widths of the smallest model, with
 0.5 and 1.0 GMACs that the paper's abstract prints; an equal weight for the map's summary and the global tokens; norms.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones import Hierarchical, Residual, Stage
+from visionmix.backbones.block import Maker, placed
 from visionmix.layers import PatchMerging, ProjectionHead, Stem, StemConv, mlp
 from visionmix.layers.downsample import patch_cells
 from visionmix.mixers.dual_token import DualTokenAttention
@@ -65,24 +66,15 @@ class _Block(nn.Module):
 
     carries: Final[bool]
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: Callable[..., nn.Module],
-        mlp_layer: Callable[..., nn.Module],
-        norm_layer: Callable[..., nn.Module],
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, mixer: Maker, mlp_layer: Maker, norm_layer: Maker, **options: Any) -> None:
         super().__init__()
+        dd = placed(options)
         self.conv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim, **dd)
         self.norm0, self.norm1, self.norm2 = (norm_layer(dim, **dd) for _ in range(3))
         self.encoder = mlp(dim, **dd)
         self.mixer = mixer()
         self.mlp = mlp_layer(dim, **dd)
-        self.scale0, self.scale1, self.scale2 = (Residual(dim, drop_path, layer_scale, **dd) for _ in range(3))
+        self.scale0, self.scale1, self.scale2 = (Residual(dim, **options) for _ in range(3))
         self.carries = isinstance(self.mixer, DualTokenAttention)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ those of 224-pixel images whatever `img_size` is, and maps of other sizes are re
 another size without, give each stage's ``mixer=[dict(name="raft", grid_size=...), ...]``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.backbones import Hierarchical
-from visionmix.backbones.block import Residual
+from visionmix.backbones.block import Maker, Residual, placed
 from visionmix.layers import MultiScalePatches, mlp, resample_map
 from visionmix.models import KeyMap, Layout, Variant, register_family
 from visionmix.models.hosts import doubled
@@ -34,24 +34,14 @@ class RaftBlock(nn.Module):
         mixer: Makes `visionmix.mixers.RaftMixing`.
         mlp_layer: Makes the feed-forward from `dim`.
         norm_layer: Makes a norm over channels from `dim`.
-        drop_path: Rate of stochastic depth of the branches.
-        layer_scale: Initial value of a learned scale per channel on the branches, or None for none.
+        **options: `drop_path` and `layer_scale` of `visionmix.backbones.Residual`, for each branch.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: Callable[..., nn.Module],
-        mlp_layer: Callable[..., nn.Module],
-        norm_layer: Callable[..., nn.Module],
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        **dd: Any,
-    ) -> None:
+    def __init__(self, dim: int, *, mixer: Maker, mlp_layer: Maker, norm_layer: Maker, **options: Any) -> None:
         super().__init__()
+        dd = placed(options)
         self.norm1, self.norm2, self.norm3 = (norm_layer(dim, **dd) for _ in range(3))
-        self.scale1, self.scale2, self.scale3 = (Residual(dim, drop_path, layer_scale, **dd) for _ in range(3))
+        self.scale1, self.scale2, self.scale3 = (Residual(dim, **options) for _ in range(3))
         self.vertical, self.horizontal = mixer(axis="vertical"), mixer(axis="horizontal")
         self.mlp = mlp_layer(dim, **dd)
 
