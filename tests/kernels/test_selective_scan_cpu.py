@@ -47,7 +47,10 @@ def check_2d(arguments, **options):
     twins = doubles(arguments)
     actual, expected = scan_2d(arguments, **options), call_2d(_naive_2d, twins, delta_softplus=True, **options)
     assert_close(actual, expected)
-    assert_gradients_close(gradients(actual, list(arguments.values())), gradients(expected, list(twins.values())))
+    # Gradients of one channel's D and bias are one number each, a sum over all cells that may come out near 0.
+    factor = 1.0 if arguments["x"].shape[-1] > 1 else 10.0
+    ours, theirs = gradients(actual, list(arguments.values())), gradients(expected, list(twins.values()))
+    assert_gradients_close(ours, theirs, factor=factor)
 
 
 def _naive_2d(*, orders=CROSS, merge="sum", **arguments):
