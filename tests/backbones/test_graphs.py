@@ -13,7 +13,7 @@ import visionmix
 SIZES = [(96, 128), (96, 96), (225, 193)]
 # Inductor simplifies the indices of their groups and pooled maps symbolically, for over a quarter of an hour; or it
 # makes a graph more, since it decides by a loop's length whether threads are worth their start (above 4096 steps).
-SLOW = {"test_sgformer", "test_transnext", "test_ecoformer", "test_favit"}
+SLOW = {"test_sgformer", "test_transnext", "test_ecoformer", "test_favit", "test_soft", "test_softpp"}
 GRAPHS = [(name, each) for name in TINY for each in ("aot_eager", "inductor") if name not in SLOW or each != "inductor"]
 
 
