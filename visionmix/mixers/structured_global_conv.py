@@ -8,6 +8,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.kernels.long_convolution import long_convolution_op
 from visionmix.layers import OrderedMixer, at_least_float32, scaled, unscaled
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans.cells import numbered
@@ -135,15 +136,13 @@ class StructuredGlobalConv(OrderedMixer):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Return y (batch, tokens, channels * dim) of x (batch, tokens, dim)."""
-        x = at_least_float32(x).transpose(1, 2).unsqueeze(1)
-        length = x.shape[3]
-        kernel = self.kernel(length)
+        x, reverse = at_least_float32(x), torch.jit.annotate(Tensor | None, None)
+        kernel = self.kernel(x.shape[1])
         if self.bidirectional:
-            before, behind = kernel.chunk(2)
-            kernel = torch.cat([before, behind.flip(-1)], dim=-1)
-        spectrum = torch.fft.rfft(x, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
-        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + x * at_least_float32(self.D).unsqueeze(-1)
-        return y.flatten(1, 2).transpose(1, 2)
+            kernel, behind = kernel.chunk(2)
+            reverse = behind.flatten(0, 1).t()
+        x = x.repeat(1, 1, kernel.shape[0])
+        return long_convolution_op(x, kernel.flatten(0, 1).t(), reverse) + x * at_least_float32(self.D).flatten()
 
 
 @torch.fx.wrap

@@ -30,8 +30,7 @@ class AViT(Method):
     In training, ``forward_train`` adds two losses: the ponder loss, the mean over tokens of the blocks they ran and
     of the remainders, and the divergence KL(target || scores) of the blocks' mean scores, normalised, from a normal
     distribution around `target_depth` of deviation 1, which is scaled so that all but 0.02 of it lies before that
-    depth. (In their mean the published code leaves the first image of a batch out, where it means the class token, as
-    here.)
+    depth. (The mean of a block's scores leaves the class token out; the published code leaves out the first image.)
 
     Source: A-ViT (Yin et al. 2021, arXiv 2112.07658).
 

@@ -86,7 +86,7 @@ class DynamicViT(Method, nn.Module):
         self.__dict__["teacher"] = teacher  # not by setattr, which would make it a part of the model
         self.trace_source = trace_source
         check_attention(self.name, blocks, prefix_positions)
-        qkv = [attention_block(block).layer.qkv for block in blocks].pop()
+        qkv = attention_block(blocks[0]).layer.qkv
         like = {"device": qkv.weight.device, "dtype": qkv.weight.dtype}
         self.predictors = nn.ModuleList(Predictor(qkv.in_features, **like) for _ in self.layers)
 

@@ -35,9 +35,9 @@ class MCTF(Method):
         w_ij = ((1 + cos(x_i, x_j)) / 2)^(1 / tau_similarity) * (u_i u_j)^(1 / tau_informativeness)
                * (v_i v_j)^(1 / tau_size),    u = min(m) / m,  v = min(s) / s
 
-    Tokens at even positions are set A, those at odd positions set B. The half of the `r` merges takes tokens of A to
-    the one of B that attracts them most, the rest tokens of B to the ones that are left of A; without `bidirectional`
-    all go from A to B. A merged token is ``sum(m s x) / sum(m s)``. Afterwards comes what is left of A, in its order,
+    Tokens at even positions are set A, those at odd positions set B. Half of the `r` merges take tokens of A to those
+    of B that attract them most, the others take tokens of B to those that are left of A; without `bidirectional` all
+    go from A to B. A merged token is ``sum(m s x) / sum(m s)``. Afterwards comes what is left of A, in its order,
     then what is left of B, in falling order of attraction (in its order without `bidirectional`).
 
     The block's attention is not computed again for the merged tokens: the map that weighed them has its columns summed
