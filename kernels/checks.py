@@ -62,8 +62,7 @@ def check_sizes(name: str, x: Tensor) -> None:
 
 
 def check_steps(name: str, steps: Tensor | None, like: Tensor, batch: int) -> None:
-    """Refuse what is not a tensor of integers (batch, K, steps) on the device of `like`, each axis but the first of 1 at
-    least.
+    """Refuse what is not a tensor of integers (batch, K, steps) on the device of `like`, an op's x, or has no steps.
 
     Raises:
         TypeError: it is not a tensor of int32 or int64.
