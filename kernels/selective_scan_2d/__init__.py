@@ -39,8 +39,9 @@ def selective_scan_2d_op(
     if not torch.jit.is_scripting():  # alone: TorchScript compiles both sides of an `and`
         if dispatch.bypassed():
             options = (delta_softplus, orders, merge, permute)
-            steps = {"out_dtype": out_dtype, "cells": cells, "gaps": gaps}
-            arguments = Arguments(x, delta, delta_weight, A, B, C, D, delta_bias, *options, **steps)
+            arguments = Arguments(
+                x, delta, delta_weight, A, B, C, D, delta_bias, *options, out_dtype=out_dtype, cells=cells, gaps=gaps
+            )
             out, _ = dispatch.call_reference(reference.forward, arguments)
             return out
     # A graph made by torch.jit.trace must not depend on the mode: its backward pass finds the states again.

@@ -30,3 +30,25 @@ def check_scans(name: str, blocks: Sequence[nn.Module], prefix_positions: tuple[
             raise ValueError(
                 f"order={block.mixer.order!r}: method {name!r} reads sequences of rows; give the mixer order='raster'"
             )
+
+
+def check_map_scans(name: str, blocks: Sequence[nn.Module]) -> None:
+    """Refuse blocks that the method `name` cannot run on some of a map's tokens.
+
+    Raises:
+        TypeError: a block's mixer has no scans of such tokens, or a part of it reads the whole map.
+    """
+    for block in blocks:
+        own = type(block).forward is Block.forward
+        if not own or not scans_maps(block):
+            what = type(block.mixer if own else block).__qualname__
+            raise TypeError(
+                f"method {name!r} runs selective scans on some of a map's tokens, and a {what} cannot; give numbers of "
+                "later blocks as layers, or take a model with the mixer 'plain_scan' or 'cross_scan'"
+            )
+        check_reads_tokens(block)
+
+
+def scans_maps(block: nn.Module) -> bool:
+    """Return whether the mixer of `block` scans maps, and what is left of them."""
+    return hasattr(getattr(block, "mixer", None), "scan_kept")
