@@ -19,7 +19,7 @@ def check_scans(name: str, blocks: Sequence[nn.Module], prefix_positions: tuple[
         raise ValueError(f"method {name!r} knows one class token; this model has {len(prefix_positions)}")
     for block in blocks:
         own = type(block).forward in (Block.forward, TokenBlock.forward)
-        if not own or not hasattr(block.mixer, "directions"):
+        if not own or not scans_sequences(block):
             what = type(getattr(block, "mixer", block)).__qualname__
             raise TypeError(
                 f"method {name!r} looks into selective scans, and a {what} shows none (it has no method directions); "
@@ -40,15 +40,16 @@ def check_map_scans(name: str, blocks: Sequence[nn.Module]) -> None:
     """
     for block in blocks:
         own = type(block).forward is Block.forward
-        if not own or not scans_maps(block):
+        if not own or not hasattr(block.mixer, "scan_kept"):
             what = type(block.mixer if own else block).__qualname__
             raise TypeError(
                 f"method {name!r} runs selective scans on some of a map's tokens, and a {what} cannot; give numbers of "
-                "later blocks as layers, or take a model with the mixer 'plain_scan' or 'cross_scan'"
+                "later blocks as layers, or take a model with the mixer 'bidirectional_mamba', 'plain_scan' or "
+                "'cross_scan'"
             )
         check_reads_tokens(block)
 
 
-def scans_maps(block: nn.Module) -> bool:
-    """Return whether the mixer of `block` scans maps, and what is left of them."""
-    return hasattr(getattr(block, "mixer", None), "scan_kept")
+def scans_sequences(block: nn.Module) -> bool:
+    """Return whether the mixer of `block` shows the scans of a sequence, as Vim's does."""
+    return hasattr(getattr(block, "mixer", None), "directions")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visionmix.reduction.evit import schedule
 from visionmix.reduction.methods import Method, register_method
-from visionmix.reduction.scans import check_map_scans, check_scans, scans_maps
+from visionmix.reduction.scans import check_map_scans, check_scans, scans_sequences
 from visionmix.reduction.tokens import Tokens, take
 from visionmix.reduction.tokens import keep as keep_tokens
 
@@ -88,7 +88,7 @@ class SSMPrune(Method):
         self.align = align and not released
         self.released = released
         self.trace_source = trace_source
-        self._of_maps = not prefix_positions and any(map(scans_maps, blocks))
+        self._of_maps = not prefix_positions and not any(map(scans_sequences, blocks))
         if not self._of_maps:
             check_scans(self.name, blocks, prefix_positions)
             return
