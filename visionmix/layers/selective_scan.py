@@ -34,13 +34,19 @@ def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> 
     maps = []
     for name in split_orders(orders):
         index, inverse = scan_order(name, height, width, like)
-        codes = move_codes(index, width)
         if permute == "input":  # B is read in raster order
+            codes = move_codes(index, width)
             codes = torch.cat([codes, codes.new_zeros(height * width)])[: height * width]
-        else:  # a cell that is not read has no step, -1
-            codes = torch.cat([codes, codes.new_zeros(1)])[inverse]
+        else:
+            codes = _moves_to_cells(index, inverse, width)
         maps.append(codes.reshape(height, width))
     return torch.stack(maps, dim=-1)
+
+
+def _moves_to_cells(index: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """Return the code of the move to every cell, int64 (cells,); 0 for a cell that is not read, whose step is -1."""
+    codes = move_codes(index, width)
+    return torch.cat([codes, codes.new_zeros(1)])[inverse]
 
 
 def scan_sizes(dim: int, expand: float, dt_rank: int | None) -> tuple[int, int]:
@@ -187,10 +193,11 @@ class SelectiveScan2d(_ScanParameters):
         """
         x = x.unsqueeze(1)
         steps, delta_weight, A, B, C, D, delta_bias = self._inputs(x)
-        inverses = [scan_order(name, grid[0], grid[1], x)[1] for name in split_orders(self.orders)]
-        cells, gaps = kept_steps(torch.stack(inverses), kept)
+        orders = [scan_order(name, grid[0], grid[1], x) for name in split_orders(self.orders)]
+        cells, gaps = kept_steps(torch.stack([inverse for _, inverse in orders]), kept)
         if self.moves:
-            codes = _moves(self.orders, grid[0], grid[1], "all", x).flatten(0, 1)[kept].transpose(1, 2)
+            codes = torch.stack([_moves_to_cells(index, inverse, grid[1]) for index, inverse in orders])
+            codes = codes[:, kept].transpose(0, 1)  # (batch, K, tokens)
             if self.permute == "input":
                 codes = codes.gather(2, cells)  # of the token that x is read of at each step
             B = B + F.embedding(codes.transpose(1, 2).unsqueeze(1), self.move_B).to(B.dtype)
