@@ -189,6 +189,15 @@ def test_bitwise_repeatable():
     assert all(map(torch.equal, *(gradients(run, list(arguments.values())) for run in runs)))
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_empty_batch(choice):
+    arguments = tokens_of(scan_2d_inputs(0, 3, 4, 3, 2, CROSS, dtype=torch.float32), kept_cells(0, 12, 5))
+    with choose(choice):
+        out = selective_scan_2d(**arguments, **steps(CROSS, 3, 4, kept_cells(0, 12, 5)))
+        assert out.shape == (0, 1, 5, 3)
+        assert not any(grad.any() for grad in gradients(out, list(arguments.values())))
+
+
 def test_kept_steps_of_one_row():
     inverse = scans.order("raster", 1, 6).inverse, scans.order("raster_reversed", 1, 6).inverse
     cells, gaps = scans.kept_steps(torch.stack(inverse), torch.tensor([[1, 2, 5]]))

@@ -241,11 +241,30 @@ def test_compiles_whole(name):
 
 
 @EACH
-def test_exports_by_the_reference(name):
+def test_exports_to_onnx(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
     fast, x = reduced(name)
+    fast, x = fast.float(), x.float()
     with torch.no_grad(), use("reference"):
-        exported = torch.export.export(fast, (x,))
-        torch.testing.assert_close(exported.module()(x), fast(x))
+        torch.onnx.export(fast, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+        expected = fast(x)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
+
+
+@EACH
+def test_float32_runs_the_kernels(name):
+    fast, x = reduced(name)
+    expected = gradients_of(fast, x)
+    for ours, theirs in zip(gradients_of(fast.float(), x.float()), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+def gradients_of(model, x: Tensor) -> list[Tensor]:
+    """Return the logits, and the gradients of the sum of their squares."""
+    out = model(x)
+    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
 
 
 def test_a_first_block_of_its_own_is_run_as_it_is():

@@ -163,8 +163,16 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int) -> Tokens:
     places = torch.arange(count, device=scores.device).expand(batch, -1)
     for place in tokens.prefix_positions:
         scores = scores.masked_fill(places == place, -math.inf)
-    kept = scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
+    kept = _ranked(scores)[:, :keep].sort(dim=1).values
     prefix = tuple(keep // 2 if place else 0 for place in tokens.prefix_positions)
     for place, new in zip(tokens.prefix_positions, prefix, strict=True):
         kept = torch.cat([kept[:, :new], places[:, place : place + 1], kept[:, new:]], dim=1)
     return keep_tokens(tokens._replace(position=places if tokens.position is None else tokens.position), kept, prefix)
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Return the positions of falling scores, equal ones as they lie."""
+    if torch.compiler.is_exporting():
+        # ONNX has no stable sort by name; the one that it has takes equal scores as they lie.
+        return scores.sort(dim=1, descending=True).indices
+    return scores.argsort(dim=1, descending=True, stable=True)
