@@ -36,6 +36,11 @@ class ReducedBackbone(Reduced):
         """Return the positions of the prefix tokens of `model`."""
         raise NotImplementedError
 
+    @staticmethod
+    def stages_of(model: nn.Module) -> list[list[nn.Module]]:
+        """Return the blocks of `model`, those together that run at one resolution."""
+        return [list(model.blocks)]
+
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         raise NotImplementedError
 
@@ -107,7 +112,8 @@ class ReducedBackbone(Reduced):
         return repr(self.reduction)
 
 
-def _source(images: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def source_of(images: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Return `Tokens.source` of a whole map whose cells come behind `prefix` tokens."""
     cells = torch.arange(prefix, prefix + grid[0] * grid[1], device=images.device)
     return cells.expand(images.shape[0], -1)
 
@@ -143,7 +149,7 @@ class ReducedVisionTransformer(ReducedBackbone):
                 f"{grid[0]}x{grid[1]} cells in training; dense features and traces need all: call eval() or build the "
                 f"model with patch_drop_rate=0"
             )
-        return Tokens(x, grid, tuple(range(prefix)), source=_source(images, grid, prefix))
+        return Tokens(x, grid, tuple(range(prefix)), source=source_of(images, grid, prefix))
 
     def _pools_cells(self) -> bool:
         return self.attn_pool is not None or self.global_pool in ("avg", "avgmax", "max")
@@ -237,7 +243,7 @@ class ReducedPlain(ReducedBackbone):
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         x, grid = self.embed(images)
-        source = _source(images, (grid.height, grid.width), 0) if trace else None
+        source = source_of(images, (grid.height, grid.width), 0) if trace else None
         for position in grid.prefix_positions if trace else ():
             source = source + (source >= position)
         return Tokens(x, (grid.height, grid.width), tuple(grid.prefix_positions), source=source)
@@ -284,26 +290,6 @@ class ReducedPlain(ReducedBackbone):
 
     def _leave(self, state: Tokens) -> Tensor:
         return self._features(state)
-
-
-_BACKBONES: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
-
-
-def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
-    """Return the forward paths for `model`.
-
-    Raises:
-        TypeError: there are none for its class, or the class has forward paths of its own.
-    """
-    cls = type(model)
-    for each in _BACKBONES:
-        if isinstance(model, each.skeleton):
-            own = [path for path in each.paths if getattr(cls, path) is not getattr(each.skeleton, path)]
-            if own:
-                raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
-            return each
-    names = " and ".join(each.skeleton.__qualname__ for each in _BACKBONES)
-    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of class {names} can")
 
 
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
