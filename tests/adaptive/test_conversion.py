@@ -1,6 +1,7 @@
 """Converted models: which layers, what stays, what is refused, and the converted model as a model."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -116,7 +117,7 @@ def test_learners_taken_from_weights_are_the_layers_together():
     for count in range(5):
         error = new.blocks[0].attn.proj.first(x, count) - model.blocks[0].attn.proj(x)
         errors.append(error.norm().item())
-    assert all(after < before for before, after in zip(errors[:-1], errors[1:], strict=True))
+    assert all(after < before for before, after in itertools.pairwise(errors))
 
 
 def test_state_dicts_and_files_go_round(tmp_path):
