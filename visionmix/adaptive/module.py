@@ -125,14 +125,25 @@ class ACM(nn.Module):
             if self.record is not None:
                 self.record.append(gate)
             return self.masked(x, gate)
+        counts = self.choose(x)
+        if self.skips:
+            return self.grouped(x, counts)
+        return self.masked(x, F.one_hot(counts, self.num_learners + 1))
+
+    @property
+    def skips(self) -> bool:
+        """Whether a pass skips the learners that a token does not use."""
+        graph = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        return self.learners is None and not self.training and not graph
+
+    def choose(self, x: Tensor) -> Tensor:
+        """Return the gate's first choice of k, int64 (...), for tokens (..., in_features)."""
         counts = self.gating_network(x)
         if self.released and counts.numel():
             counts = counts.minimum((counts.max() - 1).clamp(min=0))
         if self.record is not None:
             self.record.append(F.one_hot(counts, self.num_learners + 1).to(x.dtype))
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return self.masked(x, F.one_hot(counts, self.num_learners + 1))
-        return self.grouped(x, counts)
+        return counts
 
     def first(self, x: Tensor, learners: int) -> Tensor:
         """Return h_k(x), (..., out_features), with ``k = learners`` for every token."""
@@ -174,13 +185,7 @@ class ACM(nn.Module):
             x: Tokens, (..., in_features).
             counts: k of each token, int64 (...).
         """
-        tokens, counts = x.reshape(-1, self.in_features), counts.reshape(-1)
-        order = counts.argsort()
-        sizes = counts.bincount(minlength=self.num_learners + 1).tolist()
-        groups = tokens[order].split(sizes)
-        sorted_out = torch.cat([self.first(group, count) for count, group in enumerate(groups)])
-        out = torch.empty_like(sorted_out).index_copy(0, order, sorted_out)
-        return out.view(*x.shape[:-1], self.out_features)
+        return _side_by_side([self], x, [counts])
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.act(F.linear(x, self.w1.t(), self.b1))
@@ -211,4 +216,28 @@ class SplitACM(nn.Module):
         self.out_features = sum(part.out_features for part in self.children())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.children()], dim=-1)
+        parts = list(self.children())
+        if all(part.skips for part in parts):
+            return _side_by_side(parts, x, [part.choose(x) for part in parts])
+        return torch.cat([part(x) for part in parts], dim=-1)
+
+
+def _side_by_side(parts: Sequence[ACM], x: Tensor, counts: Sequence[Tensor]) -> Tensor:
+    """Return the results of `parts` for tokens x (..., in_features), with `counts` (...) learners of each."""
+    tokens = x.reshape(-1, x.shape[-1])
+    out, start, width = None, 0, sum(part.out_features for part in parts)
+    for part, count in zip(parts, counts, strict=True):
+        stop = start + part.out_features
+        count = count.reshape(-1)
+        places = count.argsort().split(count.bincount(minlength=part.num_learners + 1).tolist())
+        for learners, group in enumerate(places):
+            if not group.numel() and learners < part.num_learners:
+                continue
+            # A group's tokens are still in the cache when the products read them; sorting all at once was slower.
+            result = part.first(tokens.index_select(0, group), learners)
+            if out is None:
+                out = result.new_empty(tokens.shape[0], width)  # under autocast, of another type than x
+            out[:, start:stop].index_copy_(0, group, result)
+        start = stop
+    assert out is not None
+    return out.view(*x.shape[:-1], width)
