@@ -15,7 +15,8 @@ from timm.layers import convert_splitbn_model
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
-import visionmix.pretraining  # noqa: F401  (registers its model)
+import visionmix.adaptive.recipes
+import visionmix.pretraining  # noqa: F401  (they register their models)
 from visionmix import reduction
 from visionmix.private_api import load_model_config_from_path
 from visionmix.registry import nearest
