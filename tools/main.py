@@ -14,6 +14,7 @@ COMMANDS = {
     "train-seg": ("train_seg", "train a segmentation model by a config of mmseg"),
     "draw-predictions": ("draw_predictions", "draw what a detector or segmentation model finds beside the truth"),
     "check-configs": ("check_configs", "build, train a step and run every mmdet and mmseg config"),
+    "export": ("export", "write a model as ONNX, TorchScript, torch.export or OpenVINO, and check the file"),
     "info": ("info", "parameters, operations and published figures of a model"),
     "plan": ("plan", "time, memory and GPU-hours of a training run, before it costs anything"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
