@@ -7,8 +7,8 @@ visionmix export vig_s --pretrained --format onnx --int8 --calibrate photos/ --i
 
 The file is written aside, read back, and compared with the model: logits for random images, at three sizes and two
 batch sizes where these are dynamic, and the likeliest class of the pictures in --images. Only if it passes does it come
-to --out. A file in float32 passes if no logit is off by more than 1e-4 of the largest one; of half precision and int8 the
-error is printed, and the agreement on pictures says whether it matters.
+to --out. A file in float32 passes if no logit is off by more than 1e-4 of the largest one; of half precision and int8
+the error is printed, and the agreement on pictures says whether it matters.
 
 The file holds, as JSON under the key "visionmix", the model's name, its classes and how its images are resized and
 normalised.

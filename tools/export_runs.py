@@ -60,7 +60,7 @@ def _read(text: str | bytes | None) -> dict[str, Any]:
 def _open_onnx(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     onnxruntime = library("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors alone
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

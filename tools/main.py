@@ -15,6 +15,7 @@ COMMANDS = {
     "draw-predictions": ("draw_predictions", "draw what a detector or segmentation model finds beside the truth"),
     "check-configs": ("check_configs", "build, train a step and run every mmdet and mmseg config"),
     "export": ("export", "write a model as ONNX, TorchScript, torch.export or OpenVINO, and check the file"),
+    "convert": ("convert", "make a folder for timm and the hub of a published checkpoint"),
     "info": ("info", "parameters, operations and published figures of a model"),
     "plan": ("plan", "time, memory and GPU-hours of a training run, before it costs anything"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
