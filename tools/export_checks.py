@@ -1,7 +1,6 @@
 """What an exported file computes, beside the model that it was made from."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +73,14 @@ def compare_random(run: Run, model: nn.Module, sizes: Iterable[tuple[int, int, i
         yield compare(run, model, torch.randn(batch, 3, height, width, generator=generator))
 
 
-def agreement(run: Run, model: nn.Module, batches: Iterable[Tensor], size: int) -> tuple[int, int]:
-    """Return (images with the same likeliest class, images); `size` images a call, as a file of a fixed batch needs.
+def agreement(run: Run, model: nn.Module, images: Sequence[Tensor], batch: int) -> tuple[int, int]:
+    """Return (images with the same likeliest class, images compared).
 
-    The last images are left out where they fill no batch.
+    Args:
+        run: the file.
+        model: that it was made from.
+        images: (channels, height, width) each.
+        batch: of them a call, as a file of a fixed batch needs; the last ones are left out where they fill none.
     """
-    images = itertools.chain.from_iterable(batches)
-    agreed = count = 0
-    while len(group := list(itertools.islice(images, size))) == size:
-        agreed += compare(run, model, torch.stack(group)).agreed
-        count += size
-    return agreed, count
+    groups = [torch.stack(list(images[at : at + batch])) for at in range(0, len(images) - batch + 1, batch)]
+    return sum(compare(run, model, group).agreed for group in groups), batch * len(groups)

@@ -26,6 +26,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "time and memory of whole models, side by side"),
     "draw-speed": ("draw_speed", "draw accuracy against CPU time, our models beside timm's"),
     "benchmark-kernels": ("benchmark_kernels", "time and memory of the fused ops beside their peers"),
+    "benchmark-exports": ("benchmark_exports", "time of exported files beside PyTorch, on this CPU"),
     "gpu": ("gpu", "all that a person with a GPU wants to know: checks, times beside peers, models"),
     "compile-kernels": ("compile_kernels", "compile the Triton kernels ahead of time for any GPU"),
     "kernel-traffic": ("kernel_traffic", "bytes moved and operations of the Triton kernels"),
