@@ -157,10 +157,20 @@ def to_torchscript(
         scripted: compile the code, which serves every batch and size and calls the library's ops, rather than record
             what it does with `example`, in PyTorch's own operators.
         metadata: kept in the file as JSON under "visionmix".
+
+    Raises:
+        ValueError: the code cannot be compiled.
     """
     with torch.no_grad(), _quiet():
         if scripted:
-            script = torch.jit.script(module)
+            try:
+                script = torch.jit.script(module)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"TorchScript does not compile {type(module).__name__} ({reason}); leave --dynamic and --fused "
+                    "out, for a trace of one size"
+                ) from error
         else:
             with kernels.use("reference"):
                 script = torch.jit.trace(module, example, check_trace=False)

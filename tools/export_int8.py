@@ -57,8 +57,13 @@ def quantize(path: Path, out: Path, images: list[Tensor], batch: int = 1) -> Non
         batch: of images that the file takes.
 
     Raises:
-        ValueError: onnxruntime is not installed, or there are fewer images than `batch`.
+        ValueError: onnxruntime is not installed, the weights lie beside the file, or there are fewer images than
+            `batch`.
     """
+    if path.with_name(f"{path.name}.data").exists():
+        raise ValueError(
+            "--int8 takes models whose weights fit into one ONNX file, of 2 GB; leave it out, or try --half"
+        )
     if len(images) < batch:
         raise ValueError(f"--calibrate has {len(images)} images, fewer than --batch={batch}; give more, or --batch 1")
     quantization = library("onnxruntime.quantization")

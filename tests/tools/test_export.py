@@ -56,7 +56,7 @@ def call(name, out, *options, model="small"):
         ("openvino", ["--dynamic"], 6),
         ("openvino", ["--half", "--batch", "2"], 1),
         ("torchscript", [], 1),
-        ("torchscript", ["--dynamic", "--half"], 6),
+        ("torchscript", ["--half"], 1),
         ("pt2", ["--dynamic"], 6),
         pytest.param("pt2", ["--aot", "--dynamic"], 6, marks=pytest.mark.long),
     ],
@@ -90,8 +90,8 @@ def test_int8_is_calibrated_on_pictures_and_agrees_on_others(tiny, tree, tmp_pat
     agreed, count = (int(word) for word in line.split() if word.isdigit())
     assert count == 9
     assert agreed >= 8
-    error = float(out.split("largest error ")[1].split(",")[0])
-    assert 1e-4 < error < 0.5  # it is not the model in float32
+    error = float(out.split("largest error ")[1].split()[1])
+    assert 1e-4 < error < 0.1  # it is not the model in float32
     assert open_file(tmp_path / "new" / LAST[name])[1]["precision"] == "int8"
 
 
@@ -99,7 +99,7 @@ def test_int8_is_calibrated_on_pictures_and_agrees_on_others(tiny, tree, tmp_pat
 def test_files_run_where_visionmix_is_not_installed(tmp_path, capsys, name):
     """With the scans and attention of this library as PyTorch's own operators."""
     options = ["--img-size", "64", *(["--dynamic", "batch"] if name == "pt2" else [])]
-    assert call(name, tmp_path, *options, model="test_mambar") == 0, capsys.readouterr().err
+    assert call(name, tmp_path, *options, model="test_vim_tiny") == 0, capsys.readouterr().err
     load = "torch.jit.load(p)" if name == "torchscript" else "torch.export.load(p).module()"
     code = f"""import sys; sys.modules["visionmix"] = None
 import torch
@@ -109,7 +109,7 @@ torch.save({load}(images), {str(tmp_path / "logits.pt")!r})"""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
-    model = timm.create_model("test_mambar").eval()
+    model = timm.create_model("test_vim_tiny").eval()
     with torch.inference_mode():
         expected = model(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -117,11 +117,18 @@ torch.save({load}(images), {str(tmp_path / "logits.pt")!r})"""
 
 def test_fused_ops_are_kept_only_where_they_are_asked_for(tmp_path, capsys):
     options = ["--img-size", "64", "--dynamic"]
-    assert call("torchscript", tmp_path, *options, model="test_mambar") == 2
+    assert call("torchscript", tmp_path, *options, model="test_vim_tiny") == 2
     assert "calls visionmix::selective_scan" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert call("torchscript", tmp_path, *options, "--fused", model="test_mambar") == 0
+    assert call("torchscript", tmp_path, *options, "--fused", model="test_vim_tiny") == 0
     assert "visionmix::selective_scan" in str(torch.jit.load(tmp_path / "m.pt").inlined_graph)
+    assert capsys.readouterr().out.count("largest error") == 6
+
+
+def test_a_model_that_does_not_script_is_said_with_the_remedy(tiny, tmp_path, capsys):
+    assert call("torchscript", tmp_path, "--dynamic") == 2
+    assert "TorchScript does not compile Small" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,7 @@ def test_differences_are_what_they_are():
 def test_axes_that_cannot_be_dynamic_are_named():
     class Fixed(nn.Module):
         def forward(self, x):
-            return x.sum() * int(x.shape[2])
+            return x.sum() if x.shape[2] == 8 else x
 
     axes = export_files.DYNAMIC["all"]
     with pytest.raises(ValueError, match="dynamic height: Fixed computes with that length as a number"):
