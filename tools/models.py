@@ -18,6 +18,7 @@ from torch import nn
 import visionmix.adaptive.recipes
 import visionmix.pretraining  # noqa: F401  (they register their models)
 from visionmix import reduction
+from visionmix.backbones.contract import image_sides
 from visionmix.private_api import load_model_config_from_path
 from visionmix.registry import nearest
 from visionmix.tools import checkpoint
@@ -129,12 +130,12 @@ def split_batch_norms(model: nn.Module, splits: int, name: str) -> nn.Module:
     return convert_splitbn_model(model, splits)
 
 
-def check_input(model: nn.Module, name: str, image_size: int, device: torch.device) -> None:
-    """Raise ValueError when the model cannot take RGB images of this size, before any work is done."""
+def check_input(model: nn.Module, name: str, image_size: int | tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError when the model cannot take RGB images of this size, or (height, width), before any work."""
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+            model.eval()(torch.zeros(1, 3, *image_sides(image_size), device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model {name!r} does not take RGB images of image_size={image_size}: {error}; "
