@@ -17,11 +17,14 @@ class ModelRecipe:
         name: as timm lists it, with a tag where several weights are published.
         kwargs: its arguments, e.g. {drop_path_rate: 0.2}.
         pretrained: start from the published weights, with a fresh classifier where the classes are others.
+        reduction: token reduction of `visionmix.reduction` around the model, whose weights are in it: "tome:r=13", or
+            {method: tome, r: 13}; None for none.
     """
 
     name: str = "vig_s"
     kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    reduction: Any = None
 
 
 @dataclass
