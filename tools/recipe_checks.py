@@ -23,6 +23,7 @@ _RANGES = {
     "schedule.cooldown_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
+    "train.calibrate": (0, math.inf),
     "train.save_steps": (0, math.inf),
     "train.save_minutes": (0, math.inf),
     "train.mesa": (0, math.inf),
