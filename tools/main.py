@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("plan", "time, memory and GPU-hours of a training run, before it costs anything"),
     "draw-scans": ("draw_scans", "draw scan orders as pictures"),
     "bakeoff": ("bakeoff", "train one skeleton with every mixer, and compare them"),
+    "reduce-curve": ("reduce_curve", "accuracy, speed and operations of a model under token reductions"),
     "draw-tokens": ("draw_tokens", "draw images with the regions that a reduced model merges"),
     "draw-attention": ("draw_attention", "draw what one cell attends to in the mixers of models"),
     "draw-receptive-field": ("draw_receptive_field", "draw which pixels models see from the middle of an image"),

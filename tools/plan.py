@@ -148,7 +148,7 @@ def show(run: Run, checkpointing: bool, console: Console) -> bool:
 def _checkpoints(made: Recipe) -> bool:
     """Return whether the model offers activation checkpointing."""
     with torch.device("meta"):
-        model = models.create_model(made.model.name, **made.model.kwargs)
+        model = models.create_model(made.model.name, reduction=made.model.reduction, **made.model.kwargs)
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):

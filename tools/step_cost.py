@@ -196,7 +196,9 @@ def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = Fal
             take such images, or cannot checkpoint.
     """
     with torch.device("meta"):
-        model = models.create_model(recipe.model.name, num_classes=classes, **recipe.model.kwargs)
+        model = models.create_model(
+            recipe.model.name, num_classes=classes, reduction=recipe.model.reduction, **recipe.model.kwargs
+        )
         teacher = _teacher(recipe)
     if checkpointing:
         try:

@@ -190,7 +190,7 @@ def fake_weights(tmp_path, name: str, **kwargs) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", first_of_each_base({name: path for name, path in FINE.items() if not name.startswith("distill")})
+    "name", first_of_each_base({name: path for name, path in FINE.items() if not name.startswith(("distill", "evit"))})
 )
 def test_fine_tuning_starts_from_weights_and_takes_two_steps(tree, tmp_path, name):
     """Of a smaller image size and other classes: the last block is the file's at the start, the classifier is not."""
@@ -209,6 +209,21 @@ def test_fine_tuning_starts_from_weights_and_takes_two_steps(tree, tmp_path, nam
     learned = {key for key, _ in trainer.model.named_parameters()}
     assert {key for key in learned if not key.startswith("head.fc")} == {key for key in same if key in learned}
     assert made.optimizer.lr > 0
+
+
+def test_evit_is_fine_tuned_from_the_weights_of_the_whole_model(tree, tmp_path):
+    small = SMALL | {"depth": 4, "patch_size": 4}
+    kwargs = small | fake_weights(tmp_path, "vit_tiny_patch16_224", **small)
+    model = {"name": "vit_tiny_patch16_224", "pretrained": True, "kwargs": kwargs}
+    still = {"optimizer": {"lr": 0.0}, "schedule": {"warmup_lr": 0.0, "min_lr": 0.0}, "data": {"image_size": 32}}
+    made, trainer = two_steps(tree, FINE["evit_deit_small"], model=model, **still)
+    check_steps(made, trainer)
+    assert made.model.pretrained
+    assert timm.get_pretrained_cfg(made.model.name).num_classes == 1000
+    started = torch.load(tmp_path / "published.pt")
+    ends = trainer.model.state_dict()
+    assert all(torch.equal(value, started[key]) for key, value in ends.items() if not key.startswith("head"))
+    assert trainer.model.reduction.keep_rate == (1.0, 0.7, 0.7, 0.7)
 
 
 @pytest.mark.parametrize(

@@ -147,12 +147,18 @@ class Backbone(nn.Module):
                 module.set_progress(done)
 
     @torch.jit.ignore
+    def fitted_layers(self) -> list[nn.Module]:
+        """Return the layers that `calibrate` fits: those with a method `calibrate`."""
+        return [each for each in self.modules() if hasattr(each, "calibrate") and not isinstance(each, Backbone)]
+
+    @torch.jit.ignore
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
         """Fit every layer that is fitted to data, such as a hash, to `images`, as many as one pass has memory for.
 
-        A layer that is fitted has a method `calibrate`, called with its input. One is fitted after another, in the
-        order of a pass in evaluation mode, so each to what the fitted ones before it return.
+        A layer that is fitted has a method `calibrate`, called with its input, and keeps what it learns in buffers. One
+        is fitted after another, in the order of a pass in evaluation mode, so each to what the fitted ones before it
+        return. `visionmix train` does this before the first step.
 
         Args:
             images: (batch, in_chans, height, width), as the model takes them.
@@ -160,7 +166,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: no layer is fitted to data, or `images` is not a fitting batch.
         """
-        layers = [each for each in self.modules() if each is not self and hasattr(each, "calibrate")]
+        layers = self.fitted_layers()
         if not layers:
             raise ValueError(f"no layer of {type(self).__qualname__} is fitted to data; leave out calibrate()")
         training = {each: each.training for each in self.modules()}

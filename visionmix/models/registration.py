@@ -18,6 +18,8 @@ from visionmix.backbones.contract import image_sides
 from visionmix.models.family import Family, Layout, Variant, add_family
 from visionmix.models.loading import load_tensors
 from visionmix.models.weights import Weights, fetch
+from visionmix.reduction import apply
+from visionmix.reduction.specs import Spec
 
 
 def register_family(module: str, variants: Mapping[str, Variant], *, paper: str, license: str = "unknown") -> None:
@@ -101,6 +103,7 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | None = None,
+        reduction: Spec | None = None,
         **options: Any,
     ) -> nn.Module:
         cfg = _resolved_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
@@ -122,7 +125,8 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
             cfg = replace(cfg, **_sizes(layout, options, cfg.input_size[0]))
         # timm's default wrapper, a list of modules, never calls forward_features and would return NHWC maps.
         feature_cfg = {"feature_cls": "getter", "out_indices": layout.skeleton.feature_indices(options)}
-        return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **options)
+        model = build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **options)
+        return model if reduction is None else apply(model, reduction)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = module
