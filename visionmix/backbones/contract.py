@@ -13,12 +13,12 @@ from timm.models import checkpoint
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
+from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
 from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import create_mixer, mixer_options
-from visionmix.private_api import feature_take_indices, update_model_input_size
+from visionmix.private_api import update_model_input_size
 
 MixerSpec = str | dict[str, Any]
-_FORMATS = ("NCHW", "NHWC", "NLC")
 _HEAD_DIM = 32
 
 
@@ -281,11 +281,11 @@ class Backbone(nn.Module):
             return_prefix_tokens: Whether each map comes in a pair with the prefix tokens (batch, count, channels).
 
         Raises:
-            ValueError: `output_fmt` is none of the three.
+            ValueError: `output_fmt` is none of the three, or there are fewer stages or blocks.
         """
         check_output_format(output_fmt)
         units = getattr(self, self.units)
-        take, last = feature_take_indices(len(units), indices)
+        take, last = chosen_units(len(units), indices, self.units)
         state = self._enter(x)
         taken = []
         for index, unit in enumerate(units[: last + 1] if stop_early else units):
@@ -300,34 +300,29 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers of the chosen units."""
+        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers of the chosen units.
+
+        Raises:
+            ValueError: there are fewer units.
+        """
         units = getattr(self, self.units)
-        take, last = feature_take_indices(len(units), indices)
+        take, last = chosen_units(len(units), indices, self.units)
+        # Norm and head have the width of the last unit: without it they fit only where all are of one width.
+        unfit = last < len(units) - 1 and not self.norms_every_unit
         setattr(self, self.units, units[: last + 1])
-        if prune_norm:
+        if prune_norm or unfit:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or unfit:
             self.reset_classifier(0, "")
             if hasattr(self.head, "drop_projection"):
                 self.head.drop_projection()
+        if unfit:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         return take
 
     @torch.jit.ignore
     def _run_unit(self, unit: nn.Module, *arguments: Any) -> Any:
         return checkpoint(unit, *arguments) if self.grad_checkpointing else unit(*arguments)
-
-
-def laid_out(cells: Tensor, output_fmt: str) -> Tensor:
-    """Return a map (batch, rows, columns, channels) with the axes "NCHW", "NHWC", or "NLC"."""
-    if output_fmt == "NLC":
-        return cells.flatten(1, 2)
-    return cells if output_fmt == "NHWC" else cells.permute(0, 3, 1, 2)
-
-
-def check_output_format(output_fmt: str) -> None:
-    """Raise ValueError unless `output_fmt` is "NCHW", "NHWC" or "NLC"."""
-    if output_fmt not in _FORMATS:
-        raise ValueError(f"output_fmt={output_fmt!r} is unknown; give one of {', '.join(map(repr, _FORMATS))}")
 
 
 def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) -> tuple[int, int]:

@@ -17,18 +17,16 @@ from visionmix.backbones.contract import (
     MixerSpec,
     build_blocks,
     check_mixer,
-    check_output_format,
     heads_for,
     image_sides,
-    laid_out,
     mlp_maker,
     per_stage,
     set_grid_size,
 )
+from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
 from visionmix.layers import ConvsDownsample, mlp, resample_map
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem, conv_norm
 from visionmix.layers.by_name import LayerSpec, layer_maker
-from visionmix.private_api import feature_take_indices
 
 _NORM = partial(LayerNorm, eps=1e-5)
 _HEAD = partial(ClassifierHead, input_fmt="NHWC")
@@ -389,7 +387,7 @@ class Parallel(Backbone):
             ValueError: `output_fmt` is none of the three.
         """
         check_output_format(output_fmt)
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
         maps = self.forward_maps(x)
         taken = []
         for name, cells in zip(self.stages[-1].exchanges[-1].merges, maps, strict=True):
@@ -406,7 +404,7 @@ class Parallel(Backbone):
 
         Without the head, the neck goes, and with it the last sums of the other resolutions.
         """
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
         if prune_head:
             self.reset_classifier(0, "")
             self.neck = nn.Identity()

@@ -17,6 +17,7 @@ from torch import nn
 from visionmix.backbones.contract import image_sides
 from visionmix.models.family import Family, Layout, Variant, add_family
 from visionmix.models.loading import load_tensors
+from visionmix.models.options import check_feature_class, check_options
 from visionmix.models.weights import Weights, fetch
 
 
@@ -103,10 +104,12 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
         cache_dir: str | None = None,
         **options: Any,
     ) -> nn.Module:
+        check_feature_class(name, options)
         cfg = _resolved_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         weights = variant.weights.get(cfg.tag, default)
 
         def build(**merged: Any) -> nn.Module:
+            check_options(name, layout.skeleton, merged)
             model = layout.skeleton(**merged)
             if pretrained:
                 # Loaded here and not by timm, whose loader turns strictness off as soon as num_classes differs, refuses
