@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -14,8 +13,6 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
-from visionmix.layers.by_name import LayerSpec, layer_maker
-from visionmix.mixers.registry import create_mixer, mixer_options
 from visionmix.private_api import update_model_input_size
 
 MixerSpec = str | dict[str, Any]
@@ -342,67 +339,6 @@ def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) ->
     return int(sides[0]), int(sides[1])
 
 
-def build_mixer(
-    spec: MixerSpec,
-    dim: int,
-    *,
-    num_heads: int,
-    grid_size: tuple[int, int],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    **overrides: Any,
-) -> nn.Module:
-    """Return the mixer that `spec`, a name or a dict of name and options, describes, with `overrides` of its options.
-
-    A mixer that takes `num_heads`, or `grid_size` (rows and columns of the map at the built image size), is given them.
-    """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if "name" not in options:
-        raise ValueError(f"mixer={spec!r} has no 'name'; give a name or dict(name=..., options)")
-    name = options.pop("name")
-    options |= overrides
-    known = mixer_options(name)
-    for option, value in (("num_heads", num_heads), ("grid_size", grid_size)):
-        if option in known:
-            options.setdefault(option, value)
-    return create_mixer(name, dim, device=device, dtype=dtype, **options)
-
-
-def build_blocks(
-    dim: int,
-    block_layer: Any,
-    mixer: Any,
-    rates: Sequence[float],
-    *,
-    where: str = "",
-    num_heads: int,
-    grid_size: tuple[int, int],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    **options: Any,
-) -> list[nn.Module]:
-    """Return a block of `dim` channels for each of the drop path rates.
-
-    Args:
-        dim: Channels.
-        block_layer: Makes a block; one for all, or as `per_block` takes several.
-        mixer: The mixer of all, or as `per_block` takes several.
-        rates: Rates of stochastic depth.
-        where: Which blocks these are, for messages.
-        num_heads: Heads of mixers that have heads.
-        grid_size: Rows and columns of the map at the built image size.
-        **options: More options of the blocks.
-    """
-    dd = {"device": device, "dtype": dtype}
-    layers = per_block(block_layer, len(rates), "block_layer", where=where)
-    specs = per_block(mixer, len(rates), "mixer", where=where)
-    maker = partial(build_mixer, dim=dim, num_heads=num_heads, grid_size=grid_size, **dd)
-    return [
-        layer(dim, mixer=partial(maker, spec), drop_path=rate, **options, **dd)
-        for layer, spec, rate in zip(layers, specs, rates, strict=True)
-    ]
-
-
 def heads_for(dim: int) -> int:
     """Return the number of heads whose width is nearest to 32 among multiples of 4, of 2, or of 1 that divide `dim`."""
     for step in (4, 2, 1):
@@ -450,12 +386,6 @@ def check_mixer(mixer: Any) -> None:
     """Raise TypeError unless `mixer` is a mixer's name, a dict, or a list of those."""
     if not isinstance(mixer, str | dict | list | tuple) or not mixer:
         raise TypeError(f"mixer={mixer!r} is not a mixer; give a name, dict(name=..., options), or a list of those")
-
-
-def mlp_maker(mlp_layer: LayerSpec, mlp_ratio: float | None) -> Callable[..., nn.Module] | None:
-    """Return what makes the feed-forward `mlp_layer`, with that ratio of hidden width where one is given."""
-    layer = layer_maker("mlp_layer", mlp_layer)
-    return layer if layer is None or mlp_ratio is None else partial(layer, mlp_ratio=mlp_ratio)
 
 
 def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:
