@@ -9,9 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from visionmix.backbones import Plain
-from visionmix.backbones.contract import check_output_format, laid_out
+from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
 from visionmix.layers import join_prefix
-from visionmix.private_api import feature_take_indices
 from visionmix.reduction.methods import Method
 from visionmix.reduction.sharing import Reduced, share
 from visionmix.reduction.tokens import Tokens
@@ -206,7 +205,7 @@ class ReducedVisionTransformer(ReducedBackbone):
         """
         _check_unmasked(attn_mask, is_causal)
         check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = chosen_units(len(self.blocks), indices, "blocks")
         tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
         if norm:
             taken = [self._normalised(each) for each in taken]
