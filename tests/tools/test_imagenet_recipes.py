@@ -31,7 +31,8 @@ WITHOUT = {
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
     r"mambavision_large3": "trained on ImageNet-21k alone, by settings that are not published",
     r"roma_arm_\w+": "pre-trained on remote sensing images, without labels",
-    r"favit_b[123]|segman_large_encoder|van_b[456]": "its drop path from scratch is not published",
+    r"segman_large_encoder": "its drop path is not published",
+    r"van_b[456]": "trained on ImageNet-22k first: van_b4_22k.yaml and finetune/van_b4.yaml",
     r"vim_\w+_stride8": "fine-tuned from the model of stride 16: finetune/",
 }
 
@@ -147,12 +148,12 @@ def test_every_published_model_has_a_recipe():
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in GENERAL])
 def test_a_recipe_names_its_model_its_source_and_its_drop_path(name):
-    """The name is the model's; what follows it is the tag's image size, or a further part of the training."""
+    """The name is the model's; what follows it is the tag's image size, the data, or a further part of the training."""
     tree = written(RECIPES[name])
     model, _, tag = tree["model"]["name"].partition(".")
     assert timm.is_model(model)
     assert family_of(model).paper
-    assert name.removeprefix(model) in ("", "_224", tag.removeprefix("in1k"))
+    assert name.removeprefix(model) in ("", "_224", "_22k", tag.removeprefix("in1k"))
     assert RECIPES[name].read_text().startswith("# ")
     assert "arXiv" in RECIPES[name].read_text() + (RECIPES[name].parent / tree["base"]).read_text()
     assert 0 <= tree["model"]["kwargs"]["drop_path_rate"] < 1
