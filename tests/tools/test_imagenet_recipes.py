@@ -26,6 +26,7 @@ GENERAL = {"defaults", "bakeoff"}  # of no model in particular
 WITHOUT = {
     r"her_encoder": "taught by the image encoder of SAM, without labels",
     r"ecoformer_pvt_v2_b\d": "trained from PVTv2s with softmax attention, whose weights are not published",
+    r"dynamicvit_deit_256": "trained from a DeiT of 256 channels, whose weights are not published",
     r"mamba_yolo_\w+_backbone": "trained inside its detector alone",
     r"(pyramid|plain)_(nano|tiny|small)": "no published model: bakeoff.yaml trains it",
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
@@ -54,7 +55,7 @@ TINY = {
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
     r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
     r"(dualtoken_vit|fmvit|l2vit|m2_vit|nalaformer|s2aformer|soft|softpp)_": r"test_\1",
-    r"(a2mamba|favit|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(a2mamba|dynamicvit|favit|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
     r"segman_\w+_encoder": "test_segman_encoder",
     r"stvit_r_swin_": "test_stvit_r_swin",
 }

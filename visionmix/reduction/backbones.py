@@ -26,7 +26,7 @@ class ReducedBackbone(Reduced):
     skeleton: ClassVar[type[nn.Module]]
     paths: ClassVar[tuple[str, ...]]
     reduction: Method
-    blocks: nn.Module
+    blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
     grad_checkpointing: bool
 
@@ -261,10 +261,10 @@ class ReducedPlain(ReducedBackbone):
 
     def _placed(self, tokens: Tokens) -> Tensor:
         """Return the tokens with those of the prefix where the head looks for them."""
-        rest = [place for place in range(tokens.x.shape[1]) if place not in tokens.prefix_positions]
-        positions = self.class_token.positions(len(rest))
+        positions = self.class_token.positions(tokens.x.shape[1] - len(tokens.prefix_positions))
         if tuple(positions) == tokens.prefix_positions:
             return tokens.x
+        rest = [place for place in range(tokens.x.shape[1]) if place not in tokens.prefix_positions]
         return join_prefix(tokens.x[:, rest], tokens.prefix(), positions)
 
     def forward_features(self, x: Tensor) -> Tensor:
