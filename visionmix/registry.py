@@ -79,8 +79,8 @@ class Registry(Generic[_T]):
         """Return the registered class whose own name is `class_name`, or None."""
         return next((each for each in self._classes.values() if each.__name__ == class_name), None)
 
-    def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """Return the options of the class called `name`, by name.
+    def named(self, name: str) -> type[_T]:
+        """Return the class registered as `name`.
 
         Raises:
             ValueError: no class has this name.
@@ -88,8 +88,16 @@ class Registry(Generic[_T]):
         if name not in self._classes:
             hint = nearest(str(name), self._classes)
             raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
+        return self._classes[name]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """Return the options of the class called `name`, by name.
+
+        Raises:
+            ValueError: no class has this name.
+        """
         found: dict[str, inspect.Parameter] = {}
-        for each in self._classes[name].__mro__:
+        for each in self.named(name).__mro__:
             if "__init__" in vars(each):
                 parameters = inspect.signature(vars(each)["__init__"]).parameters
                 found = dict(parameters) | found
