@@ -9,7 +9,9 @@ import sys
 import doc_pages
 import pytest
 import random_calls
+import timm
 import torch
+from tiny_models import EVERY
 
 from visionmix.kernels import backends, dispatch, native
 
@@ -54,6 +56,19 @@ def test_ops_run_where_the_page_says(op, dtype):
     exact = native.leaves_to_reference(op, torch.zeros(1, dtype=DTYPES[dtype]))
     runs = "reference" if exact else dispatch.resolve(op, "auto", torch.device("cpu"))
     assert NAMES[table()[op, dtype]] == runs
+
+
+@EVERY
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_models_run_in_each_type(name, dtype):
+    torch.manual_seed(0)
+    model = timm.create_model(name).to(DTYPES[dtype]).train()
+    logits = model(torch.randn(2, 3, 96, 96).to(DTYPES[dtype]))
+    logits.double().square().mean().backward()
+    assert logits.dtype == DTYPES[dtype]
+    assert logits.isfinite().all()
+    assert all(value.grad is None or value.grad.isfinite().all() for value in model.parameters())
 
 
 def test_the_library_runs_without_triton_and_without_a_compiler():

@@ -38,11 +38,11 @@ with fewer blocks. A model that no card lists as compared is not claimed to be e
 _FAMILY_HEAD = ("family", "token mixing", "parameters, M", "best top-1", "licence of weights")
 _ALL_HEAD = ("model and tag", "pixels", "parameters, M", "GMACs", "top-1", "licence")
 _MODEL_HEAD = (
-    *("model and tag", "pixels", "parameters, M", "GMACs", "published parameters, M", "published GMACs"),
-    *("published top-1, %", "licence", "weights"),
+    *("model and tag", "pixels", "parameters, M (published)", "GMACs (published)", "published top-1, %"),
+    *("licence", "weights"),
 )
 _CELL, _LINE = 40, 200  # characters of an option's value in a table and in a list
-_MEASURED_HEAD = ("model", "pass", "pixels", "batch", "median, ms", "runs", "date", "machine")
+_MEASURED_HEAD = ("model", "pass", "pixels", "batch", "median, ms", "runs", "date")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -108,8 +108,13 @@ def card(module: str, costs: Mapping[str, Counted]) -> str:
 
 def _model_row(tag: str, cost: Counted) -> list[str]:
     facts = published(tag)
-    claims = ["" if claim is None else str(claim) for claim in (facts.params, facts.gmacs, facts.top1)]
-    return [f"`{tag}`", _pixels(tag), cost.params_m, cost.gmacs, *claims, facts.license, _file(tag)]
+    sizes = [f"{ours}{_claim(theirs)}" for ours, theirs in ((cost.params_m, facts.params), (cost.gmacs, facts.gmacs))]
+    top1 = "none" if facts.top1 is None else str(facts.top1)
+    return [f"`{tag}`", _pixels(tag), *sizes, top1, facts.license, _file(tag)]
+
+
+def _claim(value: float | None) -> str:
+    return "" if value is None else f" ({value:g})"
 
 
 def _pixels(tag: str) -> str:
@@ -129,7 +134,7 @@ def _file(name: str) -> str:
 def _ops(names: Sequence[str], costs: Mapping[str, Counted]) -> str:
     ops = sorted({op for name in names for tag in model_facts.tagged(name) for op in costs[tag].ops.split()})
     if not ops:
-        return "These models call no fused op of this library: they are layers of PyTorch."
+        return "These models call no fused op of this library: they are made of PyTorch's own layers."
     called = ", ".join(f"`{op}`" for op in ops)
     return f"Fused ops that these models call: {called} ([kernels](../kernels.md))."
 
@@ -152,23 +157,23 @@ def _options(names: Sequence[str]) -> str:
     parts.append("\n".join(same))
     if long:
         file = f"visionmix/models/{stem(family_of(names[0]).module)}.py"
-        parts.append(f"Longer ones stand in `{file}`: {', '.join(f'`{key}`' for key in long)}.")
+        parts.append(f"Options too long to show stand in `{file}`: {', '.join(f'`{key}`' for key in long)}.")
     return "\n\n".join(filter(None, parts))
 
 
 def _measured(names: Sequence[str]) -> str:
-    rows = []
+    rows, machines = [], {}
     grouping = ("model", "pass", "img_size", "batch", "date", "device", "threads", "torch")
     for key, group in groupby(model_facts.measured(names), key=lambda row: tuple(row[each] for each in grouping)):
         model, kind, pixels, batch, date, device, threads, version = key
         medians = [float(row["p50_ms"]) for row in group]
         span = " to ".join(dict.fromkeys(f"{each:.4g}" for each in (min(medians), max(medians))))
-        machine = f"{device}, {threads} threads, torch {version.partition('+')[0]}"
-        rows.append([f"`{model}`", kind, pixels, batch, span, str(len(medians)), date, machine])
+        rows.append([f"`{model}`", kind, pixels, batch, span, str(len(medians)), date])
+        machines[f"{device} ({threads} threads, torch {version.partition('+')[0]})"] = None
     if not rows:
         return "None of these models has been timed here; `visionmix benchmark` times them on your machine."
     about = (
-        "Medians in float32 of one run, or the least and the largest median of several, from `benchmarks/models.csv`. "
+        f"Medians in float32 of one run, or the least and the largest median of several, on {' and '.join(machines)}. "
         "[Performance](../performance.md) has the conditions, and other models beside them."
     )
     return f"{about}\n\n{table(_MEASURED_HEAD, rows)}"
