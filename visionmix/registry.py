@@ -95,8 +95,8 @@ class Registry(Generic[_T]):
         """Return the registered class whose own name is `class_name`, or None."""
         return next((each for each in self._classes.values() if each.__name__ == class_name), None)
 
-    def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """Return the options of the class called `name`, by name.
+    def named(self, name: str) -> type[_T]:
+        """Return the class registered as `name`.
 
         Raises:
             ValueError: no class has this name.
@@ -104,7 +104,15 @@ class Registry(Generic[_T]):
         if name not in self._classes:
             hint = nearest(str(name), self._classes)
             raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
-        return constructor_options(self._classes[name], self.besides)
+        return self._classes[name]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """Return the options of the class called `name`, by name.
+
+        Raises:
+            ValueError: no class has this name.
+        """
+        return constructor_options(self.named(name), self.besides)
 
     def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
         """Return the class called `name`, which must know all of `options` and need no others.
