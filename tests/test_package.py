@@ -158,6 +158,7 @@ def test_public_names_are_these():
     """Whoever adds or removes a public name changes this list, and says so in CHANGELOG.md; a family adds none."""
     names = {
         "visionmix": visionmix,
+        "visionmix.adaptive": visionmix.adaptive,
         "visionmix.kernels": visionmix.kernels,
         "visionmix.mixers": visionmix.mixers,
         "visionmix.models": visionmix.models,

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from visionmix import adaptive
-from visionmix.tools import models, recipe, train
+from visionmix.tools import benchmark_adaptive, models, recipe, train
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "configs" / "adaptive"
@@ -93,3 +93,23 @@ def test_recipes_make_their_models(name):
     model = timm.create_model(made.model.name, **made.model.kwargs | small)
     assert model.phase == made.model.kwargs["phase"]
     assert timm.is_model(made.model.kwargs["base"])
+
+
+@pytest.mark.parametrize(("first", "share"), [(0, 0.5), (1, 0.5), (0, 0.2), (1, 0.9)])
+def test_the_benchmarks_gates_use_the_share(first, share):
+    torch.manual_seed(0)
+    module = adaptive.ACM(8, 8, 2, 4, min_learners=first).eval()
+    x = torch.randn(2, 500, 8)
+    benchmark_adaptive.set_gate(module, x, share)
+    counts = module.gating_network(x)
+    assert counts.double().mean().item() / 4 == pytest.approx(share, abs=0.01)
+    assert counts.unique().tolist() == list(range(first, 5))
+
+
+def test_the_benchmark_prints_a_row_a_conversion(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_adaptive.timing, "wait_until_quiet", lambda: None)
+    name = "test_vit"
+    assert benchmark_adaptive.main([name, "--batch", "2", "--rounds", "1", "--share", "0.6"]) == 0
+    text = capsys.readouterr().out
+    assert "plain" in text
+    assert "0.6" in text

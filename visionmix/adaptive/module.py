@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from visionmix.adaptive.gating import GatingNetwork
 from visionmix.reduction.methods import is_int
 
+_TILE = 256  # tokens per thread, which are still in its cache when the second product reads their hidden channels
+
 
 class ACM(nn.Module):
     """An adaptive computation module: the sum of the first k of N learners, with k chosen for each token.
@@ -225,19 +227,18 @@ class SplitACM(nn.Module):
 def _side_by_side(parts: Sequence[ACM], x: Tensor, counts: Sequence[Tensor]) -> Tensor:
     """Return the results of `parts` for tokens x (..., in_features), with `counts` (...) learners of each."""
     tokens = x.reshape(-1, x.shape[-1])
+    tile = _TILE * torch.get_num_threads() if x.device.type == "cpu" else max(1, tokens.shape[0])
     out, start, width = None, 0, sum(part.out_features for part in parts)
     for part, count in zip(parts, counts, strict=True):
-        stop = start + part.out_features
-        count = count.reshape(-1)
-        places = count.argsort().split(count.bincount(minlength=part.num_learners + 1).tolist())
-        for learners, group in enumerate(places):
-            if not group.numel() and learners < part.num_learners:
-                continue
-            # A group's tokens are still in the cache when the products read them; sorting all at once was slower.
-            result = part.first(tokens.index_select(0, group), learners)
-            if out is None:
-                out = result.new_empty(tokens.shape[0], width)  # under autocast, of another type than x
-            out[:, start:stop].index_copy_(0, group, result)
+        stop, count = start + part.out_features, count.reshape(-1)
+        groups = count.argsort().split(count.bincount(minlength=part.num_learners + 1).tolist())
+        for learners in range(part.num_learners, -1, -1):
+            if out is None or groups[learners].numel():
+                for places in groups[learners].split(tile):
+                    result = part.first(tokens.index_select(0, places), learners)
+                    if out is None:
+                        out = result.new_empty(tokens.shape[0], width)  # under autocast, of another type than x
+                    out[:, start:stop].index_copy_(0, places, result)
         start = stop
     assert out is not None
     return out.view(*x.shape[:-1], width)
