@@ -133,7 +133,9 @@ def num_steps(name: str, height: int, width: int, depth: int = 1) -> int:
 
     Args:
         name: an order's name, as `order` takes it.
-        height, width, depth: the grid's size in cells; symbolic integers give a symbolic number.
+        height: rows of the grid; symbolic integers give a symbolic number, here and below.
+        width: columns of the grid.
+        depth: levels of the grid.
 
     Raises:
         TypeError: the name is not a str.

@@ -160,7 +160,9 @@ def order(name: str, height: int, width: int, depth: int = 1, *, device: torch.d
 
     Args:
         name: the order. "raster", "column", "snake", "morton" and "u_order" also order grids with a depth.
-        height, width, depth: the grid's size in cells, from 1 up.
+        height: rows of the grid, from 1 up.
+        width: columns of the grid, from 1 up.
+        depth: levels of the grid, from 1 up.
         device: device of the tensors; None for the CPU.
 
     Returns:

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--height", type=int, default=13, help="rows of the grid (default 13)")
     parser.add_argument("--width", type=int, default=13, help="columns of the grid (default 13)")
     parser.add_argument("--out", type=Path, default=Path("scans.png"), help="the picture (default scans.png)")
-    parser.add_argument("--gallery", action="store_true", help="draw the README's gallery instead of named orders")
+    parser.add_argument("--gallery", action="store_true", help="draw the gallery of docs/scans.md instead")
     parser.add_argument("--list", action="store_true", help="list the orders and the sets of directions, and end")
     options = parser.parse_args(argv)
     if options.list:

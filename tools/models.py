@@ -14,7 +14,9 @@ from timm.layers import convert_splitbn_model
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
-import visionmix.pretraining  # noqa: F401  (registers its model)
+import visionmix.adaptive.recipes
+import visionmix.pretraining  # noqa: F401  (they register their models)
+from visionmix.backbones.contract import image_sides
 from visionmix.private_api import load_model_config_from_path
 from visionmix.reduction import apply
 from visionmix.reduction.specs import Spec
@@ -107,12 +109,12 @@ def split_batch_norms(model: nn.Module, splits: int, name: str) -> nn.Module:
     return convert_splitbn_model(model, splits)
 
 
-def check_input(model: nn.Module, name: str, image_size: int, device: torch.device) -> None:
-    """Raise ValueError when the model cannot take RGB images of this size, before any work is done."""
+def check_input(model: nn.Module, name: str, image_size: int | tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError when the model cannot take RGB images of this size, or (height, width), before any work."""
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+            model.eval()(torch.zeros(1, 3, *image_sides(image_size), device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model {name!r} does not take RGB images of image_size={image_size}: {error}; "

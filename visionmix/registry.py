@@ -35,11 +35,27 @@ def import_modules(package: str, path: Iterable[str]) -> None:
             importlib.import_module(f"{package}.{module.name}")
 
 
+def constructor_options(cls: type, besides: Iterable[str] = ("self",)) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of the constructor of `cls` but for `besides`, by name.
+
+    A constructor that ends in ``**options`` passes them on to its parent class, whose parameters it has as well.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for each in cls.__mro__:
+        if "__init__" in vars(each):
+            parameters = inspect.signature(vars(each)["__init__"]).parameters
+            found = dict(parameters) | found
+            if "options" not in parameters:
+                break
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {key: value for key, value in found.items() if key not in besides and value.kind not in variadic}
+
+
 class Registry(Generic[_T]):
     """Classes by name, with the options that each of their constructors takes.
 
-    A constructor that ends in ``**options`` passes them on to its parent class, whose options it has as well; one that
-    ends in ``**dd`` takes a device and a dtype besides what it names.
+    Options are those of `constructor_options`; a constructor that ends in ``**dd`` takes a device and a dtype besides
+    what it names.
 
     Args:
         kind: Their kind, for messages: "mixer".
@@ -79,8 +95,8 @@ class Registry(Generic[_T]):
         """Return the registered class whose own name is `class_name`, or None."""
         return next((each for each in self._classes.values() if each.__name__ == class_name), None)
 
-    def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """Return the options of the class called `name`, by name.
+    def named(self, name: str) -> type[_T]:
+        """Return the class registered as `name`.
 
         Raises:
             ValueError: no class has this name.
@@ -88,15 +104,15 @@ class Registry(Generic[_T]):
         if name not in self._classes:
             hint = nearest(str(name), self._classes)
             raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
-        found: dict[str, inspect.Parameter] = {}
-        for each in self._classes[name].__mro__:
-            if "__init__" in vars(each):
-                parameters = inspect.signature(vars(each)["__init__"]).parameters
-                found = dict(parameters) | found
-                if "options" not in parameters:
-                    break
-        variadic = inspect.Parameter.VAR_KEYWORD
-        return {key: value for key, value in found.items() if key not in self.besides and value.kind is not variadic}
+        return self._classes[name]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """Return the options of the class called `name`, by name.
+
+        Raises:
+            ValueError: no class has this name.
+        """
+        return constructor_options(self.named(name), self.besides)
 
     def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
         """Return the class called `name`, which must know all of `options` and need no others.

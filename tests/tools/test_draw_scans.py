@@ -54,7 +54,7 @@ def test_single_cell(name, tmp_path):
     assert (tmp_path / "one.svg").stat().st_size > 0
 
 
-def test_gallery_has_the_size_of_the_picture_in_the_readme(tmp_path):
+def test_gallery_has_the_size_of_the_picture_in_the_docs(tmp_path):
     out = tmp_path / "gallery.png"
     draw_scans.main(["--gallery", "--out", str(out)])
     assert out.stat().st_size < 200_000

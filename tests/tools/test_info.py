@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from visionmix.tools import info
+from visionmix.tools import info, model_facts
 
 
 def test_costs_agree_with_a_hand_count():
@@ -36,43 +36,11 @@ def test_unknown_model(capsys):
     assert "did you mean" in capsys.readouterr().err
 
 
-def test_models_page_is_up_to_date():
-    """All but what is counted, which takes minutes: `python tools/info.py --write` brings the page up to date."""
-    rows = [line for line in info._MODELS.read_text().splitlines() if line.startswith("| `")]
-    cells = {row.split("`")[1]: [cell.strip() for cell in row.strip("|").split("|")] for row in rows}
-    names = [tag for models in info._families().values() for name in models for tag in info._tagged(name)]
-    assert list(cells) == names
-    for name in names:
-        _, size, _, _, *rest = cells[name]
-        assert [size, *rest] == info.published_columns(name)
-
-
-def test_models_page_counts_what_the_models_cost(monkeypatch):
-    monkeypatch.setattr(info, "_families", lambda: {"visionmix.models.vig": ["vig_t"]})
-    page = info._MODELS.read_text()
-    (row,) = [line for line in info.markdown().splitlines() if line.startswith("| `")]
-    assert row in page
-
-
-def test_row_of_a_family_stands_between_the_markers(tmp_path, monkeypatch):
-    monkeypatch.setattr(info, "_families", lambda: {"visionmix.models.vig": ["vig_t", "vig_h_t"]})
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{info._BEGIN}\na stale row\n{info._END}\nafter\n")
-    info.write_families(file)
-    text = file.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "a stale row" not in text
-    about = "bidirectional gated linear attention, plain and hierarchical"
-    assert f"| ViG | {about} | 6 to 29 | 82.8 | mit | [2405.18425](https://arxiv.org/abs/2405.18425) |" in text
-    file.write_text("no markers")
-    with pytest.raises(ValueError, match="no table of models"):
-        info.write_families(file)
-
-
-def test_every_family_says_in_a_line_what_it_is():
-    titles = [info.family_title(module) for module in info._families()]
-    assert all(family and about for family, about in titles)
+def test_counts_are_those_of_the_table():
+    """The counts of all models take minutes: `python tools/info.py --write` brings them up to date."""
+    counted = model_facts.read_costs()
+    assert info.count("vig_t.in1k") == counted["vig_t.in1k"]
+    assert counted["vig_t.in1k"].ops == "bidirectional_gated_linear_attention"
 
 
 def test_tags_have_facts_of_their_own(capsys):

@@ -26,6 +26,15 @@ def list_mixers() -> list[str]:
     return _MIXERS.names()
 
 
+def mixer_named(name: str) -> type[nn.Module]:
+    """Return the class of the mixer called `name`.
+
+    Raises:
+        ValueError: no mixer has this name.
+    """
+    return _MIXERS.named(name)
+
+
 def mixer_class(class_name: str) -> type[nn.Module] | None:
     """Return the registered mixer whose class is called `class_name`, or None."""
     return _MIXERS.class_called(class_name)

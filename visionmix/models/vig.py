@@ -80,7 +80,7 @@ def _in1k(file: str, top1: float) -> dict[str, Weights]:
 
 VARIANTS = {
     "vig_t": Variant(_plain(192, 3, {"conv_act": True, "out_act": True}), _in1k("vig_t", 77.2), 6),
-    # GMACs: a fifth of DeiT-B's 17.6, as the abstract has it; README.md says why the count here is higher.
+    # GMACs: a fifth of DeiT-B's 17.6, as the abstract has it; docs/performance.md says why the count here is higher.
     "vig_s": Variant(_plain(384, 6), _in1k("vig_s", 81.7), 23, 3.5),
     "vig_b": Variant(_plain(768, 12), _in1k("vig_b", 82.6), 89),
     "vig_h_t": Variant(_hierarchical(96, (2, 2, 5, 2), 3), _in1k("vig_h_t", 82.8), 29),
@@ -90,4 +90,10 @@ VARIANTS = {
     "test_vig_h": Variant(_hierarchical(24, (1, 1, 2, 1), 3).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2405.18425", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2405.18425",
+    paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+    license="mit",
+)

@@ -1,0 +1,46 @@
+"""The nav of the documentation's site."""
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the docs extra is not installed")
+
+from visionmix.mixers import list_mixers
+from visionmix.tools import site
+
+NAV = [
+    {"Start": ["index.md", {"Gone": "gone.md"}]},
+    {"Models": ["models.md", "models/*.md"]},
+    {"Extras": "extras/*.md"},
+    {"API": "api/*.md"},
+]
+
+
+def test_patterns_are_filled_in_and_what_is_missing_is_left_out():
+    names = ["api/a.md", "index.md", "models.md", "models/van.md", "models/vig.md"]
+    assert site.expand(NAV, names) == [
+        {"Start": ["index.md"]},
+        {"Models": ["models.md", "models/van.md", "models/vig.md"]},
+        {"API": ["api/a.md"]},
+    ]
+
+
+def test_a_page_that_the_nav_names_is_not_listed_by_a_pattern_too():
+    nav = [{"Mixers": ["mixers/index.md", "mixers/*.md"]}]
+    assert site.expand(nav, ["mixers/agent.md", "mixers/index.md"]) == [
+        {"Mixers": ["mixers/index.md", "mixers/agent.md"]}
+    ]
+
+
+def test_every_mixer_has_a_page_and_a_row():
+    pages = site.pages()
+    for name in list_mixers():
+        assert f'create_mixer("{name}"' in pages[f"mixers/{name}.md"]
+        assert f"[`{name}`]({name}.md)" in pages["mixers/index.md"]
+
+
+def test_ops_named_like_their_package_are_in_the_reference():
+    assert "::: visionmix.kernels.selective_scan.selective_scan" in site.pages()["api/kernels.md"]
+
+
+def test_links_to_the_root_lead_to_pages():
+    assert site.on_page_markdown("see [this](../CONTRIBUTING.md#style)") == "see [this](contributing.md#style)"

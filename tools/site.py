@@ -1,0 +1,184 @@
+"""Hooks of mkdocs, which `mkdocs.yml` names: the pages that are made from the code, the nav, and links out of docs/.
+
+Made pages: contributing.md and changelog.md from the files at the repository's root, a page per mixer and an index of
+them, the pictures of the direction sets, and the reference of the public modules.
+"""
+
+import importlib
+import inspect
+import shutil
+import sys
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from visionmix import scans
+from visionmix.mixers import list_mixers, registry
+from visionmix.tools.draw_scans import draw_orders
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SOURCE = _ROOT / "build" / "site_source"
+_MAPPED = ("configs", "kernels", "scans", "tools")  # folders that pyproject.toml maps into the package
+_COPIED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_MODULES = (
+    *("visionmix", "visionmix.kernels", "visionmix.scans", "visionmix.mixers", "visionmix.reduction"),
+    *("visionmix.models", "visionmix.backbones", "visionmix.layers"),
+)
+_ORDER_OPTIONS = ("order", "directions")
+_HEIGHT, _WIDTH = 8, 11
+_MIXERS = """# Mixers
+
+`visionmix.create_mixer(name, dim, **options)` makes a mixer: a module from (batch, height, width, dim) to the same, for
+every height and width. `timm.create_model("pyramid_tiny", mixer=name)` puts it into a model; with options, write
+`mixer=dict(name=name, ...)`.
+"""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Lay the package out as it is installed, for the reader of docstrings, and fill the nav in."""
+    shutil.rmtree(_SOURCE, ignore_errors=True)
+    for folder, inside in {"visionmix": "", **{name: name for name in _MAPPED}}.items():
+        # Private names are no part of the reference; the reader of docstrings stumbles over their alternatives.
+        python_alone = shutil.ignore_patterns("__pycache__", "private_api.py", "*.cpp", "*.h", "*.yaml")
+        shutil.copytree(_ROOT / folder, _SOURCE / "visionmix" / inside, ignore=python_alone, dirs_exist_ok=True)
+    for module in _MODULES:
+        _write_stubs(module)
+    docs = Path(config.docs_dir)
+    there = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
+    config.nav = expand(config.nav, sorted({*there, *pages()}))
+    return config
+
+
+def _write_stubs(name: str) -> None:
+    """Give functions that another function made a definition in their module, which the reader of docstrings sees."""
+    for made in _members(name).values():
+        module = sys.modules[getattr(made, "__module__", name)]
+        if inspect.isfunction(made) and f"def {made.__name__}(" not in inspect.getsource(module):
+            path = _SOURCE / Path(module.__file__).relative_to(_ROOT)
+            if path.parts[len(_SOURCE.parts)] != "visionmix":
+                path = _SOURCE / "visionmix" / path.relative_to(_SOURCE)
+            stub = f"\n\ndef {made.__name__}{inspect.signature(made)}:\n    {inspect.getdoc(made)!r}\n"
+            path.write_text(path.read_text() + stub)
+
+
+def _members(name: str) -> dict[str, Any]:
+    """Return the public objects of a module by name, but for modules, and mixers, which have pages of their own."""
+    module = importlib.import_module(name)
+    mixers = {_class(each) for each in list_mixers()}
+    members = {each: getattr(module, each) for each in module.__all__}
+    return {
+        each: made
+        for each, made in members.items()
+        if not inspect.ismodule(made) and not (inspect.isclass(made) and made in mixers)
+    }
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the made pages and pictures."""
+    for name, text in pages().items():
+        files.append(File.generated(config, name, content=text))
+    for name in scans.direction_sets():
+        picture = _SOURCE / "images" / f"{name}.png"
+        draw_orders(list(dict.fromkeys(scans.direction_names(name))), _HEIGHT, _WIDTH, picture)
+        files.append(File.generated(config, f"images/sets/{name}.png", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links to files at the repository's root lead to their pages."""
+    for page, file in _COPIED.items():
+        markdown = markdown.replace(f"](../{file}", f"]({page}")
+    return markdown
+
+
+def expand(nav: list, names: Iterable[str]) -> list:
+    """Return `nav` with each pattern replaced by those of `names` that match it and stand nowhere else in the nav.
+
+    An entry that matches nothing is left out, and so is a title without entries.
+    """
+    names, plain = list(names), set(_leaves(nav))
+
+    def filled(entry: Any) -> list:
+        if isinstance(entry, str):
+            matching = [name for name in names if fnmatch(name, entry) and (name == entry or name not in plain)]
+            return matching
+        ((title, inside),) = entry.items()
+        if isinstance(inside, str) and "*" not in inside:
+            return [{title: inside}] if inside in names else []
+        found = [each for item in ([inside] if isinstance(inside, str) else inside) for each in filled(item)]
+        return [{title: found}] if found else []
+
+    return [each for entry in nav for each in filled(entry)]
+
+
+def _leaves(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [leaf for item in (nav.values() if isinstance(nav, dict) else nav) for leaf in _leaves(item)]
+
+
+def pages() -> dict[str, str]:
+    """Return the text of every made page by its path below docs/."""
+    made = {page: _without_root((_ROOT / file).read_text()) for page, file in _COPIED.items()}
+    made["mixers/index.md"] = _mixer_index()
+    made["scan_sets.md"] = _direction_sets()
+    made |= {f"mixers/{name}.md": _mixer(name) for name in list_mixers()}
+    return made | {f"api/{_stem(module)}.md": _module(module) for module in _MODULES}
+
+
+def _without_root(text: str) -> str:
+    """Return a page of the repository's root as it reads inside docs/."""
+    return text.replace("](docs/", "](")
+
+
+def _stem(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _class(name: str) -> type:
+    return registry.mixer_named(name)
+
+
+def _about(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _mixer_index() -> str:
+    rows = [f"| [`{name}`]({name}.md) | {_about(_class(name))} |" for name in list_mixers()]
+    return "\n".join([_MIXERS, "| name | computes |", "| --- | --- |", *rows, ""])
+
+
+def _mixer(name: str) -> str:
+    cls = _class(name)
+    parts = [f"# {name}", f'`visionmix.create_mixer("{name}", dim, ...)`']
+    parts.append(f"::: {cls.__module__}.{cls.__name__}\n    options:\n      members: []\n      heading_level: 2")
+    for option, parameter in registry.mixer_options(name).items():
+        if option in _ORDER_OPTIONS and parameter.default in scans.direction_sets():
+            parts.append(f"## Its directions\n\n![{parameter.default}](../images/sets/{parameter.default}.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _direction_sets() -> str:
+    parts = [
+        "# Direction sets",
+        "A mixer that scans takes the name of one of these as its `order`. A circle marks the start of a direction, a "
+        "square its end. A direction that a set has twice is drawn once.",
+    ]
+    for name in scans.direction_sets():
+        directions = ", ".join(f"`{direction}`" for direction in scans.direction_names(name))
+        parts.append(f"## {name}\n\n{directions}\n\n![{name}](images/sets/{name}.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _module(name: str) -> str:
+    about = (inspect.getdoc(importlib.import_module(name)) or "").partition("\n\n")[0]
+    parts = [f"# {name}", about]
+    for each, made in _members(name).items():
+        # A function may have its package's own name, so that the place where it is defined has to be named.
+        home = made.__module__ if inspect.isclass(made) or inspect.isfunction(made) else name
+        parts.append(f"::: {home}.{each}")
+    return "\n\n".join(parts) + "\n"
