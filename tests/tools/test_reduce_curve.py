@@ -161,7 +161,7 @@ def test_models_that_are_reduced_already_or_have_no_tokens_are_refused(call, tmp
     assert "the model is reduced already, by tome(r=(3, 3, 3, 3)" in capsys.readouterr().err
     other = save(tmp_path / "epoch_0003", begin(model={"name": "test_resnet"}))
     assert call("--no-time", checkpoint=other) == 2
-    assert "a model of class ResNet has no blocks" in capsys.readouterr().err
+    assert "a model of class ResNet has no list of blocks; give a plain model" in capsys.readouterr().err
 
 
 @pytest.mark.long
