@@ -80,7 +80,7 @@ def chosen(model: nn.Module, methods: Sequence[str] | None, more: Sequence[str])
     if isinstance(model, Reduced):
         raise ValueError(f"the model is reduced already, by {model.reduction!r}; give one that was trained without")
     if not isinstance(getattr(model, "blocks", None), nn.Module):
-        raise TypeError(f"a model of class {type(model).__qualname__} has no blocks, so that its tokens stay")
+        raise TypeError(f"a model of class {type(model).__qualname__} has no list of blocks; give a plain model")
     rows, columns = model.grid_size if hasattr(model, "grid_size") else model.patch_embed.grid_size
     for method in methods or list_methods():
         try:

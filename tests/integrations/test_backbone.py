@@ -161,6 +161,6 @@ def test_a_reduced_backbone_gives_dense_maps_for_a_pyramid():
     assert all(parameter.grad is not None for parameter in blocks[2].parameters())
 
 
-def test_hierarchical_backbones_refuse_a_reduction():
-    with pytest.raises(TypeError, match="class Hierarchical cannot be reduced"):
+def test_hierarchical_backbones_refuse_a_reduction_of_plain_ones():
+    with pytest.raises(TypeError, match="a Hierarchical has several"):
         built(name="test_vmamba", reduction="tome:r=4")

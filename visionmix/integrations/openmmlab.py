@@ -67,8 +67,8 @@ class Backbone(BaseModule):
         one_stride: Whether maps of one stride are what the neck or head takes; see above.
         init_cfg: mmengine's initialisation, for instance ``dict(type="Pretrained", checkpoint=...)`` for a file saved
             by mmengine.
-        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others. A plain model
-            takes a token `reduction`, as ``"ssm_prune:keep_rate=0.7"``; its maps are dense all the same.
+        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others. A model
+            that can be reduced takes a `reduction`, as ``"ssm_prune:keep_rate=0.7"``; its maps are dense all the same.
 
     Raises:
         TypeError: the model cannot be reduced.
