@@ -69,6 +69,7 @@ def test_a_file_is_checked_and_says_what_it_holds(tiny, tmp_path, capsys, name, 
     assert lines[-1].startswith(f"wrote {tmp_path / 'new'}")
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == (["m.bin", "m.xml"] if name == "openvino" else [LAST[name]])
+    assert b"stack_trace" not in (tmp_path / "new" / LAST[name]).read_bytes()
     run, about = open_file(tmp_path / "new" / LAST[name])
     assert (about["model"], about["precision"]) == ("small", "float16" if "--half" in options else "float32")
     assert about["input"]["mean"] == [0.5] * 3
@@ -91,7 +92,8 @@ def test_int8_is_calibrated_on_pictures_and_agrees_on_others(tiny, tree, tmp_pat
     assert count == 9
     assert agreed >= 8
     error = float(out.split("largest error ")[1].split()[1])
-    assert 1e-4 < error < 0.1  # it is not the model in float32
+    # It is not the model in float32, and noise exceeds the values that pictures have, which are cut off there.
+    assert 1e-4 < error < 0.5
     assert open_file(tmp_path / "new" / LAST[name])[1]["precision"] == "int8"
 
 
@@ -118,7 +120,7 @@ torch.save({load}(images), {str(tmp_path / "logits.pt")!r})"""
 def test_fused_ops_are_kept_only_where_they_are_asked_for(tmp_path, capsys):
     options = ["--img-size", "64", "--dynamic"]
     assert call("torchscript", tmp_path, *options, model="test_vim_tiny") == 2
-    assert "calls visionmix::selective_scan" in capsys.readouterr().err
+    assert "calls visionmix::scan_order, visionmix::selective_scan" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert call("torchscript", tmp_path, *options, "--fused", model="test_vim_tiny") == 0
     assert "visionmix::selective_scan" in str(torch.jit.load(tmp_path / "m.pt").inlined_graph)
@@ -203,11 +205,15 @@ def test_axes_that_cannot_be_dynamic_are_named():
         def forward(self, x):
             return x.sum() if x.shape[2] == 8 else x
 
+    class Square(nn.Module):
+        def forward(self, x):
+            return x + x.transpose(2, 3)
+
     axes = export_files.DYNAMIC["all"]
     with pytest.raises(ValueError, match="dynamic height: Fixed computes with that length as a number"):
         export_files.to_program(Fixed(), torch.randn(2, 3, 8, 9), dynamic=axes)
     with pytest.raises(ValueError, match="which would have to stay equal"):
-        export_files.to_program(nn.Identity(), torch.randn(2, 3, 9, 9), dynamic=axes)
+        export_files.to_program(Square(), torch.randn(2, 3, 9, 9), dynamic=axes)
 
 
 def test_an_operator_that_onnx_does_not_know_is_said(tmp_path):
