@@ -1,6 +1,3 @@
-# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD, README.md; drop path as in classification.
+# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD, detection/configs/vssd/mask_rcnn_vssd_fpn_coco_micro_3x.py.
 _base_ = "_base_/mask_rcnn_3x.py"
-model = dict(
-    backbone=dict(name="vssd_micro", drop_path_rate=0.2),
-    neck=dict(in_channels=[48, 96, 192, 384]),
-)
+model = dict(backbone=dict(name="vssd_micro", drop_path_rate=0.1), neck=dict(in_channels=[48, 96, 192, 384]))

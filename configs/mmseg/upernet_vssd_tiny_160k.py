@@ -1,4 +1,5 @@
-# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD, README.md; drop path as in classification.
+# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD,
+# segmentation/configs/vssd/upernet_vssd_4xb4-160k_ade20k-512x512_tiny.py.
 _base_ = "_base_/upernet_160k.py"
 model = dict(
     backbone=dict(name="vssd_tiny", drop_path_rate=0.2),

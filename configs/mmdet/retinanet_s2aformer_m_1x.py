@@ -1,0 +1,3 @@
+# S2AFormer (arXiv 2505.22195) publishes no configuration: PVT's settings, and the drop path of its classifier.
+_base_ = "_base_/retinanet_pvt_1x.py"
+model = dict(backbone=dict(name="s2aformer_m", drop_path_rate=0.1), neck=dict(in_channels=[64, 128, 256, 512]))

@@ -1,0 +1,4 @@
+# VAN (arXiv 2202.09741) publishes no configuration of its detectors: PVT's settings, and the drop path of its UperNet.
+# Stages end in norms of the model's own.
+_base_ = "_base_/retinanet_pvt_1x.py"
+model = dict(backbone=dict(name="van_b2", drop_path_rate=0.1), neck=dict(in_channels=[64, 128, 320, 512]))

@@ -1,0 +1,3 @@
+# FMViT (arXiv 2311.05707) publishes no configuration: PVT's settings, and the drop path of its classifier.
+_base_ = "_base_/semantic_fpn_pvt_80k.py"
+model = dict(backbone=dict(name="fmvit_base", drop_path_rate=0.1), neck=dict(in_channels=[80, 160, 320, 640]))

@@ -1,0 +1,3 @@
+# PolaFormer (arXiv 2501.15061) publishes no configuration: PVT's settings, and the drop path of its classifier.
+_base_ = "_base_/semantic_fpn_pvt_80k.py"
+model = dict(backbone=dict(name="polaformer_pvt_tiny", drop_path_rate=0.1), neck=dict(in_channels=[64, 128, 320, 512]))

@@ -1,0 +1,7 @@
+# EfficientVMamba (arXiv 2403.09977), section 5.3: VMamba's settings; drop path is its classifier's.
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="efficient_vmamba_small", drop_path_rate=0.1),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)

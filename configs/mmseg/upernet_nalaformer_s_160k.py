@@ -1,0 +1,7 @@
+# NaLaFormer (arXiv 2506.21137) publishes no configuration yet: Swin's settings, and the drop path of its classifier.
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="nalaformer_s", drop_path_rate=0.15),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+    auxiliary_head=dict(in_channels=320),
+)

@@ -1,0 +1,8 @@
+# VSSD (arXiv 2407.18559), github.com/YuHengsss/VSSD,
+# segmentation/configs/vssd/upernet_vssd_4xb4-160k_ade20k-512x512_small.py.
+_base_ = "_base_/upernet_160k.py"
+model = dict(
+    backbone=dict(name="vssd_small", drop_path_rate=0.4),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
