@@ -61,6 +61,26 @@ def check_sizes(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; every axis after the batch must be at least 1")
 
 
+def check_steps(name: str, steps: Tensor | None, like: Tensor, batch: int) -> None:
+    """Refuse what is not a tensor of integers (batch, K, steps) on the device of `like`, an op's x, or has no steps.
+
+    Raises:
+        TypeError: it is not a tensor of int32 or int64.
+        ValueError: its shape or its device does not fit.
+    """
+    if steps is None:
+        return
+    if not isinstance(steps, Tensor) or steps.dtype not in (torch.int32, torch.int64):
+        kind = f"has dtype {steps.dtype}" if isinstance(steps, Tensor) else f"is a {type(steps).__name__}"
+        raise TypeError(f"{name} {kind}; pass a tensor of int32 or int64")
+    if steps.dim() != 3 or steps.shape[0] != batch or 0 in steps.shape[1:]:
+        raise ValueError(
+            f"{name} has shape {tuple(steps.shape)}; it must be (batch={batch}, K, steps), one step or more"
+        )
+    if steps.device != like.device:
+        raise ValueError(f"{name} is on {steps.device}, but x on {like.device}; move them to one device")
+
+
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:
     """Refuse an output type that is not a real floating-point dtype.
 

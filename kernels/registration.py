@@ -104,6 +104,7 @@ def register_op(
 def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
     """Return `setup_context` and `backward`, as `torch.library.register_autograd` takes them."""
     kept = [name for name in schema.Gradients._fields if name in schema.outputs]
+    saved = schema.tensors + schema.indices
     wanted = [f"grad_{name}" for name in schema.outputs]
 
     def outputs_by_name(outputs: Tensor | tuple) -> dict[str, Tensor]:
@@ -114,8 +115,8 @@ def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
         arguments, outputs = schema.Arguments(*inputs), outputs_by_name(output)
         # The backward op runs the implementation that ran forward.
         implementation = dispatch.resolve(schema.name, arguments.implementation, inputs[0].device)
-        ctx.save_for_backward(*schema.input_tensors(arguments), *(outputs[name] for name in kept))
-        ctx.others = [None if place in schema.tensors else x for place, x in enumerate(arguments)]
+        ctx.save_for_backward(*(arguments[place] for place in saved), *(outputs[name] for name in kept))
+        ctx.others = [None if place in saved else x for place, x in enumerate(arguments)]
         ctx.others[arguments._fields.index("implementation")] = implementation
         given = schema.Gradients._fields
         ctx.mark_non_differentiable(*(x for name, x in outputs.items() if f"grad_{name}" not in given))
@@ -123,7 +124,7 @@ def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
 
     def backward(ctx, *grads):
         values, tensors = list(ctx.others), ctx.saved_tensors
-        for place, x in zip(schema.tensors, tensors, strict=False):
+        for place, x in zip(saved, tensors, strict=False):
             values[place] = x
         arguments = schema.Arguments(*values)
         # An output that was not asked for is empty, with one axis, and so is its gradient.
@@ -136,7 +137,7 @@ def _autograd(schema: Schema, fake: Callable) -> tuple[Callable, Callable]:
             for name, grad in known.items():
                 if grad is None and name in schema.required:
                     known[name] = zeros[name.removeprefix("grad_")].zero_()
-        known |= dict(zip(kept, tensors[len(schema.tensors) :], strict=True))
+        known |= dict(zip(kept, tensors[len(saved) :], strict=True))
         op = getattr(getattr(torch.ops, NAMESPACE), f"{schema.name}_backward")
         found = op(*schema.join(arguments, schema.Gradients(**known)))
         result: list[Tensor | None] = [None] * len(values)

@@ -19,7 +19,13 @@ class Schema:
 
     The backward op takes the gradients of the op's outputs (`grad_<output>`; of an optional one, None where there is
     none), the arguments it needs again, under their own names, and outputs it needs, under theirs. It returns the
-    gradients of the op's tensors, in their order.
+    gradients of the op's tensors, in their order, those of integers left out.
+
+    Args:
+        name: The op's name.
+        text: Its schema.
+        backward_text: The backward op's schema.
+        indices: The names of the tensors of integers.
 
     Attributes:
         name: The op's name, in the namespace `visionmix`.
@@ -28,11 +34,12 @@ class Schema:
         Arguments: The op's arguments, a named tuple with the schema's defaults.
         Gradients: The backward op's further arguments, a named tuple.
         outputs: The names of the outputs.
-        tensors: The places of the tensors among the arguments.
-        input_tensors: A function of the arguments, which returns their tensors, None for an option not given.
+        tensors: The places among the arguments of the tensors that have gradients.
+        indices: The places of those that have none.
+        input_tensors: A function of the arguments, which returns those of `tensors`, None for an option not given.
     """
 
-    def __init__(self, name: str, text: str, backward_text: str):
+    def __init__(self, name: str, text: str, backward_text: str, indices: tuple[str, ...] = ()):
         self.name, self.text, self.backward_text = name, text, backward_text
         forward = parse_schema(f"{NAMESPACE}::{name}{text}")
         backward = parse_schema(f"{NAMESPACE}::{name}_backward{backward_text}")
@@ -41,7 +48,9 @@ class Schema:
         names, taken = self.Arguments._fields, self._Backward._fields
         self.Gradients = namedtuple("Gradients", [field for field in taken if field not in names])
         self.outputs = [returned.name or "out" for returned in forward.returns]
-        self.tensors = [place for place, x in enumerate(forward.arguments) if "Tensor" in str(x.type)]
+        tensors = [place for place, x in enumerate(forward.arguments) if "Tensor" in str(x.type)]
+        self.indices = [place for place in tensors if names[place] in indices]
+        self.tensors = [place for place in tensors if place not in self.indices]
         self.input_tensors = itemgetter(*self.tensors)
         self.required = {argument.name for argument in backward.arguments if str(argument.type) == "Tensor"}
         self._places = [taken.index(field) if field in taken else None for field in names]

@@ -14,6 +14,7 @@ if __name__ == "scans":
     raise ImportError("import this as visionmix.scans (from an installed visionmix: pip install -e .)")
 
 from visionmix.scans.grammar import MODIFIERS, names, num_steps
+from visionmix.scans.kept import kept_steps
 from visionmix.scans.orders import ScanOrder, order
 from visionmix.scans.registers import insert_registers
 from visionmix.scans.sets import direction_names, direction_sets, directions, move_codes
@@ -25,6 +26,7 @@ __all__ = [
     "direction_sets",
     "directions",
     "insert_registers",
+    "kept_steps",
     "move_codes",
     "names",
     "num_steps",

@@ -1,5 +1,6 @@
 """The private names of PyTorch and timm do what they are used for, in the versions at hand."""
 
+import pytest
 import timm
 import torch
 import torch.distributed.checkpoint
@@ -68,3 +69,12 @@ def test_a_distributed_checkpoint_is_read_whole(tmp_path):
     found = private_api.load_whole_state_dict(torch.distributed.checkpoint.FileSystemReader(tmp_path))
     assert torch.equal(found["a"]["b"], content["a"]["b"])
     assert torch.equal(found["c"], content["c"])
+
+
+@pytest.mark.long
+def test_a_compiled_package_computes_and_says_its_metadata(tmp_path):
+    program = torch.export.export(torch.nn.Linear(2, 3), (torch.ones(4, 2),))
+    private_api.compile_and_package(program, tmp_path / "linear.pt2", {"key": "value"})
+    package = private_api.load_compiled_package(tmp_path / "linear.pt2")
+    assert package.get_metadata()["key"] == "value"
+    assert torch.allclose(package(torch.ones(4, 2)), program.module()(torch.ones(4, 2)))

@@ -24,7 +24,8 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
-from visionmix.tools import benchmark_data, display, info, models, timing
+from visionmix import reduction
+from visionmix.tools import benchmark_data, display, info, timing
 
 _CSV = Path("benchmarks/models.csv")
 _WARM = 5
@@ -35,12 +36,12 @@ _OPS = 30
 def build(name: str, img_size: int) -> torch.nn.Module:
     """Return the model NAME or NAME+REDUCTION at `img_size`: built for it where its sizes are baked in."""
     torch.manual_seed(0)
-    name, _, reduction = name.partition("+")
+    name, _, spec = name.partition("+")
     try:
         model = timm.create_model(name, img_size=img_size)
     except TypeError:  # timm's convolutional models take no img_size
         model = timm.create_model(name)
-    return models.reduce_model(model, reduction) if reduction else model
+    return reduction.apply(model, spec) if spec else model
 
 
 def call_of(

@@ -20,6 +20,7 @@ from visionmix.tools.loading import (
     Loader,
     Repeatable,
     UnreadableData,
+    collate,
     make_loader,
     seed_everything,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "absolute",
     "check_data",
     "check_folders",
+    "collate",
     "eval_transform",
     "find_classes",
     "make_loader",

@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     args, files = shown.read_models(parse, argv)
     found = {}
     try:
-        for name, file in zip(args.models, files, strict=True):
-            given = shown.show(shown.load(name, args.pretrained, file), [args.image])
+        for label, name, file in zip(shown.labels(args.models, files), args.models, files, strict=True):
+            given = shown.show(shown.load(name, args.pretrained, file), [args.image], args.img_size)
             rows = influence.attention_rows(given.model, given.images, args.query, args.layer)
-            found[name] = (given.pictures[0], rows)
+            found[label] = (given.pictures[0], rows)
         untrained = "" if args.pretrained or args.checkpoint else ", untrained"
         draw_attention(found, args.out, f"what the cell in the ring attends to{untrained}")
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:

@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     args, files = shown.read_models(parse, argv)
     found = {}
     try:
-        for name, file in zip(args.models, files, strict=True):
-            given = shown.show(shown.load(name, args.pretrained, file), args.images or list(demo_data.PHOTOGRAPHS))
-            found[name] = influence.receptive_field(given.model, given.images)
+        for label, name, file in zip(shown.labels(args.models, files), args.models, files, strict=True):
+            images = args.images or list(demo_data.PHOTOGRAPHS)
+            given = shown.show(shown.load(name, args.pretrained, file), images, args.img_size)
+            found[label] = influence.receptive_field(given.model, given.images)
         untrained = "" if args.pretrained or args.checkpoint else ", untrained"
         draw_receptive_fields(found, args.out, f"effective receptive fields{untrained}")
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:

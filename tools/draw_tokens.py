@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from torch import Tensor, nn
 
-from visionmix.tools import models, pictures, shown
+from visionmix import reduction
+from visionmix.tools import pictures, shown
 
 DROPPED = 0.15  # brightness left to cells that no token holds
 
@@ -60,7 +61,7 @@ def draw_regions(axes: Axes, image: np.ndarray, source: np.ndarray) -> None:
 @torch.inference_mode()
 def sources(model: nn.Module, images: Tensor, spec: str) -> tuple[np.ndarray, int]:
     """Return the token of each cell, int (batch, rows, columns), and how many are left, when `spec` reduces `model`."""
-    tokens = models.reduce_model(model, spec, trace_source=True).forward_tokens(images)
+    tokens = reduction.apply(model, spec, trace_source=True).forward_tokens(images)
     return tokens.source.reshape(-1, *tokens.grid).numpy(), tokens.x.shape[1]
 
 
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = shown.load(args.model, args.pretrained, args.checkpoint)
         for spec in specs:
-            models.reduce_model(model, spec)
+            reduction.apply(model, spec)
         untrained = "" if args.pretrained or args.checkpoint else ", untrained"
         draw_tokens(shown.show(model, args.images), specs, args.out, f"tokens of {args.model}{untrained}")
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:

@@ -236,5 +236,5 @@ def side_that_holds(field: np.ndarray, share: float) -> float:
     for reach in range(min(rows, columns) // 2 + 1):
         square = field[rows // 2 - reach : rows // 2 + reach + 1, columns // 2 - reach : columns // 2 + reach + 1]
         if square.sum() >= share * total:
-            return (2 * reach + 1) / min(rows, columns)
+            return min(1.0, (2 * reach + 1) / min(rows, columns))
     return 1.0

@@ -31,6 +31,10 @@ class Tensors:
         """Return a float32 tensor."""
         return torch.randn(shape, generator=self._generator, device=self.device)
 
+    def numbers(self, count: int) -> Tensor:
+        """Return the int32 numbers from 0 to count - 1."""
+        return torch.arange(count, dtype=torch.int32, device=self.device)
+
     def activation(self, *shape: int) -> Tensor:
         """Return a tensor of the activations' type."""
         return self.parameter(*shape).to(self.dtype)
@@ -131,8 +135,12 @@ def selective_scan_2d(
     rank: int = 0,
     orders: str = CROSS,
     merge: str = "sum",
+    kept: bool = False,
 ) -> Call:
-    """Return a call of `selective_scan_2d`, with D, the bias and softplus; delta of low rank where `rank` is given."""
+    """Return a call of `selective_scan_2d`, with D, the bias and softplus; delta of low rank where `rank` is given.
+
+    With `kept`, steps are given as cells, with gaps between them, as where tokens were taken out.
+    """
 
     def arguments(make: Tensors) -> scan_2d.Arguments:
         count, cells = count_orders(orders), (batch, height, width)
@@ -141,7 +149,13 @@ def selective_scan_2d(
         A = _rates(make, count, channels, states)
         B, C = (make.activation(*cells, count, states) for _ in range(2))
         D, bias = make.parameter(count, channels), make.parameter(count, channels) - 2
-        return scan_2d.Arguments(x, delta, weight, A, B, C, D, bias, True, orders, merge, "all", keep_states=True)
+        steps = {}
+        if kept:
+            cells = make.numbers(height * width).expand(batch, count, -1)
+            steps = {"cells": cells, "gaps": cells % 3}
+        return scan_2d.Arguments(
+            x, delta, weight, A, B, C, D, bias, True, orders, merge, "all", keep_states=True, **steps
+        )
 
     return Call(scan_2d.SCHEMA, arguments)
 
@@ -206,6 +220,8 @@ PROBLEMS = {
         Problem("full delta", selective_scan_2d(14, 14, 96, 1)),
         Problem("16 states", selective_scan_2d(14, 14, 96, 16, rank=6)),
         Problem("windows, not merged", selective_scan_2d(13, 9, 96, 16, orders="window_2,raster", merge="none")),
+        Problem("what is left, rank 24", selective_scan_2d(1, 137, 384, 1, rank=24, batch=8, kept=True)),
+        Problem("what is left, 16 states", selective_scan_2d(1, 137, 96, 16, batch=8, kept=True)),
         Problem("joined", selective_scan_2d(28, 28, 192, 1, rank=12, orders="raster+raster_reversed", batch=128)),
     ],
     "neighborhood_attention": [

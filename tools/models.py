@@ -1,6 +1,5 @@
 """Models for the tools: made by timm, checked against the images they are to see, with weights from any source."""
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,9 +14,12 @@ from timm.layers import convert_splitbn_model
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
-import visionmix.pretraining  # noqa: F401  (registers its model)
-from visionmix import reduction
+import visionmix.adaptive.recipes
+import visionmix.pretraining  # noqa: F401  (they register their models)
+from visionmix.backbones.contract import image_sides
 from visionmix.private_api import load_model_config_from_path
+from visionmix.reduction import apply
+from visionmix.reduction.specs import Spec
 from visionmix.registry import nearest
 from visionmix.tools import checkpoint
 
@@ -73,44 +75,23 @@ def weights_cfg(name: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name) or PretrainedCfg(architecture=arch)
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Return `timm.create_model(name, **kwargs)`.
+def create_model(name: str, *, reduction: Spec | None = None, **kwargs: Any) -> nn.Module:
+    """Return `timm.create_model(name, **kwargs)`, with its weights in it reduced as `reduction` says.
 
     Raises:
         FileNotFoundError: `name` is a folder without config.json.
-        ValueError: at an unknown name or tag, with the nearest ones, at an argument that the model does not take, or
-            where there are no such weights.
+        TypeError: the model cannot be reduced, or an option of the reduction is of another type.
+        ValueError: at an unknown name or tag, with the nearest ones, at an argument that the model does not take, where
+            there are no such weights, or at a reduction that cannot be read or is refused.
     """
     weights_cfg(name)
     try:
-        return timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f"model {name!r} does not take these arguments: {error}") from error
     except RuntimeError as error:  # timm's own models say so where nobody published weights
         raise ValueError(f"model {name!r} cannot be made: {error}") from error
-
-
-def reduce_model(model: nn.Module, spec: str, **options: Any) -> nn.Module:
-    """Return `model` reduced as `spec` says: a method and, after a colon, its options, ``tome:r=(13, -1.0)``.
-
-    Args:
-        model: A model that `visionmix.reduction.apply` takes.
-        spec: The method and its options as Python literals, commas between them.
-        **options: More options.
-
-    Raises:
-        TypeError: the model cannot be reduced.
-        ValueError: `spec` cannot be read, or the method refuses it.
-    """
-    method, _, text = spec.partition(":")
-    try:
-        call = ast.parse(f"method({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("every option needs its name")
-        options |= {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"the reduction {spec!r} cannot be read ({error}); write it as tome:r=13") from error
-    return reduction.apply(model, method, **options)
+    return model if reduction is None else apply(model, reduction)
 
 
 def split_batch_norms(model: nn.Module, splits: int, name: str) -> nn.Module:
@@ -128,12 +109,12 @@ def split_batch_norms(model: nn.Module, splits: int, name: str) -> nn.Module:
     return convert_splitbn_model(model, splits)
 
 
-def check_input(model: nn.Module, name: str, image_size: int, device: torch.device) -> None:
-    """Raise ValueError when the model cannot take RGB images of this size, before any work is done."""
+def check_input(model: nn.Module, name: str, image_size: int | tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError when the model cannot take RGB images of this size, or (height, width), before any work."""
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+            model.eval()(torch.zeros(1, 3, *image_sides(image_size), device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model {name!r} does not take RGB images of image_size={image_size}: {error}; "
@@ -331,7 +312,7 @@ def load_trained(
                 f"{model.num_classes}, with a random classifier; make its num_classes agree everywhere in its config"
             )
     elif made:
-        model = create_model(name, num_classes=len(labels), **made.get("kwargs", {}))
+        model = create_model(name, num_classes=len(labels), reduction=made.get("reduction"), **made.get("kwargs", {}))
         checkpoint.load_weights(model, checkpoint.weights(content), str(file))
     else:
         tensors = checkpoint.weights(content)

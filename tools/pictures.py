@@ -201,3 +201,33 @@ def draw_predictions(
     right = sum(truth == guess for truth, guess in zip(true, predicted, strict=True))
     figure.suptitle(f"{len(images)} test images drawn at random: {right} right, {len(images) - right} wrong (red)")
     save(figure, path)
+
+
+def draw_reductions(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Draw accuracy over operations and, where all have it, images a second; `rows` are of `visionmix reduce-curve`."""
+    timed = all(row["images_per_second"] for row in rows)
+    panels = {"gmacs": "multiply-accumulates of an image, 10⁹"}
+    if timed:
+        first = rows[0]
+        panels["images_per_second"] = f"images a second, batch {first['batch_size']}, {first['threads']} threads"
+    figure = new_figure(5.5 * len(panels) + 1, 4.2)
+    axes_of = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    whole = next((row for row in rows if not row["reduction"]), None)
+    methods = list(dict.fromkeys(row["reduction"].partition(":")[0] for row in rows if row["reduction"]))
+    for axes, (column, label) in zip(axes_of, panels.items(), strict=True):
+        for number, method in enumerate(methods):
+            mine = [row for row in rows if row["reduction"].partition(":")[0] == method]
+            mine.sort(key=lambda row, column=column: float(row[column]))
+            points = [[float(row[name]) for row in mine] for name in (column, "top1")]
+            axes.plot(*points, f"{'os^Dv<>P'[number % 8]}-", ms=4.5, lw=1.2, color=f"C{number}", label=method)
+        if whole:
+            place = float(whole[column]), float(whole["top1"])
+            axes.plot(*place, "*", ms=12, color=INK, label="whole model", zorder=3)
+            axes.axhline(place[1], color=INK, lw=0.8, ls=":")
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes_of[0].set(ylabel=f"top-1 of {rows[0]['images']} images, %")
+    axes_of[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['image_size']} px, reduced without training")
+    save(figure, path)

@@ -17,7 +17,6 @@ of PyTorch on a CPU: under autocast a GPU casts a few more values to float32, an
 import argparse
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,81 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from visionmix.registry import nearest
-from visionmix.tools import display, models, recipe, timing
+from visionmix.tools import display, models, recipe
 from visionmix.tools.arguments import check_least
 from visionmix.tools.devices import CPU, DEVICES, GIB, GPU, OPTIONS, Assumed, Device
-from visionmix.tools.evaluation import AMP_DTYPES
 from visionmix.tools.recipe import Recipe
-from visionmix.tools.step_cost import Call, StepCost, count
+from visionmix.tools.step_cost import StepCost, count
+from visionmix.tools.step_time import Estimate, cpu, estimate
 
 # ImageNet-1k: images to train and to test on, classes, and the mean file (147.9 GB of training images).
 _TRAIN, _TEST, _CLASSES, _IMAGE_KB = 1_281_167, 50_000, 1000, 115.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a step: FLOPs, bytes moved, and seconds of the device, of the host, and in all."""
-
-    flops: int
-    moved: int
-    device: float
-    host: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a step is estimated to take.
-
-    Attributes:
-        parts: Forward pass, the teacher's if there is one, backward pass and update, of all batches of the step.
-        all_reduce: Seconds that the gradients' all-reduce takes.
-        exposed: Seconds of it that the backward pass does not hide.
-    """
-
-    parts: dict[str, Part]
-    all_reduce: float
-    exposed: float
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the step."""
-        return sum(part.seconds for part in self.parts.values()) + self.exposed
-
-
-def part(calls: list[Call], device: Device, assumed: Assumed, serial: bool) -> Part:
-    """Return the estimate of a part of a step; `serial` says that the host computes, too, and waits for each op."""
-    seconds = 0.0
-    for call in calls:
-        compute = call.flops / (device.half if call.half else device.single) / assumed.compute
-        memory = call.moved / device.bandwidth / assumed.memory
-        if call.fused:
-            compute = call.flops / device.single / assumed.fused
-            memory = call.moved / device.bandwidth / assumed.fused
-        seconds += max(compute, memory)
-    host = len(calls) * assumed.launch
-    total = seconds + host if serial else max(seconds, host)
-    return Part(sum(call.flops for call in calls), sum(call.moved for call in calls), seconds, host, total)
-
-
-def all_reduce(size: int, gpus: int, a_node: int, device: Device, assumed: Assumed) -> float:
-    """Return the seconds of an all-reduce of `size` bytes over `gpus` devices, `a_node` of them in a node.
-
-    In a ring each device, and so each node, sends 2 (gpus - 1) / gpus of the bytes; a node's network cards share them.
-    """
-    rate = device.link if gpus <= a_node else min(device.link, a_node * device.network)
-    return 2 * (gpus - 1) / gpus * size / (rate * assumed.link) if gpus > 1 else 0.0
-
-
-def estimate(
-    cost: StepCost, device: Device, assumed: Assumed, *, gpus: int = 1, a_node: int = 8, serial: bool = False
-) -> Estimate:
-    """Return what a step of `cost` takes on each of `gpus` devices; arguments as `part` and `all_reduce` take them."""
-    names = [name for name in ("forward", "teacher", "backward", "update") if name != "teacher" or cost.teacher]
-    parts = {name: part(getattr(cost, name), device, assumed, serial) for name in names}
-    reduce = all_reduce(cost.gradients, gpus, a_node, device, assumed)
-    last = parts["backward"].seconds / cost.accumulate  # the processes add up their gradients once a step
-    return Estimate(parts, reduce, max(0.0, reduce - assumed.overlap * last))
 
 
 def largest_batch(peak: Callable[[int], int], batch: int, limit: float) -> int:
@@ -115,19 +48,6 @@ def largest_batch(peak: Callable[[int], int], batch: int, limit: float) -> int:
         batch = max(0, min(batch - 1, batch - math.ceil((top - limit) / slope)))
         top = peak(batch) if batch else 0
     return batch
-
-
-def cpu(amp: str) -> Device:
-    """Return this machine's CPU as a device; its rates are measured in a few seconds, with PyTorch's threads."""
-    bandwidth, single = timing.quick_limits()
-    half = single
-    if amp != "none":
-        half = timing.quick_limits(AMP_DTYPES.get(amp, torch.bfloat16))[1]
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not told on this system
-        memory = math.inf
-    return Device(half, single, bandwidth, memory, math.inf, math.inf, "a copy and a matrix product, measured now")
 
 
 def read_recipe(model: str, name: str | None, overrides: dict, settings: list[str]) -> tuple[Recipe, str]:
@@ -228,7 +148,7 @@ def show(run: Run, checkpointing: bool, console: Console) -> bool:
 def _checkpoints(made: Recipe) -> bool:
     """Return whether the model offers activation checkpointing."""
     with torch.device("meta"):
-        model = models.create_model(made.model.name, **made.model.kwargs)
+        model = models.create_model(made.model.name, reduction=made.model.reduction, **made.model.kwargs)
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
@@ -379,7 +299,7 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.images < batch:
         raise ValueError(f"images={args.images} are fewer than a step of batch={batch} takes; lower --batch")
     assumed = dataclasses.replace(CPU if args.gpu == "cpu" else GPU, **given)
-    device = cpu(made.train.amp) if args.gpu == "cpu" else DEVICES[args.gpu]
+    device = cpu(made.train.amp, assumed) if args.gpu == "cpu" else DEVICES[args.gpu]
     return Run(made, source, args.gpu, device, assumed, args.gpus, args.gpus_per_node, args.images, args.image_kb)
 
 

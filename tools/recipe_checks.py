@@ -2,6 +2,8 @@
 
 import math
 
+from visionmix.reduction.methods import method_class
+from visionmix.reduction.specs import read_spec
 from visionmix.registry import nearest
 from visionmix.tools.recipe_keys import DistillRecipe, Recipe, ScheduleRecipe
 
@@ -21,6 +23,7 @@ _RANGES = {
     "schedule.cooldown_epochs": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
+    "train.calibrate": (0, math.inf),
     "train.save_steps": (0, math.inf),
     "train.save_minutes": (0, math.inf),
     "train.mesa": (0, math.inf),
@@ -107,6 +110,8 @@ def check_values(recipe: Recipe, source: str) -> None:
         )
     if train.parallel == "fsdp":
         _check_sharded(recipe, source)
+    if recipe.model.reduction is not None:
+        _check_reduction(recipe, source)
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
 
@@ -199,6 +204,21 @@ def _check_sharded(recipe: Recipe, source: str) -> None:
         raise ValueError(
             f"{source}: optimizer.name={recipe.optimizer.name!r} does not go with train.parallel=fsdp; these do: "
             f"{', '.join(_SHARDED)}"
+        )
+
+
+def _check_reduction(recipe: Recipe, source: str) -> None:
+    """Check the method's name and those of its options; their values need the model."""
+    key = f"{source}: model.reduction={recipe.model.reduction!r}"
+    try:
+        method, options = read_spec(recipe.model.reduction)
+        method_class(method, options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{key}: {error}") from error
+    if recipe.train.parallel == "fsdp":
+        raise ValueError(
+            f"{key} does not go with train.parallel=fsdp, which shards blocks that a reduced model takes apart; "
+            "set it to ddp"
         )
 
 

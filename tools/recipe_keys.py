@@ -17,11 +17,14 @@ class ModelRecipe:
         name: as timm lists it, with a tag where several weights are published.
         kwargs: its arguments, e.g. {drop_path_rate: 0.2}.
         pretrained: start from the published weights, with a fresh classifier where the classes are others.
+        reduction: token reduction of `visionmix.reduction` around the model, whose weights are in it: "tome:r=13", or
+            {method: tome, r: 13}; None for none.
     """
 
     name: str = "vig_s"
     kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    reduction: Any = None
 
 
 @dataclass
@@ -202,6 +205,8 @@ class TrainRecipe:
         sync_bn: take batch norms' statistics over all processes, where one has too few images.
         parallel: of several processes, "ddp" gives each the whole model; "fsdp" a part of each block's parameters,
             gradients and optimiser's state (FSDP2), for models that one GPU has no room for.
+        calibrate: images to which layers that are fitted to data, as EcoFormer's hashes, are fitted before the first
+            step; 0 for none. What a checkpoint or model.pretrained brings is not fitted again.
         save_steps: write a checkpoint every so many steps, besides each epoch's end; 0 for none.
         save_minutes: write a checkpoint every so many minutes, besides each epoch's end; 0 for none.
     """
@@ -224,6 +229,7 @@ class TrainRecipe:
     split_bn: bool = False
     sync_bn: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    calibrate: int = 32
     save_steps: int = 0
     save_minutes: float = 0.0
 

@@ -42,18 +42,39 @@ def add_models(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("models", nargs="+", metavar="MODEL", help="names that timm knows")
     parse.add_argument("--pretrained", action="store_true", help="the published weights")
     parse.add_argument("--checkpoint", action="append", help="weights of a model: .pt, .pth or .safetensors")
+    parse.add_argument("--img-size", type=int, help="side of the input in pixels (default: the model's own)")
 
 
 def read_models(parse: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list]:
     """Return the arguments in `argv`, and the file with the weights of each model, None where it has none.
 
-    Ends the program where there are not as many files as models.
+    Models that bear one name are told apart by their files' folders. Ends the program where there are not as many files
+    as models, or two models are the same.
     """
     args = parse.parse_args(argv)
     files = args.checkpoint or [None] * len(args.models)
     if len(files) != len(args.models):
         parse.error(f"--checkpoint is given {len(files)} times for {len(args.models)} models; give one for each")
+    if args.img_size is not None and args.img_size < 1:
+        parse.error(f"--img-size {args.img_size} is no size; give 1 or more pixels")
     return args, files
+
+
+def labels(names: Sequence[str], files: Sequence[str | None]) -> list[str]:
+    """Return what to call each model in a picture: its name, or where another has the name, its file's folder.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    several = {name for name in names if names.count(name) > 1}
+    found = [
+        Path(file).absolute().parent.name if name in several and file else name
+        for name, file in zip(names, files, strict=True)
+    ]
+    for label in found:
+        if found.count(label) > 1:
+            raise ValueError(f"{label!r} is named twice; give each model once, with weights of its own folder")
+    return found
 
 
 def load(name: str | None, pretrained: bool = False, checkpoint: str | None = None) -> nn.Module:
@@ -74,14 +95,24 @@ def load(name: str | None, pretrained: bool = False, checkpoint: str | None = No
     return models.create_model(name).eval()
 
 
-def show(model: nn.Module, names: Sequence[str]) -> Shown:
-    """Return the images called `names`, resized and cut for `model`.
+def show(model: nn.Module, names: Sequence[str], image_size: int | None = None) -> Shown:
+    """Return the images called `names`, resized and cut for `model`, which is set to their size.
+
+    Args:
+        model: A model in eval mode.
+        names: Files, or photographs that come with scikit-image.
+        image_size: Side of the images in pixels; None for the model's own.
 
     Raises:
+        ValueError: the model does not take images of this size.
         OSError: there is no such image.
         ModuleNotFoundError: a photograph is asked for, and scikit-image is not installed.
     """
-    settings = models.model_input(model)
+    settings = models.model_input(model, image_size=image_size)
+    if image_size is not None:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=image_size)
+        models.check_input(model, type(model).__name__, image_size, torch.device("cpu"))
     transform = data.eval_transform(settings.image_size, settings.interpolation, 1.0, settings.normalise)
     images = torch.stack([transform(open_image(name)) for name in names])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))

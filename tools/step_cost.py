@@ -196,7 +196,9 @@ def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = Fal
             take such images, or cannot checkpoint.
     """
     with torch.device("meta"):
-        model = models.create_model(recipe.model.name, num_classes=classes, **recipe.model.kwargs)
+        model = models.create_model(
+            recipe.model.name, num_classes=classes, reduction=recipe.model.reduction, **recipe.model.kwargs
+        )
         teacher = _teacher(recipe)
     if checkpointing:
         try:
@@ -221,7 +223,7 @@ def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = Fal
                 size = recipe.data.image_size
                 images = torch.empty(batch, 3, size, size)
                 counter.peak = counter.live
-                loss = _loss(model, recipe, images, torch.empty(batch, classes))
+                value = loss(model, recipe, images, torch.empty(batch, classes))
                 forward += counter.take() * times
                 if teacher:
                     with torch.no_grad(), autocast(images.device, recipe.train.amp):
@@ -230,10 +232,10 @@ def count(recipe: Recipe, batch: int, *, classes: int, checkpointing: bool = Fal
                 activations = activations or counter.live - held
                 forward_peak = max(forward_peak, counter.peak)
                 counter.peak = counter.live
-                loss.backward()
+                value.backward()
                 backward += counter.take() * times
                 backward_peak = max(backward_peak, counter.peak)
-                del loss, images
+                del value, images
             if recipe.optimizer.clip_grad is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_grad, foreach=foreach)
         gradients = _total([value.grad for value in model.parameters() if value.grad is not None])
@@ -273,7 +275,8 @@ def _teacher(recipe: Recipe) -> nn.Module | None:
     return models.create_model(recipe.distill.teacher)
 
 
-def _loss(model: nn.Module, recipe: Recipe, images: Tensor, targets: Tensor) -> Tensor:
+def loss(model: nn.Module, recipe: Recipe, images: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of a step's forward pass; raises ValueError where the model does not take the images."""
     try:
         with autocast(images.device, recipe.train.amp):
             logits = model(images.to(model_dtype(model)))

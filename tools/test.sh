@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . tools/venv.sh
 
-prepare dev visionmix.tools skimage pytest xdist hypothesis onnx onnxruntime onnxscript build mkdocs mkdocstrings
+prepare dev visionmix.tools skimage pytest xdist hypothesis onnx onnxruntime onnxscript openvino build mkdocs mkdocstrings
 
 # One process a core with one thread each: two, unless PYTEST_WORKERS says otherwise.
 marks="not long"

@@ -174,10 +174,10 @@ def quick_limits(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> tu
     A busy machine is not refused, and shows lower limits than it has.
     """
     copy, moved, product, flops = _copy_and_product("cpu", dtype)
-    return moved / _fastest(copy, seconds), flops / _fastest(product, seconds)
+    return moved / fastest(copy, seconds), flops / fastest(product, seconds)
 
 
-def _fastest(call: Callable[[], object], seconds: float) -> float:
+def fastest(call: Callable[[], object], seconds: float) -> float:
     """Return the seconds of the fastest call, after a first one that is not counted."""
     call()
     best, end = float("inf"), time.perf_counter() + seconds

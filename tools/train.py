@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from visionmix.tools import checkpoint, data, evaluation, logs, pictures, processes, recipe, recipe_keys, saving
+from visionmix.tools.calibration import calibrate
 from visionmix.tools.display import Display, duration
 from visionmix.tools.score import score, score_text
 from visionmix.tools.stopping import Interrupted, Stop
@@ -336,6 +337,8 @@ def _train(made, output, content, last, broken, classes, device, rank, world) ->
                 steps=wanted.save_steps,
                 minutes=wanted.save_minutes,
             )
+            if not content and (fitted := calibrate(trainer, train_loader.dataset)):
+                display.note(f"fitted {fitted} layers to {wanted.calibrate} training images")
             run_epochs(trainer, train_loader, test_loader, output, display, stop, saver)
             finish(trainer, test_loader, output, display, stop)
         except (Interrupted, RuntimeError) as error:

@@ -77,7 +77,11 @@ class Trainer:
             raise ValueError(f"train.sync_bn=True needs GPUs, and {world} processes run on the CPU; set it to false")
         data.seed_everything(recipe.train.seed)
         self.model = models.create_model(
-            recipe.model.name, num_classes=len(classes), pretrained=recipe.model.pretrained, **recipe.model.kwargs
+            recipe.model.name,
+            num_classes=len(classes),
+            pretrained=recipe.model.pretrained,
+            reduction=recipe.model.reduction,
+            **recipe.model.kwargs,
         ).to(device)
         if not recipe.data.labels and not hasattr(self.model, "forward_train"):
             raise ValueError(

@@ -165,8 +165,10 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
     return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
-def eval_transform(image_size: int, interpolation: str, crop_pct: float, normalise: dict, crop_mode: str = "center"):
-    """Return timm's test transform: resize, centre crop, normalise."""
+def eval_transform(
+    image_size: int | tuple[int, int], interpolation: str, crop_pct: float, normalise: dict, crop_mode: str = "center"
+):
+    """Return timm's test transform to images of this side, or (height, width): resize, centre crop, normalise."""
     interpolation = "bicubic" if interpolation == "random" else interpolation
     return create_transform(
         image_size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, **normalise

@@ -12,7 +12,6 @@ torchrun --nproc-per-node 8 tools/validate.py --pretrained --model @names.txt --
 """
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from visionmix.tools.manifests import has_manifests
 from visionmix.tools.real_labels import RealLabels, read_real_labels
 from visionmix.tools.recipe import from_dict
 from visionmix.tools.recipe_keys import DataRecipe
+from visionmix.tools.rows import append_row, has_row, read_rows
 
 _NO_DATA = "--data is missing: give a folder of class folders, or shards"
 COLUMNS = (
@@ -150,31 +150,6 @@ def pair(names: list[str] | None, files: list[str] | None, pretrained: bool) -> 
     return list(zip(names * (len(files) // len(names)) if names else [None] * len(files), files, strict=True))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows that an earlier call wrote; raise ValueError where the file has other columns."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        table = csv.DictReader(file)
-        rows = list(table)
-    if rows and tuple(table.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"--csv {path} has other columns than this command writes; give another file")
-    return rows
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which is at every moment whole; raises as `checkpoint.write_aside` does."""
-    rows = [*read_rows(path), row]
-
-    def write(aside: Path) -> None:
-        with aside.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS)
-            table.writeheader()
-            table.writerows(rows)
-
-    checkpoint.write_aside(path, write)
-
-
 def published_top1(trained: models.Trained) -> float | None:
     """Return the published ImageNet-1k top-1 of a model that has ImageNet's classes; None where nobody says it."""
     try:
@@ -221,7 +196,7 @@ class Tests:
         self.given = test_data(args.data, self.class_map) if args.data and not has_manifests(Path(args.data)) else None
         self.classes = data.split_classes(self.given, "val") if self.given else None
         self.real = read_real_labels(args.real_labels) if args.real_labels else None
-        self.rows = read_rows(args.csv) if args.csv else []
+        self.rows = read_rows(args.csv, COLUMNS) if args.csv else []
         if args.pretrained:  # before anything is fetched
             if self.given is None:
                 raise ValueError(_NO_DATA)
@@ -292,7 +267,7 @@ class Tests:
             "weights_hash": models.weights_hash(trained.model),
             "images_hash": models.short_hash(_images(dataset), real.sets if real else among, settings),
         }
-        if any(all(str(row[column]) == old[column] for column in KEY) for old in self.rows):
+        if has_row(self.rows, row, KEY):
             return None
         loader = data.make_loader(
             dataset, batch=args.batch_size, workers=args.workers, shuffle=False, rank=self.rank, world=self.world
@@ -375,7 +350,7 @@ def _test(tests: Tests, name: str | None, file: str | None) -> int:
             text = json.dumps(row, indent=1, default=str) + "\n"
             checkpoint.write_aside(args.json, lambda aside: aside.write_text(text))
         if args.csv:
-            append_row(args.csv, row)
+            append_row(args.csv, row, COLUMNS)
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 1

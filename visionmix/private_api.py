@@ -3,6 +3,8 @@
 Each stands here because no public name does the same. Every room may import this file; it imports none of them.
 """
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ __all__ = [
     "FakeTensorMode",
     "FeatureGetterNet",
     "TorchDispatchMode",
+    "compile_and_package",
     "feature_take_indices",
     "inside_functorch",
     "is_traced_tensor",
+    "load_compiled_package",
     "load_model_config_from_path",
     "load_whole_state_dict",
     "outside_of_tracing",
@@ -43,6 +47,23 @@ outside_of_tracing = _disable_current_modes
 def is_traced_tensor(value: torch.Value) -> bool:
     """Return whether a value of a traced graph stands for a tensor."""
     return value.type().isSubtypeOf(torch._C.TensorType.get())
+
+
+def compile_and_package(
+    program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write what AOTInductor compiles an exported program to as the file `path`, with `metadata`."""
+    from torch._inductor import aoti_compile_and_package  # here, since few need it and it takes long to import
+
+    options = {"aot_inductor.metadata": dict(metadata or {})}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def load_compiled_package(path: Path) -> Callable[..., Any]:
+    """Return the function that `compile_and_package` wrote; its `get_metadata()` returns the metadata and more."""
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
 
 
 def load_whole_state_dict(reader: "torch.distributed.checkpoint.StorageReader") -> dict[str, Any]:

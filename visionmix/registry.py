@@ -35,11 +35,27 @@ def import_modules(package: str, path: Iterable[str]) -> None:
             importlib.import_module(f"{package}.{module.name}")
 
 
+def constructor_options(cls: type, besides: Iterable[str] = ("self",)) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of the constructor of `cls` but for `besides`, by name.
+
+    A constructor that ends in ``**options`` passes them on to its parent class, whose parameters it has as well.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for each in cls.__mro__:
+        if "__init__" in vars(each):
+            parameters = inspect.signature(vars(each)["__init__"]).parameters
+            found = dict(parameters) | found
+            if "options" not in parameters:
+                break
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {key: value for key, value in found.items() if key not in besides and value.kind not in variadic}
+
+
 class Registry(Generic[_T]):
     """Classes by name, with the options that each of their constructors takes.
 
-    A constructor that ends in ``**options`` passes them on to its parent class, whose options it has as well; one that
-    ends in ``**dd`` takes a device and a dtype besides what it names.
+    Options are those of `constructor_options`; a constructor that ends in ``**dd`` takes a device and a dtype besides
+    what it names.
 
     Args:
         kind: Their kind, for messages: "mixer".
@@ -96,15 +112,7 @@ class Registry(Generic[_T]):
         Raises:
             ValueError: no class has this name.
         """
-        found: dict[str, inspect.Parameter] = {}
-        for each in self.named(name).__mro__:
-            if "__init__" in vars(each):
-                parameters = inspect.signature(vars(each)["__init__"]).parameters
-                found = dict(parameters) | found
-                if "options" not in parameters:
-                    break
-        variadic = inspect.Parameter.VAR_KEYWORD
-        return {key: value for key, value in found.items() if key not in self.besides and value.kind is not variadic}
+        return constructor_options(self.named(name), self.besides)
 
     def checked(self, name: str, options: Mapping[str, Any]) -> type[_T]:
         """Return the class called `name`, which must know all of `options` and need no others.

@@ -45,14 +45,17 @@ struct Arguments {
   // (batch, orders, chunks of the longest order, states, channels): the states at the starts of chunks, which the forward
   // pass notes where there is a place for them and the backward pass needs.
   float* entering;
-  // (orders, steps): the cell of x read at each step, that of delta, B and C, and the row of the output written; -1 for
-  // none. An order has counts[order] steps.
+  // (orders, steps), or (batch, orders, steps) with `tables`, what lies between two images' steps: the cell of x read at
+  // each step, that of delta, B and C, and the row of the output written; -1 for none. An order has counts[order] steps.
   const int32_t *read, *place, *target;
+  // (batch, orders, steps): how many places of zeros the state crosses before each step; null for none.
+  const float* gaps;
   const int64_t* counts;
   // (3, orders): whether an order is the first at every cell of x, of its own maps and every row of the output, and at
   // each of them once, so that these need not be zeros before.
   const int32_t* first;
-  int64_t batch, cells, channels, states, rank, orders, steps, rows, chunk, softplus, threads;  // chunk: of the backward pass
+  int64_t batch, cells, channels, states, rank, orders, steps, rows, tables, chunk, softplus,
+      threads;  // chunk: of the backward pass
   float scale;  // of the output
 };
 }
@@ -100,8 +103,9 @@ struct Tile {
   int64_t channel;
   int width;
   vec *A, *state, *weight, *entering, *grad_A, *grad_weight;
-  vec *u, *slope, *delta, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk of the backward pass
+  vec *u, *slope, *delta, *whole, *x, *grad_y, *grad_x, *grad_rate;  // of a chunk of the backward pass
   scan::Ends ends;
+  vec zero_step, zero_slope, grad_gap;  // the step size of a token of zeros
 };
 
 // The buffers of a task.
@@ -111,8 +115,9 @@ struct Chunk {
   int64_t start;
   int64_t next;  // from a step to that of the chunk that follows, in the direction of the pass
   const int32_t *read, *place, *target;
+  const float* gaps;
   float *B, *C, *rank, *grad_B, *grad_C, *grad_rank;
-  vec *u, *delta, *x, *y, *spread;  // of one tile, and the gradients of a few ranks not yet summed over lanes
+  vec *u, *delta, *whole, *x, *y, *spread;  // of one tile, and the gradients of a few ranks not yet summed over lanes
 };
 
 enum Table { reads, places, targets };
@@ -135,8 +140,8 @@ struct Job {
   int64_t chunks(int64_t order) const { return (a.counts[order] + chunk - 1) / chunk; }
 
   int64_t floats() const {
-    const int64_t common = chunk * (2 * pitch + rank_pitch) + (4 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
-    const int64_t rest = tiles * (2 * a.states + a.rank + 7 * chunk) * lanes + chunk * ranks_together * lanes +
+    const int64_t common = chunk * (2 * pitch + rank_pitch) + (5 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
+    const int64_t rest = tiles * (2 * a.states + a.rank + 8 * chunk) * lanes + chunk * ranks_together * lanes +
                          chunk * (2 * pitch + a.rank);
     return common + (back ? rest : 0);
   }
@@ -149,7 +154,7 @@ struct Job {
   Chunk buffers(Arena& arena) const {
     Chunk c{};
     c.B = arena.floats(chunk * pitch), c.C = arena.floats(chunk * pitch), c.rank = arena.floats(chunk * rank_pitch);
-    for (vec** x : {&c.u, &c.delta, &c.x, &c.y}) *x = arena.vectors(chunk);
+    for (vec** x : {&c.u, &c.delta, &c.whole, &c.x, &c.y}) *x = arena.vectors(chunk);
     if (!back) return c;
     c.grad_B = arena.floats(chunk * pitch), c.grad_C = arena.floats(chunk * pitch);
     c.grad_rank = arena.floats(chunk * a.rank), c.spread = arena.vectors(chunk * ranks_together);
@@ -162,11 +167,12 @@ struct Job {
     return x;
   }
 
-  void move(Chunk& c, int64_t order, int64_t start, bool backwards) const {
+  void move(Chunk& c, int64_t batch, int64_t order, int64_t start, bool backwards) const {
     c.order = order, c.start = start;
     c.next = backwards ? (start > 0 ? -chunk : 0) : (start + chunk < a.counts[order] ? chunk : 0);
     c.count = static_cast<int>(std::min<int64_t>(chunk, a.counts[order] - start));
-    const int64_t at = order * a.steps + start;
+    const int64_t at = batch * a.tables + order * a.steps + start;
+    if (a.gaps) c.gaps = a.gaps + at;
     c.read = a.read + at, c.place = a.place + at, c.target = a.target + at;
   }
 
@@ -181,9 +187,11 @@ struct Job {
     if (a.rank) scan::load_columns(a.delta_weight + row * a.rank, a.rank, t.width, 1.0f, t.weight);
     if (a.D) scan::load_columns(a.D + row, 1, t.width, 1.0f, &t.ends.D);
     if (a.delta_bias) scan::load_columns(a.delta_bias + row, 1, t.width, 1.0f, &t.ends.bias);
+    if (a.gaps) t.zero_step = scan::activate(t.ends.bias, a.softplus, &t.zero_slope);
     if (!back) return t;
     t.grad_A = cleared(arena, a.states);
-    for (vec** x : {&t.u, &t.slope, &t.delta, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate}) *x = arena.vectors(chunk);
+    for (vec** x : {&t.u, &t.slope, &t.delta, &t.whole, &t.x, &t.grad_y, &t.grad_x, &t.grad_rate})
+      *x = arena.vectors(chunk);
     t.grad_weight = cleared(arena, a.rank);
     t.entering = arena.vectors(a.states);
     return t;
@@ -232,6 +240,13 @@ struct Job {
     }
   }
 
+  // The steps that states decay by: with gaps, longer than those that inputs come with, and put into `whole`.
+  const vec* decaying(const Chunk& c, const Tile& t, const vec* delta, vec* whole) const {
+    if (!a.gaps) return delta;
+    for (int s = 0; s < c.count; ++s) whole[s] = delta[s] + c.gaps[s] * t.zero_step;
+    return whole;
+  }
+
   // The full delta from the low-rank one.
   void multiply_rank(const Chunk& c, const Tile& t, vec* delta) const {
     int s = 0;
@@ -256,17 +271,18 @@ struct Job {
       Arena rest = arena;
       for (int64_t i = 0; i * lanes < task.channels; ++i) side[i] = tile(task, order, i * lanes, rest);
       for (int64_t start = 0; start < a.counts[order]; start += chunk) {
-        move(c, order, start, false);
+        move(c, task.batch, order, start, false);
         read_rows(task, c);
         for (int64_t i = 0; i * lanes < task.channels; ++i) {
           const Tile& t = side[i];
           read_tile(task, c, t, c.u, c.delta, c.x, nullptr);
           for (int s = 0; s < c.count; ++s) c.y[s] = t.ends.D * c.u[s];
+          const vec* whole = decaying(c, t, c.delta, c.whole);
           const int part = static_cast<int>(a.entering ? a.chunk : chunk);
           for (int s = 0; s < c.count; s += part) {
             if (a.entering)
               scan::store_states(t.state, a.channels, t.width, a.states, noted(task, order, t, start + s));
-            scan::forward(std::min(part, c.count - s), a.states, c.delta + s, c.x + s, t.A,
+            scan::forward(std::min(part, c.count - s), a.states, whole + s, c.x + s, t.A,
                           {c.B + s * pitch, pitch, nullptr}, {c.C + s * pitch, pitch, nullptr}, t.state, c.y + s);
           }
           scatter(c.y, a.scale, c.target, c.next, c.count, t.width, first(targets, order),
@@ -285,7 +301,7 @@ struct Job {
     const int64_t count = (task.channels + lanes - 1) / lanes;
     for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, arena);
     for (int64_t n = chunks(order) - 1; n >= 0; --n) {
-      move(c, order, n * chunk, true);
+      move(c, task.batch, order, n * chunk, true);
       read_rows(task, c);
       scan::Backward ways[4];
       for (int64_t i = 0; i < count; ++i) ways[i] = prepare(task, c, side[i]);
@@ -299,7 +315,8 @@ struct Job {
       std::copy_n(c.grad_rank, c.count * a.rank, rows);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Tile& t = side[i];
+      Tile& t = side[i];
+      if (a.gaps) t.ends.grad_bias += t.grad_gap * scan::ln_2 * (a.softplus ? t.zero_slope : scan::broadcast(1.0f));
       const int64_t row = (task.batch * a.orders + order) * a.channels + t.channel;
       scan::store_columns(t.grad_A, a.states, t.width, 1.0f, a.grad_A + row * a.states);
       if (a.rank) scan::store_columns(t.grad_weight, a.rank, t.width, 1.0f, a.grad_weight + row * a.rank);
@@ -316,11 +333,17 @@ struct Job {
       t.grad_y[s] = fetch(grad_out, a.grad_out.cell, c.target + s, c.next, t.width) * a.scale;
       t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
     }
-    return {t.delta, t.x, t.grad_y, t.A, t.entering, t.state, t.grad_x, t.grad_rate, t.grad_A,
+    const vec* whole = decaying(c, t, t.delta, t.whole);
+    return {whole, t.x, t.grad_y, t.A, t.entering, t.state, t.grad_x, t.grad_rate, t.grad_A,
             nullptr, nullptr, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}};
   }
 
   void finish(const Task& task, const Chunk& c, Tile& t) const {
+    if (a.gaps) {
+      vec grad_gap{};
+      for (int s = 0; s < c.count; ++s) grad_gap += c.gaps[s] * t.grad_rate[s];
+      t.grad_gap += grad_gap;
+    }
     scan::finish(c.count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
     scatter(t.grad_x, 1.0f, c.read, c.next, c.count, t.width, first(reads, c.order),
             base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
@@ -384,7 +407,7 @@ struct Job {
 
   // Add the sums of one order, (steps, features), to the cells of a map.
   void add_rows(const float* rows, int64_t batch, int64_t order, int64_t features, float* into) const {
-    const int32_t* place = a.place + order * a.steps;
+    const int32_t* place = a.place + batch * a.tables + order * a.steps;
     into += (batch * a.cells * a.orders + order) * features;
     for (int64_t t = 0; t < a.counts[order]; ++t, rows += features) {
       if (place[t] < 0) continue;

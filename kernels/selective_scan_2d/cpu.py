@@ -32,9 +32,10 @@ _MAPS = ("x", "delta", "B", "C", "grad_out", "out", "grad_x", "grad_delta")
 _DENSE = (
     *("delta_weight", "A", "D", "delta_bias"),
     *("grad_weight", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C", "grad_rank", "entering"),
-    *("read", "place", "target", "counts", "first"),
+    *("read", "place", "target", "gaps", "counts", "first"),
 )
-_NUMBERS = ("batch", "cells", "channels", "states", "rank", "orders", "steps", "rows", "chunk", "softplus", "threads")
+_NUMBERS = ("batch", "cells", "channels", "states", "rank", "orders", "steps", "rows", "tables", "chunk", "softplus")
+_NUMBERS += ("threads",)
 
 
 class _Arguments(ctypes.Structure):
@@ -60,11 +61,11 @@ class _Table:
 
     Attributes:
         arguments: The arguments that hold these steps and their sizes; a call starts from a copy.
-        arrays: What the arguments point to: `read`, `place` and `target`, int32 (K, steps), the cell of x that a step
-            reads, that of delta, B and C, and the row of the output that takes it back, -1 for none; `counts`, int64
-            (K,), the steps that matter, since padding at the end does not; and `first`, int32 (3, K), whether an order
-            is the first to reach every cell of x, of its own delta, B and C, and every row of the output, each of them
-            once. Rows are cells, or cells x routes.
+        arrays: What the arguments point to: `read`, `place` and `target`, int32 (K, steps), or (batch, K, steps) where
+            each image has its own, the cell of x that a step reads, that of delta, B and C, and the row of the output
+            that takes it back, -1 for none; `counts`, int64 (K,), the steps that matter, since padding at the end does
+            not; and `first`, int32 (3, K), whether an order is the first to reach every cell of x, of its own delta, B
+            and C, and every row of the output, each of them once. Rows are cells, or cells x routes.
         routes: The number of routes.
     """
 
@@ -92,12 +93,33 @@ def _table(orders: str, height: int, width: int, permute: str, apart: bool) -> _
         first[2] = _covers(target, cells * count)
     else:
         first[2, 0] = _covers(target[0], cells)
-    rows = cells * count if apart else cells
-    arguments = _Arguments(cells=cells, orders=len(used), steps=used.shape[1], rows=rows)
-    arrays = (*(_padded(x) for x in (table.index, place, target)), counts.astype(np.int64), first)
+    arguments = _Arguments(cells=cells, rows=cells * count if apart else cells)
+    return _filled(arguments, (table.index, place, target), counts.astype(np.int64), first, count)
+
+
+def _given_table(a: Arguments) -> _Table:
+    """Return the table of the steps that `cells` gives, (batch, K, steps), each image's own."""
+    cells = a.x.shape[1] * a.x.shape[2]
+    _, count, steps = a.cells.shape
+    read = a.cells.numpy()
+    place = read if a.permute == "all" else np.broadcast_to(np.arange(steps), read.shape)
+    apart = a.merge == "none"
+    target = np.where(read < 0, -1, read * count + np.arange(count)[:, None]) if apart else read
+    # No order is known to be the first that reaches a place.
+    counts, first = np.full(count, steps, np.int64), np.zeros((3, count), np.int32)
+    arguments = _Arguments(cells=cells, rows=cells * count if apart else cells, tables=count * steps)
+    return _filled(arguments, (read, place, target), counts, first, count)
+
+
+def _filled(
+    arguments: _Arguments, tables: tuple[np.ndarray, ...], counts: np.ndarray, first: np.ndarray, routes: int
+) -> _Table:
+    """Return the table of the three `tables` (..., K, steps), with `arguments` that point to them."""
+    arguments.orders, arguments.steps = tables[0].shape[-2:]
+    arrays = (*map(_padded, tables), counts, first)
     for name, array in zip(("read", "place", "target", "counts", "first"), arrays, strict=True):
         setattr(arguments, name, array.ctypes.data)
-    return _Table(arguments, arrays, count)
+    return _Table(arguments, arrays, routes)
 
 
 def _covers(table: np.ndarray, size: int) -> bool:
@@ -129,7 +151,10 @@ class _Call:
 
     def __init__(self, a: Arguments):
         batch, height, width, channels = a.x.shape
-        self.table = _table(a.orders, height, width, a.permute, a.merge == "none")
+        if a.cells is None:
+            self.table = _table(a.orders, height, width, a.permute, a.merge == "none")
+        else:
+            self.table = _given_table(a)
         self.arguments = arguments = _Arguments.from_buffer_copy(self.table.arguments)
         arguments.batch = batch
         arguments.channels = channels
@@ -145,6 +170,8 @@ class _Call:
         for name, y in (("delta_weight", a.delta_weight), ("A", a.A), ("D", a.D), ("delta_bias", a.delta_bias)):
             if y is not None:
                 self.set_dense(name, y)
+        if a.gaps is not None:
+            self.set_dense("gaps", a.gaps)
 
     def set_map(self, name: str, x: Tensor) -> None:
         """Set a tensor (batch, height, width, features) or (batch, height, width, orders, features)."""

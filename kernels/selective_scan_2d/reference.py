@@ -1,6 +1,7 @@
 """The selective scan over several orders of a map, in PyTorch: gather, the one-dimensional reference, gather back."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -8,21 +9,10 @@ from visionmix.kernels import dispatch
 from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.selective_scan import reference as scan
 from visionmix.kernels.selective_scan import schema as scan_schema
-from visionmix.kernels.selective_scan_2d.routes import Routes, routes, take, take_sum
 from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
+from visionmix.kernels.selective_scan_2d.steps import GivenSteps, NamedSteps
 from visionmix.scans.order_names import count_routes, split_orders
 from visionmix.scans.orders import symbolic_order
-
-
-def _sequences(maps: Tensor, table: Routes, dtype: torch.dtype) -> Tensor:
-    """(batch, height, width, K, features), one map per order, to (batch, K, steps, features)."""
-    flat = maps.to(dtype).flatten(1, 3)
-    return take(flat, table.of_maps).unflatten(1, table.index.shape)
-
-
-def _maps(grad: Tensor, table: Routes, like: Tensor) -> Tensor:
-    """The gradient of `_sequences`."""
-    return take_sum(grad.flatten(1, 2), table.of_maps_back).view(like.shape).to(like.dtype)
 
 
 def _channels(x: Tensor) -> Tensor:
@@ -39,29 +29,45 @@ class _Inputs:
     """The arguments of the one-dimensional scan."""
 
     def __init__(self, a: Arguments):
-        self.dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
-        self.table = routes(a.orders, a.x.shape[1], a.x.shape[2], a.permute)
-        u = take(a.x.to(self.dtype).flatten(1, 2), self.table.index).unflatten(1, self.table.index.shape)
-        self.steps = _sequences(a.delta, self.table, self.dtype)
-        self.weight = None if a.delta_weight is None else a.delta_weight.to(self.dtype)
+        self.dtype = dtype = dispatch.compute_dtype(*SCHEMA.input_tensors(a))
+        self.reader = NamedSteps(a) if a.cells is None else GivenSteps(a)
+        u = self.reader.read_x(a.x.to(dtype).flatten(1, 2))
+        self.steps = self.reader.read_maps(a.delta.to(dtype))
+        self.weight = None if a.delta_weight is None else a.delta_weight.to(dtype)
         full = self.steps if self.weight is None else self.steps @ self.weight.transpose(1, 2)
+        self.bias = a.A.new_zeros(a.A.shape[:2], dtype=dtype) if a.delta_bias is None else a.delta_bias.to(dtype)
+        gap = None
+        if a.gaps is not None:
+            self.gaps = a.gaps.to(dtype).unsqueeze(2)  # (batch, K, 1, steps)
+            gap = (self.gaps * self.gap_step(a).unsqueeze(2)).flatten(1, 2)
         self.scan = scan_schema.Arguments(
             u=_channels(u),
             delta=_channels(full),
             A=a.A.flatten(0, 1),
-            B=_sequences(a.B, self.table, self.dtype).transpose(2, 3),
-            C=_sequences(a.C, self.table, self.dtype).transpose(2, 3),
+            B=self.reader.read_maps(a.B.to(dtype)).transpose(2, 3),
+            C=self.reader.read_maps(a.C.to(dtype)).transpose(2, 3),
             D=None if a.D is None else a.D.flatten(),
             z=None,
             delta_bias=None if a.delta_bias is None else a.delta_bias.flatten(),
             delta_softplus=a.delta_softplus,
             return_last_state=False,
+            gap=gap,
         )
+
+    def gap_step(self, a: Arguments) -> Tensor:
+        """Return the step size of a place without a token, (K, channels)."""
+        return F.softplus(self.bias) if a.delta_softplus else self.bias
+
+    def through_gaps(self, a: Arguments, grad_gap: Tensor) -> Tensor:
+        """Return the gradient that `delta_bias` has by the gaps, from that of the 1-D scan's gap."""
+        grad = (self.gaps * grad_gap.unflatten(1, self.bias.shape)).sum((0, 3))
+        # softplus(x) is x above 20, so its derivative is 1 there.
+        return grad * torch.where(self.bias > 20, 1, self.bias.sigmoid()) if a.delta_softplus else grad
 
 
 def _read(maps: Tensor, cells: Tensor) -> Tensor:
     """(batch, height, width, features) to (batch, features, steps), zeros where no cell is read."""
-    flat = torch.nn.functional.pad(maps.flatten(1, 2), (0, 0, 0, 1))
+    flat = F.pad(maps.flatten(1, 2), (0, 0, 0, 1))
     return flat.index_select(1, torch.where(cells < 0, flat.shape[1] - 1, cells)).transpose(1, 2)
 
 
@@ -116,51 +122,46 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     Shapes as `selective_scan_2d`, the order names joined by commas.
     """
     x, dtype = a.x, a.out_dtype or a.x.dtype
-    if is_symbolic(x.shape[1], x.shape[2]):
+    if a.cells is None and is_symbolic(x.shape[1], x.shape[2]):
         maps = _exported(a)
         out = torch.stack(maps, 3) if a.merge == "none" else sum(maps)
         out = out / len(maps) if a.merge == "mean" else out
         return out.to(dtype), out.new_empty(0)
     inputs = _Inputs(a)
     out, *_ = scan.forward(inputs.scan)
-    inverse = inputs.table.inverse
-    sequences = _orders_last(out, a.A.shape[0]).flatten(1, 2)
-    if a.merge == "none":
-        out = take(sequences, inverse).unflatten(1, inverse.shape).transpose(1, 2)
-        shape = (*x.shape[:3], len(inverse), x.shape[3])
-    else:
-        out = take_sum(sequences, inverse)
-        out = out / len(inverse) if a.merge == "mean" else out
-        shape = x.shape
-    return out.reshape(shape).to(dtype).contiguous(), out.new_empty(0)
+    out = inputs.reader.write(_orders_last(out, a.A.shape[0]))
+    out = out / inputs.reader.routes if a.merge == "mean" else out
+    return out.unflatten(1, x.shape[1:3]).to(dtype).contiguous(), out.new_empty(0)
 
 
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     """Return the gradients of the eight tensors of the input, in their dtypes, empty for what is None."""
     inputs = _Inputs(a)
-    table, count = inputs.table, a.A.shape[0]
+    reader, count = inputs.reader, a.A.shape[0]
     grad = gradients.grad_out.to(inputs.dtype).flatten(1, 2)
-    if a.merge == "none":
-        grad = grad.transpose(1, 2).flatten(1, 2)
-    else:
-        grad = grad / len(table.inverse) if a.merge == "mean" else grad
-        grad = grad.repeat(1, len(table.inverse), 1)
-    grad = take_sum(grad, table.inverse_back).unflatten(1, table.index.shape)
+    grad = reader.write_back(grad / reader.routes if a.merge == "mean" else grad)
     of_scan = scan_schema.Gradients(_channels(grad), None, None)
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias, _ = scan.backward(inputs.scan, of_scan)
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias, grad_gap = scan.backward(inputs.scan, of_scan)
     grad_steps = _orders_last(grad_delta, count)
     grad_weight = a.x.new_empty(0)
     if inputs.weight is not None:
         grad_weight = torch.einsum("bksc,bksr->kcr", grad_steps, inputs.steps).to(a.delta_weight.dtype)
         grad_steps = grad_steps @ inputs.weight
-    grad_x = take_sum(_orders_last(grad_u, count).flatten(1, 2), table.index_back)
+    if a.delta_bias is not None:
+        grad_bias = grad_bias.view(a.delta_bias.shape)
+        if a.gaps is not None:
+            grad_bias = (grad_bias + inputs.through_gaps(a, grad_gap)).to(a.delta_bias.dtype)
+
+    def maps(grad: Tensor, like: Tensor) -> Tensor:
+        return reader.maps_back(grad, like).to(like.dtype).contiguous()
+
     return (
-        grad_x.view(a.x.shape).to(a.x.dtype),
-        _maps(grad_steps, table, a.delta),
+        reader.x_back(_orders_last(grad_u, count)).view(a.x.shape).to(a.x.dtype),
+        maps(grad_steps, a.delta),
         grad_weight.contiguous(),
         grad_A.view(a.A.shape),
-        _maps(grad_B.transpose(2, 3), table, a.B),
-        _maps(grad_C.transpose(2, 3), table, a.C),
+        maps(grad_B.transpose(2, 3), a.B),
+        maps(grad_C.transpose(2, 3), a.C),
         grad_D if a.D is None else grad_D.view(a.D.shape),
-        grad_bias if a.delta_bias is None else grad_bias.view(a.delta_bias.shape),
+        grad_bias,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from visionmix import scans
+from visionmix.kernels.selective_scan_2d.schema import Arguments
 from visionmix.private_api import outside_of_tracing
 from visionmix.scans.order_names import split_orders
 
@@ -15,6 +16,11 @@ from visionmix.scans.order_names import split_orders
 def count_steps(orders: str, height: int, width: int) -> int:
     """Return the steps of the longest order on a grid, whose sizes may be symbolic."""
     return reduce(torch.sym_max, (scans.num_steps(name, height, width) for name in split_orders(orders)))
+
+
+def steps_of(a: Arguments) -> int:
+    """Return the steps of the longest order of a call, as `count_steps` or as given."""
+    return count_steps(a.orders, *a.x.shape[1:3]) if a.cells is None else a.cells.shape[2]
 
 
 @dataclass

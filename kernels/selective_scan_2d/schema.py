@@ -9,9 +9,10 @@ _INPUTS = (
 
 SCHEMA = Schema(
     "selective_scan_2d",
-    f'({_INPUTS}, bool keep_states=False, str implementation="auto", ScalarType? out_dtype=None) -> '
-    "(Tensor out, Tensor entering)",
-    f'(Tensor grad_out, {_INPUTS}, Tensor? entering=None, str implementation="auto") -> '
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f'({_INPUTS}, bool keep_states=False, str implementation="auto", ScalarType? out_dtype=None, '
+    "Tensor? cells=None, Tensor? gaps=None) -> (Tensor out, Tensor entering)",
+    f'(Tensor grad_out, {_INPUTS}, Tensor? entering=None, str implementation="auto", Tensor? cells=None, '
+    "Tensor? gaps=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    indices=("cells", "gaps"),
 )
 Arguments, Gradients = SCHEMA.Arguments, SCHEMA.Gradients

@@ -25,7 +25,7 @@ from visionmix.kernels.dispatch import log_slow_path
 from visionmix.kernels.gpu import dot_precision, launch, target
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.chunks import CHUNK, entering_shape
-from visionmix.kernels.selective_scan_2d.routes import count_steps, routes
+from visionmix.kernels.selective_scan_2d.routes import routes, steps_of
 from visionmix.kernels.selective_scan_2d.schema import SCHEMA, Arguments, Gradients
 from visionmix.kernels.selective_scan_2d.triton_kernels import (
     RANKS,
@@ -127,7 +127,7 @@ def _leaves_to_reference(a: Arguments) -> bool:
             'pass permute="all" where the model allows another scan',
         )
         return True
-    if _table(a.orders, a.x.shape[1], a.x.shape[2]) is None:
+    if a.cells is None and _table(a.orders, a.x.shape[1], a.x.shape[2]) is None:
         _log_reference(a.orders)
         return True
     return False
@@ -145,16 +145,25 @@ class _Problem:
         x, delta, weight, A, B, C, D, bias = SCHEMA.input_tensors(a)
         self.like = x
         batch, height, width, channels = x.shape
-        table = _table(a.orders, height, width)
         self.rank = 0 if weight is None else weight.shape[2]
-        self.per_order, self.covers = table.per_order, table.covers
-        orders, steps = table.slots.shape
-        cells, routes_in_all = height * width, sum(table.per_order)
-        self.size = Sizes(batch, steps, triton.cdiv(steps, CHUNK), cells, channels, orders, routes_in_all)
+        self.own = a.cells is not None
+        if self.own:
+            orders, steps = a.cells.shape[1:]
+            self.per_order, self.covers, padded = [1] * orders, False, True
+            self.slots = a.cells.int().contiguous()
+            self.orders = torch.arange(orders, dtype=torch.int32, device=x.device).unsqueeze(1)
+        else:
+            table = _table(a.orders, height, width)
+            orders, steps = table.slots.shape
+            self.per_order, self.covers, padded = table.per_order, table.covers, bool((table.slots < 0).any())
+            # Outputs that are not merged are those of one direction each.
+            paired = bool(table.pairs) and a.merge != "none"
+            self.slots, self.orders = _on_device(a.orders, height, width, paired, x.device)
+        self.gaps = None if a.gaps is None else a.gaps.int().contiguous()
+        cells, count = height * width, sum(self.per_order)
+        chunks = triton.cdiv(steps, CHUNK)
+        self.size = Sizes(batch, steps, chunks, cells, channels, orders, count, slots=orders * steps if self.own else 0)
         joined = self.size.routes != orders
-        # Outputs that are not merged are those of one direction each.
-        paired = bool(table.pairs) and a.merge != "none"
-        self.slots, self.orders = _on_device(a.orders, height, width, paired, x.device)
         self.scale = 1 / self.size.routes if a.merge == "mean" else None
         half = {y.dtype for y in (delta, weight) if y is not None} in ({torch.bfloat16}, {torch.float16})
         # One axis of cells: a view, unless a map's rows do not follow each other.
@@ -166,7 +175,8 @@ class _Problem:
             BC=_WIDE if half and triton.cdiv(channels, _WIDE) * 3 < triton.cdiv(channels, _NARROW) * 2 else _NARROW,
             SOFTPLUS=a.delta_softplus,
             JOINED=joined,
-            GAPS=bool((table.slots < 0).any()),
+            OWN=self.own,
+            PADDED=padded,
             TAIL=steps % CHUNK != 0,
             INT64=self.needs_int64(x, delta, B, C),
             WIDENED=not half,
@@ -215,8 +225,10 @@ class _Problem:
         narrow = kernel is gradients_kernel or (kernel is outputs_kernel and self.constants.TAIL)
         size, K = self.size, self.narrow if narrow else self.constants
         sets = slice(None) if i is None else slice(i, i + 1)
-        slots, orders = self.slots[sets], self.orders[sets]
-        given = self.tensors | {"p_slots": slots, "p_orders": orders, "s": self.strides, "size": size, "K": K}
+        slots, gaps = (None if y is None else y[..., sets, :] for y in (self.slots, self.gaps))
+        orders = self.orders[sets]
+        given = self.tensors | {"p_slots": slots, "p_gaps": gaps, "p_orders": orders}
+        given |= {"s": self.strides, "size": size, "K": K}
         used = kernel.arg_names
         # What has no channels is read once a tile of them.
         share, tiles = orders.numel() / size.orders, triton.cdiv(size.channels, K.BC)
@@ -226,7 +238,10 @@ class _Problem:
             (along, tiles, len(orders)),
             **{name: value for name, value in given.items() if name in used} | arguments,
             num_warps=self.warps(kernel),
-            passes={"p_x": len(orders), "p_slots": size.batch * tiles, "p_delta": share} | by_tile | passes,
+            passes={"p_x": len(orders), "p_slots": tiles * (1 if self.own else size.batch), "p_gaps": tiles}
+            | {"p_delta": share}
+            | by_tile
+            | passes,
             flops=round(self.values * share) * flops,
         )
 
@@ -297,7 +312,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     Shapes as `selective_scan_2d`, the order names joined by commas, and `entering_shape`.
     """
     x = a.x
-    kept = entering_shape(x, a.A, count_steps(a.orders, *x.shape[1:3])) if a.keep_states else (0,)
+    kept = entering_shape(x, a.A, steps_of(a)) if a.keep_states else (0,)
     if _leaves_to_reference(a):
         out, _ = reference.forward(a)
         return out, x.new_empty(kept, dtype=torch.float32)

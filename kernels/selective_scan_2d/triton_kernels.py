@@ -24,7 +24,10 @@ RANKS = tl.constexpr(16)
 
 
 class Sizes(NamedTuple):
-    """Sizes of a problem. `orders` have parameters of their own, `routes` maps of their own."""
+    """Sizes of a problem. `orders` have parameters of their own, `routes` maps of their own.
+
+    `slots` is what lies between the slots of two images, where each has its own.
+    """
 
     batch: int
     steps: int
@@ -33,6 +36,7 @@ class Sizes(NamedTuple):
     channels: int
     orders: int
     routes: int
+    slots: int
 
 
 class Strides(NamedTuple):
@@ -53,9 +57,9 @@ class Constants(NamedTuple):
     """Constants of a problem.
 
     DIRECTIONS is 2 where a sequence of slots serves an order and its reverse. With JOINED, slots are route x cells +
-    cell. GAPS says whether a slot may be -1, TAIL whether the last chunk has fewer than STEPS steps, INT64 whether
-    offsets in an image pass int32. Products with the weights of a low rank take their operands as they are stored, or
-    in float32 if WIDENED.
+    cell. OWN says whether each image has its own slots, PADDED whether a slot may be -1, TAIL whether the last chunk
+    has fewer than STEPS steps, INT64 whether offsets in an image pass int32. Products with the weights of a low rank
+    take their operands as they are stored, or in float32 if WIDENED.
     """
 
     DIRECTIONS: int
@@ -64,7 +68,8 @@ class Constants(NamedTuple):
     BC: int
     SOFTPLUS: bool
     JOINED: bool
-    GAPS: bool
+    OWN: bool
+    PADDED: bool
     TAIL: bool
     INT64: bool
     WIDENED: bool
@@ -155,8 +160,17 @@ def _channels(size, K: tl.constexpr):
 
 
 @triton.jit
+def _image(p_slots, i_b, size, K: tl.constexpr):
+    """An image's slots of the program's sequence, or the gaps before them."""
+    p_slots += tl.program_id(2) * size.steps
+    if K.OWN:
+        p_slots += i_b * size.slots
+    return p_slots
+
+
+@triton.jit
 def _cells(p_slots, i_t, i_k, size, K: tl.constexpr):
-    """A chunk's cells, 0 in a gap, their routes, which steps there are, and which of them read a cell.
+    """A chunk's cells, 0 in a padded step, their routes, which steps there are, and which of them read a cell.
 
     Steps beyond the last repeat it.
     """
@@ -164,7 +178,7 @@ def _cells(p_slots, i_t, i_k, size, K: tl.constexpr):
     m_t = o_t < size.steps
     o_cell = tl.load(p_slots + (tl.minimum(o_t, size.steps - 1) if K.TAIL else o_t))
     m_cell = o_cell >= 0
-    if K.GAPS:
+    if K.PADDED:
         o_cell = tl.where(m_cell, o_cell, 0)
     b_route = i_k
     if K.JOINED:
@@ -185,7 +199,7 @@ def _place(p_slots, i_b, i_t, i_k, size, K: tl.constexpr):
 def _steps_there(at, K: tl.constexpr):
     """Which steps of the chunk read a cell and are none beyond the last (steps, 1)."""
     _, _, _, _, m_t, m_cell, _ = at
-    if K.GAPS:
+    if K.PADDED:
         m_t = m_t & m_cell
     return m_t[:, None]
 
@@ -205,9 +219,9 @@ def _pointers(p_x, at, s, K: tl.constexpr):
 
 @triton.jit
 def _tile(p_x, at, s, K: tl.constexpr):
-    """A (steps, channels) tile of a map in float32, 0 in a gap."""
+    """A (steps, channels) tile of a map in float32, 0 in a padded step."""
     _, _, _, _, _, m_cell, m_c = at
-    mask = m_cell[:, None] & m_c[None, :] if K.GAPS else m_c[None, :]
+    mask = m_cell[:, None] & m_c[None, :] if K.PADDED else m_c[None, :]
     return tl.load(_pointers(p_x, at, s, K), mask=mask, other=0.0).to(tl.float32)
 
 
@@ -215,7 +229,7 @@ def _tile(p_x, at, s, K: tl.constexpr):
 def _store_tile(p_out, p_add, b_x, at, s, K: tl.constexpr):
     """Store a tile of a map; `add`, the map of other orders, is added where there is one."""
     _, _, _, _, _, _, m_c = at
-    mask = _steps_there(at, K) & m_c[None, :] if K.GAPS or K.TAIL else m_c[None, :]
+    mask = _steps_there(at, K) & m_c[None, :] if K.PADDED or K.TAIL else m_c[None, :]
     if p_add is not None:
         b_x += tl.load(_pointers(p_add, at, s, K), mask=mask, other=0.0)
     tl.store(_pointers(p_out, at, s, K), b_x.to(p_out.dtype.element_ty), mask=mask)
@@ -223,13 +237,13 @@ def _store_tile(p_out, p_add, b_x, at, s, K: tl.constexpr):
 
 @triton.jit
 def _projection(p_x, i_k, n, at, s, K: tl.constexpr):
-    """One state's B or C (steps, 1), 0 in a gap and beyond the last step.
+    """One state's B or C (steps, 1), 0 in a padded step and beyond the last step.
 
     So a step beyond the last adds nothing to a state, or to its gradient, whatever else is read there.
     """
     i_b, o_cell, _, _, _, _, _ = at
     p_x = (p_x + i_b * s[0] + i_k * s[2] + n * s[3] + o_cell * s[1])[:, None]
-    b_x = tl.load(p_x, mask=_steps_there(at, K), other=0.0) if K.GAPS or K.TAIL else tl.load(p_x)
+    b_x = tl.load(p_x, mask=_steps_there(at, K), other=0.0) if K.PADDED or K.TAIL else tl.load(p_x)
     return b_x.to(tl.float32)
 
 
@@ -253,9 +267,9 @@ def _rates(p_A, i_k, n, at, s):
 
 @triton.jit
 def _low_rank(p_delta, i_k, o_r, at, s, K: tl.constexpr):
-    """A (steps, RANKS) tile of a low-rank delta, 0 in a gap."""
+    """A (steps, RANKS) tile of a low-rank delta, 0 in a padded step."""
     i_b, o_cell, _, _, _, m_cell, _ = at
-    mask = (o_r < K.RANK)[None, :] & m_cell[:, None] if K.GAPS else (o_r < K.RANK)[None, :]
+    mask = (o_r < K.RANK)[None, :] & m_cell[:, None] if K.PADDED else (o_r < K.RANK)[None, :]
     p_r = (p_delta + i_b * s[0] + i_k * s[2] + o_cell * s[1])[:, None] + (o_r * s[3])[None, :]
     b_r = tl.load(p_r, mask=mask, other=0.0)
     return b_r.to(tl.float32) if K.WIDENED or INTERPRETED else b_r
@@ -289,6 +303,28 @@ def _delta(p_delta, p_weight, p_bias, i_k, at, s, size, K: tl.constexpr):
 
 
 @triton.jit
+def _gaps(p_gaps, i_b, i_t, size, K: tl.constexpr):
+    """How many places of zeros each step of a chunk crosses first (steps, 1); there are gaps."""
+    o_t = i_t * STEPS + tl.arange(0, STEPS)
+    return tl.load(_image(p_gaps, i_b, size, K) + o_t, mask=o_t < size.steps, other=0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _zero_step(p_bias, i_k, at, size, K: tl.constexpr):
+    """The step size of a place of zeros (1, channels)."""
+    b_step = _vector(p_bias, i_k, at, size)[None, :]
+    return softplus(b_step) if K.SOFTPLUS else b_step
+
+
+@triton.jit
+def _decaying(b_delta, p_gaps, p_bias, i_t, i_k, at, size, K: tl.constexpr):
+    """The steps that states decay by: with gaps, longer than those that inputs come with."""
+    if p_gaps is not None:
+        b_delta += _gaps(p_gaps, at[0], i_t, size, K) * _zero_step(p_bias, i_k, at, size, K)
+    return b_delta
+
+
+@triton.jit
 def _as_map(s):
     """The strides of a map by order, (batch, cells, K, channels), as `_pointers` takes them."""
     return s[0], s[1], s[3], s[2]
@@ -296,7 +332,7 @@ def _as_map(s):
 
 @triton.jit
 def ends_kernel(
-    p_x, p_delta, p_weight, p_A, p_B, p_bias, p_slots, p_orders, p_end, p_sum, scale, s, size,
+    p_x, p_delta, p_weight, p_A, p_B, p_bias, p_slots, p_gaps, p_orders, p_end, p_sum, scale, s, size,
     K: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """The states that the chunks make of a state of 0, `end`, and the sums of their steps, `sum`.
@@ -309,7 +345,7 @@ def ends_kernel(
     """
     i_b, i_t = (tl.program_id(0) // size.chunks).to(tl.int64), tl.program_id(0) % size.chunks
     p_orders += tl.program_id(2) * K.DIRECTIONS
-    at = _place(p_slots + tl.program_id(2) * size.steps, i_b, i_t, _order(p_orders, K), size, K)
+    at = _place(_image(p_slots, i_b, size, K), i_b, i_t, _order(p_orders, K), size, K)
     _, _, _, o_c, m_t, _, m_c = at
     b_x = _tile(p_x, at, s.x, K)
     if scale is not None:
@@ -317,16 +353,17 @@ def ends_kernel(
     for d in tl.static_range(K.DIRECTIONS):
         i_k = _order(p_orders + d, K)
         b_delta = _delta(p_delta, p_weight, p_bias, i_k, at, s, size, K)
+        b_whole = _decaying(b_delta, p_gaps, p_bias, i_t, i_k, at, size, K)
         o_end = (i_b * size.orders + i_k) * size.chunks + i_t
         for n in range(K.N):
-            b_a = tl.exp2(b_delta * (_rates(p_A, i_k, n, at, s.A) * LOG2_E)[None, :])
+            b_a = tl.exp2(b_whole * (_rates(p_A, i_k, n, at, s.A) * LOG2_E)[None, :])
             b_in = (b_a if BACKWARD else b_delta) * b_x * _projection(p_B, i_k, n, at, s.B, K)
             b_s = _scan(b_a, b_in, tl.zeros((K.BC,), tl.float32), (d == 1) != BACKWARD)
             b_end = _row(b_s, 0 if (d == 1) != BACKWARD else STEPS - 1)
             tl.store(p_end + (o_end * K.N + n) * size.channels + o_c, b_end, mask=m_c)
         if K.TAIL:
-            b_delta = tl.where(m_t[:, None], b_delta, 0.0)
-        tl.store(p_sum + o_end * size.channels + o_c, tl.sum(b_delta, axis=0), mask=m_c)
+            b_whole = tl.where(m_t[:, None], b_whole, 0.0)
+        tl.store(p_sum + o_end * size.channels + o_c, tl.sum(b_whole, axis=0), mask=m_c)
 
 
 @triton.jit
@@ -360,18 +397,19 @@ def carries_kernel(p_A, p_end, p_sum, p_orders, p_enter, s_A, size, K: tl.conste
 
 @triton.jit
 def outputs_kernel(
-    p_x, p_delta, p_weight, p_A, p_B, p_C, p_D, p_bias, p_slots, p_orders, p_enter, p_add, p_out, scale,
+    p_x, p_delta, p_weight, p_A, p_B, p_C, p_D, p_bias, p_slots, p_gaps, p_orders, p_enter, p_add, p_out, scale,
     s, s_out, size, K: tl.constexpr,
 ):  # fmt: skip
     """`h_t = exp(delta_t A) h_(t-1) + delta_t B_t x_o(t)`, `y_o(t) = C_t h_t + D x_o(t)`, from what enters a chunk.
 
-    delta, B and C at step t are those of the cell o(t). The two directions of a sequence of slots are summed,
+    delta, B and C at step t are those of the cell o(t); with gaps, delta_t in the decay has those of the places before
+    it too. The two directions of a sequence of slots are summed,
     multiplied by `scale` and added to `add`, the map of other orders, where these are given.
     Grid: (batch x chunks, tiles of channels, sequences of slots).
     """
     i_b, i_t = (tl.program_id(0) // size.chunks).to(tl.int64), tl.program_id(0) % size.chunks
     p_orders += tl.program_id(2) * K.DIRECTIONS
-    at = _place(p_slots + tl.program_id(2) * size.steps, i_b, i_t, _order(p_orders, K), size, K)
+    at = _place(_image(p_slots, i_b, size, K), i_b, i_t, _order(p_orders, K), size, K)
     _, _, _, o_c, _, _, m_c = at
     b_x = _tile(p_x, at, s.x, K)
     b_y = tl.zeros((STEPS, K.BC), tl.float32)
@@ -379,14 +417,15 @@ def outputs_kernel(
     for d in tl.static_range(K.DIRECTIONS):
         i_k = _order(p_orders + d, K)
         b_delta = _delta(p_delta, p_weight, p_bias, i_k, at, s, size, K)
+        b_whole = _decaying(b_delta, p_gaps, p_bias, i_t, i_k, at, size, K)
         o_enter = (i_b * size.orders + i_k) * size.chunks + i_t
         for n in tl.range(K.N, disable_licm=True):
             here = at
             if K.N > 1:
                 # Cells are read anew: registers do not hold the addresses made of them.
                 tl.debug_barrier()
-                here = _place(p_slots + tl.program_id(2) * size.steps, i_b, i_t, i_k, size, K)
-            b_a = tl.exp2(b_delta * (_rates(p_A, i_k, n, here, s.A) * LOG2_E)[None, :])
+                here = _place(_image(p_slots, i_b, size, K), i_b, i_t, i_k, size, K)
+            b_a = tl.exp2(b_whole * (_rates(p_A, i_k, n, here, s.A) * LOG2_E)[None, :])
             b_in = b_delta * (b_x * _projection(p_B, i_k, n, here, s.B, K))
             b_h = tl.load(p_enter + (o_enter * K.N + n) * size.channels + o_c, mask=m_c, other=0.0)
             b_y += _scan(b_a, b_in, b_h, d == 1) * _projection(p_C, i_k, n, here, s.C, K)
@@ -425,8 +464,8 @@ def _by_route(i_k, at, routes, K: tl.constexpr):
 
 @triton.jit
 def gradients_kernel(
-    p_x, p_delta, p_weight, p_A, p_B, p_C, p_D, p_bias, p_slots, p_orders, p_enter, p_flow, p_grad, p_add,
-    p_dx, p_ddelta, p_dweight, p_dA, p_dB, p_dC, p_dD, p_dbias, scale, s, s_grad, s_out, size, span,
+    p_x, p_delta, p_weight, p_A, p_B, p_C, p_D, p_bias, p_slots, p_gaps, p_orders, p_enter, p_flow, p_grad,
+    p_add, p_dx, p_ddelta, p_dweight, p_dA, p_dB, p_dC, p_dD, p_dbias, scale, s, s_grad, s_out, size, span,
     K: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one direction, the second if BACK, as `selective_scan`'s `backward_kernel` has them.
@@ -440,7 +479,6 @@ def gradients_kernel(
     channels), dweight (.., K, ranks, channels).
     Grid: (batch x chunks / span, tiles of channels, sequences of slots).
     """
-    p_slots += tl.program_id(2) * size.steps
     p_orders += tl.program_id(2) * K.DIRECTIONS + (1 if BACK else 0)
     o_sum = tl.program_id(0).to(tl.int64) * size.orders
     first = tl.program_id(0) * span
@@ -449,7 +487,8 @@ def gradients_kernel(
         # The tile's part of buffers by route.
         o_part = (tl.program_id(1) * size.batch + i_b) * size.cells * size.routes
         i_k = _order(p_orders, K)
-        at = _place(p_slots, i_b, i_t, i_k, size, K)
+        p_here = _image(p_slots, i_b, size, K)
+        at = _place(p_here, i_b, i_t, i_k, size, K)
         _, _, _, o_c, m_t, _, m_c = at
         # (steps, channels)
         b_x = _tile(p_x, at, s.x, K)
@@ -457,6 +496,7 @@ def gradients_kernel(
         if scale is not None:
             b_dy *= scale
         b_delta = _delta(p_delta, p_weight, p_bias, i_k, at, s, size, K)
+        b_whole = _decaying(b_delta, p_gaps, p_bias, i_t, i_k, at, size, K)
         o_enter = (i_b * size.orders + i_k) * size.chunks + i_t
         b_dx = tl.zeros((STEPS, K.BC), tl.float32)
         b_ddelta = tl.zeros((STEPS, K.BC), tl.float32)
@@ -465,12 +505,12 @@ def gradients_kernel(
             here = at
             if K.N > 1:
                 tl.debug_barrier()
-                here = _place(p_slots, i_b, i_t, i_k, size, K)
+                here = _place(p_here, i_b, i_t, i_k, size, K)
             o_map, m_map = _by_route(i_k, here, size.routes, K)
             # (channels,); B and C (steps, 1)
             b_A = _rates(p_A, i_k, n, here, s.A)
             b_B = _projection(p_B, i_k, n, here, s.B, K)
-            b_a = tl.exp2(b_delta * (b_A * LOG2_E)[None, :])
+            b_a = tl.exp2(b_whole * (b_A * LOG2_E)[None, :])
             # A product of delta and x would be kept over the states' loop.
             b_in = b_delta * (b_x * b_B)
             o_h = (o_enter * K.N + n) * size.channels + o_c
@@ -479,7 +519,7 @@ def gradients_kernel(
             # The decayed part of a state is the state without the step's own input.
             b_s -= b_in
             tl.debug_barrier()
-            here = _place(p_slots, i_b, i_t, i_k, size, K)
+            here = _place(p_here, i_b, i_t, i_k, size, K)
             o_map, m_map = _by_route(i_k, here, size.routes, K)
             b_direct = b_dy * _projection(p_C, i_k, n, here, s.C, K)
             b_ds = _state_gradients(b_a, b_direct, tl.load(p_flow + o_h, mask=m_c, other=0.0), not BACK)
@@ -488,10 +528,17 @@ def gradients_kernel(
             b_ddelta += b_through * b_A[None, :]
             tl.store(p_dB + o_part * K.N + n + o_map * K.N, _over_channels(b_ds * b_delta * b_x), mask=m_map)
             p_sum = p_dA + ((o_sum + i_k) * K.N + n) * size.channels + o_c
-            _add_to(p_sum, tl.sum(b_through * b_delta, axis=0), m_c)
-        at = _place(p_slots, i_b, i_t, i_k, size, K)
+            _add_to(p_sum, tl.sum(b_through * b_whole, axis=0), m_c)
+        at = _place(p_here, i_b, i_t, i_k, size, K)
         o_map, m_map = _by_route(i_k, at, size.routes, K)
         o_k = (o_sum + i_k) * size.channels + o_c
+        if p_gaps is not None and p_dbias is not None:
+            b_zero = _zero_step(p_bias, i_k, at, size, K)
+            b_dzero = tl.sum(b_ddelta * _gaps(p_gaps, i_b, i_t, size, K), axis=0, keep_dims=True)
+            if K.SOFTPLUS:
+                b_dzero *= _softplus_gradient(b_zero)
+            _add_to(p_dbias + o_k[None, :], b_dzero, m_c[None, :])
+            tl.debug_barrier()
         b_ddelta += b_dx * b_x
         b_dx *= b_delta
         if K.SOFTPLUS:

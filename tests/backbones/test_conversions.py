@@ -11,10 +11,10 @@ import visionmix
 NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
 
 
-def trained_a_little(name):
+def trained_a_little(name, **options):
     """Return a model in eval mode whose batch norms have statistics of their own."""
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    model = timm.create_model(name, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.5)
@@ -42,11 +42,14 @@ def test_sync_batch_norm_computes_the_same(name):
 
 # pLSTM divides each head's results by their size, and with it the rounding of q, k and v.
 INT8 = {"test_plstm_vis": 0.06}
+# Rounding ranks tokens of nearly equal scores anew, and untrained predictors find all nearly equal.
+WHOLE = {"test_dynamicvit": {"keep_rate": 1.0}}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dynamic_int8_is_close(name):
-    model, images = trained_a_little(name), torch.randn(2, 3, 32, 64)  # maps smaller than a window, too
+    model = trained_a_little(name, **WHOLE.get(name, {}))
+    images = torch.randn(2, 3, 32, 64)  # maps smaller than a window, too
     quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not [key for key, module in quantized.named_modules() if type(module) is nn.Linear]
     with torch.no_grad():

@@ -133,3 +133,34 @@ def test_mistakes(options, message):
 def test_a_missing_file():
     with pytest.raises(FileNotFoundError, match=r"pretrained='no/such.pth' is not a file"):
         Backbone("test_vig_h", pretrained="no/such.pth")
+
+
+def test_a_reduced_backbone_gives_dense_maps_for_a_pyramid():
+    """As a detector of ViTDet's kind has it, and in training with frozen blocks."""
+    from visionmix import reduction
+
+    torch.manual_seed(0)
+    options = {"name": "test_vig", "mixer": "softmax", "mlp_layer": "mlp", "img_size": 64, "one_stride": True}
+    reduced, whole = built(**options, reduction="tome:r=4").eval(), built(**options).eval()
+    whole.load_state_dict(reduced.state_dict())
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = reduced(x)
+        expected = reduction.apply(whole.features, "tome", r=4)(x)
+        assert not torch.equal(maps[-1], whole(x)[-1])
+    assert [tuple(each.shape) for each in maps] == [(2, 48, 4, 6)] * 3
+    assert all(torch.equal(found, right) for found, right in zip(maps, expected, strict=True))
+    assert len(maps[-1][0].flatten(1).T.unique(dim=0)) == 24 - 12  # merged cells are alike
+    pyramid = registry.MODELS.build({"type": "visionmix.SimplePyramid", "in_channels": 48, "out_channels": 8})
+    assert [each.shape[-1] for each in pyramid(maps)] == [24, 12, 6, 3, 2]
+    frozen = built(**options, reduction={"method": "tome", "r": 4}, frozen_stages=1).train()
+    sum(each.sum() for each in frozen(x)).backward()
+    blocks = frozen.features.model.blocks
+    assert not blocks[0].training
+    assert all(parameter.grad is None for parameter in blocks[0].parameters())
+    assert all(parameter.grad is not None for parameter in blocks[2].parameters())
+
+
+def test_hierarchical_backbones_refuse_a_reduction():
+    with pytest.raises(TypeError, match="class Hierarchical cannot be reduced"):
+        built(name="test_vmamba", reduction="tome:r=4")

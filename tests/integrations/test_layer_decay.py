@@ -106,9 +106,41 @@ def test_rates_scale_the_step():
     assert max(stem) < 0.2 < min(last) == pytest.approx(0.7, abs=0.25)
 
 
+def test_layers_may_be_given_by_their_parameters_names():
+    """ConvNeXt's stages: one layer each above stem and downsamplers, two empty ones below the heads."""
+    stages = [rf"^stages\.{stage}\." for stage in range(4)]
+    detector = Detector("test_convnext_dcls")
+    paramwise = {"layer_decay": 0.5, "layers": [r"^stem\.|\.downsample\.", *stages, None, None]}
+    built = wrapper(detector, paramwise).optimizer
+    found = settings(built.param_groups, {parameter: key for key, parameter in detector.named_parameters()})
+    assert found.keys() == dict(detector.named_parameters()).keys()
+    inner = "backbone.features.model."
+    powers = {
+        "stem.conv1.weight": 7,
+        "stages.0.blocks.0.mlp.fc1.weight": 6,
+        "stages.1.downsample.conv.weight": 7,
+        "stages.2.blocks.1.mlp.fc1.weight": 4,
+        "stages.3.blocks.0.mlp.fc2.weight": 3,
+    }
+    for key, power in powers.items():
+        assert found[inner + key] == (pytest.approx(2e-4 * 0.5**power), 0.05), key
+    assert found["bbox_head.0.weight"] == (pytest.approx(2e-4), 0.05)
+    assert found["backbone.norms.0.weight"] == (pytest.approx(2e-4), 0.0)
+    for key in ("stages.3.blocks.0.mlp.fc2.bias", "stages.3.spacings.positions"):  # one axis, named by the model
+        assert found[inner + key] == (pytest.approx(2e-4 * 0.5**3), 0.0), key
+
+
+def test_a_parameter_of_no_layer_is_named():
+    with pytest.raises(ValueError, match=r"'stem\.conv1\.weight' is in none of layers"):
+        wrapper(Detector("test_convnext_dcls"), {"layer_decay": 0.5, "layers": [r"^stages\."]})
+
+
 @pytest.mark.parametrize(
     ("paramwise", "message"),
     [
+        ({"layer_decay": 0.7, "layers": []}, "layers=\\[\\]"),
+        ({"layer_decay": 0.7, "layers": ["("]}, "layers=\\['\\('\\]"),
+        ({"layer_decay": 0.7, "layers": "^stem"}, "layers='\\^stem'"),
         ({"layer_decay": 0.0}, "above 0 and at most 1"),
         ({"layer_decay": "0.7"}, "above 0 and at most 1"),
         ({"layer_decay": 0.7, "custom_keys": {}}, "_delete_=True"),

@@ -14,7 +14,7 @@ from quick_interpreter import spare_repeated_work
 from random_calls import OPS, dense, stray
 from tolerance import TOLERANCE, assert_close, gradients
 
-from visionmix import kernels
+from visionmix import kernels, scans
 from visionmix.kernels.selective_scan_2d.chunks import entering_shape
 from visionmix.kernels.selective_scan_2d.schema import Arguments, Gradients
 
@@ -253,6 +253,27 @@ def small_tiles(monkeypatch):
 def test_selective_scan_2d(height, width, states, rank, orders, merge):
     tensors = maps(height, width, 5, states, len(orders), rank, options=merge != "mean")
     check(selective_scan_2d, tensors, delta_softplus=True, orders=orders, merge=merge)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "left", "states", "rank", "merge"),
+    [
+        (3, 7, 13, 1, 2, "sum"),
+        (3, 6, 18, 2, 0, "none"),
+        pytest.param(5, 9, 33, 2, 0, "mean", marks=pytest.mark.long),
+        pytest.param(2, 2, 1, 1, 20, "sum", marks=pytest.mark.long),
+        pytest.param(6, 7, 20, 3, 3, "none", marks=pytest.mark.long),
+    ],
+)
+def test_selective_scan_2d_of_what_is_left(height, width, left, states, rank, merge):
+    """Steps given as cells, each image its own, with gaps; orders that read a part of the cells, and padded steps."""
+    names = ("raster", "hilbert_reversed", "skip_2_0_1")
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(2, height * width, generator=generator).argsort(1)[:, :left].sort(1).values
+    inverses = torch.stack([scans.order(name, height, width).inverse for name in names])
+    cells, gaps = (steps.to(TRITON_DEVICE) for steps in scans.kept_steps(inverses, kept))
+    tensors = maps(1, left, 5, states, len(names), rank, options=merge != "mean", batch=2)
+    check(selective_scan_2d, tensors, delta_softplus=True, cells=cells, gaps=gaps, merge=merge)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """Reduced models against what the published code computes, with the published keys' weights."""
 
 import re
+from functools import partial
 
 import golden
 import pytest
 import timm
 import torch
 from accelerator import DEVICES
+from timm.layers import LayerNorm
 
 from visionmix import reduction
 
 _EARLY = {"variant": "2022", "layers": (2, 5, 8), "keep_rates": (0.9, 0.8, 0.7)}
+# Segmenter's ViT-S, whose norms have PyTorch's epsilon.
+_SEGMENTER = ("deit_small_patch16_224", {"norm_layer": partial(LayerNorm, eps=1e-5)})
 CASES = {
     "tome_deit_small_r8": ("deit_small_patch16_224", "tome", {"r": 8}),
     "tome_deit_small_r8_decreasing": ("deit_small_patch16_224", "tome", {"r": (8, -1.0)}),
@@ -24,16 +28,21 @@ CASES = {
     "evit_deit_small_kr0.7_nofuse": ("deit_small_patch16_224", "evit", {"keep_rate": 0.7, "fuse": False}),
     "mctf_deit_tiny": ("deit_tiny_patch16_224", "mctf", {}),
     "mctf_deit_small": ("deit_small_patch16_224", "mctf", {}),
+    "mctf_fast_deit_small": ("deit_small_patch16_224", "mctf_fast", {}),
     "mctf_fast_deit_tiny": ("deit_tiny_patch16_224", "mctf_fast", {}),
     "ats_deit_small_b1": ("deit_small_patch16_224", "ats", {}),
     "ats_deit_small": ("deit_small_patch16_224", "ats", {"released": True}),
     "avit_tiny": ("deit_tiny_patch16_224", "avit", {"gate_center": 30}),
+    "avit_small": ("deit_small_patch16_224", "avit", {"gate_center": 75}),
+    "avit_small_g10_c15": ("deit_small_patch16_224", "avit", {"gate_center": 15}),
     "avit_tiny_g10_c15": ("deit_tiny_patch16_224", "avit", {"gate_center": 15}),
     "zerotprune2022_deit_tiny_987": ("deit_tiny_patch16_224", "zero_tprune", _EARLY),
     "zerotprune2022_deit_small_987": ("deit_small_patch16_224", "zero_tprune", _EARLY),
-    "dynamicvit_deit_small_r0.7": ("deit_small_patch16_224", "dynamicvit", {}),
+    "dynamicvit_deit_small": ("deit_small_patch16_224", "dynamicvit", {}),
+    "algm_vit_small": (_SEGMENTER, "algm", {"threshold": 0.0, "released": True}),
+    "algm_vit_small_b1": (_SEGMENTER, "algm", {"threshold": 0.0}),
 }
-LONG = re.compile("_r8|_small_987").search
+LONG = re.compile("_r8|_small_987|avit_small$|mctf_deit_small|dynamicvit").search
 _PREDICTOR = {"in_conv.0": "norm", "in_conv.1": "proj", "out_conv.0": "fc1", "out_conv.2": "fc2", "out_conv.4": "fc3"}
 
 
@@ -69,8 +78,9 @@ def listed_tokens(meta: dict, where: str) -> list[int]:
 def test_logits_equal_the_published(case, device):
     base, method, options = CASES[case]
     meta, arrays = golden.load(case)
+    base, layers = (base, {}) if isinstance(base, str) else base
     with golden.quick_start():
-        model = timm.create_model(base).eval()
+        model = timm.create_model(base, **layers).eval()
     fast = reduction.apply(model, method, **options).to(device)
     fast.load_state_dict({_own_key(key): value for key, value in golden.state_dict(meta).items()})
     counts = []

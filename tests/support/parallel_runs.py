@@ -33,17 +33,34 @@ SHARDED = {
     "lamb": {"optimizer": {"name": "lamb"}},
     "muon": {"optimizer": {"name": "muon"}},
     "stages": {"model": {"name": "test_vig_h", "kwargs": {}}},
+    "own losses": {
+        "model": {
+            "name": "roma_pretraining",
+            "kwargs": {
+                "backbone": "test_roma_arm",
+                "img_size": 32,
+                "window": 1,
+                "region": 1,
+                "decoder_dim": 16,
+                "depth": 1,
+            },
+        },
+        "data": {"labels": False},
+    },
 }
 
 
 def trainer(world: int, **sections) -> Trainer:
-    return Trainer(make(None, **VIT | sections), CLASSES, 10, CPU, dist.get_rank() if world > 1 else 0, world)
+    made = make(None, **VIT | sections)
+    classes = CLASSES if made.data.labels else []
+    return Trainer(made, classes, 10, CPU, dist.get_rank() if world > 1 else 0, world)
 
 
 def train_on(trainer: Trainer, images: int, places: list[int]) -> list[float]:
     """Return the mean losses of 20 steps over all processes, which take parts of `images` images of the same 8."""
     found = []
     for step in range(STEPS):
+        torch.manual_seed(step)  # of what a model draws
         losses = []
         for place in places:
             part = batch(8, step)

@@ -103,7 +103,8 @@ def small(monkeypatch):
     def create_model(name, **options):
         if name != "small":
             return create(name, **options)
-        options.pop("pretrained", None)
+        for name in ("pretrained", "reduction"):
+            options.pop(name, None)
         return Small(**options)
 
     monkeypatch.setattr(models, "create_model", create_model)

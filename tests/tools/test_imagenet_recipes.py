@@ -26,12 +26,14 @@ GENERAL = {"defaults", "bakeoff"}  # of no model in particular
 WITHOUT = {
     r"her_encoder": "taught by the image encoder of SAM, without labels",
     r"ecoformer_pvt_v2_b\d": "trained from PVTv2s with softmax attention, whose weights are not published",
+    r"dynamicvit_deit_256": "trained from a DeiT of 256 channels, whose weights are not published",
     r"mamba_yolo_\w+_backbone": "trained inside its detector alone",
     r"(pyramid|plain)_(nano|tiny|small)": "no published model: bakeoff.yaml trains it",
     r"dinats?_large": "trained on ImageNet-22k, by settings that are not published; finetune/ goes on from there",
     r"mambavision_large3": "trained on ImageNet-21k alone, by settings that are not published",
     r"roma_arm_\w+": "pre-trained on remote sensing images, without labels",
-    r"favit_b[123]|segman_large_encoder|van_b[456]": "its drop path from scratch is not published",
+    r"segman_large_encoder": "its drop path is not published",
+    r"van_b[456]": "trained on ImageNet-22k first: van_b4_22k.yaml and finetune/van_b4.yaml",
     r"vim_\w+_stride8": "fine-tuned from the model of stride 16: finetune/",
 }
 
@@ -53,7 +55,7 @@ TINY = {
     r"(atrous_vmamba|care|efficient_vmamba|hrvmamba|mambavision|mavit|mila|msvmamba|msvmambav3)_": r"test_\1",
     r"(convnext_dcls|flowformer|plainmamba|plstm_vis|raftmlp|ravlt|sgformer|spatial_mamba|transnext)_": r"test_\1",
     r"(dualtoken_vit|fmvit|l2vit|m2_vit|nalaformer|s2aformer|soft|softpp)_": r"test_\1",
-    r"(a2mamba|favit|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
+    r"(a2mamba|dynamicvit|favit|van|vig|vil|vim2|vir|vmamba|vssd)_": r"test_\1",
     r"segman_\w+_encoder": "test_segman_encoder",
     r"stvit_r_swin_": "test_stvit_r_swin",
 }
@@ -147,12 +149,12 @@ def test_every_published_model_has_a_recipe():
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in GENERAL])
 def test_a_recipe_names_its_model_its_source_and_its_drop_path(name):
-    """The name is the model's; what follows it is the tag's image size, or a further part of the training."""
+    """The name is the model's; what follows it is the tag's image size, the data, or a further part of the training."""
     tree = written(RECIPES[name])
     model, _, tag = tree["model"]["name"].partition(".")
     assert timm.is_model(model)
     assert family_of(model).paper
-    assert name.removeprefix(model) in ("", "_224", tag.removeprefix("in1k"))
+    assert name.removeprefix(model) in ("", "_224", "_22k", tag.removeprefix("in1k"))
     assert RECIPES[name].read_text().startswith("# ")
     assert "arXiv" in RECIPES[name].read_text() + (RECIPES[name].parent / tree["base"]).read_text()
     assert 0 <= tree["model"]["kwargs"]["drop_path_rate"] < 1
@@ -190,7 +192,7 @@ def fake_weights(tmp_path, name: str, **kwargs) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", first_of_each_base({name: path for name, path in FINE.items() if not name.startswith("distill")})
+    "name", first_of_each_base({name: path for name, path in FINE.items() if not name.startswith(("distill", "evit"))})
 )
 def test_fine_tuning_starts_from_weights_and_takes_two_steps(tree, tmp_path, name):
     """Of a smaller image size and other classes: the last block is the file's at the start, the classifier is not."""
@@ -209,6 +211,21 @@ def test_fine_tuning_starts_from_weights_and_takes_two_steps(tree, tmp_path, nam
     learned = {key for key, _ in trainer.model.named_parameters()}
     assert {key for key in learned if not key.startswith("head.fc")} == {key for key in same if key in learned}
     assert made.optimizer.lr > 0
+
+
+def test_evit_is_fine_tuned_from_the_weights_of_the_whole_model(tree, tmp_path):
+    small = SMALL | {"depth": 4, "patch_size": 4}
+    kwargs = small | fake_weights(tmp_path, "vit_tiny_patch16_224", **small)
+    model = {"name": "vit_tiny_patch16_224", "pretrained": True, "kwargs": kwargs}
+    still = {"optimizer": {"lr": 0.0}, "schedule": {"warmup_lr": 0.0, "min_lr": 0.0}, "data": {"image_size": 32}}
+    made, trainer = two_steps(tree, FINE["evit_deit_small"], model=model, **still)
+    check_steps(made, trainer)
+    assert made.model.pretrained
+    assert timm.get_pretrained_cfg(made.model.name).num_classes == 1000
+    started = torch.load(tmp_path / "published.pt")
+    ends = trainer.model.state_dict()
+    assert all(torch.equal(value, started[key]) for key, value in ends.items() if not key.startswith("head"))
+    assert trainer.model.reduction.keep_rate == (1.0, 0.7, 0.7, 0.7)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """tools/influence.py finds what an output depends on; two tools draw it."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from visionmix import create_mixer
@@ -163,6 +165,21 @@ def test_receptive_fields_are_drawn_side_by_side(file, tmp_path, capsys):
         assert picture.width > picture.height > 200
 
 
+def test_models_of_one_name_are_called_by_their_files_folders_and_take_any_size(file, tmp_path, monkeypatch):
+    files = []
+    for name in ("first", "second"):
+        files.append(str(tmp_path / name / "best.safetensors"))
+        Path(files[-1]).parent.mkdir()
+        save_file(timm.create_model("test_vig").state_dict(), files[-1])
+    drawn = {}
+    monkeypatch.setattr(draw_attention, "draw_attention", lambda found, *_: drawn.update(found))
+    models, weights = ["test_vig", "test_vig"], ["--checkpoint", files[0], "--checkpoint", files[1]]
+    assert draw_attention.main([*models, file, *weights, "--img-size", "80"]) == 0
+    assert list(drawn) == ["first", "second"]
+    assert {picture.shape for picture, _ in drawn.values()} == {(80, 80, 3)}
+    assert {row.weights.shape for _, rows in drawn.values() for row in rows} == {(5, 5)}
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "text"),
     [
@@ -170,6 +187,8 @@ def test_receptive_fields_are_drawn_side_by_side(file, tmp_path, capsys):
         (draw_attention, ["test_resnet", "cat"], "has no token mixers"),
         (draw_attention, ["test_vig", "nowhere.png"], "nowhere.png"),
         (draw_receptive_field, ["test_vig", "--images", "nowhere.png"], "nowhere.png"),
+        (draw_attention, ["test_vig", "test_vig", "cat"], "'test_vig' is named twice"),
+        (draw_attention, ["test_vig", "cat", "--img-size", "8"], "img_size=8 is smaller than patch_size=16"),
     ],
 )
 def test_mistakes_are_answered(tool, arguments, text, capsys, tmp_path):
@@ -182,6 +201,7 @@ def test_mistakes_are_answered(tool, arguments, text, capsys, tmp_path):
     [
         (["test_vig", "cat", "--query", "1,0"], "'1,0' is outside the image"),
         (["test_vig", "cat", "--query", "3"], "'3' is not ROW,COL"),
+        (["test_vig", "cat", "--img-size", "0"], "--img-size 0 is no size"),
         (["test_vig", "test_vit", "cat", "--checkpoint", "a.pt"], "--checkpoint is given 1 times for 2 models"),
     ],
 )

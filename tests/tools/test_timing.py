@@ -72,11 +72,11 @@ def test_quick_limits_take_the_fastest_of_the_calls_in_a_time(monkeypatch):
         now[0] += next(left)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0] + next(clock) * 1e-9)
-    assert timing._fastest(call, 8.5) == pytest.approx(2.0)
+    assert timing.fastest(call, 8.5) == pytest.approx(2.0)
     assert next(left) == 5.0
 
 
 def test_quick_limits_are_rates(monkeypatch):
-    monkeypatch.setattr(timing, "_fastest", lambda call, seconds: seconds)
+    monkeypatch.setattr(timing, "fastest", lambda call, seconds: seconds)
     monkeypatch.setattr(timing, "_copy_and_product", lambda device, dtype: (None, 80, None, 600))
     assert timing.quick_limits(seconds=2.0) == (40, 300)

@@ -46,6 +46,9 @@ RUNS = {
     },
     "views": {"augment": NOISY | {"auto_augment": "augmix-m3-w2", "splits": 2}, "train": {"loss": "jsd"}},
     "batch norms": {"model": {"kwargs": {"batch_norm": True}}, "train": {"sync_bn": True, "accumulate": 2}},
+    "reduction": {
+        "model": vit() | {"reduction": "dynamicvit:layers=[0]"}, "augment": NOISY, "train": {"ema_decay": 0.9},
+    },
     "tokens": {
         "model": vit("deit_tiny_distilled_patch16_224"), "distill": {"kind": "tokens", "hard": True}, "augment": NOISY,
     },

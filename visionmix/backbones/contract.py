@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -13,12 +12,10 @@ from timm.models import checkpoint
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from visionmix.layers.by_name import LayerSpec, layer_maker
-from visionmix.mixers.registry import create_mixer, mixer_options
-from visionmix.private_api import feature_take_indices, update_model_input_size
+from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
+from visionmix.private_api import update_model_input_size
 
 MixerSpec = str | dict[str, Any]
-_FORMATS = ("NCHW", "NHWC", "NLC")
 _HEAD_DIM = 32
 
 
@@ -147,12 +144,18 @@ class Backbone(nn.Module):
                 module.set_progress(done)
 
     @torch.jit.ignore
+    def fitted_layers(self) -> list[nn.Module]:
+        """Return the layers that `calibrate` fits: those with a method `calibrate`."""
+        return [each for each in self.modules() if hasattr(each, "calibrate") and not isinstance(each, Backbone)]
+
+    @torch.jit.ignore
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
         """Fit every layer that is fitted to data, such as a hash, to `images`, as many as one pass has memory for.
 
-        A layer that is fitted has a method `calibrate`, called with its input. One is fitted after another, in the
-        order of a pass in evaluation mode, so each to what the fitted ones before it return.
+        A layer that is fitted has a method `calibrate`, called with its input, and keeps what it learns in buffers. One
+        is fitted after another, in the order of a pass in evaluation mode, so each to what the fitted ones before it
+        return. `visionmix train` does this before the first step.
 
         Args:
             images: (batch, in_chans, height, width), as the model takes them.
@@ -160,7 +163,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: no layer is fitted to data, or `images` is not a fitting batch.
         """
-        layers = [each for each in self.modules() if each is not self and hasattr(each, "calibrate")]
+        layers = self.fitted_layers()
         if not layers:
             raise ValueError(f"no layer of {type(self).__qualname__} is fitted to data; leave out calibrate()")
         training = {each: each.training for each in self.modules()}
@@ -281,11 +284,11 @@ class Backbone(nn.Module):
             return_prefix_tokens: Whether each map comes in a pair with the prefix tokens (batch, count, channels).
 
         Raises:
-            ValueError: `output_fmt` is none of the three.
+            ValueError: `output_fmt` is none of the three, or there are fewer stages or blocks.
         """
         check_output_format(output_fmt)
         units = getattr(self, self.units)
-        take, last = feature_take_indices(len(units), indices)
+        take, last = chosen_units(len(units), indices, self.units)
         state = self._enter(x)
         taken = []
         for index, unit in enumerate(units[: last + 1] if stop_early else units):
@@ -300,34 +303,29 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers of the chosen units."""
+        """Drop what `forward_intermediates(indices=...)` does not need; return the numbers of the chosen units.
+
+        Raises:
+            ValueError: there are fewer units.
+        """
         units = getattr(self, self.units)
-        take, last = feature_take_indices(len(units), indices)
+        take, last = chosen_units(len(units), indices, self.units)
+        # Norm and head have the width of the last unit: without it they fit only where all are of one width.
+        unfit = last < len(units) - 1 and not self.norms_every_unit
         setattr(self, self.units, units[: last + 1])
-        if prune_norm:
+        if prune_norm or unfit:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or unfit:
             self.reset_classifier(0, "")
             if hasattr(self.head, "drop_projection"):
                 self.head.drop_projection()
+        if unfit:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         return take
 
     @torch.jit.ignore
     def _run_unit(self, unit: nn.Module, *arguments: Any) -> Any:
         return checkpoint(unit, *arguments) if self.grad_checkpointing else unit(*arguments)
-
-
-def laid_out(cells: Tensor, output_fmt: str) -> Tensor:
-    """Return a map (batch, rows, columns, channels) with the axes "NCHW", "NHWC", or "NLC"."""
-    if output_fmt == "NLC":
-        return cells.flatten(1, 2)
-    return cells if output_fmt == "NHWC" else cells.permute(0, 3, 1, 2)
-
-
-def check_output_format(output_fmt: str) -> None:
-    """Raise ValueError unless `output_fmt` is "NCHW", "NHWC" or "NLC"."""
-    if output_fmt not in _FORMATS:
-        raise ValueError(f"output_fmt={output_fmt!r} is unknown; give one of {', '.join(map(repr, _FORMATS))}")
 
 
 def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) -> tuple[int, int]:
@@ -345,67 +343,6 @@ def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) ->
     if patch_size is not None and min(sides) < patch_size:
         raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}; enlarge the images")
     return int(sides[0]), int(sides[1])
-
-
-def build_mixer(
-    spec: MixerSpec,
-    dim: int,
-    *,
-    num_heads: int,
-    grid_size: tuple[int, int],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    **overrides: Any,
-) -> nn.Module:
-    """Return the mixer that `spec`, a name or a dict of name and options, describes, with `overrides` of its options.
-
-    A mixer that takes `num_heads`, or `grid_size` (rows and columns of the map at the built image size), is given them.
-    """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if "name" not in options:
-        raise ValueError(f"mixer={spec!r} has no 'name'; give a name or dict(name=..., options)")
-    name = options.pop("name")
-    options |= overrides
-    known = mixer_options(name)
-    for option, value in (("num_heads", num_heads), ("grid_size", grid_size)):
-        if option in known:
-            options.setdefault(option, value)
-    return create_mixer(name, dim, device=device, dtype=dtype, **options)
-
-
-def build_blocks(
-    dim: int,
-    block_layer: Any,
-    mixer: Any,
-    rates: Sequence[float],
-    *,
-    where: str = "",
-    num_heads: int,
-    grid_size: tuple[int, int],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    **options: Any,
-) -> list[nn.Module]:
-    """Return a block of `dim` channels for each of the drop path rates.
-
-    Args:
-        dim: Channels.
-        block_layer: Makes a block; one for all, or as `per_block` takes several.
-        mixer: The mixer of all, or as `per_block` takes several.
-        rates: Rates of stochastic depth.
-        where: Which blocks these are, for messages.
-        num_heads: Heads of mixers that have heads.
-        grid_size: Rows and columns of the map at the built image size.
-        **options: More options of the blocks.
-    """
-    dd = {"device": device, "dtype": dtype}
-    layers = per_block(block_layer, len(rates), "block_layer", where=where)
-    specs = per_block(mixer, len(rates), "mixer", where=where)
-    maker = partial(build_mixer, dim=dim, num_heads=num_heads, grid_size=grid_size, **dd)
-    return [
-        layer(dim, mixer=partial(maker, spec), drop_path=rate, **options, **dd)
-        for layer, spec, rate in zip(layers, specs, rates, strict=True)
-    ]
 
 
 def heads_for(dim: int) -> int:
@@ -455,12 +392,6 @@ def check_mixer(mixer: Any) -> None:
     """Raise TypeError unless `mixer` is a mixer's name, a dict, or a list of those."""
     if not isinstance(mixer, str | dict | list | tuple) or not mixer:
         raise TypeError(f"mixer={mixer!r} is not a mixer; give a name, dict(name=..., options), or a list of those")
-
-
-def mlp_maker(mlp_layer: LayerSpec, mlp_ratio: float | None) -> Callable[..., nn.Module] | None:
-    """Return what makes the feed-forward `mlp_layer`, with that ratio of hidden width where one is given."""
-    layer = layer_maker("mlp_layer", mlp_layer)
-    return layer if layer is None or mlp_ratio is None else partial(layer, mlp_ratio=mlp_ratio)
 
 
 def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:

@@ -10,14 +10,13 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones.block import Block
+from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_blocks,
     check_mixer,
     heads_for,
     image_sides,
-    mlp_maker,
     per_stage,
     set_grid_size,
 )
@@ -102,6 +101,7 @@ class Hierarchical(Backbone):
         block_layer: Makes a block, as `visionmix.backbones.Block` is made. One per stage, or a list with one per block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one. One per stage.
         mlp_ratio: Hidden width of the feed-forwards over the width; None for the default of `mlp_layer`.
+        act_layer: Activation of the feed-forwards: a name such as "relu", or a class; None for that of `mlp_layer`.
         norm_layer: Makes a norm over channels from the width. One per stage.
         stage_norm_layer: Makes the layer that every stage ends in from the width; "same" for the stage's `norm_layer`,
             None for nothing. One per stage.
@@ -110,6 +110,8 @@ class Hierarchical(Backbone):
             classifier has that width as `hidden_size`.
         layer_scale: Initial value of the blocks' learned scales, or None for none. One per stage.
         drop_rate: Dropout rate before the classifier.
+        proj_drop_rate: Dropout rate of what mixers return and inside feed-forwards.
+        attn_drop_rate: Dropout rate of attention weights.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
 
     Raises:
@@ -139,12 +141,15 @@ class Hierarchical(Backbone):
         block_layer: Callable[..., nn.Module] | Sequence[Any] = Block,
         mlp_layer: _EachStage = swiglu,
         mlp_ratio: float | None = None,
+        act_layer: LayerSpec = None,
         norm_layer: _EachStage = _NORM,
         stage_norm_layer: _EachStage = None,
         final_norm_layer: LayerSpec = "same",
         head_layer: LayerSpec = _HEAD,
         layer_scale: float | Sequence[float | None] | None = None,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -170,7 +175,9 @@ class Hierarchical(Backbone):
         embeddings = makers("pos_embed", pos_embed, "pos_embed")
         norms = makers("norm_layer", norm_layer, "norm_layer")
         stage_norms = makers("norm_layer", stage_norm_layer, "stage_norm_layer")
-        mlps = [mlp_maker(each, mlp_ratio) for each in per_stage(mlp_layer, stages, "mlp_layer")]
+        mlps = [
+            mlp_maker(each, mlp_ratio, act_layer, proj_drop_rate) for each in per_stage(mlp_layer, stages, "mlp_layer")
+        ]
         stage_layers = per_stage(stage_layer, stages, "stage_layer")
         block_layers = per_stage(block_layer, stages, "block_layer")
         mixers = per_stage(mixer, stages, "mixer")
@@ -186,9 +193,10 @@ class Hierarchical(Backbone):
             downsample = downsamplers[index](embed_dims[index - 1], dim, **dd) if index else None
             if downsample is not None:
                 grid_size, reduction = downsample.grid_size(*grid_size), reduction * downsample.stride
+            drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
             options = {"mlp_layer": mlps[index], "norm_layer": norms[index], "layer_scale": scales[index], **dd}
             places = {"num_heads": num_heads[index], "grid_size": grid_size, "where": f" of stage {index}"}
-            blocks = build_blocks(dim, block_layers[index], mixers[index], rates[index], **places, **options)
+            blocks = build_blocks(dim, block_layers[index], mixers[index], rates[index], **places, **drops, **options)
             embedding = embeddings[index]
             norm = norms[index] if stage_norms[index] == "same" else stage_norms[index]
             self.stages.append(

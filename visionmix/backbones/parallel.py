@@ -12,23 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.backbones.block import Block
+from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_blocks,
     check_mixer,
-    check_output_format,
     heads_for,
     image_sides,
-    laid_out,
-    mlp_maker,
     per_stage,
     set_grid_size,
 )
+from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
 from visionmix.layers import ConvsDownsample, mlp, resample_map
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem, conv_norm
 from visionmix.layers.by_name import LayerSpec, layer_maker
-from visionmix.private_api import feature_take_indices
 
 _NORM = partial(LayerNorm, eps=1e-5)
 _HEAD = partial(ClassifierHead, input_fmt="NHWC")
@@ -209,11 +206,14 @@ class Parallel(Backbone):
         block_layer: Makes a block, as `visionmix.backbones.Block` is made. One per resolution.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one. One per resolution.
         mlp_ratio: Hidden width of the feed-forwards over the width; None for the default of `mlp_layer`.
+        act_layer: Activation of the feed-forwards: a name such as "relu", or a class; None for that of `mlp_layer`.
         norm_layer: Makes a norm over channels from the width. One per resolution.
         neck_dims: Channels that the neck widens each resolution to, then those of its result.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
+        proj_drop_rate: Dropout rate of what mixers return and inside feed-forwards.
+        attn_drop_rate: Dropout rate of attention weights.
         drop_path_rate: Rate of stochastic depth at the last blocks; it grows linearly from 0.
 
     Raises:
@@ -242,11 +242,14 @@ class Parallel(Backbone):
         block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] = Block,
         mlp_layer: _EachResolution = mlp,
         mlp_ratio: float | None = None,
+        act_layer: LayerSpec = None,
         norm_layer: _EachResolution = _NORM,
         neck_dims: Sequence[int] = (128, 256, 512, 1024, 2048),
         head_layer: LayerSpec = _HEAD,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -270,7 +273,7 @@ class Parallel(Backbone):
             return per_stage(value, count, option, "resolution")
 
         norms = [layer_maker("norm_layer", layer) for layer in each(norm_layer, "norm_layer")]
-        mlps = [mlp_maker(layer, mlp_ratio) for layer in each(mlp_layer, "mlp_layer")]
+        mlps = [mlp_maker(layer, mlp_ratio, act_layer, proj_drop_rate) for layer in each(mlp_layer, "mlp_layer")]
         layers, mixers = each(block_layer, "block_layer"), each(mixer, "mixer")
 
         self.patch_size = patch_size
@@ -278,9 +281,10 @@ class Parallel(Backbone):
         grids = _grids(self.stem.grid_size(*image_sides(img_size, patch_size)), count)
 
         def branch(index: int, rates: Sequence[float]) -> list[nn.Module]:
+            drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
             options = {"mlp_layer": mlps[index], "norm_layer": norms[index], "layer_scale": layer_scale, **dd}
             places = {"num_heads": num_heads[index], "grid_size": grids[index], "where": f" of resolution {index}"}
-            return build_blocks(embed_dims[index], layers[index], mixers[index], rates, **places, **options)
+            return build_blocks(embed_dims[index], layers[index], mixers[index], rates, **places, **drops, **options)
 
         blocks = [depth for depth, times in zip(depths, num_exchanges, strict=True) for _ in range(times)]
         rates = iter(calculate_drop_path_rates(drop_path_rate, blocks, stagewise=True))
@@ -389,7 +393,7 @@ class Parallel(Backbone):
             ValueError: `output_fmt` is none of the three.
         """
         check_output_format(output_fmt)
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
         maps = self.forward_maps(x)
         taken = []
         for name, cells in zip(self.stages[-1].exchanges[-1].merges, maps, strict=True):
@@ -406,7 +410,7 @@ class Parallel(Backbone):
 
         Without the head, the neck goes, and with it the last sums of the other resolutions.
         """
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
         if prune_head:
             self.reset_classifier(0, "")
             self.neck = nn.Identity()

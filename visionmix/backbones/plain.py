@@ -11,14 +11,13 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from visionmix.backbones.block import Block, TokenBlock
+from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
-    build_blocks,
     check_mixer,
     heads_for,
     image_sides,
-    mlp_maker,
     set_grid_size,
 )
 from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
@@ -61,6 +60,7 @@ class Plain(Backbone):
             `visionmix.backbones.TokenBlock`; None for these; or a list with an entry per block.
         mlp_layer: Makes a feed-forward from the width; None for blocks without one.
         mlp_ratio: Hidden width of the feed-forwards over the width; None for the default of `mlp_layer`.
+        act_layer: Activation of the feed-forwards: a name such as "relu", or a class; None for that of `mlp_layer`.
         norm_layer: Makes a norm over channels from the width.
         final_norm_layer: Makes the norm after the last block; "same" for `norm_layer`, None for none.
         pos_embed: Makes the position embedding added after the stem from (dim, grid_size); None for none.
@@ -73,6 +73,8 @@ class Plain(Backbone):
             tokens for `visionmix.layers.TokenHead`. With prefix tokens it is given their `count` and `place`.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
+        proj_drop_rate: Dropout rate of what mixers return and inside feed-forwards.
+        attn_drop_rate: Dropout rate of attention weights.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0.
 
     Raises:
@@ -102,6 +104,7 @@ class Plain(Backbone):
         block_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] | None = None,
         mlp_layer: LayerSpec = swiglu,
         mlp_ratio: float | None = None,
+        act_layer: LayerSpec = None,
         norm_layer: LayerSpec = _NORM,
         final_norm_layer: LayerSpec = "same",
         pos_embed: LayerSpec = PositionEmbedding,
@@ -110,6 +113,8 @@ class Plain(Backbone):
         head_layer: LayerSpec = None,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -122,7 +127,7 @@ class Plain(Backbone):
             raise ValueError(f"prefix={prefix!r} is unknown; give 'mix' or 'pass'")
         norm = layer_maker("norm_layer", norm_layer)
         embedding = layer_maker("pos_embed", pos_embed)
-        mlp = mlp_maker(mlp_layer, mlp_ratio)
+        mlp = mlp_maker(mlp_layer, mlp_ratio, act_layer, proj_drop_rate)
         heads = heads_for(embed_dim) if num_heads is None else num_heads
 
         self.patch_size = patch_size
@@ -144,7 +149,7 @@ class Plain(Backbone):
             head = partial(layer_maker("head_layer", head_layer) or TokenHead, **where)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         options = {"mlp_layer": mlp, "norm_layer": norm, "layer_scale": layer_scale, **dd}
-        places = {"num_heads": heads, "grid_size": grid_size}
+        places = {"num_heads": heads, "grid_size": grid_size, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         self.blocks = nn.ModuleList(build_blocks(embed_dim, block_layer or default, mixer, rates, **places, **options))
         for index, block in enumerate(self.blocks):
             if self.has_prefix and len(inspect.signature(block.forward).parameters) < 2:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from visionmix.backbones import Plain
 from visionmix.integrations.openmmlab import MODELS, Backbone, check_indices
 from visionmix.layers.fan_out import draw_by_fan_out
+from visionmix.reduction.sharing import Reduced
 
 STRIDES = (8, 16, 32)  # of the adapter's tokens; the model's are of 16
 STEPS = 4  # groups of blocks, between which model and adapter attend to each other
@@ -139,7 +140,7 @@ class Adapter(Backbone):
         **options: Further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: as `Backbone` has it, or the model is another one than `name` asks for.
+        ValueError: as `Backbone` has it, the model is another one than `name` asks for, or a `reduction` is given.
     """
 
     def __init__(
@@ -160,6 +161,11 @@ class Adapter(Backbone):
         more = {"drop_path_rate": drop_path_rate, "init_cfg": init_cfg, "one_stride": True}
         super().__init__(name, pretrained, **more, **options)
         model, dim = self.features.model, self.channels[-1]
+        if isinstance(model, Reduced):
+            raise ValueError(
+                f"reduction={options['reduction']!r} does not go with the adapter, which attends to every cell between "
+                "the blocks; leave it out, or take visionmix.Backbone"
+            )
         if not isinstance(model, Plain) or model.has_prefix or self.strides[-1] != 16 or len(model.blocks) < STEPS:
             raise ValueError(
                 f"name={name!r} is no plain model of stride 16, without prefix tokens and of {STEPS} blocks or more; "

@@ -67,9 +67,11 @@ class Backbone(BaseModule):
         one_stride: Whether maps of one stride are what the neck or head takes; see above.
         init_cfg: mmengine's initialisation, for instance ``dict(type="Pretrained", checkpoint=...)`` for a file saved
             by mmengine.
-        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others.
+        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others. A plain model
+            takes a token `reduction`, as ``"ssm_prune:keep_rate=0.7"``; its maps are dense all the same.
 
     Raises:
+        TypeError: the model cannot be reduced.
         ValueError: `name` is unknown; `out_indices` or `frozen_stages` are out of range; several maps have one stride
             and `one_stride` does not allow it; both `pretrained` and `init_cfg` are given.
         FileNotFoundError: `pretrained` names no file.

@@ -15,7 +15,7 @@ from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
 from visionmix.layers.conv import CausalConv
 from visionmix.layers.half_precision import at_least_float32, scan_dtype
 from visionmix.layers.order import scan_order
-from visionmix.scans import move_codes
+from visionmix.scans import kept_steps, move_codes
 from visionmix.scans.order_names import join_orders, split_orders
 
 _STEP_RANGE = (1e-3, 0.1)
@@ -34,13 +34,19 @@ def _moves(orders: str, height: int, width: int, permute: str, like: Tensor) -> 
     maps = []
     for name in split_orders(orders):
         index, inverse = scan_order(name, height, width, like)
-        codes = move_codes(index, width)
         if permute == "input":  # B is read in raster order
+            codes = move_codes(index, width)
             codes = torch.cat([codes, codes.new_zeros(height * width)])[: height * width]
-        else:  # a cell that is not read has no step, -1
-            codes = torch.cat([codes, codes.new_zeros(1)])[inverse]
+        else:
+            codes = _moves_to_cells(index, inverse, width)
         maps.append(codes.reshape(height, width))
     return torch.stack(maps, dim=-1)
+
+
+def _moves_to_cells(index: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """Return the code of the move to every cell, int64 (cells,); 0 for a cell that is not read, whose step is -1."""
+    codes = move_codes(index, width)
+    return torch.cat([codes, codes.new_zeros(1)])[inverse]
 
 
 def scan_sizes(dim: int, expand: float, dt_rank: int | None) -> tuple[int, int]:
@@ -159,6 +165,50 @@ class SelectiveScan2d(_ScanParameters):
             self.move_B = nn.Parameter(trunc_normal_(torch.empty(_MOVES, d_state, **dd), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
+        steps, delta_weight, A, B, C, D, delta_bias = self._inputs(x)
+        if self.moves:
+            codes = _moves(self.orders, x.shape[1], x.shape[2], self.permute, x)
+            B = B + F.embedding(codes, self.move_B).to(B.dtype)
+        return selective_scan_2d_op(
+            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute, scan_dtype(x)
+        )
+
+    @torch.jit.ignore
+    def forward_kept(
+        self, x: Tensor, kept: Tensor, grid: tuple[int, int], align: bool = True, merge: str | None = None
+    ) -> Tensor:
+        """Return the scans of tokens that are left of a map, (batch, tokens, dim), those of others being gone.
+
+        They are read in the whole map's orders. The state crosses the places of the others with the decay that tokens
+        of zeros would bring there, ``exp(softplus(b) A)`` each, as `visionmix.kernels.selective_scan_2d` does it with
+        gaps. With `moves`, B has the vector of the whole map's move to a token's cell. Where x alone is read in the
+        orders (`permute` "input"), step t takes ``dt``, B and C from the t-th of the tokens.
+
+        Args:
+            x: The tokens, (batch, tokens, dim), in row-major order of their cells.
+            kept: Their cells, int64 (batch, tokens), rising.
+            grid: Rows and columns of the map.
+            align: Whether there are gaps; otherwise the tokens are a sequence of their own.
+            merge: In place of the scan's own.
+        """
+        x = x.unsqueeze(1)
+        steps, delta_weight, A, B, C, D, delta_bias = self._inputs(x)
+        orders = [scan_order(name, grid[0], grid[1], x) for name in split_orders(self.orders)]
+        cells, gaps = kept_steps(torch.stack([inverse for _, inverse in orders]), kept)
+        if self.moves:
+            codes = torch.stack([_moves_to_cells(index, inverse, grid[1]) for index, inverse in orders])
+            codes = codes[:, kept].transpose(0, 1)  # (batch, K, tokens)
+            if self.permute == "input":
+                codes = codes.gather(2, cells)  # of the token that x is read of at each step
+            B = B + F.embedding(codes.transpose(1, 2).unsqueeze(1), self.move_B).to(B.dtype)
+        options = (True, "", self.merge if merge is None else merge, self.permute, scan_dtype(x))
+        y = selective_scan_2d_op(
+            x, steps, delta_weight, A, B, C, D, delta_bias, *options, cells, gaps if align else None
+        )
+        return y.squeeze(1)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return delta, its weight where it is of low rank, A, B, C, D and the steps' bias, as the op takes them."""
         steps, B, C = self.x_proj(x).unflatten(-1, (-1, sum(self.widths))).split(self.widths, dim=-1)
         delta_weight = torch.jit.annotate(Tensor | None, self.delta_weight)
         A, D, delta_bias = _decay_rates(self.A_log), self.D, self.delta_bias
@@ -170,12 +220,7 @@ class SelectiveScan2d(_ScanParameters):
             D, delta_bias = D.expand(self.count, -1), delta_bias.expand(self.count, -1)
         if self.bias_scale != 1.0:
             delta_bias = delta_bias * self.bias_scale
-        if self.moves:
-            codes = _moves(self.orders, x.shape[1], x.shape[2], self.permute, x)
-            B = B + F.embedding(codes, self.move_B).to(B.dtype)
-        return selective_scan_2d_op(
-            x, steps, delta_weight, A, B, C, D, delta_bias, True, self.orders, self.merge, self.permute, scan_dtype(x)
-        )
+        return steps, delta_weight, A, B, C, D, delta_bias
 
     def _each(self, x: Tensor) -> Tensor:
         """Return x (batch, height, width, 1, features) repeated for each of the orders, without a copy."""

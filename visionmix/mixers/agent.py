@@ -13,7 +13,7 @@ from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.maps import pool_map
 from visionmix.layers.sequence import SequenceMixer
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 
 _TABLE_SIDE = 7
 
@@ -45,6 +45,8 @@ class AgentAttention(SequenceMixer):
         qkv_bias: Whether the projection to q, k and v has a bias.
         class_bias: Whether tokens that are not cells have learned biases; otherwise theirs are 0.
         grid_size: Rows and columns of the map that the biases are built for.
+        attn_drop: Dropout rate of the weights of both attentions.
+        proj_drop: Dropout rate of the result.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `num_agents` is not a square number.
@@ -60,6 +62,8 @@ class AgentAttention(SequenceMixer):
         qkv_bias: bool = True,
         class_bias: bool = False,
         grid_size: tuple[int, int] = (14, 14),
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
         super().__init__()
@@ -71,9 +75,12 @@ class AgentAttention(SequenceMixer):
         self.side = side
         self.class_bias = class_bias
         self.fused_attn = use_fused_attn()
+        self.gather = DotProductAttention(attn_drop)
+        self.read = DotProductAttention(attn_drop)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
         def bias(*sizes: int) -> nn.Parameter:
             return nn.Parameter(trunc_normal_(torch.zeros(num_heads, num_agents, *sizes, **dd), std=0.02))
@@ -112,9 +119,9 @@ class AgentAttention(SequenceMixer):
             query_bias = join_prefix(query_bias, query_prefix, grid.prefix_positions)
             local = join_prefix(local, torch.zeros_like(prefix), grid.prefix_positions)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        gathered = softmax_attention(agents, k, v, key_bias.transpose(1, 2), self.fused_attn)
-        out = softmax_attention(q, agents, gathered, query_bias, self.fused_attn)
-        return self.proj(out.transpose(1, 2).flatten(2) + local)
+        gathered = self.gather(agents, k, v, key_bias.transpose(1, 2), self.fused_attn)
+        out = self.read(q, agents, gathered, query_bias, self.fused_attn)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2) + local))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Return (batch, heads, tokens, head_dim) of (batch, tokens, dim)."""

@@ -14,7 +14,7 @@ from visionmix.kernels.neighborhood_attention.halves import neighborhood_scores_
 from visionmix.kernels.neighborhood_attention.tables import Window
 from visionmix.layers import at_least_float32, pool_map, pool_windows
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import Attention, check_heads, softmax_attention
+from visionmix.mixers.softmax import Attention, DotProductAttention, check_heads
 from visionmix.scans.cells import numbered
 
 _TEMPERATURE = math.log(math.expm1(1 / 0.24))  # its softplus is 1 / 0.24
@@ -119,6 +119,7 @@ class LengthScaledCosineAttention(Attention):
         super().__init__(dim, num_heads, qkv_bias, False, None, False, **dd)
         self.needs_map = True
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, **dd))
         self.query_embedding = nn.Parameter(torch.empty(num_heads, dim // num_heads, **dd))
         self.position_bias = LogSpacedPositionBias(num_heads, grid_size, **dd)
@@ -138,7 +139,7 @@ class LengthScaledCosineAttention(Attention):
         q = q * (q.shape[-1] ** 0.5)  # which the attention divides by
         bias = self.position_bias(height, width, height, width, v).permute(2, 0, 1).to(v.dtype)
         q, k = q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2)
-        return softmax_attention(q, k, v.transpose(1, 2), bias, self.fused_attn).transpose(1, 2)
+        return self.dot_product(q, k, v.transpose(1, 2), bias, self.fused_attn).transpose(1, 2)
 
 
 @register_mixer("aggregated")

@@ -15,7 +15,7 @@ from visionmix.layers import BatchNorm, RotaryMap, ScanLayerNorm, SelectiveScan2
 from visionmix.layers.fold import fold_behind
 from visionmix.layers.maps import resample_map
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 from visionmix.scans import direction_names
 
 _NORM_EPS = 1e-6
@@ -106,6 +106,7 @@ class _LocalAttention(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.global_attention = global_attention
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         if global_attention:
             self.pair_bias = PairBias(num_heads, grid_size, **dd)
 
@@ -134,7 +135,7 @@ class _LocalAttention(nn.Module):
         _, height, width, _, _ = v.shape
         q, k, v = [each.flatten(1, 2).transpose(1, 2) for each in (q, k, v)]
         bias = self.pair_bias.table(height * width).to(v.dtype)
-        return softmax_attention(q, k, v, bias, self.fused_attn).transpose(1, 2).unflatten(1, (height, width))
+        return self.dot_product(q, k, v, bias, self.fused_attn).transpose(1, 2).unflatten(1, (height, width))
 
 
 @register_mixer("mass")

@@ -6,7 +6,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 
 _AXES = ("rows", "columns", "both")
 
@@ -18,13 +18,14 @@ class _LineAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         # All rows of all images in one axis, so that PyTorch's fused attention takes them.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
-        y = softmax_attention(q, k, v, None, self.fused_attn)
+        y = self.dot_product(q, k, v, None, self.fused_attn)
         return self.proj(y.transpose(1, 2).flatten(2).unflatten(0, (x.shape[0], x.shape[1])))
 
 

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visionmix.layers import ScanLayerNorm, SelectiveScan2d, scan_sizes
 from visionmix.layers.by_name import LayerSpec, layer_maker
+from visionmix.layers.kept import conv_kept
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -63,11 +65,30 @@ class CrossScan(nn.Module):
         self.proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x, z = self._enter(x)
+        return self.close(self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)), z)
+
+    @torch.jit.ignore
+    def scan_kept(
+        self, x: Tensor, kept: Tensor, grid: tuple[int, int], align: bool = True, merge: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scans' output and the gate of tokens that are left of a map, as `PlainScan.scan_kept` does."""
+        x, z = self._enter(x)
+        return self.scan.forward_kept(self.act(conv_kept(self.conv, x, kept, grid)), kept, grid, align, merge), z
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.in_proj(x)
-        z = x
-        if self.gate:
-            x, z = x.chunk(2, dim=-1)
-        y = self.norm(self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))).to(x.dtype)
+        if not self.gate:
+            return x, x
+        x, z = x.chunk(2, dim=-1)
+        return x, z
+
+    def close(self, y: Tensor, z: Tensor) -> Tensor:
+        """Return the mixed tokens (..., dim) of the scans' output and the gate before its activation.
+
+        Without a gate, nothing but the type of `z` is read.
+        """
+        y = self.norm(y).to(z.dtype)
         if self.gate:
             y = y * self.act(z)
         return self.proj(y)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from visionmix.layers.maps import pad
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import softmax_attention
+from visionmix.mixers.softmax import DotProductAttention
 from visionmix.scans.cells import numbered, row_and_column
 
 
@@ -40,6 +40,8 @@ class CrossWindowAttention(nn.Module):
             over the whole map by all channels, as in CSWin's last stage.
         grid_size: Rows and columns of the map that a function of it is asked for.
         qkv_bias: Whether the projection to q, k and v has a bias.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the result.
 
     Raises:
         ValueError: heads do not divide the channels they share, or `split_size` is below 1.
@@ -54,10 +56,14 @@ class CrossWindowAttention(nn.Module):
         split_size: int | Callable[[tuple[int, int]], int] | None = 7,
         grid_size: tuple[int, int] = (14, 14),
         qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
         super().__init__()
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention(attn_drop)
+        self.horizontal = DotProductAttention(attn_drop)  # of its own, for hooks that read weights
         self.has_stripes = split_size is not None
         self._split_size = split_size
         self.set_grid_size(grid_size)
@@ -76,6 +82,7 @@ class CrossWindowAttention(nn.Module):
         if self.has_stripes:
             self.horizontal_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
@@ -93,43 +100,45 @@ class CrossWindowAttention(nn.Module):
             left, right = qkv.chunk(2, dim=-1)
             before, behind = _padding(width, size)
             cells = pad(left, [0, 0, 0, 0, before, behind])
-            vertical = _attend_in_stripes(cells, size, self.heads, width, self.fused_attn)
+            vertical = self._attend_in_stripes(cells, size, width, False)
             vertical = vertical + _between(self.conv(_separated_values(cells, size)), size, width)
             # Horizontal stripes are vertical ones of the transposed map, but for their convolution.
             before, behind = _padding(height, size)
             cells = pad(right, [0, 0, 0, 0, 0, 0, before, behind]).transpose(1, 2)
-            horizontal = _attend_in_stripes(cells, size, self.heads, height, self.fused_attn)
+            horizontal = self._attend_in_stripes(cells, size, height, True)
             local = self.horizontal_conv(_separated_values(cells, size).transpose(2, 3)).transpose(2, 3)
             horizontal = horizontal + _between(local, size, height)
-            return self.proj(torch.cat([vertical, horizontal.transpose(1, 2)], dim=-1))
+            return self.proj_drop(self.proj(torch.cat([vertical, horizontal.transpose(1, 2)], dim=-1)))
         tokens = qkv.flatten(1, 2).unflatten(-1, (self.heads, -1))
-        y = _attend(tokens, self.fused_attn).flatten(2).unflatten(1, (height, width))
-        return self.proj(y + self.conv(qkv.select(3, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y = self._attend(tokens, False).flatten(2).unflatten(1, (height, width))
+        local = self.conv(qkv.select(3, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj_drop(self.proj(y + local))
 
+    def _attend(self, tokens: Tensor, horizontal: bool) -> Tensor:
+        """Return (batch, tokens, heads, dim): attention among `tokens`, q, k and v (batch, tokens, 3, heads, dim)."""
+        q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
+        if horizontal:
+            return self.horizontal(q, k, v, None, self.fused_attn).transpose(1, 2)
+        return self.dot_product(q, k, v, None, self.fused_attn).transpose(1, 2)
 
-def _attend(tokens: Tensor, fused: bool) -> Tensor:
-    """Return (batch, tokens, heads, dim): attention among `tokens`, q, k and v (batch, tokens, 3, heads, dim)."""
-    q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
-    return softmax_attention(q, k, v, None, fused).transpose(1, 2)
+    def _attend_in_stripes(self, cells: Tensor, size: int, columns: int, horizontal: bool) -> Tensor:
+        """Return the map (batch, rows, columns, channels) of attention inside stripes of the padded one, `cells`."""
+        batch, rows, padded, _, channels = cells.shape
+        count = padded // size
+        # Copies by index, and one axis of all cells in between: axes reshaped otherwise would be copied by a compiled
+        # graph only where there are several stripes, so that it would serve no other sizes. Nor would it if stripes and
+        # images, with as many axes behind them, were compared.
+        stripes = cells.flatten(1, 2).index_select(1, _stripe_order(rows, count, size, cells)).flatten(0, 1)
+        stripes = stripes.view(-1, rows * size, 3, self.heads, channels // self.heads)
+        y = self._attend(stripes, horizontal).contiguous()
+        y = y.view(-1, channels).view(batch, -1, channels)
+        return y.index_select(1, _cell_order(rows, count, size, columns, y)).unflatten(1, (rows, columns))
 
 
 def _padding(cells: int, size: int) -> tuple[int, int]:
     """Return how many cells go before and behind so many, half each, for stripes of `size` to hold them."""
     missing = (cells + size - 1) // size * size - cells
     return missing // 2, missing - missing // 2
-
-
-def _attend_in_stripes(cells: Tensor, size: int, heads: int, columns: int, fused: bool) -> Tensor:
-    """Return the map (batch, rows, columns, channels) of attention inside stripes of the padded one, `cells`."""
-    batch, rows, padded, _, channels = cells.shape
-    count = padded // size
-    # Copies by index, and one axis of all cells in between: axes reshaped otherwise would be copied by a compiled graph
-    # only where there are several stripes, so that it would serve no other sizes. Nor would it if stripes and images,
-    # with as many axes behind them, were compared.
-    stripes = cells.flatten(1, 2).index_select(1, _stripe_order(rows, count, size, cells)).flatten(0, 1)
-    y = _attend(stripes.view(-1, rows * size, 3, heads, channels // heads), fused).contiguous()
-    y = y.view(-1, channels).view(batch, -1, channels)
-    return y.index_select(1, _cell_order(rows, count, size, columns, y)).unflatten(1, (rows, columns))
 
 
 def _separated_values(cells: Tensor, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionmix.layers import at_least_float32
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 
 
 @register_mixer("dct")
@@ -49,6 +49,7 @@ class DctAttention(nn.Module):
         self.num_heads = num_heads
         self.reduction = reduction
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
@@ -57,7 +58,7 @@ class DctAttention(nn.Module):
         z = _along_both(at_least_float32(x), rows, columns).to(x.dtype)
         qkv = self.qkv(z).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        y = softmax_attention(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2)
+        y = self.dot_product(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2)
         y = y.unflatten(1, (rows.shape[0], columns.shape[0]))
         return self.proj(_along_both(at_least_float32(y), rows.t(), columns.t()).to(y.dtype))
 

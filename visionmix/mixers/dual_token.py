@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from visionmix.layers import mlp
 from visionmix.layers.maps import pool_map
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import SoftmaxAttention, check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, SoftmaxAttention, check_heads
 
 
 @register_mixer("dual_token")
@@ -61,6 +61,7 @@ class DualTokenAttention(nn.Module):
             raise ValueError(f"share={share} is no share; give a number from 0 to 1")
         self.num_heads, self.side, self.share = num_heads, side, share
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         convs = [nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd) for _ in range(steps)]
         self.convs = nn.ModuleList(convs)
         self.attn = SoftmaxAttention(dim, num_heads, qkv_bias, **dd)
@@ -92,5 +93,5 @@ class DualTokenAttention(nn.Module):
         tokens = self.share * summary + (1.0 - self.share) * (tokens + self.mlp(self.mlp_norm(tokens)))
         q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(self.norm(tokens)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = softmax_attention(q, k, v, None, self.fused_attn)
+        y = self.dot_product(q, k, v, None, self.fused_attn)
         return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (height, width))), tokens

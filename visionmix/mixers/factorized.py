@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visionmix.layers.maps import channels_first, pad_to
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import softmax_attention
+from visionmix.mixers.softmax import DotProductAttention
 from visionmix.scans.cells import numbered
 
 
@@ -73,6 +73,7 @@ class FactorizedAttention(nn.Module):
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.widths = [first, dim - first]
         self.group_widths = [width] * (len(shares) - 1)
         self.head_widths = [width // num_heads] * (len(shares) - 1)
@@ -97,7 +98,7 @@ class FactorizedAttention(nn.Module):
         k, v = self.sr_kv(smaller).chunk(2, dim=-1)
         v = v + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         k, v = k.flatten(1, 2).unsqueeze(1), v.flatten(1, 2).unsqueeze(1)
-        outs = [softmax_attention(far.unsqueeze(1), k, v, None, self.fused_attn).squeeze(1)]
+        outs = [self.dot_product(far.unsqueeze(1), k, v, None, self.fused_attn).squeeze(1)]
         y = self.local_proj(self.local_conv(around.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         queries = near.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(self.head_widths, dim=-1)
         parts = y.split(self.group_widths, dim=-1)
@@ -131,6 +132,7 @@ class _WindowGroup(nn.Module):
         self.window_size = window_size
         self.published_mean = published_mean
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.fc = nn.Linear(self.head_dim, self.head_dim, bias=qkv_bias, **dd)
         self.kv = nn.Linear(self.head_dim, 2 * self.head_dim, bias=qkv_bias, **dd)
         self.lepe = _depthwise(dim, **dd)
@@ -140,7 +142,7 @@ class _WindowGroup(nn.Module):
         k, v = self.kv(self.fc(self._mean(x))).chunk(2, dim=-1)
         cells = v.transpose(2, 3).flatten(1, 2).unflatten(2, (side, side))
         v = v + self.lepe(cells).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
-        return softmax_attention(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2)
+        return self.dot_product(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2)
 
     def _mean(self, x: Tensor) -> Tensor:
         """Return the mean of all windows (batch, heads, window_size^2, head_dim)."""

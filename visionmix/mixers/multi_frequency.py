@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from visionmix.layers.maps import pool_map
 from visionmix.layers.multi_group import MultiGroupConv
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import softmax_attention
+from visionmix.mixers.softmax import DotProductAttention
 
 _GROUPS = (8, 16)
 
@@ -82,6 +82,7 @@ class MultiFrequencyMixer(nn.Module):
         self.parts = [above, below]
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.conv = MultiGroupConv(above, above, 3, _GROUPS, **dd)
         self.act = nn.ReLU()
         self.q = MultiGroupConv(below, below, **dd)
@@ -92,7 +93,7 @@ class MultiFrequencyMixer(nn.Module):
         _, height, width, _ = x.shape
         high, low = x.split(self.parts, dim=-1)
         k, v = self.kv(self._pooled(low)).chunk(2, dim=-1)
-        y = softmax_attention(self._heads(self.q(low)), self._heads(k), self._heads(v), None, self.fused_attn)
+        y = self.dot_product(self._heads(self.q(low)), self._heads(k), self._heads(v), None, self.fused_attn)
         y = y.transpose(1, 2).flatten(2).unflatten(1, (height, width))
         return self.proj(torch.cat([self.act(self.conv(high)), y], dim=-1))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visionmix.graphs import may_branch_on_sizes
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 from visionmix.mixers.window import into_windows
 
 
@@ -217,6 +217,7 @@ class CircularNeighborhoodAttention(_Neighborhood):
         super().__init__(dim, num_heads, kernel_size, 1, True, position_bias, qkv_bias, **dd)
         self.down_factor = down_factor or 0
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         if self.down_factor:
             area = self.down_factor**2
             self.down_weight = nn.Parameter(torch.full((self.down_factor, self.down_factor), 1 / area, **dd))
@@ -245,7 +246,7 @@ class CircularNeighborhoodAttention(_Neighborhood):
         mixed = self.proj(self._attend(x, q, k, v, keys, values))
         everything = [torch.cat([text_k, k.flatten(1, 2)], dim=1), torch.cat([text_v, v.flatten(1, 2)], dim=1)]
         heads = [each.transpose(1, 2) for each in (text_q, everything[0], everything[1])]
-        y = softmax_attention(heads[0], heads[1], heads[2], None, self.fused_attn)
+        y = self.dot_product(heads[0], heads[1], heads[2], None, self.fused_attn)
         return mixed, self.proj(y.transpose(1, 2).flatten(2))
 
     def _smaller(self, x: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visionmix.layers import ScanMixer, SelectiveScan2d, scaled_gate, unscaled, zero_token
+from visionmix.layers.kept import conv_kept
 from visionmix.mixers.registry import register_mixer
 from visionmix.scans import direction_names
 
@@ -61,6 +63,28 @@ class PlainScan(ScanMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        return self.close(self.scan(self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)), z)
+
+    @torch.jit.ignore
+    def scan_kept(
+        self, x: Tensor, kept: Tensor, grid: tuple[int, int], align: bool = True, merge: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scans' output and the gate, as `close` takes them, of tokens that are left of a map.
+
+        The convolution sees zeros in the places of the others.
+
+        Args:
+            x: The tokens, (batch, tokens, dim), in row-major order of their cells.
+            kept: Their cells, int64 (batch, tokens), rising.
+            grid: Rows and columns of the map.
+            align: Whether the scans' states cross the gaps; see `visionmix.layers.SelectiveScan2d.forward_kept`.
+            merge: "none" for each scan's output, (batch, tokens, scans, channels), which are to be summed; None for
+                their sum.
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.scan.forward_kept(self.act(conv_kept(self.conv, x, kept, grid)), kept, grid, align, merge), z
+
+    def close(self, y: Tensor, z: Tensor) -> Tensor:
+        """Return the mixed tokens (..., dim) of the scans' output and the gate before its activation."""
         y, scale = scaled_gate(y, self.act(z))
         return unscaled(self.proj(y), scale, self.proj(zero_token(y)))

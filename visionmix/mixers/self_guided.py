@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visionmix.layers import pad
 from visionmix.layers.maps import channels_first
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 from visionmix.mixers.window import into_windows, out_of_windows
 from visionmix.scans.cells import numbered
 
@@ -174,6 +174,7 @@ class SelfGuidedAttention(_LocallyEnhanced):
         super().__init__(dim, **dd)
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.group_sizes = list(group_sizes)
         self.quarters = list(_QUARTERS[len(group_sizes)])
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -185,7 +186,7 @@ class SelfGuidedAttention(_LocallyEnhanced):
         q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         keys = self._merged(x.flatten(1, 2), significance)
         k, v = self.kv(keys).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = softmax_attention(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2).unflatten(1, (height, width))
+        y = self.dot_product(q, k, v, None, self.fused_attn).transpose(1, 2).flatten(2).unflatten(1, (height, width))
         return self._project(y, x)
 
     def _merged(self, tokens: Tensor, significance: Tensor | None) -> Tensor:

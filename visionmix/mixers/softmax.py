@@ -33,6 +33,7 @@ class Attention(nn.Module):
         lepe: Odd kernel size of a depthwise convolution of v that is added; None for no convolution.
         gate: Whether a fourth projection multiplies the result, without an activation.
         gate_norm: Whether the result is normalised before the gate, and the gate activated.
+        proj_drop: Dropout rate of the result.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, `lepe` is even, `rotary` meets heads whose width is no multiple
@@ -54,6 +55,7 @@ class Attention(nn.Module):
         lepe: int | None,
         gate: bool,
         gate_norm: bool = False,
+        proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
         super().__init__()
@@ -80,6 +82,7 @@ class Attention(nn.Module):
             self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim, **dd)
         self.norm = LayerNorm(dim, eps=1e-5, **dd) if gate_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -103,18 +106,18 @@ class Attention(nn.Module):
     def close(self, out: Tensor, o: Tensor | None) -> Tensor:
         """Return the result from the attended values and the gate, both (batch, tokens, dim), None for no gate."""
         if o is None:
-            return self.proj(out)
+            return self.proj_drop(self.proj(out))
         if self.gate_norm:
             out, o = self.norm(out), F.silu(o)
         out, scale = scaled_gate(out, o)
-        return unscaled(self.proj(out), scale, self.proj(zero_token(out)))
+        return self.proj_drop(unscaled(self.proj(out), scale, self.proj(zero_token(out))))
 
 
 @register_mixer("softmax")
 class SoftmaxAttention(Attention):
     """Multi-head attention of every token to all: ``softmax(q k^T * head_dim^-0.5) v``, projected as in `Attention`.
 
-    Shapes, arguments and errors are those of `Attention`.
+    Shapes, arguments and errors are those of `Attention`, and `attn_drop` is the dropout rate of the weights.
 
     Source: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929); `rotary`, `lepe` and `gate` as the later stages of MAViT
     (Fan et al. 2025, arXiv 2507.00698) have them, `gate_norm` as those of NaLaFormer (Meng et al. 2025, arXiv
@@ -130,23 +133,48 @@ class SoftmaxAttention(Attention):
         lepe: int | None = None,
         gate: bool = False,
         gate_norm: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, gate_norm, **dd)
+        super().__init__(dim, num_heads, qkv_bias, rotary, lepe, gate, gate_norm, proj_drop, **dd)
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention(attn_drop)
 
     def attend(self, qk: Tensor, v: Tensor, height: int, width: int) -> Tensor:
         """Return the attended values (batch, tokens, heads, head_dim)."""
         if self.has_rotary:
             qk = self.rotary(qk, height, width).to(v.dtype)
         q, k = qk.chunk(2, dim=2)
-        out = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, self.fused_attn)
+        out = self.dot_product(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, self.fused_attn)
         return out.transpose(1, 2)
 
 
 def _cells(x: Tensor, height: int, width: int) -> Tensor:
     """Return a sequence (batch, height * width, dim) as a map (batch, dim, height, width)."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class DotProductAttention(nn.Module):
+    """``dropout(softmax(q k^T * channels^-0.5 + bias)) v`` of q, k and v (..., heads, tokens, channels).
+
+    Where PyTorch's fused attention does not compute it, the weights (..., heads, queries, keys) go through the module
+    `attn_drop`, as in timm's attention, so that a hook there reads them: ``timm.utils.AttentionExtract(model,
+    method="hook")`` after ``timm.layers.set_fused_attn(False)``, before the model is built.
+
+    Args:
+        attn_drop: Dropout rate of the weights.
+    """
+
+    def __init__(self, attn_drop: float = 0.0) -> None:
+        super().__init__()
+        self.attn_drop = nn.Dropout(attn_drop)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+        """Return the attended values, shaped as q with the channels of v; arguments as for `softmax_attention`."""
+        if fused:
+            return _fused(q, k, v, bias, self.attn_drop.p if self.training else 0.0)
+        return self.attn_drop(_weights(q, k, bias)) @ v
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
@@ -160,15 +188,21 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, fuse
         fused: Whether PyTorch's fused attention computes it; otherwise it is written out. Mixers pass what timm's
             `use_fused_attn()` returned when they were built.
     """
-    if not fused:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias
-        return scores.softmax(dim=-1) @ v
+    return _fused(q, k, v, bias, 0.0) if fused else _weights(q, k, bias) @ v
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, drop: float) -> Tensor:
     # PyTorch does not fuse a mask of three axes; with four, Inductor failed on graphs for all sizes (torch 2.14.1).
     if bias is not None and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):
         bias = bias.unsqueeze(0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
 
 
 def check_heads(dim: int, num_heads: int) -> None:

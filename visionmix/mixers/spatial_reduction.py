@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visionmix.layers.fold import fold_behind
 from visionmix.layers.maps import channels_first, pad_to
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 
 _NORM = partial(LayerNorm, eps=1e-5)
 
@@ -38,6 +38,8 @@ class SpatialReductionAttention(nn.Module):
         qkv_bias: Whether W_q and W_kv have biases.
         norm_layer: Makes the norm of the smaller map from `dim`.
         qk_dim: Channels of q and k in each head; None for those of v, head_dim.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the result.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `sr_ratio` or `qk_dim` is below 1.
@@ -51,6 +53,8 @@ class SpatialReductionAttention(nn.Module):
         qkv_bias: bool = True,
         norm_layer: Callable[..., nn.Module] = _NORM,
         qk_dim: int | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
         super().__init__()
@@ -62,6 +66,7 @@ class SpatialReductionAttention(nn.Module):
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention(attn_drop)
         keys = dim if qk_dim is None else num_heads * qk_dim
         self.widths = [keys, dim]
         self.q = nn.Linear(dim, keys, bias=qkv_bias, **dd)
@@ -69,6 +74,7 @@ class SpatialReductionAttention(nn.Module):
         self.norm = norm_layer(dim, **dd)
         self.sr_kv = nn.Linear(dim, keys + dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -79,8 +85,8 @@ class SpatialReductionAttention(nn.Module):
         _, height, width, _ = x.shape
         smaller = self.norm(self.sr(channels_first(pad_to(x, self.sr_ratio))).permute(0, 2, 3, 1))
         k, v = self.sr_kv(smaller).split(self.widths, dim=-1)
-        y = softmax_attention(self._heads(self.q(x)), self._heads(k), self._heads(v), None, self.fused_attn)
-        return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (height, width)))
+        y = self.dot_product(self._heads(self.q(x)), self._heads(k), self._heads(v), None, self.fused_attn)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (height, width))))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Return a map (batch, height, width, channels) as (batch, heads, cells, channels of a head)."""

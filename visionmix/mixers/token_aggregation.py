@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from visionmix.layers import at_least_float32, pool_map
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 from visionmix.scans.cells import numbered
 
 
@@ -84,6 +84,7 @@ class TokenAggregation(nn.Module):
         self.momentum = momentum
         self.stable = stable
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention()
         self.parts = [qk_dim, qk_dim, dim]
         self.qkv = nn.Linear(dim, sum(self.parts), bias=False, **dd)
         self.center_kv = nn.Linear(dim, qk_dim + dim, bias=False, **dd)
@@ -124,7 +125,7 @@ class TokenAggregation(nn.Module):
         if self.fused_attn:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
-            y = softmax_attention(q, k, v, bias, False)
+            y = self.dot_product(q, k, v, bias, False)
         return y.transpose(1, 2).flatten(2)
 
     def _moved_centers(self, x: Tensor) -> Tensor:

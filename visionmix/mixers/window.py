@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionmix.layers import pad
 from visionmix.mixers.registry import register_mixer
-from visionmix.mixers.softmax import check_heads, softmax_attention
+from visionmix.mixers.softmax import DotProductAttention, check_heads
 from visionmix.scans.cells import numbered, row_and_column
 
 
@@ -38,6 +38,8 @@ class WindowAttention(nn.Module):
         qkv_bias: Whether the projection to q, k and v has a bias.
         grid_size: Rows and columns of the built map; None for one that is larger than a window.
         relative_bias: Whether there is a bias of relative position.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the result.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
@@ -55,6 +57,8 @@ class WindowAttention(nn.Module):
         qkv_bias: bool = True,
         grid_size: tuple[int, int] | None = None,
         relative_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
         super().__init__()
@@ -63,11 +67,13 @@ class WindowAttention(nn.Module):
             raise ValueError(f"window_size={window_size!r} is a function of grid_size, which is None; give both")
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
+        self.dot_product = DotProductAttention(attn_drop)
         self.window_size = window_size
         self.shift = shift
         self.side, self.shift_size = self._side_and_shift(grid_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
         self.has_bias = relative_bias
         if relative_bias:
             table = trunc_normal_(torch.zeros((2 * self.side - 1) ** 2, num_heads, **dd), std=0.02)
@@ -95,13 +101,13 @@ class WindowAttention(nn.Module):
             # Written out, with an axis of windows, so that the mask is not repeated for every image.
             q, k, v = [each.unflatten(0, (batch, rows * columns)) for each in (q, k, v)]
             mask = _apart(rows, columns, side, shift, x).unsqueeze(1)
-            x = softmax_attention(q, k, v, mask if bias is None else bias + mask, False)
+            x = self.dot_product(q, k, v, mask if bias is None else bias + mask, False)
         else:
-            x = softmax_attention(q, k, v, bias, self.fused_attn)
+            x = self.dot_product(q, k, v, bias, self.fused_attn)
         # By way of all cells: a graph that compared the windows of all images with the images would be made anew where
         # an image is one window.
         x = x.transpose(-3, -2).contiguous().view(-1, dim).view(batch, -1, dim)
-        return self.proj(out_of_windows(x, height, width, side, shift))
+        return self.proj_drop(self.proj(out_of_windows(x, height, width, side, shift)))
 
     def _relative_bias(self) -> Tensor:
         """Return the biases (heads, query cells, key cells) of a window."""

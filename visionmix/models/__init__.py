@@ -1,6 +1,6 @@
 """One file per published family; importing this package registers every model with timm."""
 
-from visionmix.models.family import Published, Variant, list_family_models, published
+from visionmix.models.family import Published, Variant, list_family_models, list_models, published
 from visionmix.models.keys import Join, KeyMap
 from visionmix.models.layout import Layout
 from visionmix.models.loading import load_checkpoint
@@ -16,6 +16,7 @@ __all__ = [
     "Variant",
     "Weights",
     "list_family_models",
+    "list_models",
     "load_checkpoint",
     "published",
     "register_family",

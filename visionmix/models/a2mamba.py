@@ -70,4 +70,9 @@ VARIANTS = {
     ),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2507.16624")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2507.16624",
+    paper_name="A2Mamba: Attention-augmented State Space Models for Visual Recognition",
+)

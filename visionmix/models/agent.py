@@ -113,4 +113,9 @@ VARIANTS = {
     "test_agent_cswin": Variant(_cswin(16, (1, 1, 2, 1), 2).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2312.08874")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2312.08874",
+    paper_name="Agent Attention: On the Integration of Softmax and Linear Attention",
+)

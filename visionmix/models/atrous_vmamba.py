@@ -19,4 +19,10 @@ VARIANTS = {
     "test_atrous_vmamba": Variant(vmamba(16, (2, 1, 2, 1), _MIXERS, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2507.16172", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2507.16172",
+    paper_name="AtrousMamaba: An Atrous-Window Scanning Visual State Space Model for Remote Sensing Change Detection",
+    license="apache-2.0",
+)

@@ -266,4 +266,9 @@ VARIANTS = {
     "test_care": Variant(_layout((8, 16, 32, 64), (1, 1, 1, 2), 2, ((1, 2),) * 4, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2411.16170")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2411.16170",
+    paper_name="CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction",
+)

@@ -166,4 +166,10 @@ VARIANTS = {
     "test_convnext_dcls": Variant(_layout(16, (1, 1, 2, 1), 6, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2112.03740", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2112.03740",
+    paper_name="Dilated convolution with learnable spacings",
+    license="mit",
+)

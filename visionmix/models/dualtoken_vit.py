@@ -198,4 +198,9 @@ VARIANTS = {
     ),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2309.12424")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2309.12424",
+    paper_name="DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion",
+)

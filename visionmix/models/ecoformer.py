@@ -42,4 +42,10 @@ VARIANTS = {
     "test_ecoformer": Variant(_layout((8, 16, 40, 64), (1, 1, 2, 1), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2209.09004", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2209.09004",
+    paper_name="EcoFormer: Energy-Saving Attention with Linear Complexity",
+    license="apache-2.0",
+)

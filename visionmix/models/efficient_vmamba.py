@@ -67,4 +67,10 @@ VARIANTS = {
     "test_efficient_vmamba": Variant(_layout(16, 1).with_options(img_size=96, depths=(1, 1, 1, 1))),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2403.09977", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2403.09977",
+    paper_name="EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
+    license="apache-2.0",
+)

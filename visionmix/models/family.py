@@ -1,7 +1,9 @@
 """Families as tables: their variants, and the published facts of every model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import timm
 
 from visionmix.models.layout import Layout
 from visionmix.models.weights import Weights
@@ -54,12 +56,14 @@ class Family:
         paper: Where the family is described.
         license: Licence of weights that do not name another.
         variants: The family's table, by model name.
+        paper_name: The paper's title, or "".
     """
 
     module: str
     paper: str
     license: str
     variants: Mapping[str, Variant]
+    paper_name: str = ""
 
 
 _FAMILIES: dict[str, Family] = {}  # by the name of each of their models
@@ -73,6 +77,28 @@ def add_family(family: Family) -> None:
 def list_family_models() -> list[str]:
     """Return the names of this library's models, in the order of their registration."""
     return list(_FAMILIES)
+
+
+def list_models(
+    filter: str | Sequence[str] = "",
+    *,
+    pretrained: bool = False,
+    exclude_filters: str | Sequence[str] = "",
+    include_tags: bool | None = None,
+) -> list[str]:
+    """Return the names of this library's models, sorted, as `timm.list_models` returns those of all.
+
+    Example:
+        ``list_models("vmamba*", pretrained=True)``
+
+    Args:
+        filter: Wildcards such as "vig_*", of which a name matches one; "" for all models.
+        pretrained: Whether to list only weights that can be fetched, as "model.tag".
+        exclude_filters: Wildcards of names that are left out.
+        include_tags: Whether names have tags; None for those of `pretrained`.
+    """
+    names = timm.list_models(filter, pretrained=pretrained, exclude_filters=exclude_filters, include_tags=include_tags)
+    return [name for name in names if is_family_model(name)]
 
 
 def is_family_model(name: str) -> bool:

@@ -39,4 +39,9 @@ VARIANTS = {
     "test_favit": Variant(_layout(16, (1, 1, 1, 1)).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2312.08614")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2312.08614",
+    paper_name="Factorization Vision Transformer: Modeling Long Range Dependency with Local Window Cost",
+)

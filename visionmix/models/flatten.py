@@ -56,4 +56,9 @@ VARIANTS = {
     "test_flatten_cswin": Variant(_cswin(16, (1, 1, 2, 1), 2).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2308.00442")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2308.00442",
+    paper_name="FLatten Transformer: Vision Transformer using Focused Linear Attention",
+)

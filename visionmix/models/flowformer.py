@@ -63,4 +63,10 @@ VARIANTS = {
     "test_flowformer": Variant(_layout(16, (1, 1, 2, 1), 4, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2202.06258", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2202.06258",
+    paper_name="Flowformer: Linearizing Transformers with Conservation Flows",
+    license="mit",
+)

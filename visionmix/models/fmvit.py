@@ -78,4 +78,6 @@ VARIANTS = {
     "test_fmvit": Variant(_layout(doubled(16), (1, 2, 2, 1), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2311.05707")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2311.05707", paper_name="FMViT: A multiple-frequency mixing Vision Transformer"
+)

@@ -105,4 +105,10 @@ VARIANTS = {
     "test_her_encoder": Variant(_layout(16, (1, 1, 1, 1), (2, 4, 8), img_size=96, num_classes=1000)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2504.06205", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2504.06205",
+    paper_name="HER-Seg: Holistically Efficient Segmentation for High-Resolution Medical Images",
+    license="apache-2.0",
+)

@@ -144,4 +144,9 @@ VARIANTS = {
     "test_hrvmamba": Variant(_layout(8, 16, small=True, img_size=96, **_SMALL)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2410.03174")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2410.03174",
+    paper_name="HRVMamba: High-Resolution Visual State Space Model for Dense Prediction",
+)

@@ -86,4 +86,9 @@ VARIANTS = {
     "test_inline_cswin": Variant(_cswin(16, (1, 1, 2, 1), 2).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2412.06590")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2412.06590",
+    paper_name="Bridging the Divide: Reconsidering Softmax and Linear Attention",
+)

@@ -140,4 +140,10 @@ VARIANTS = {
     "test_l2vit": Variant(_layout(16, (2, 1, 2, 1), 1, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2501.16182", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2501.16182",
+    paper_name="The Linear Attention Resurrection in Vision Transformer",
+    license="mit",
+)

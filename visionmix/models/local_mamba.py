@@ -164,4 +164,10 @@ VARIANTS = {
     "test_local_vmamba": Variant(_stages(16, (1, 1, 1, 1), "h h-, v w2, v- w7-, w2- w7", img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2403.09338", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2403.09338",
+    paper_name="LocalMamba: Visual State Space Model with Windowed Selective Scan",
+    license="apache-2.0",
+)

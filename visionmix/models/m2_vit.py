@@ -38,4 +38,9 @@ VARIANTS = {
     "test_m2_vit": Variant(_layout(32, depth=3, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2310.12109")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2310.12109",
+    paper_name="Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture",
+)

@@ -146,4 +146,10 @@ VARIANTS = {
     "test_mamba_yolo": Variant(_layout((16, 32, 64, 128), (1, 1, 2, 1), img_size=96, num_classes=1000)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2406.05835", license="agpl-3.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2406.05835",
+    paper_name="Mamba YOLO: SSMs-Based YOLO For Object Detection",
+    license="agpl-3.0",
+)

@@ -99,4 +99,4 @@ VARIANTS = {
     "test_mambar_tiny": Variant(_layout(32, 4, depth=3, registers=4, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2405.14858")
+register_family(__name__, VARIANTS, paper="arXiv 2405.14858", paper_name="Mamba-R: Vision Mamba ALSO Needs Registers")

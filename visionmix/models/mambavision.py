@@ -168,4 +168,10 @@ VARIANTS = {
     "test_mambavision": Variant(_layout(16, (1, 1, 2, 2), 1, **_SCALED, window_sizes=(4, 2), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2407.08083", license="cc-by-nc-sa-4.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2407.08083",
+    paper_name="MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
+    license="cc-by-nc-sa-4.0",
+)

@@ -19,4 +19,6 @@ VARIANTS = {
     "test_mavit": Variant(mavit("mala", TEST, 48, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2507.00698")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2507.00698", paper_name="Rectifying Magnitude Neglect in Linear Attention"
+)

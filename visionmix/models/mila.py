@@ -38,4 +38,6 @@ VARIANTS = {
     "test_mila": Variant(_mila(16, (1, 1, 1, 1), 1).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2405.16605")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2405.16605", paper_name="Demystify Mamba in Vision: A Linear Attention Perspective"
+)

@@ -95,4 +95,9 @@ VARIANTS = {
     "test_msvmambav3": Variant(_v3(16, (1, 1, 1, 1)).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2405.14174")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2405.14174",
+    paper_name="Multi-Scale VMamba: Hierarchy in Hierarchy Visual State Space Model",
+)

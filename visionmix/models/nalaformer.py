@@ -63,4 +63,10 @@ VARIANTS = {
     "test_nalaformer": Variant(_layout(TEST, hidden_size=48, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2506.21137", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2506.21137",
+    paper_name="NaLaFormer: Norm-Aware Linear Attention for Transformer Models",
+    license="mit",
+)

@@ -91,7 +91,13 @@ def _nat_weights(file: str, top1: float) -> dict[str, Weights]:
 
 
 def _weights(file: str, top1: float | None = None, folder: str = "imagenet1k", **facts: Any) -> Weights:
-    return Weights(f"{_DINAT}/{folder}/{file}.pth", top1=top1, paper="arXiv 2209.15001", **facts)
+    return Weights(
+        f"{_DINAT}/{folder}/{file}.pth",
+        top1=top1,
+        paper="arXiv 2209.15001",
+        paper_name="Dilated Neighborhood Attention Transformer",
+        **facts,
+    )
 
 
 def _in1k(name: str, top1: float, folder: str = "imagenet1k") -> dict[str, Weights]:
@@ -138,4 +144,6 @@ VARIANTS = {
     "test_dinat_isotropic": Variant(_isotropic(32, 2, 2, img_size=96, depth=3)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2204.07143", license="mit")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2204.07143", paper_name="Neighborhood Attention Transformer", license="mit"
+)

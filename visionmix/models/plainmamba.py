@@ -85,4 +85,10 @@ VARIANTS = {
     "test_plainmamba": Variant(_layout(32, 3, 1, img_size=96, block_layer=[_LocalBlock, Block, Block])),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2403.17695", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2403.17695",
+    paper_name="PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition",
+    license="apache-2.0",
+)

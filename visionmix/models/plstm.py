@@ -60,4 +60,10 @@ VARIANTS = {
     "test_plstm_vis": Variant(_layout(32, 2, depth=3, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2506.11997", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2506.11997",
+    paper_name="pLSTM: parallelizable Linear Source Transition Mark networks",
+    license="mit",
+)

@@ -57,4 +57,9 @@ VARIANTS = {
     "test_polaformer_swin": Variant(_swin(16, (1, 1, 2, 1), 1).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2501.15061")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2501.15061",
+    paper_name="PolaFormer: Polarity-aware Linear Attention for Vision Transformers",
+)

@@ -117,4 +117,10 @@ VARIANTS = {
     "test_raftmlp": Variant(_layout(doubled(16), 24, img_size=96, depths=(1, 1, 2, 1))),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2108.04384", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2108.04384",
+    paper_name="RaftMLP: How Much Can Be Done Without Attention and with Less Spatial Locality?",
+    license="apache-2.0",
+)

@@ -19,4 +19,10 @@ VARIANTS = {
     "test_ravlt": Variant(mavit("rala", TEST, 48, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2411.07635", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2411.07635",
+    paper_name="Breaking the Low-Rank Dilemma of Linear Attention",
+    license="mit",
+)

@@ -17,10 +17,15 @@ from torch import nn
 from visionmix.backbones.contract import image_sides
 from visionmix.models.family import Family, Layout, Variant, add_family
 from visionmix.models.loading import load_tensors
+from visionmix.models.options import check_feature_class, check_options
 from visionmix.models.weights import Weights, fetch
+from visionmix.reduction import apply
+from visionmix.reduction.specs import Spec
 
 
-def register_family(module: str, variants: Mapping[str, Variant], *, paper: str, license: str = "unknown") -> None:
+def register_family(
+    module: str, variants: Mapping[str, Variant], *, paper: str, paper_name: str = "", license: str = "unknown"
+) -> None:
     """Register `variants` with timm as models of module `module`, each with an entry point and a cfg for every tag.
 
     Example:
@@ -30,10 +35,11 @@ def register_family(module: str, variants: Mapping[str, Variant], *, paper: str,
         module: The family's ``__name__``; the entry points become its attributes.
         variants: The family's table, by model name.
         paper: Where the family is described.
+        paper_name: The paper's title.
         license: Licence of the published weights, as the hub spells it, if they name no other.
     """
     target = sys.modules[module]
-    family = Family(module, paper, license, variants)
+    family = Family(module, paper, license, variants, paper_name)
     cfgs = {}
     for name, variant in variants.items():
         cfgs[name] = _cfg(variant, Weights(), family)
@@ -63,6 +69,7 @@ def _sizes(layout: Layout, options: Mapping[str, Any], in_chans: int) -> dict[st
 def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
     layout, options = variant.layout, _options(variant, weights)
     sizes = _sizes(layout, options, in_chans=3)
+    paper = weights.paper or family.paper
     return {
         "num_classes": options.get("num_classes", weights.num_classes),
         **sizes,
@@ -74,11 +81,12 @@ def _cfg(variant: Variant, weights: Weights, family: Family) -> dict[str, Any]:
         "first_conv": layout.first_conv,
         "classifier": layout.classifier,
         "license": weights.license or family.license,
-        "paper_ids": (weights.paper or family.paper).replace("arXiv ", "arXiv:"),
+        "paper_ids": paper.replace("arXiv ", "arXiv:") if paper.startswith("arXiv") else None,
+        "paper_name": (weights.paper_name if weights.paper else family.paper_name) or None,
         "url": weights.url or None,
         "hf_hub_id": weights.hf_hub_id or None,
         "hf_hub_filename": weights.file or None,
-        "origin_url": weights.page or None,
+        "origin_url": weights.origin or None,
     }
 
 
@@ -101,12 +109,15 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | None = None,
+        reduction: Spec | None = None,
         **options: Any,
     ) -> nn.Module:
+        check_feature_class(name, options)
         cfg = _resolved_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         weights = variant.weights.get(cfg.tag, default)
 
         def build(**merged: Any) -> nn.Module:
+            check_options(name, layout.skeleton, merged)
             model = layout.skeleton(**merged)
             if pretrained:
                 # Loaded here and not by timm, whose loader turns strictness off as soon as num_classes differs, refuses
@@ -122,7 +133,8 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
             cfg = replace(cfg, **_sizes(layout, options, cfg.input_size[0]))
         # timm's default wrapper, a list of modules, never calls forward_features and would return NHWC maps.
         feature_cfg = {"feature_cls": "getter", "out_indices": layout.skeleton.feature_indices(options)}
-        return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **options)
+        model = build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **options)
+        return model if reduction is None else apply(model, reduction)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = module

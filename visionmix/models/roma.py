@@ -83,4 +83,9 @@ VARIANTS = {
     "test_roma_arm": Variant(_layout(32, depth=3, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2503.10392")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2503.10392",
+    paper_name="RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing",
+)

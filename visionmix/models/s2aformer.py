@@ -48,4 +48,9 @@ VARIANTS = {
     "test_s2aformer": Variant(_layout(doubled(8), (1, 1, 2, 1), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2505.22195")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2505.22195",
+    paper_name="S2AFormer: Strip Self-Attention for Efficient Vision Transformer",
+)

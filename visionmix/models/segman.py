@@ -61,4 +61,11 @@ VARIANTS = {
     ),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2412.11890", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2412.11890",
+    paper_name="SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention for Semantic "
+    "Segmentation",
+    license="apache-2.0",
+)

@@ -146,4 +146,9 @@ VARIANTS = {
     "test_sgformer": Variant(_layout(16, (2, 2, 3, 1), (2, 2, 4, 4), _SMALL, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2308.12216")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2308.12216",
+    paper_name="SG-Former: Self-guided Transformer with Evolving Token Reallocation",
+)

@@ -103,4 +103,10 @@ VARIANTS = {
     "test_pvt_prepbn": Variant(_pvt_prepbn((1, 1, 1, 1), 1024, (8, 16, 40, 64)).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2405.11582")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2405.11582",
+    paper_name="SLAB: Efficient Transformers with Simplified Linear Attention and Progressive Re-parameterized Batch "
+    "Normalization",
+)

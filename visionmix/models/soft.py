@@ -203,7 +203,7 @@ def _in1k(top1: float, file: str, tag: str = "in1k", **facts: Any) -> dict[str, 
     return {tag: Weights(page=f"https://drive.google.com/file/d/{file}", top1=top1, crop_pct=0.9, **facts)}
 
 
-_pp_in1k = partial(_in1k, paper="arXiv 2207.03341")
+_pp_in1k = partial(_in1k, paper="arXiv 2207.03341", paper_name="Softmax-free Linear Transformers")
 
 
 _TINY, _SMALL, _MEDIUM = (320, (1, 2, 3, 2)), (320, (1, 3, 20, 4)), (288, (1, 3, 29, 5))
@@ -228,4 +228,10 @@ VARIANTS = {
     "test_softpp": Variant(_layout(64, (1, 1, 2, 1), True, (32, 32, 64, 64), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2110.11945", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2110.11945",
+    paper_name="SOFT: Softmax-free Transformer with Linear Complexity",
+    license="mit",
+)

@@ -112,4 +112,10 @@ VARIANTS = {
     "test_spatial_mamba": Variant(_layout(16, (1, 1, 2, 1), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2410.15091", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2410.15091",
+    paper_name="Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
+    license="apache-2.0",
+)

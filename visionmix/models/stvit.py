@@ -294,4 +294,10 @@ VARIANTS = {
     "test_stvit_r_swin": Variant(_layout(16, 6, 1, window_size=3, depths=(1, 1, 6, 1)).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2303.08685", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2303.08685",
+    paper_name="Making Vision Transformers Efficient from A Token Sparsification View",
+    license="mit",
+)

@@ -81,4 +81,10 @@ VARIANTS = {
     "test_transnext": Variant(_transnext(8, (1, 1, 2, 1), heads=1, pretrain_size=96).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2311.17132", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2311.17132",
+    paper_name="TransNeXt: Robust Foveal Visual Perception for Vision Transformers",
+    license="apache-2.0",
+)

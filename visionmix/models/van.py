@@ -94,4 +94,6 @@ VARIANTS = {
     "test_van": Variant(_layout((8, 16, 40, 64), (1, 1, 2, 1), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2202.09741", license="apache-2.0")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2202.09741", paper_name="Visual Attention Network", license="apache-2.0"
+)

@@ -90,4 +90,10 @@ VARIANTS = {
     "test_vig_h": Variant(_hierarchical(24, (1, 1, 2, 1), 3).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2405.18425", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2405.18425",
+    paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+    license="mit",
+)

@@ -89,4 +89,10 @@ VARIANTS = {
     "test_vil": Variant(_layout(32, depth=3, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2406.04303", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2406.04303",
+    paper_name="Vision-LSTM: xLSTM as Generic Vision Backbone",
+    license="mit",
+)

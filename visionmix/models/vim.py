@@ -21,4 +21,10 @@ VARIANTS = {
     "test_vim_tiny": Variant(vim(32, depth=3, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2401.09417", license="apache-2.0")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2401.09417",
+    paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+    license="apache-2.0",
+)

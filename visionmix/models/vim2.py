@@ -96,4 +96,9 @@ VARIANTS = {
     "test_vim2": Variant(_layout(8, 1, img_size=96).with_options(depths=(1, 3, 1, 1))),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2403.19888")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2403.19888",
+    paper_name="MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
+)

@@ -44,4 +44,6 @@ VARIANTS = {
     "test_vmamba_v0": Variant(_first(16, (1, 1, 2, 1), img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2401.10166", license="mit")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2401.10166", paper_name="VMamba: Visual State Space Model", license="mit"
+)

@@ -41,4 +41,6 @@ VARIANTS = {
     "test_vssd": Variant(_layout(16, (1, 1, 1, 1), 1, 8).with_options(img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2407.18559")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2407.18559", paper_name="VSSD: Vision Mamba with Non-Causal State Space Duality"
+)

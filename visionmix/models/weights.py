@@ -47,6 +47,7 @@ class Weights:
             size.
         license: Licence, as the hub spells it; None for the family's.
         paper: Where these weights are described; None for the family's.
+        paper_name: The title of `paper`.
         options: Options that replace the variant's in a model with these weights.
     """
 
@@ -65,12 +66,22 @@ class Weights:
     gmacs: float | None = None
     license: str | None = None
     paper: str | None = None
+    paper_name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
         """Where the file lies: an address to fetch it from, else a page, else ""."""
         return self.url or (f"https://huggingface.co/{self.hf_hub_id}" if self.hf_hub_id else self.page)
+
+    @property
+    def origin(self) -> str:
+        """The page that a person finds the weights on: the authors' repository, a page, or ""."""
+        if self.page or self.hf_hub_id:
+            return self.page or f"https://huggingface.co/{self.hf_hub_id}"
+        parts = urlsplit(self.url)
+        owner_and_name = parts.path.split("/")[1:3]
+        return f"https://github.com/{'/'.join(owner_and_name)}" if parts.netloc == "github.com" else ""
 
 
 class _Inert(dict):

@@ -8,6 +8,7 @@ from visionmix.reduction.evit import EViT
 from visionmix.reduction.matching import match
 from visionmix.reduction.mctf import MCTF, MCTFFast
 from visionmix.reduction.methods import Method, list_methods, register_method
+from visionmix.reduction.named import register_model
 from visionmix.reduction.rmeeto import RMeeTo
 from visionmix.reduction.ssm_prune import SSMPrune
 from visionmix.reduction.tokens import Tokens
@@ -33,5 +34,6 @@ __all__ = [
     "list_methods",
     "match",
     "register_method",
+    "register_model",
     "remove",
 ]

@@ -192,6 +192,9 @@ class _SoftmaxBlock(AttentionBlock):
         block = self.block
         return block.scale2(x, block.mlp(block.norm2(x))) if block.has_mlp else x
 
+    def _dropout(self) -> nn.Dropout | None:
+        return self.layer.dot_product.attn_drop
+
     def _gate(self, x: Tensor, rows: Tensor) -> Tensor | None:
         return rows if self.layer.gate else None
 

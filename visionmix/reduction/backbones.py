@@ -9,9 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from visionmix.backbones import Plain
-from visionmix.backbones.contract import check_output_format, laid_out
+from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
 from visionmix.layers import join_prefix
-from visionmix.private_api import feature_take_indices
 from visionmix.reduction.methods import Method
 from visionmix.reduction.sharing import Reduced, share
 from visionmix.reduction.tokens import Tokens
@@ -27,7 +26,7 @@ class ReducedBackbone(Reduced):
     skeleton: ClassVar[type[nn.Module]]
     paths: ClassVar[tuple[str, ...]]
     reduction: Method
-    blocks: nn.Module
+    blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
     grad_checkpointing: bool
 
@@ -35,6 +34,11 @@ class ReducedBackbone(Reduced):
     def prefix_of(model: nn.Module) -> tuple[int, ...]:
         """Return the positions of the prefix tokens of `model`."""
         raise NotImplementedError
+
+    @staticmethod
+    def stages_of(model: nn.Module) -> list[list[nn.Module]]:
+        """Return the blocks of `model`, those together that run at one resolution."""
+        return [list(model.blocks)]
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         raise NotImplementedError
@@ -107,7 +111,8 @@ class ReducedBackbone(Reduced):
         return repr(self.reduction)
 
 
-def _source(images: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def source_of(images: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Return `Tokens.source` of a whole map whose cells come behind `prefix` tokens."""
     cells = torch.arange(prefix, prefix + grid[0] * grid[1], device=images.device)
     return cells.expand(images.shape[0], -1)
 
@@ -143,7 +148,7 @@ class ReducedVisionTransformer(ReducedBackbone):
                 f"{grid[0]}x{grid[1]} cells in training; dense features and traces need all: call eval() or build the "
                 f"model with patch_drop_rate=0"
             )
-        return Tokens(x, grid, tuple(range(prefix)), source=_source(images, grid, prefix))
+        return Tokens(x, grid, tuple(range(prefix)), source=source_of(images, grid, prefix))
 
     def _pools_cells(self) -> bool:
         return self.attn_pool is not None or self.global_pool in ("avg", "avgmax", "max")
@@ -200,7 +205,7 @@ class ReducedVisionTransformer(ReducedBackbone):
         """
         _check_unmasked(attn_mask, is_causal)
         check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = chosen_units(len(self.blocks), indices, "blocks")
         tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
         if norm:
             taken = [self._normalised(each) for each in taken]
@@ -237,7 +242,7 @@ class ReducedPlain(ReducedBackbone):
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         x, grid = self.embed(images)
-        source = _source(images, (grid.height, grid.width), 0) if trace else None
+        source = source_of(images, (grid.height, grid.width), 0) if trace else None
         for position in grid.prefix_positions if trace else ():
             source = source + (source >= position)
         return Tokens(x, (grid.height, grid.width), tuple(grid.prefix_positions), source=source)
@@ -256,10 +261,10 @@ class ReducedPlain(ReducedBackbone):
 
     def _placed(self, tokens: Tokens) -> Tensor:
         """Return the tokens with those of the prefix where the head looks for them."""
-        rest = [place for place in range(tokens.x.shape[1]) if place not in tokens.prefix_positions]
-        positions = self.class_token.positions(len(rest))
+        positions = self.class_token.positions(tokens.x.shape[1] - len(tokens.prefix_positions))
         if tuple(positions) == tokens.prefix_positions:
             return tokens.x
+        rest = [place for place in range(tokens.x.shape[1]) if place not in tokens.prefix_positions]
         return join_prefix(tokens.x[:, rest], tokens.prefix(), positions)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -284,26 +289,6 @@ class ReducedPlain(ReducedBackbone):
 
     def _leave(self, state: Tokens) -> Tensor:
         return self._features(state)
-
-
-_BACKBONES: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
-
-
-def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
-    """Return the forward paths for `model`.
-
-    Raises:
-        TypeError: there are none for its class, or the class has forward paths of its own.
-    """
-    cls = type(model)
-    for each in _BACKBONES:
-        if isinstance(model, each.skeleton):
-            own = [path for path in each.paths if getattr(cls, path) is not getattr(each.skeleton, path)]
-            if own:
-                raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
-            return each
-    names = " and ".join(each.skeleton.__qualname__ for each in _BACKBONES)
-    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of class {names} can")
 
 
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
+import torch.fx
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +16,7 @@ from visionmix.reduction.attention import attention_block, check_attention
 from visionmix.reduction.evit import schedule
 from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method
 from visionmix.reduction.tokens import Tokens, keep
+from visionmix.registry import nearest
 
 _EPS = 1e-6  # of sums of attention weights in training, as published
 
@@ -31,8 +35,8 @@ class DynamicViT(Method, nn.Module):
 
     The predictors are parameters of the method, the reduced model's ``reduction.predictors``, and must be trained. In
     training, ``forward_train`` adds the squared difference between the share of tokens that each predictor keeps and
-    its rate, and, with a `teacher`, the divergences KL(teacher || student) of the logits and of the tokens that are
-    left.
+    its rate, and, with a `teacher`, the divergence KL(teacher || student) of the logits and the mean squared distance
+    of the tokens that are left from the teacher's.
 
     Source: DynamicViT (Rao et al. 2021, arXiv 2106.02034).
 
@@ -43,15 +47,17 @@ class DynamicViT(Method, nn.Module):
             of the shares of the first number of tokens, falling.
         layers: Numbers of the blocks, from 0, before which tokens are dropped; None for those a quarter, a half and
             three quarters of the way (3, 6, 9 of 12).
-        teacher: A `VisionTransformer` of timm with as many tokens, for the distillation losses. It is no part of the
-            model: whoever moves the model to a device moves the teacher too.
+        teacher: A `VisionTransformer` of timm with as many tokens, for the distillation losses, or the name of one,
+            whose published weights are fetched at the first training step. It is no part of the model, and goes to the
+            device of the images.
         ratio_weight: Weight of the loss of shares.
-        distill_weight: Weight of each of both divergences.
+        distill_weight: Weight of each of both distillation losses.
         trace_source: Whether every pass follows which token holds which cell.
 
     Raises:
         TypeError: an option is of another type, or a block has no readable attention.
-        ValueError: a rate is outside (0, 1], a weight is negative, or numbers of blocks do not fit.
+        ValueError: a rate is outside (0, 1], a weight is negative, numbers of blocks do not fit, or timm has no model
+            of the teacher's name.
     """
 
     has_losses = True
@@ -63,7 +69,7 @@ class DynamicViT(Method, nn.Module):
         *,
         keep_rate: float | Sequence[float] = 0.7,
         layers: Sequence[int] | None = None,
-        teacher: nn.Module | None = None,
+        teacher: str | nn.Module | None = None,
         ratio_weight: float = 2.0,
         distill_weight: float = 0.5,
         trace_source: bool = False,
@@ -80,8 +86,7 @@ class DynamicViT(Method, nn.Module):
                 raise TypeError(f"{name}={value!r}: give a number")
             if not value >= 0:
                 raise ValueError(f"{name}={value}: give 0 or more")
-        if teacher is not None and not isinstance(teacher, VisionTransformer):
-            raise TypeError(f"teacher is a {type(teacher).__qualname__}; give a VisionTransformer of timm")
+        _check_teacher(teacher)
         self.ratio_weight, self.distill_weight = ratio_weight, distill_weight
         self.__dict__["teacher"] = teacher  # not by setattr, which would make it a part of the model
         self.trace_source = trace_source
@@ -93,7 +98,7 @@ class DynamicViT(Method, nn.Module):
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         if index in self.layers:
             stage, prefix = self.layers.index(index), len(tokens.prefix_positions)
-            count = int(tokens.grid[0] * tokens.grid[1] * self.keep_rate[stage])
+            count = _share(tokens.grid[0] * tokens.grid[1], self.keep_rate[stage])
             scores = self.predictors[stage](tokens.x[:, prefix:])[..., 0].detach()
             best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
             places = torch.arange(prefix, device=best.device).expand(best.shape[0], -1)
@@ -118,24 +123,41 @@ class DynamicViT(Method, nn.Module):
         return tokens._replace(x=x, state=state)
 
     def losses(self, model: Any, images: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-        state, teacher = tokens.state, self.__dict__["teacher"]
+        state = tokens.state
         if state is None or not self.predictors:
             return {}
         shares = [(state[f"share_{stage}"] - rate).square().mean() for stage, rate in enumerate(self.keep_rate)]
         found = {"ratio": self.ratio_weight * torch.stack(shares).mean()}
-        if teacher is None:
+        if self.__dict__["teacher"] is None:
             return found
+        teacher = self._teacher(images.device)
         prefix = len(tokens.prefix_positions)
         with torch.no_grad():
             expected = teacher.forward_features(images)
             logits = teacher.forward_head(expected)
         x = model.norm(tokens.x)
         kept = (state["stays"].detach() > 0.5).unsqueeze(2)
-        each = _divergence(x[:, prefix:], expected[:, teacher.num_prefix_tokens :])
-        own = model.forward_head(x)
-        found["logits"] = self.distill_weight * _divergence(own, logits).sum() / len(own)
-        found["tokens"] = self.distill_weight * (each * kept).sum() / kept.sum().clamp(min=1)
+        distance = (x[:, prefix:] - expected[:, teacher.num_prefix_tokens :]).square().mean(dim=2, keepdim=True)
+        own = model.forward_head(x).log_softmax(dim=1)
+        divergence = F.kl_div(own, logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
+        found["logits"] = self.distill_weight * divergence
+        found["tokens"] = self.distill_weight * (distance * kept).sum() / kept.sum().clamp(min=1)
         return found
+
+    def _teacher(self, device: torch.device) -> VisionTransformer:
+        teacher = self.__dict__["teacher"]
+        if isinstance(teacher, str):
+            if "_fetched" not in self.__dict__:
+                fetched = timm.create_model(teacher, pretrained=True).eval().requires_grad_(False)
+                _check_teacher(fetched)
+                self.__dict__["_fetched"] = fetched
+            teacher = self.__dict__["_fetched"]
+        return teacher.to(device)
+
+
+@torch.fx.wrap  # a traced size is no number
+def _share(count: int, rate: float) -> int:
+    return int(count * rate)
 
 
 class Predictor(nn.Module):
@@ -150,7 +172,7 @@ class Predictor(nn.Module):
 
     def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, eps=1e-5, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.fc1 = nn.Linear(dim, dim // 2, **dd)
         self.fc2 = nn.Linear(dim // 2, dim // 4, **dd)
@@ -176,6 +198,11 @@ def _masked_weights(q: Tensor, k: Tensor, stays: Tensor) -> Tensor:
     return ((weights + _EPS / stays.shape[1]) / (weights.sum(dim=3, keepdim=True) + _EPS)).to(q.dtype)
 
 
-def _divergence(own: Tensor, expected: Tensor) -> Tensor:
-    """Return the terms of KL(expected || own) of logits, of their shape."""
-    return F.kl_div(own.log_softmax(dim=-1), expected.log_softmax(dim=-1), reduction="none", log_target=True)
+def _check_teacher(teacher: object) -> None:
+    """Raise TypeError or ValueError unless `teacher` is a VisionTransformer of timm, a model's name, or None."""
+    if isinstance(teacher, str):
+        name = teacher.partition(".")[0]
+        if not timm.is_model(name):
+            raise ValueError(f"teacher={teacher!r} is no model of timm{nearest(name, timm.list_models())}")
+    elif teacher is not None and not isinstance(teacher, VisionTransformer):
+        raise TypeError(f"teacher is a {type(teacher).__qualname__}; give a VisionTransformer of timm, or its name")

@@ -19,11 +19,14 @@ class Method(ABC):
 
     Attributes:
         name: The name that it is registered under.
+        knows_stages: Whether it reduces models of several resolutions: its constructor takes `depths`, the number of
+            blocks at each.
         has_losses: Whether `losses` returns any, so that the reduced model has a ``forward_train``.
         trace_source: Whether `Tokens.source` is followed in every pass.
     """
 
     name: ClassVar[str]
+    knows_stages: ClassVar[bool] = False
     has_losses: ClassVar[bool] = False
     trace_source: bool = False
 
@@ -61,7 +64,7 @@ class Method(ABC):
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
 
 
-_METHODS: Registry[Method] = Registry("method", besides=("blocks", "prefix_positions"))
+_METHODS: Registry[Method] = Registry("method", besides=("blocks", "prefix_positions", "depths"))
 
 
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:

@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ class Reduced(nn.Module):
         """The model that was given to `apply`."""
         return self.__dict__["_given"]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> str | tuple[Any, ...]:
         mixin, base = type(self).__bases__
         return _blank, (mixin, base), self.__getstate__()
 
@@ -24,8 +25,13 @@ class Reduced(nn.Module):
 def reduced(model: nn.Module, mixin: type[Reduced]) -> Reduced:
     """Return a module of class `mixin` and that of `model`, with its children, parameters and attributes."""
     new = share(model, reduced_class(mixin, type(model)))
-    new.__dict__["_given"] = model  # not by setattr, which would register it as a child
+    remember(new, model)
     return new
+
+
+def remember(model: Reduced, given: nn.Module) -> None:
+    """Make `given` what `model` was made from."""
+    model.__dict__["_given"] = given  # not by setattr, which would register it as a child
 
 
 def share(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:

@@ -70,6 +70,8 @@ def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
 
 def schedule(r: int | tuple[int, float] | list[int], depth: int) -> tuple[int, ...]:
     """Return how many tokens each of `depth` blocks removes; see `ToMe` for `r` and what is raised."""
+    if isinstance(r, list) and len(r) == 2 and isinstance(r[1], float):
+        r = (r[0], r[1])  # as YAML and JSON write a pair; a number of tokens is no float
     if isinstance(r, tuple) and len(r) == 2 and is_int(r[0]) and isinstance(r[1], int | float):
         r, slope = r
         if r < 0 or not -1 <= slope <= 1:

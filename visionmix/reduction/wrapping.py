@@ -5,16 +5,20 @@ from typing import Any
 from torch import nn
 
 from visionmix.private_api import FeatureGetterNet
-from visionmix.reduction.backbones import ReducedBackbone, reduced_backbone_for
+from visionmix.reduction.backbones import ReducedBackbone, ReducedPlain, ReducedVisionTransformer
+from visionmix.reduction.hierarchical import ReducedHierarchical
 from visionmix.reduction.methods import method_class
 from visionmix.reduction.sharing import Reduced, reduced
+from visionmix.reduction.specs import Spec, read_spec
+
+_BACKBONES: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain, ReducedHierarchical)
 
 
 class ReducedFeatures(Reduced):
     """A timm feature extractor, as `features_only=True` makes it, around a reduced model."""
 
 
-def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
+def apply(model: nn.Module, method: Spec, **options: Any) -> nn.Module:
     """Return `model` with fewer tokens from block to block; the given model does not change.
 
     The new module holds the same children and parameters under the same names, so that training one trains both and
@@ -26,15 +30,17 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
     Where a head pools over merged patch tokens, each counts as often as it has cells.
 
     Example:
-        ``fast = reduction.apply(timm.create_model("deit_small_patch16_224"), "tome", r=13)``
+        ``fast = reduction.apply(timm.create_model("deit_small_patch16_224"), "tome", r=13)``, or ``"tome:r=13"``.
 
     Args:
         model: A VisionTransformer of timm, VisionTransformerDistilled included, a `visionmix.backbones.Plain` whose
-            mixers the method can take (softmax attention that needs no map; bidirectional Mamba, as in Vim, for
-            "ssm_prune"), or the result of ``create_model(..., features_only=True)`` for one. A compiled or wrapped
-            model is reduced before it is compiled or wrapped.
-        method: One of `list_methods()`.
-        **options: The method's own options.
+            mixers the method can take (softmax attention that needs no map; the scans of Vim and PlainMamba for
+            "ssm_prune"), for "ssm_prune" a `visionmix.backbones.Hierarchical` with VMamba's scans, or the result of
+            ``create_model(..., features_only=True)`` for one. A compiled or wrapped model is reduced before it is
+            compiled or wrapped.
+        method: One of `list_methods()`; or one with options, as recipes and command lines write it: ``"tome:r=13"`` or
+            ``{"method": "tome", "r": 13}``.
+        **options: The method's own options, laid over those in `method`.
 
     Raises:
         TypeError: a class of model, block or attention that cannot be reduced, or an option of a wrong type.
@@ -46,14 +52,21 @@ def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
             f"model is reduced already, by {_backbone(model).reduction!r}; reduction.remove(model) returns the "
             f"model without it"
         )
-    cls = method_class(method, options)  # unknown names are refused before an unfit model
+    name, written = read_spec(method)
+    options = written | options
+    cls = method_class(name, options)  # unknown names are refused before an unfit model
     if isinstance(model, FeatureGetterNet):
         features = reduced(model, ReducedFeatures)
-        features.model = apply(model.model, method, **options)
+        features.model = apply(model.model, name, **options)
         return features
-    backbone = reduced_backbone_for(model)
+    backbone = _reduced_backbone_for(model)
+    stages = backbone.stages_of(model)
+    if cls.knows_stages:
+        options["depths"] = tuple(map(len, stages))
+    elif len(stages) > 1:
+        raise TypeError(f"method {name!r} reduces models of one resolution; a {type(model).__qualname__} has several")
     new = reduced(model, backbone)
-    new.reduction = cls(list(model.blocks), backbone.prefix_of(model), **options)
+    new.reduction = cls([block for stage in stages for block in stage], backbone.prefix_of(model), **options)
     return new
 
 
@@ -76,3 +89,20 @@ def remove(model: nn.Module) -> nn.Module:
 
 def _backbone(model: Reduced) -> ReducedBackbone:
     return model.model if isinstance(model, ReducedFeatures) else model
+
+
+def _reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
+    """Return the forward paths for `model`.
+
+    Raises:
+        TypeError: there are none for its class, or the class has forward paths of its own.
+    """
+    cls = type(model)
+    for each in _BACKBONES:
+        if isinstance(model, each.skeleton):
+            own = [path for path in each.paths if getattr(cls, path) is not getattr(each.skeleton, path)]
+            if own:
+                raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
+            return each
+    names = ", ".join(each.skeleton.__qualname__ for each in _BACKBONES)
+    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of the classes {names} can")

@@ -1,21 +1,10 @@
 # Mask R-CNN on COCO for 36 epochs, with images of many sizes, by Swin's settings (arXiv 2103.14030).
-_base_ = "mask_rcnn_1x.py"
-sizes = [(short, 1333) for short in range(480, 801, 32)]
+_base_ = ["mask_rcnn_1x.py", "multiscale.py"]
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="RandomFlip", prob=0.5),
-    dict(
-        type="RandomChoice",
-        transforms=[
-            [dict(type="RandomChoiceResize", scales=sizes, keep_ratio=True)],
-            [
-                dict(type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
-                dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True),
-                dict(type="RandomChoiceResize", scales=sizes, keep_ratio=True),
-            ],
-        ],
-    ),
+    {{_base_.resizes}},
     dict(type="PackDetInputs"),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

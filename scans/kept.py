@@ -1,0 +1,26 @@
+"""Scan orders of what is left of a grid."""
+
+import torch
+
+
+def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the steps that K orders of a grid take over some of its cells, in every image others.
+
+    A cell keeps its place in an order: those that are kept are read in the sequence of the whole grid's steps, and
+    between two of them lie as many places as the order has steps there, padded ones among them. So
+    `visionmix.kernels.selective_scan_2d` takes them.
+
+    Args:
+        inverses: int64 (K, cells), `order(...).inverse` of each order, which reads a cell once at most.
+        kept: int64 (batch, tokens), the cell of each token that is kept, no cell twice.
+
+    Returns:
+        int64 (batch, K, tokens), the token read at each step, -1 for padded steps at the end, of tokens whose cell the
+        order does not read; and int64 (batch, K, tokens), the places that are passed over before each step.
+    """
+    steps = inverses[:, kept].transpose(0, 1)
+    unread = torch.iinfo(steps.dtype).max
+    steps, tokens = torch.where(steps < 0, unread, steps).sort(dim=2)
+    read = steps < unread
+    before = torch.cat([torch.full_like(steps[..., :1], -1), steps[..., :-1]], dim=2)
+    return torch.where(read, tokens, -1), torch.where(read, steps - before - 1, 0)

@@ -1,0 +1,84 @@
+"""Files with dynamic batch, height and width: every tiny model, run at other sizes than it was exported at."""
+
+import importlib.util
+
+import pytest
+import timm
+import torch
+from tiny_models import TINY
+
+from visionmix import create_mixer
+from visionmix.tools.export_files import DYNAMIC, to_onnx, to_openvino, to_pt2, to_torchscript
+from visionmix.tools.export_runs import open_file
+
+# Some of the cheapest: attention and linear attention.
+QUICK = ("test_her_encoder", "test_dualtoken_vit")
+
+# Those that patches, windows and stripes divide and those that they do not, one image and several.
+IMAGES = ((2, 3, 64, 96), (3, 3, 96, 128), (1, 3, 101, 75), (4, 3, 160, 64))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def runs_at_all(shapes, model, path):
+    """Export `model` with the first of `shapes` as its example, and compare what both compute for each of them."""
+    pytest.importorskip("onnxruntime")
+    axes = {axis: f"axis{axis}" for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1}
+    to_onnx(model, torch.randn(shapes[0]), path, dynamic=axes)
+    equals_at_all(shapes, open_file(path)[0], model)
+
+
+def equals_at_all(shapes, run, model):
+    for shape in shapes:
+        images = torch.randn(shape)
+        expected = model(images)
+        # Untrained models give logits close to 0: the error is measured by their spread.
+        assert torch.allclose(run(images), expected, atol=1e-4 * min(1.0, expected.std().item())), shape
+
+
+# The cheapest one with a mixer of this library is tried in the quick suite.
+@pytest.mark.parametrize(
+    "name", [each if each == QUICK else pytest.param(each, marks=pytest.mark.long) for each in TINY]
+)
+def test_models_run_at_sizes_they_were_not_exported_at(name, tmp_path):
+    """In ONNX Runtime, and in OpenVINO what it makes of the same file."""
+    model = timm.create_model(name).eval()
+    runs_at_all(IMAGES, model, tmp_path / "model.onnx")
+    if importlib.util.find_spec("openvino"):
+        to_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+        equals_at_all(IMAGES, open_file(tmp_path / "model.xml")[0], model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TINY)
+def test_models_as_programs_and_traces_in_operators_of_pytorch(name, tmp_path):
+    model = timm.create_model(name).eval()
+    example = torch.randn(IMAGES[0])
+    assert to_torchscript(model, example, tmp_path / "model.pt") == []
+    equals_at_all(IMAGES[:1], open_file(tmp_path / "model.pt")[0], model)
+    to_pt2(model, example, tmp_path / "model.pt2", dynamic=DYNAMIC["all"])
+    equals_at_all(IMAGES, open_file(tmp_path / "model.pt2")[0], model)
+
+
+@pytest.mark.long
+def test_windows_and_stripes_run_at_sizes_they_were_not_exported_at(tmp_path):
+    mixer = [{"name": "window", "window_size": 3, "shift": True}, {"name": "cross_window", "split_size": 3}]
+    model = timm.create_model("test_plain", mixer=mixer, depth=2, num_classes=10)
+    runs_at_all(IMAGES, model.eval(), tmp_path / "model.onnx")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("window", {"window_size": 6}),
+        ("cross_window", {"split_size": 6}),
+        ("self_guided", {"group_sizes": [6, 12, 6]}),
+    ],
+)
+def test_an_example_of_one_window_stripe_or_group_serves_maps_of_several(name, options, tmp_path):
+    maps = ((2, 4, 6, 8), (3, 9, 11, 8), (1, 20, 13, 8))
+    runs_at_all(maps, create_mixer(name, 8, num_heads=2, **options).eval(), tmp_path / "mixer.onnx")

@@ -1,0 +1,42 @@
+"""Rows of a CSV file that are added one by one, so that a call that was stopped goes on where it was."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from visionmix.tools import checkpoint
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows that an earlier call wrote, none where there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        rows = list(table)
+    if rows and tuple(table.fieldnames or ()) != tuple(columns):
+        raise ValueError(f"--csv {path} has other columns than this command writes; give another file")
+    return rows
+
+
+def append_row(path: Path, row: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Add a row to a CSV file, which is at every moment whole; raises as `checkpoint.write_aside` does."""
+    rows = [*read_rows(path, columns), row]
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(rows)
+
+    checkpoint.write_aside(path, write)
+
+
+def has_row(rows: Sequence[Mapping[str, str]], row: Mapping[str, Any], key: Sequence[str]) -> bool:
+    """Return whether one of the rows agrees with `row` in the columns `key`."""
+    return any(all(str(row[column]) == old[column] for column in key) for old in rows)
