@@ -1,7 +1,7 @@
 """Hooks of mkdocs, which `mkdocs.yml` names: the pages that are made from the code, the nav, and links out of docs/.
 
-Made pages: contributing.md and changelog.md from the files at the repository's root, a page per mixer, an index of them,
-a page per example, the pictures of the direction sets, and the reference of the public modules.
+Made pages: contributing.md and changelog.md from the files at the repository's root, a page per mixer, an index of the
+mixers, a page per example, the pictures of the direction sets, and the reference of the public modules.
 """
 
 import importlib
