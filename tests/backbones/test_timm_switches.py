@@ -73,6 +73,17 @@ def test_no_model_keeps_the_fused_function(name, unfused):
     assert torch.allclose(other(images), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["test_plain", "test_agent_cswin", "test_swin_prepbn", "test_stvit_r_swin"])
+def test_exportable_models_do_not_call_the_fused_function(name):
+    images = torch.randn(1, 3, 64, 96)
+    for options, expected in (({"exportable": True}, False), ({"scriptable": True}, True)):
+        model = timm.create_model(name, **options).eval()
+        with FusedCalls() as calls:
+            logits = model(images)
+        assert (calls.count > 0) is expected
+        assert torch.allclose(torch.jit.script(model)(images), logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fast_norms_are_everywhere(name, fast_norm):
     model = timm.create_model(name)

@@ -135,6 +135,7 @@ class Plain(Backbone):
         self.stem = layer_maker("stem_layer", stem_layer)(in_chans, embed_dim, patch_size, **overlap, **dd)
         self.grid_size = grid_size = self.stem.grid_size(height, width)
         self.pos_embed = embedding(embed_dim, grid_size, **dd) if embedding else nn.Identity()
+        self.embed_dim = embed_dim
         self.has_prefix = prefix_tokens is not None
         self.num_prefix_tokens = 0
         self.output_fmt = "NHWC"
