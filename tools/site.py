@@ -1,11 +1,12 @@
 """Hooks of mkdocs, which `mkdocs.yml` names: the pages that are made from the code, the nav, and links out of docs/.
 
-Made pages: contributing.md and changelog.md from the files at the repository's root, a page per mixer and an index of
-them, the pictures of the direction sets, and the reference of the public modules.
+Made pages: contributing.md and changelog.md from the files at the repository's root, a page per mixer, an index of the
+mixers, a page per example, the pictures of the direction sets, and the reference of the public modules.
 """
 
 import importlib
 import inspect
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from visionmix import scans
 from visionmix.mixers import list_mixers, registry
@@ -88,11 +90,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let links to files at the repository's root lead to their pages."""
-    for page, file in _COPIED.items():
-        markdown = markdown.replace(f"](../{file}", f"]({page}")
-    return markdown
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Let links out of docs/ lead to the pages of these files."""
+    depth = page.file.src_uri.count("/")
+    up, out = "../" * depth, "../" * (depth + 1)
+    for name, file in _COPIED.items():
+        markdown = markdown.replace(f"]({out}{file}", f"]({up}{name}")
+    return re.sub(rf"\]\({re.escape(out)}examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", markdown)
 
 
 def expand(nav: list, names: Iterable[str]) -> list:
@@ -127,12 +131,17 @@ def pages() -> dict[str, str]:
     made["mixers/index.md"] = _mixer_index()
     made["scan_sets.md"] = _direction_sets()
     made |= {f"mixers/{name}.md": _mixer(name) for name in list_mixers()}
+    made |= {f"examples/{path.stem}.md": _example(path) for path in (_ROOT / "examples").glob("*.py")}
     return made | {f"api/{_stem(module)}.md": _module(module) for module in _MODULES}
 
 
 def _without_root(text: str) -> str:
     """Return a page of the repository's root as it reads inside docs/."""
     return text.replace("](docs/", "](")
+
+
+def _example(path: Path) -> str:
+    return f"# {path.name}\n\n```python\n{path.read_text().rstrip()}\n```\n"
 
 
 def _stem(module: str) -> str:

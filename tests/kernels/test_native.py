@@ -19,7 +19,8 @@ from visionmix import kernels
 from visionmix.kernels import native
 from visionmix.kernels.dispatch import Unavailable
 
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+_CHOSEN = os.environ.get("CXX")
+COMPILER = next(filter(None, map(shutil.which, [_CHOSEN] if _CHOSEN else ["c++", "g++", "clang++"])), None)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="kernels are not compiled on Windows"),

@@ -1,5 +1,7 @@
 """The nav of the documentation's site."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("mkdocs", reason="the docs extra is not installed")
@@ -42,5 +44,16 @@ def test_ops_named_like_their_package_are_in_the_reference():
     assert "::: visionmix.kernels.selective_scan.selective_scan" in site.pages()["api/kernels.md"]
 
 
-def test_links_to_the_root_lead_to_pages():
-    assert site.on_page_markdown("see [this](../CONTRIBUTING.md#style)") == "see [this](contributing.md#style)"
+@pytest.mark.parametrize(
+    ("at", "link", "leads_to"),
+    [
+        ("architecture.md", "../CONTRIBUTING.md#style", "contributing.md#style"),
+        ("integrations/timm.md", "../../CHANGELOG.md", "../changelog.md"),
+        ("integrations/timm.md", "../../examples/timm_hub.py", "../examples/timm_hub.md"),
+        ("export.md", "../examples/export_onnx.py", "examples/export_onnx.md"),
+        ("export.md", "performance.md", "performance.md"),
+    ],
+)
+def test_links_out_of_the_docs_lead_to_pages(at, link, leads_to):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=at))
+    assert site.on_page_markdown(f"see [this]({link})", page=page) == f"see [this]({leads_to})"
