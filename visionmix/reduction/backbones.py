@@ -288,6 +288,35 @@ class ReducedPlain(ReducedBackbone):
 
 _BACKBONES: tuple[type[ReducedBackbone], ...] = (ReducedVisionTransformer, ReducedPlain)
 
+_WINDOWS = "its attention cuts whole maps into windows, and its stages shrink them"
+_BIAS = "its attention has a bias for every pair of cells"
+_ROTARY = "its attention turns queries and keys by the places of a whole map's cells"
+# By the name of the class: why models of timm that are like ViT have no token that may go.
+_REASONS = {
+    "Beit": _BIAS,
+    "VisionTransformerRelPos": _BIAS,
+    "Eva": _ROTARY,
+    "VisionTransformerSAM": "its attention cuts whole maps into windows and has a bias for every pair of cells",
+    "SwinTransformer": _WINDOWS,
+    "SwinTransformerV2": _WINDOWS,
+    "SwinTransformerV2Cr": _WINDOWS,
+    "MaxxVit": _WINDOWS,
+    "DaVit": _WINDOWS,
+    "Twins": _WINDOWS,
+    "Hiera": "its stages pool groups of cells by their places in the sequence",
+    "HieraDet": "its attention cuts whole maps into windows, and its stages pool them",
+    "MultiScaleVit": "its attention pools whole maps",
+    "PyramidVisionTransformerV2": "its attention shrinks whole maps",
+    "PoolingVisionTransformer": "its stages pool whole maps",
+    "NaFlexVit": "the images of a batch have grids of their own, which the method's tokens do not keep",
+    "Cait": "its class token joins after the cells, in blocks of its own",
+    "Xcit": "its attention is one of channels, and a convolution between the cells follows it",
+    "TNT": "each token has pixels of its own beside it",
+    "VOLO": "its outlook attention reads whole maps",
+    "CrossVit": "it has two sequences, which exchange their class tokens",
+    "ConVit": _BIAS,
+}
+
 
 def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
     """Return the forward paths for `model`.
@@ -303,7 +332,9 @@ def reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
                 raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
             return each
     names = " and ".join(each.skeleton.__qualname__ for each in _BACKBONES)
-    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of class {names} can")
+    reasons = (_REASONS[each.__name__] for each in cls.__mro__ if each.__name__ in _REASONS)
+    reason = next((f", since {reason}" for reason in reasons), "")
+    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced{reason}; those of class {names} can")
 
 
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
