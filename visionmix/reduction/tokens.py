@@ -132,6 +132,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return taken.reshape(index.shape[0], index.shape[1], x.shape[2])
 
 
+def take_heads(x: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens of `x`, (batch, heads, tokens, channels), at `index`, int64 (batch, taken), in every head."""
+    return take(x.transpose(1, 2).flatten(2), index).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
 def rows(index: Tensor, tokens: int) -> Tensor:
     """Return where positions `index`, (batch, taken), lie once (batch, tokens) is flattened: int64 (batch * taken,)."""
     return (index + tokens * torch.arange(index.shape[0], device=index.device).unsqueeze(1)).reshape(-1)
