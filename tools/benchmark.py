@@ -3,6 +3,7 @@
     python tools/benchmark.py vig_s deit_small_patch16_224 --img-size 224
     python tools/benchmark.py deit_small_patch16_224 --reduce tome:r=13 --reduce evit:keep_rate=0.5 --batch 8
     python tools/benchmark.py vmamba_tiny swin_tiny_patch4_window7_224 --device cuda --batch 128 --amp bfloat16
+    python tools/benchmark.py deit_small_patch16_224 --reduce mctf_fast --batch 8 --turns 20
     python tools/benchmark.py vig_s --profile
     python tools/benchmark.py --data
 
@@ -15,6 +16,8 @@ compares the loaders of training images instead.
 """
 
 import argparse
+import operator
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,13 +91,36 @@ def run(name: str, *, img_size: int, batch: int, train: bool, device: str, amp: 
     timing.wait_until_quiet()
     call = call_of(name, img_size, batch, train, device, amp)
     time = timing.measure(call)
-    cost = info.measure(build(name, img_size), (3, img_size, img_size))
-    gmacs = sum(cost.macs.values()) / 1e9
-    arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
-    arguments += [*(["--train"] if train else []), *(["--amp", amp] if amp else [])]
     peak = float("nan")
     if memory:
+        arguments = [__file__, name, "--img-size", str(img_size), "--batch", str(batch), "--child"]
+        arguments += [*(["--train"] if train else []), *(["--amp", amp] if amp else [])]
         peak = timing.peak_memory(arguments) if device == "cpu" else timing.peak_gpu_memory(call)
+    return _row(name, time, peak, img_size, batch, train, device, amp)
+
+
+def run_in_turns(
+    names: list[str], rounds: int, *, img_size: int, batch: int, train: bool, device: str, amp: str
+) -> list[dict[str, object]]:
+    """Return the rows of models that are timed in `rounds` of turns, with the column `times_first` more.
+
+    It is the median over the rounds of the first model's time over the model's own, which other work on the machine
+    changes little, so that a busy machine is not refused.
+    """
+    calls = {name: call_of(name, img_size, batch, train, device, amp) for name in names}
+    samples = timing.in_turns(calls, rounds)
+    rows = []
+    for name, own in samples.items():
+        row = _row(name, timing.spread(own), float("nan"), img_size, batch, train, device, amp)
+        rows.append(row | {"times_first": statistics.median(map(operator.truediv, samples[names[0]], own))})
+    return rows
+
+
+def _row(
+    name: str, time: timing.Time, peak: float, img_size: int, batch: int, train: bool, device: str, amp: str
+) -> dict[str, object]:
+    cost = info.measure(build(name, img_size), (3, img_size, img_size))
+    gmacs = sum(cost.macs.values()) / 1e9
     return {
         "model": name,
         "pass": ("forward + backward" if train else "forward") + (f", {amp} autocast" if amp else ""),
@@ -126,6 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", action="store_true", help="images a second a core of the loader, beside timm's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="time the models in turn, one call each a round, for ratios where a machine changes its speed",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -150,17 +183,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     console = display.table_console()
     try:
-        rows = [run(name, **options, device=args.device, memory=not args.no_memory) for name in names]
+        if args.turns:
+            rows = run_in_turns(names, args.turns, **options, device=args.device)
+        else:
+            rows = [run(name, **options, device=args.device, memory=not args.no_memory) for name in names]
     except timing.NoisyMachine as error:
         console.print(f"nothing recorded: {error}", style="red")
         return 1
+    ratios = [row.pop("times_first", float(rows[0]["p50_ms"]) / float(row["p50_ms"])) for row in rows]
     timing.append_rows(args.csv, rows)
     columns = ["model", "p50_ms", "images_s", "gmacs", "ms_a_gmac", "gflop_s", "peak_mb"]
     table = Table(title=f"{args.img_size} pixels, batch {args.batch}, {rows[0]['pass']}, {args.threads} threads")
     for column in [*columns, "times the first"]:
         table.add_column(column)
-    for row in rows:
-        ratio = float(rows[0]["p50_ms"]) / float(row["p50_ms"])
+    for row, ratio in zip(rows, ratios, strict=True):
         table.add_row(*(str(row[column]) for column in columns), f"{1 / ratio:.3g}")
     console.print(table)
     return 0

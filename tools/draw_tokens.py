@@ -4,12 +4,16 @@
     python tools/draw_tokens.py astronaut cat --reduce tome:r=8 --reduce evit:keep_rate=0.5 --out tokens.png
 
 A row per image, a panel per reduction. Each region is the cells of one token of the last block in their mean colour,
-with a border where the token changes; cells whose token was dropped are dark. An image is a file, or the name of one of
-the photographs that come with scikit-image. Without --pretrained or --checkpoint the model is untrained.
+with a border where the token changes; cells whose token was dropped are dark. Tokens of A-ViT, which halt, are the
+darker the fewer blocks they ran. A model that prunes by itself, such as dynamicvit_deit_small, needs no --reduce. An
+image is a file, or the name of one of the photographs that come with scikit-image. Without --pretrained or --checkpoint
+the model is untrained.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +28,31 @@ from visionmix.tools import pictures, shown
 DROPPED = 0.15  # brightness left to cells that no token holds
 
 
-def regions(image: np.ndarray, source: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens of a reduced model.
+
+    Attributes:
+        source: The token that holds each cell, int (batch, rows, columns), -1 where none does.
+        light: Brightness of each cell, from `DROPPED` to 1, float of the same shape.
+        edges: Values between which a border is drawn where they differ, of the same shape.
+        title: How many are left.
+    """
+
+    source: np.ndarray
+    light: np.ndarray
+    edges: np.ndarray
+    title: str
+
+
+def regions(image: np.ndarray, source: np.ndarray, light: np.ndarray) -> np.ndarray:
     """Return `image` with each token's cells in the mean colour of its pixels.
 
     Args:
         image: float (height, width, 3) in [0, 1].
         source: int (rows, columns), the token that holds each cell, -1 where none does. Each cell is the same number of
             whole pixels.
+        light: Brightness, float (rows, columns).
     """
     rows, columns = source.shape
     scale = (image.shape[0] // rows, image.shape[1] // columns)
@@ -39,8 +61,8 @@ def regions(image: np.ndarray, source: np.ndarray) -> np.ndarray:
     painted = np.zeros_like(mean)
     for token in np.unique(source):
         held = source == token
-        painted[held] = mean[held] * DROPPED if token < 0 else mean[held].mean(axis=0)
-    return painted.repeat(scale[0], axis=0).repeat(scale[1], axis=1)
+        painted[held] = mean[held] if token < 0 else mean[held].mean(axis=0)
+    return (painted * light[..., None]).repeat(scale[0], axis=0).repeat(scale[1], axis=1)
 
 
 def borders(source: np.ndarray) -> np.ndarray:
@@ -52,39 +74,52 @@ def borders(source: np.ndarray) -> np.ndarray:
     return np.concatenate([upright, level]).astype(float)
 
 
-def draw_regions(axes: Axes, image: np.ndarray, source: np.ndarray) -> None:
-    """Draw `image`, float (height, width, 3), with the regions of `source`, int (rows, columns), into the axes."""
-    axes.imshow(regions(image, source), extent=(0, source.shape[1], source.shape[0], 0), interpolation="nearest")
-    axes.add_collection(LineCollection(borders(source), colors="white", linewidths=0.7))
+def draw_regions(axes: Axes, image: np.ndarray, drawn: Drawn, row: int) -> None:
+    """Draw `image`, float (height, width, 3), number `row` of the batch, with the regions of its tokens."""
+    rows, columns = drawn.source.shape[1:]
+    painted = regions(image, drawn.source[row], drawn.light[row])
+    axes.imshow(painted, extent=(0, columns, rows, 0), interpolation="nearest")
+    axes.add_collection(LineCollection(borders(drawn.edges[row]), colors="white", linewidths=0.7))
 
 
 @torch.inference_mode()
-def sources(model: nn.Module, images: Tensor, spec: str) -> tuple[np.ndarray, int]:
-    """Return the token of each cell, int (batch, rows, columns), and how many are left, when `spec` reduces `model`."""
-    tokens = reduction.apply(model, spec, trace_source=True).forward_tokens(images)
-    return tokens.source.reshape(-1, *tokens.grid).numpy(), tokens.x.shape[1]
+def tokens_of(model: nn.Module, images: Tensor, spec: str | None) -> Drawn:
+    """Return the tokens left of `images` when `spec` reduces `model`; None for one that is reduced already."""
+    if spec is None:
+        model.reduction.trace_source = True
+    fast = model if spec is None else reduction.apply(model, spec, trace_source=True)
+    tokens = fast.forward_tokens(images)
+    source = tokens.source.reshape(-1, *tokens.grid).numpy()
+    if tokens.state and "blocks" in tokens.state:
+        ran = tokens.state["blocks"].gather(1, tokens.source).reshape(source.shape).numpy() / len(fast.blocks)
+        return Drawn(source, DROPPED + (1 - DROPPED) * ran, ran, f"{len(fast.blocks) * ran.mean():.1f} blocks a token")
+    mask = torch.ones_like(tokens.x[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
+    least, most = (int(count) for count in mask.sum(dim=1).aminmax())
+    title = f"{most} tokens" if least == most else f"{least} to {most} tokens"
+    return Drawn(source, np.where(source < 0, DROPPED, 1.0), source, title)
 
 
-def draw_tokens(given: shown.Shown, specs: list[str], path: Path, title: str) -> None:
+def draw_tokens(given: shown.Shown, specs: Sequence[str | None], path: Path, title: str) -> None:
     """Write a picture with a row for each image: the image itself, then a panel per reduction.
 
     Args:
         given: The images, and a model that can be reduced.
-        specs: Reductions, as ``tome:r=8``.
+        specs: Reductions, as ``tome:r=8``; None for that of a model that is reduced already.
         path: PNG to write.
         title: Of the picture.
     """
-    found = [sources(given.model, given.images, spec) for spec in specs]
+    found = [tokens_of(given.model, given.images, spec) for spec in specs]
     figure = pictures.new_figure(2.6 * (len(specs) + 1), 2.8 * len(given.images) + 0.5)
     grid = figure.subplots(len(given.images), len(specs) + 1, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for row, image in enumerate(given.pictures):
         grid[row, 0].imshow(image)
-        for axes, (source, _) in zip(grid[row, 1:], found, strict=True):
-            draw_regions(axes, image, source[row])
-    for axes, spec, (_, left) in zip(grid[0, 1:], specs, found, strict=True):
-        axes.set_title(f"{spec}\n{left} tokens", fontsize=9, family="monospace")
+        for axes, drawn in zip(grid[row, 1:], found, strict=True):
+            draw_regions(axes, image, drawn, row)
+    for axes, spec, drawn in zip(grid[0, 1:], specs, found, strict=True):
+        name = given.model.reduction.name if spec is None else spec
+        axes.set_title(f"{name}\n{drawn.title}", fontsize=9, family="monospace")
     figure.suptitle(title)
     pictures.save(figure, path)
 
@@ -97,15 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     parse.add_argument("images", nargs="+", metavar="IMAGE", help=shown.IMAGES)
     parse.add_argument("--model", default="deit_small_patch16_224", help="timm model name (default: %(default)s)")
     shown.add_weights(parse)
-    parse.add_argument(
-        "--reduce", action="append", metavar="METHOD:OPTIONS", help="a reduction; may be repeated (default: tome:r=13)"
-    )
+    reduce = "a reduction; may be repeated (default: the model's own, else tome:r=13)"
+    parse.add_argument("--reduce", action="append", metavar="METHOD:OPTIONS", help=reduce)
     parse.add_argument("--out", type=Path, default=Path("tokens.png"), help="the picture (default: %(default)s)")
     args = parse.parse_args(argv)
-    specs = args.reduce or ["tome:r=13"]
     try:
         model = shown.load(args.model, args.pretrained, args.checkpoint)
-        for spec in specs:
+        own = hasattr(model, "reduction") and not args.reduce
+        specs: list[str | None] = [None] if own else [*(args.reduce or ["tome:r=13"])]
+        for spec in args.reduce or []:
             reduction.apply(model, spec)
         untrained = "" if args.pretrained or args.checkpoint else ", untrained"
         draw_tokens(shown.show(model, args.images), specs, args.out, f"tokens of {args.model}{untrained}")

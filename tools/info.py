@@ -7,6 +7,7 @@ docs/models/, which takes minutes; `--pages` writes the pages from the counts th
 """
 
 import argparse
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionmix.models.family import published, weights_of
@@ -74,12 +76,29 @@ class _Counter(TorchDispatchMode):
 
 
 def measure(model: nn.Module, input_size: Sequence[int]) -> Cost:
-    """Return what a forward pass of one image of `input_size` (channels, height, width) costs, without running it."""
-    model = model.to("meta").eval()
-    image = torch.empty(1, *input_size, device="meta")
+    """Return what a forward pass of one image of `input_size` (channels, height, width) costs, without running it.
+
+    A model whose shapes depend on the image (token reduction by "ats" or "algm") is run on noise.
+    """
+    counted = _count(copy.deepcopy(model).to("meta"), torch.empty(1, *input_size, device="meta"))
+    if counted is None:
+        noise = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+        with sdpa_kernel(SDPBackend.MATH):  # whose products are counted, where those of a CPU's fused kernel are not
+            counted = _count(model, noise.to(next(model.parameters())))
+    assert counted is not None
+    return counted
+
+
+def _count(model: nn.Module, images: Tensor) -> Cost | None:
+    """Return the cost of a pass over `images`, or None where tensors on the meta device lack the values it needs."""
     flops, counter = FlopCounterMode(display=False), _Counter()
-    with torch.no_grad(), flops, counter:
-        model(image)
+    try:
+        with torch.no_grad(), flops, counter:
+            model.eval()(images)
+    except (NotImplementedError, RuntimeError) as error:
+        if images.is_meta and "meta" in str(error).lower():
+            return None
+        raise
     macs = {str(op): count / 2 for op, count in flops.get_flop_counts()["Global"].items()}
     return Cost(sum(value.numel() for value in model.parameters()), macs | counter.scans, counter.activations)
 

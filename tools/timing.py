@@ -78,6 +78,29 @@ def measure(call: Callable[[], object]) -> Time:
     raise NoisyMachine(f"{_ROUNDS} rounds disagree: medians {[f'{value * 1e3:.3g} ms' for value in medians]}")
 
 
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each call in each of `rounds`, in which all are called one after another.
+
+    A machine whose speed changes then changes it for all of them: compare the times of one round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():  # warms up
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def spread(samples: Iterable[float]) -> Time:
+    """Return the 20th, 50th and 80th percentile of `samples`, in seconds."""
+    return Time(*np.quantile(list(samples), (0.2, 0.5, 0.8)).tolist())
+
+
 def measure_on_gpu(call: Callable[[], object], seconds: float = 0.3) -> Time:
     """Return the GPU's time of `call`, its second-level cache emptied before each: a fraction of a second in all."""
     import triton

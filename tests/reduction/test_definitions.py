@@ -135,7 +135,7 @@ def test_zero_tprune_equals_its_definition(host):
 
 
 def test_operations_of_zero_tprune():
-    """By default 32 percent of DeiT-S's operations go; the paper's settings take 34.7."""
+    """By default as many of DeiT-S's operations go as in the paper: 34.7 percent."""
     from fvcore.nn import FlopCountAnalysis
 
     model = timm.create_model("deit_small_patch16_224").eval()
@@ -148,7 +148,7 @@ def test_operations_of_zero_tprune():
         analysis = FlopCountAnalysis(each, image)
         analysis.unsupported_ops_warnings(False)
         counts.append(analysis.total())
-    assert 0.67 <= counts[1] / counts[0] <= 0.69
+    assert 0.645 <= counts[1] / counts[0] <= 0.661
 
 
 def test_dynamicvit_in_training_equals_its_definition():

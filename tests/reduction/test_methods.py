@@ -82,6 +82,65 @@ def test_models_that_cannot_be_reduced_are_refused(make, text):
         reduction.apply(make(), "tome", r=2)
 
 
+LIKE_VIT = {
+    "samvit_base_patch16_224": "into windows and has a bias",
+    "swin_tiny_patch4_window7_224": "into windows",
+    "hiera_tiny_224": "pool groups of cells",
+    "eva02_tiny_patch14_224": "turns queries and keys",
+    "naflexvit_base_patch16_gap": "grids of their own",
+}
+MORE_LIKE_VIT = {
+    "beit_base_patch16_224": "a bias for every pair",
+    "cait_xxs24_224": "class token joins after",
+    "convit_tiny": "a bias for every pair",
+    "crossvit_9_240": "two sequences",
+    "davit_tiny": "into windows",
+    "maxvit_rmlp_pico_rw_256": "into windows",
+    "mvitv2_tiny": "pools whole maps",
+    "pit_ti_224": "pool whole maps",
+    "pvt_v2_b0": "shrinks whole maps",
+    "sam2_hiera_tiny": "into windows",
+    "swinv2_cr_tiny_224": "into windows",
+    "swinv2_tiny_window8_256": "into windows",
+    "tnt_s_legacy_patch16_224": "pixels of its own",
+    "twins_svt_small": "into windows",
+    "vit_relpos_small_patch16_224": "a bias for every pair",
+    "vit_small_patch16_dinov3": "turns queries and keys",
+    "volo_d1_224": "outlook attention",
+    "xcit_nano_12_p16_224": "one of channels",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *LIKE_VIT.items(),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in MORE_LIKE_VIT.items()),
+    ],
+)
+def test_models_like_vit_are_refused_with_the_reason(name, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match=f"class {type(model).__name__} cannot be reduced, since .*{reason}"):
+        reduction.apply(model, "tome", r=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_tiny_r_s16_p8_224",
+        "flexivit_small",
+        "vit_base_patch32_clip_224",
+    ],
+)
+def test_models_that_are_a_vit_are_served(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=2)
+    assert reduction.apply(model, "tome", r=2).reduction.name == "tome"
+
+
 def test_a_forward_path_of_its_own_is_not_overruled():
     class Other(VisionTransformer):
         def forward_features(self, x):

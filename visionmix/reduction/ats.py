@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention, mask_bias
 from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method
-from visionmix.reduction.tokens import Tokens, keep
+from visionmix.reduction.tokens import Tokens, keep, take, take_heads
 
 
 @register_method("ats")
@@ -77,11 +77,8 @@ class ATS(Method):
         places = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
         kept = torch.cat([places, prefix + order[:, :count]], dim=1)
         left = torch.cat([places >= 0, stays[:, :count]], dim=1)
-        q = projected.q.gather(2, kept[:, None, :, None].expand(-1, projected.q.shape[1], -1, projected.q.shape[3]))
-        mixed, _ = parts.mix(projected._replace(q=q), bias)
-        gate = projected.gate
-        if gate is not None:
-            gate = gate.gather(1, kept.unsqueeze(2).expand(-1, -1, gate.shape[2]))
+        mixed, _ = parts.mix(projected._replace(q=take_heads(projected.q, kept)), bias)
+        gate = None if projected.gate is None else take(projected.gate, kept)
         tokens = keep(tokens, kept, tokens.prefix_positions, left)
         return tokens._replace(x=parts.feed_forward(parts.close(tokens.x, mixed, gate)))
 

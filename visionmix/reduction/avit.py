@@ -24,8 +24,8 @@ class AViT(Method):
     a token's states, ``sum h_i x_i``, the score of the block where it halts being what is missing to 1.
 
     Tokens that have halted are masked, not removed, so all shapes are constant; what is saved is `Tokens.mask`'s, for
-    hardware that skips them. No parameters are added, but the model must be trained with the method: otherwise few
-    tokens halt or all do.
+    hardware that skips them. ``Tokens.state["blocks"]`` counts the blocks that each token ran, (batch, tokens). No
+    parameters are added, but the model must be trained with the method: otherwise few tokens halt or all do.
 
     In training, ``forward_train`` adds two losses: the ponder loss, the mean over tokens of the blocks they ran and
     of the remainders, and the divergence KL(target || scores) of the blocks' mean scores, normalised, from a normal
@@ -82,7 +82,8 @@ class AViT(Method):
 
     def begin(self, tokens: Tokens) -> Tokens:
         zero = torch.zeros_like(tokens.x[..., 0], dtype=at_least_float32(tokens.x).dtype)
-        state = {"score": zero, "remainder": zero + 1, "ponder": zero, "output": torch.zeros_like(tokens.x)}
+        state = {"score": zero, "remainder": zero + 1, "ponder": zero, "blocks": zero}
+        state["output"] = torch.zeros_like(tokens.x)
         state["scores"] = zero.new_zeros(0)
         return tokens._replace(mask=zero == 0, state=state)
 
@@ -105,6 +106,7 @@ class AViT(Method):
             "score": total,
             "remainder": torch.where(goes_on, state["remainder"] - score, state["remainder"]),
             "ponder": state["ponder"] + running + torch.where(goes_on, 0, state["remainder"]) * running,
+            "blocks": state["blocks"] + running,
             "output": state["output"] + x * share.unsqueeze(2).to(x.dtype),
             "scores": torch.cat([state["scores"], cells.mean().reshape(1)]),
         }

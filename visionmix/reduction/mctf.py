@@ -20,7 +20,7 @@ from visionmix.reduction.methods import (
     quarters,
     register_method,
 )
-from visionmix.reduction.tokens import Tokens, merge, ones, summed
+from visionmix.reduction.tokens import Tokens, merge, ones, summed, take_heads
 
 _LEAST = 10  # tokens that merging leaves
 
@@ -122,8 +122,12 @@ class MCTF(Method):
         if not self.one_step_ahead:
             x = parts.attention(tokens.x, tokens.size.log().squeeze(2)).x
             return tokens._replace(x=parts.feed_forward(x))
+        # The merged map times the values, without that map: its columns are summed, so that every key has the value of
+        # the token that it is merged into, and its rows are averaged, so that the mixed values may be.
         v, gate = parts.values(parts.open(tokens.x))
-        mixed = parts.mix_by(_merged_map(weights, target, share, tokens.x.shape[1]), v)
+        each = parts.mix_by(weights, take_heads(v, target))
+        part = share / summed(share, target, v.shape[2]).gather(1, target.unsqueeze(2))
+        mixed = summed(each * part.to(each.dtype), target, v.shape[2])
         return tokens._replace(x=parts.feed_forward(parts.close(tokens.x, mixed, gate)))
 
     def losses(self, model: nn.Module, images: Tensor, tokens: Tokens) -> dict[str, Tensor]:
@@ -216,14 +220,3 @@ class MCTFFast(MCTF):
         super().__init__(
             blocks, prefix_positions, r=r, layers=quarters(len(blocks)) if layers is None else layers, **options
         )
-
-
-def _merged_map(weights: Tensor, target: Tensor, share: Tensor, count: int) -> Tensor:
-    """Return a map of attention (batch, heads, tokens, tokens) between merged tokens: of rows the mean by `share`
-    (batch, tokens, 1), of columns the sum."""
-    batch, heads = weights.shape[:2]
-    by_head = target.repeat_interleave(heads, dim=0)
-    part = share / summed(share, target, count).gather(1, target.unsqueeze(2))
-    rows = summed((weights * part.unsqueeze(1).to(weights.dtype)).flatten(0, 1), by_head, count)
-    columns = summed(rows.transpose(1, 2), by_head, count)
-    return columns.transpose(1, 2).unflatten(0, (batch, heads))

@@ -126,3 +126,8 @@ def summed(x: Tensor, target: Tensor, count: int) -> Tensor:
     """Return the sums (batch, count, channels) of tokens (batch, tokens, channels) that have the same `target`."""
     sums = x.new_zeros(x.shape[0] * count, x.shape[2])
     return sums.index_add(0, rows(target, count), x.flatten(0, 1)).unflatten(0, (x.shape[0], count))
+
+
+def take_heads(x: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens of `x`, (batch, heads, tokens, channels), at `index`, int64 (batch, taken), in every head."""
+    return take(x.transpose(1, 2).flatten(2), index).unflatten(2, (x.shape[1], -1)).transpose(1, 2)

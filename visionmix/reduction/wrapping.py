@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from visionmix.private_api import FeatureGetterNet
+from visionmix.reduction import refused
 from visionmix.reduction.backbones import ReducedBackbone, ReducedPlain, ReducedVisionTransformer
 from visionmix.reduction.hierarchical import ReducedHierarchical
 from visionmix.reduction.methods import method_class
@@ -105,4 +106,6 @@ def _reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:
                 raise TypeError(f"a {cls.__qualname__} cannot be reduced: its class has a {own[0]} of its own")
             return each
     names = ", ".join(each.skeleton.__qualname__ for each in _BACKBONES)
-    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced; those of the classes {names} can")
+    known = refused.reason(cls)
+    since = f", since {known}" if known else ""
+    raise TypeError(f"a model of class {cls.__qualname__} cannot be reduced{since}; those of the classes {names} can")
