@@ -99,4 +99,10 @@ VARIANTS = {
     "test_dynamicvit": Variant(_layout(32, 2, depth=4).with_options(img_size=96, keep_rate=0.6)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2106.02034", license="mit")
+register_family(
+    __name__,
+    VARIANTS,
+    paper="arXiv 2106.02034",
+    paper_name="DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
+    license="mit",
+)
