@@ -64,6 +64,16 @@ def test_a_teacher_is_fetched_by_name_at_the_first_step(monkeypatch):
     assert not any("teacher" in key or "fetched" in key for key in made.state_dict())
 
 
+def test_an_image_that_drops_all_its_tokens_trains():
+    made = model().train()
+    for predictor in made.reduction.predictors:
+        predictor.fc3.bias.data = torch.tensor([-1000.0, 1000.0])
+    logits, losses = made.forward_train(images())
+    (logits.sum() + losses["ratio"]).backward()
+    assert losses["ratio"] > 0
+    assert all(value.grad.isfinite().all() for value in made.parameters())
+
+
 def test_a_teacher_that_timm_does_not_know_is_refused():
     with pytest.raises(ValueError, match="did you mean 'deit_tiny_patch16_224'"):
         model(teacher="deit_tiny_patch16_24")

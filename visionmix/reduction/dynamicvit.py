@@ -183,7 +183,9 @@ class Predictor(nn.Module):
         if weight is None:
             mean = shared.mean(dim=1, keepdim=True)
         else:
-            mean = (shared * weight.unsqueeze(2)).sum(dim=1, keepdim=True) / weight.sum(dim=1)[:, None, None]
+            # An image may have dropped all its tokens: their mean is then 0. Any other sum is at least 1.
+            count = weight.sum(dim=1).clamp(min=1)[:, None, None]
+            mean = (shared * weight.unsqueeze(2)).sum(dim=1, keepdim=True) / count
         z = torch.cat([own, mean.expand_as(shared)], dim=2)
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(z))))).log_softmax(dim=-1)
 
