@@ -134,7 +134,7 @@ class _LocalAttention(nn.Module):
         """Return attention to all tokens, (batch, height, width, heads, head_dim) as q, k and v."""
         _, height, width, _, _ = v.shape
         q, k, v = [each.flatten(1, 2).transpose(1, 2) for each in (q, k, v)]
-        bias = self.pair_bias.table(height * width).to(v.dtype)
+        bias = self.pair_bias.table(height * width).to(v.dtype, copy=True)  # not a parameter's view, as said above
         return self.dot_product(q, k, v, bias, self.fused_attn).transpose(1, 2).unflatten(1, (height, width))
 
 
