@@ -17,6 +17,8 @@ class Device:
         link: Bytes a second that it sends to the others of its node.
         network: Bytes a second that it sends to other nodes: its share of the network cards of the vendor's server.
         source: The data sheet.
+        cached: For calls that move few enough bytes for a cache to hold them, the most bytes and the bytes a second,
+            rising.
     """
 
     half: float
@@ -26,6 +28,11 @@ class Device:
     link: float
     network: float
     source: str
+    cached: tuple[tuple[int, float], ...] = ()
+
+    def rate(self, moved: int) -> float:
+        """Return the bytes a second at which a call moves so many."""
+        return next((rate for most, rate in self.cached if moved <= most), self.bandwidth)
 
 
 DEVICES = {

@@ -14,6 +14,7 @@ from visionmix.tools.evaluation import AMP_DTYPES
 from visionmix.tools.recipe import Recipe
 from visionmix.tools.step_cost import Call, StepCost, count, loss
 
+_CACHED = (1 << 20, 1 << 22, 1 << 24, 1 << 26)  # bytes that the copies which caches may hold read and write
 # The model, images and classes of the step by which a CPU's rates are corrected.
 _REFERENCE, _BATCH, _CLASSES = "swin_tiny_patch4_window7_224", 2, 1000
 
@@ -54,10 +55,10 @@ def part(calls: list[Call], device: Device, assumed: Assumed, serial: bool) -> P
     seconds = 0.0
     for call in calls:
         compute = call.flops / (device.half if call.half else device.single) / assumed.compute
-        memory = call.moved / device.bandwidth / assumed.memory
+        memory = call.moved / device.rate(call.moved) / assumed.memory
         if call.fused:
             compute = call.flops / device.single / assumed.fused
-            memory = call.moved / device.bandwidth / assumed.fused
+            memory = call.moved / device.rate(call.moved) / assumed.fused
         seconds += max(compute, memory)
     host = len(calls) * assumed.launch
     total = seconds + host if serial else max(seconds, host)
@@ -87,8 +88,8 @@ def estimate(
 def cpu(amp: str, assumed: Assumed) -> Device:
     """Return this machine's CPU as a device; its rates are measured in about ten seconds, with PyTorch's threads.
 
-    They are those of a copy and of a matrix product, times the factor by which they estimate a training step of
-    swin_tiny rightly: caches, and products smaller than the measured one, change what a step reaches.
+    They are those of copies of several sizes and of a matrix product, times the factor by which they estimate a step of
+    swin_tiny's training rightly: products smaller than the measured one change what a step reaches.
     """
     bandwidth, single = timing.quick_limits()
     half = single
@@ -98,7 +99,10 @@ def cpu(amp: str, assumed: Assumed) -> Device:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not told on this system
         memory = math.inf
-    device = Device(half, single, bandwidth, memory, math.inf, math.inf, "a copy and a matrix product, measured now")
+    cached = tuple((size, rate) for size, rate in timing.copy_rates(_CACHED).items() if rate > bandwidth)
+    device = Device(
+        half, single, bandwidth, memory, math.inf, math.inf, "copies and a matrix product, measured now", cached
+    )
     made = recipe.from_dict(
         {
             "model": {"name": _REFERENCE},
@@ -115,6 +119,7 @@ def cpu(amp: str, assumed: Assumed) -> Device:
         half=half * factor,
         single=single * factor,
         bandwidth=bandwidth * factor,
+        cached=tuple((size, rate * factor) for size, rate in cached),
         source=f"{device.source}, times {factor:.2f} by a step of {_REFERENCE}",
     )
 

@@ -200,6 +200,16 @@ def quick_limits(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> tu
     return moved / fastest(copy, seconds), flops / fastest(product, seconds)
 
 
+def copy_rates(sizes: Iterable[int], seconds: float = 0.2) -> dict[int, float]:
+    """Return the bytes a second of a CPU's copies that read and write so many bytes, by these."""
+    rates = {}
+    for size in sizes:
+        x = torch.randn(size // 8)
+        y = torch.empty_like(x)
+        rates[size] = size / fastest(lambda x=x, y=y: y.copy_(x), seconds)
+    return rates
+
+
 def fastest(call: Callable[[], object], seconds: float) -> float:
     """Return the seconds of the fastest call, after a first one that is not counted."""
     call()

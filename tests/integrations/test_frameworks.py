@@ -128,8 +128,8 @@ PAPERS = {
     "nat_mini plainmamba_l1 ravlt_small sgformer_small vig_h_t vmamba_tiny local_vmamba_tiny spatial_mamba_tiny "
     "vil_tiny vim2_tiny vssd_tiny mambavision_tiny local_vim_tiny hrvmamba_base mila_base van_b0 transnext_tiny "
     "l2vit_tiny",
-    "mmseg/semantic_fpn_{}_40k.py": "raftmlp_s van_b0",
-    "mmseg/semantic_fpn_{}_80k.py": "agent_pvt_tiny flatten_pvt_tiny mavit_tiny ravlt_small",
+    "mmseg/semantic_fpn_{}_40k.py": "agent_pvt_tiny raftmlp_s van_b0",
+    "mmseg/semantic_fpn_{}_80k.py": "flatten_pvt_tiny mavit_tiny ravlt_small",
 }
 
 

@@ -43,9 +43,10 @@ def check(arguments, softplus=True, **options):
     actual = call_2d(selective_scan_2d, arguments, delta_softplus=softplus, **options)
     expected = call_2d(definition.selective_scan_2d, twins, delta_softplus=softplus, **options)
     assert actual.dtype == arguments["x"].dtype
-    assert_close(actual, expected)
+    factor = 1.0 if arguments["x"].shape[-1] > 1 else 10.0  # the sums of one channel may cancel
+    assert_close(actual, expected, factor=factor)
     ours, theirs = gradients(actual, list(arguments.values())), gradients(expected, list(twins.values()))
-    assert_gradients_close(ours, theirs, factor=1.0 if arguments["x"].shape[-1] > 1 else 10.0)
+    assert_gradients_close(ours, theirs, factor=factor)
 
 
 @settings(max_examples=40, deadline=None)
@@ -65,6 +66,9 @@ def test_cells_equal_definition(size, rank, merge, permute, softplus, share, dty
     orders = ORDERS if permute == "all" else ORDERS[:5]
     kept = kept_cells(batch, height * width, max(1, round(share * height * width)), seed)
     arguments = tokens_of(scan_2d_inputs(*size, orders, rank, seed, dtype), kept)
+    if not softplus:  # steps that stay positive: the state decays
+        small = {name: arguments[name].detach().abs() / 4 for name in ("delta", "weight") if name in arguments}
+        arguments |= {name: x.requires_grad_() for name, x in small.items()}
     with choose(choice):
         check(arguments, softplus, merge=merge, permute=permute, **steps(orders, height, width, kept))
 

@@ -31,7 +31,7 @@ def test_weights_fit_windows_of_any_size_and_cells_see_those_of_their_window():
         with torch.no_grad():
             differences = (model.forward_features(x) - model.forward_features(changed)).abs().amax(-1)[0]
         assert differences[0, 0] > 0
-        assert (differences[-1, -1] > 0).item() == seen
+        assert (differences[-1, -1] > 1e-6 * differences[0, 0]).item() == seen  # sums may be rounded otherwise
 
 
 @pytest.mark.parametrize("sizes", [(4,), (4, 2, 1), (0, 2)])

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -281,6 +282,14 @@ def test_each_op_takes_the_longer_of_its_flops_and_its_bytes():
     assert step_time.part(calls, DEVICE, slow, serial=False).seconds == pytest.approx(80)
 
 
+def test_calls_that_a_cache_holds_take_its_rate():
+    device = dataclasses.replace(DEVICE, cached=((100, 80.0), (1000, 20.0)))
+    assert [device.rate(moved) for moved in (100, 101, 1000, 1001)] == [80, 20, 20, DEVICE.bandwidth]
+    (small, large) = (step_cost.Call("small", 0, 100), step_cost.Call("large", 0, 1600))
+    assert step_time.part([small], device, ASSUMED, serial=False).seconds == pytest.approx(1.25 / 0.25)
+    assert step_time.part([large], device, ASSUMED, serial=False).seconds == pytest.approx(200 / 0.25)
+
+
 def test_all_reduce_in_a_node_between_nodes_and_hidden():
     assert step_time.all_reduce(30, 1, 8, DEVICE, ASSUMED) == 0
     assert step_time.all_reduce(30, 4, 8, DEVICE, ASSUMED) == pytest.approx(2 * 3 / 4 * 30 / (6 * 0.5))
@@ -481,12 +490,12 @@ def estimated_over_taken(names: dict[str, int]) -> list[float]:
 
         step()  # compiles the fused ops
         steps.append(step)
-    # In turns, the fastest of each: on a shared machine any may meet a slow second.
-    rounds = [[timing.fastest(step, 2.0) for step in steps] for _ in range(4)]
-    taken = [min(times) for times in zip(*rounds, strict=True)]
-    device = step_time.cpu("none", plan.CPU)
-    found = [step_time.estimate(cost, device, plan.CPU, serial=True).seconds for cost in costs]
-    return [seconds / time for seconds, time in zip(found, taken, strict=True)]
+    ratios = []
+    for _ in range(5):  # rates and steps in turns, for a shared machine changes its speed
+        device = step_time.cpu("none", plan.CPU)
+        found = [step_time.estimate(cost, device, plan.CPU, serial=True).seconds for cost in costs]
+        ratios.append([each / timing.fastest(step, 1.0) for each, step in zip(found, steps, strict=True)])
+    return [statistics.median(each) for each in zip(*ratios, strict=True)]
 
 
 @pytest.mark.long

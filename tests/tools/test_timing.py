@@ -76,6 +76,11 @@ def test_quick_limits_take_the_fastest_of_the_calls_in_a_time(monkeypatch):
     assert next(left) == 5.0
 
 
+def test_copies_of_each_size_have_a_rate(monkeypatch):
+    monkeypatch.setattr(timing, "fastest", lambda call, seconds: call().numel() * seconds)
+    assert timing.copy_rates((800, 8000), seconds=2.0) == {800: 4.0, 8000: 4.0}
+
+
 def test_quick_limits_are_rates(monkeypatch):
     monkeypatch.setattr(timing, "fastest", lambda call, seconds: seconds)
     monkeypatch.setattr(timing, "_copy_and_product", lambda device, dtype: (None, 80, None, 600))
