@@ -240,6 +240,7 @@ def test_compiles_whole(name):
         torch.testing.assert_close(compiled(x), fast(x))
 
 
+@pytest.mark.long
 @EACH
 def test_exports_to_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -98,7 +98,7 @@ def test_int8_is_calibrated_on_pictures_and_agrees_on_others(tiny, tree, tmp_pat
     assert open_file(tmp_path / "new" / LAST[name])[1]["precision"] == "int8"
 
 
-@formats("torchscript", "pt2")
+@formats("torchscript", pytest.param("pt2", marks=pytest.mark.long))
 def test_files_run_where_visionmix_is_not_installed(tmp_path, capsys, name):
     """With the scans and attention of this library as PyTorch's own operators."""
     options = ["--img-size", "64", *(["--dynamic", "batch"] if name == "pt2" else [])]
