@@ -74,8 +74,9 @@ def test_the_site_is_built_strictly(tmp_path):
     """A page that the nav lacks, a dead link or anchor, a docstring whose parameter does not exist: all are errors."""
     pytest.importorskip("mkdocs", reason="the docs extra is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command += ["--config-file", str(doc_pages.ROOT / "mkdocs.yml")]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=doc_pages.ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for page in ("index", "models/vmamba/index", "mixers/cross_scan/index", "api/kernels/index", "contributing/index"):
         assert (tmp_path / "site" / page).with_suffix(".html").is_file() or page == "index"

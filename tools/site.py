@@ -23,12 +23,12 @@ from visionmix.mixers import list_mixers, registry
 from visionmix.tools.draw_scans import draw_orders
 
 _ROOT = Path(__file__).resolve().parent.parent
-_SOURCE = _ROOT / "build" / "site_source"
+_SOURCE = _ROOT / "output" / "site_source"  # setuptools clears build/
 _MAPPED = ("configs", "kernels", "scans", "tools")  # folders that pyproject.toml maps into the package
 _COPIED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _MODULES = (
     *("visionmix", "visionmix.kernels", "visionmix.scans", "visionmix.mixers", "visionmix.reduction"),
-    *("visionmix.models", "visionmix.backbones", "visionmix.layers"),
+    *("visionmix.adaptive", "visionmix.models", "visionmix.backbones", "visionmix.layers"),
 )
 _ORDER_OPTIONS = ("order", "directions")
 _HEIGHT, _WIDTH = 8, 11
