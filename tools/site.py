@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -40,6 +41,7 @@ every height and width. `timm.create_model("pyramid_tiny", mixer=name)` puts it 
 """
 
 
+@event_priority(100)  # before mkdocstrings, which looks whether its folder is there
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lay the package out as it is installed, for the reader of docstrings, and fill the nav in."""
     shutil.rmtree(_SOURCE, ignore_errors=True)
