@@ -54,7 +54,7 @@ class Teacher:
     """A trained model that another one is to match.
 
     The losses are those of `timm.task`: Hinton's divergence of logits (2015, arXiv 1503.02531), the mean squared
-    difference of pooled features, and DeiT's distillation token (Touvron et al. 2021, arXiv 2012.12877). The tasks
+    difference of pooled features, and DeiT's distillation token (Touvron et al. 2020, arXiv 2012.12877). The tasks
     themselves take their student's mean and std from its `pretrained_cfg`, where a recipe may have others, and leave no
     place for losses of the model's own.
 

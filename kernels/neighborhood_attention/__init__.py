@@ -138,7 +138,7 @@ A NaN in a key reaches the outputs of the queries that see it and no others. One
 may reach queries nearby that do not see it, since their weight 0 times NaN is NaN: on the compiled path next to
 windows that are shifted, cut or circular, elsewhere within a tile of queries. Gradients spread either in that way.
 
-Hassani et al., 2023, Neighborhood Attention Transformer (arXiv 2204.07143); Hassani and Shi, 2022, Dilated
+Hassani et al., 2022, Neighborhood Attention Transformer (arXiv 2204.07143); Hassani and Shi, 2022, Dilated
 Neighborhood Attention Transformer (arXiv 2209.15001); Hassani et al., 2025, Generalized Neighborhood Attention
 (arXiv 2504.16922), for the stride; Liu et al., 2024, CLEAR (arXiv 2412.16112), for the circular window.
 

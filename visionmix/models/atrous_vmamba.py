@@ -23,6 +23,7 @@ register_family(
     __name__,
     VARIANTS,
     paper="arXiv 2507.16172",
+    # The paper spells its title so.
     paper_name="AtrousMamaba: An Atrous-Window Scanning Visual State Space Model for Remote Sensing Change Detection",
     license="apache-2.0",
 )

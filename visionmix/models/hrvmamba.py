@@ -148,5 +148,6 @@ register_family(
     __name__,
     VARIANTS,
     paper="arXiv 2410.03174",
-    paper_name="HRVMamba: High-Resolution Visual State Space Model for Dense Prediction",
+    paper_name="Efficient High-Resolution Visual Representation Learning with State Space Model for Human Pose "
+    "Estimation",
 )

@@ -150,6 +150,6 @@ register_family(
     __name__,
     VARIANTS,
     paper="arXiv 2406.05835",
-    paper_name="Mamba YOLO: SSMs-Based YOLO For Object Detection",
+    paper_name="Mamba YOLO: A Simple Baseline for Object Detection with State Space Model",
     license="agpl-3.0",
 )

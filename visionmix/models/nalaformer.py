@@ -67,6 +67,6 @@ register_family(
     __name__,
     VARIANTS,
     paper="arXiv 2506.21137",
-    paper_name="NaLaFormer: Norm-Aware Linear Attention for Transformer Models",
+    paper_name="Norm×Direction: Restoring the Missing Query Norm in Vision Linear Attention",  # noqa: RUF001
     license="mit",
 )

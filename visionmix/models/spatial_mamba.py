@@ -116,6 +116,6 @@ register_family(
     __name__,
     VARIANTS,
     paper="arXiv 2410.15091",
-    paper_name="Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
+    paper_name="Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion",
     license="apache-2.0",
 )

@@ -49,4 +49,6 @@ VARIANTS = {
     "test_vir": Variant(_layout(32, 2, depth=3, img_size=96)),
 }
 
-register_family(__name__, VARIANTS, paper="arXiv 2310.19731", paper_name="ViR: Vision Retention Networks")
+register_family(
+    __name__, VARIANTS, paper="arXiv 2310.19731", paper_name="ViR: Towards Efficient Vision Retention Backbones"
+)
