@@ -204,12 +204,13 @@ def draw_predictions(
 
 
 def draw_reductions(rows: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Draw accuracy over operations and, where all have it, images a second; `rows` are of `visionmix reduce-curve`."""
-    timed = all(row["images_per_second"] for row in rows)
+    """Draw accuracy over operations and, where all were timed, speed; `rows` are of `visionmix reduce-curve`."""
+    timed = all(row["speedup"] for row in rows)
     panels = {"gmacs": "multiply-accumulates of an image, 10⁹"}
     if timed:
         first = rows[0]
-        panels["images_per_second"] = f"images a second, batch {first['batch_size']}, {first['threads']} threads"
+        conditions = f"batch {first['batch_size']}, {first['threads']} threads"
+        panels["speedup"] = f"times the images a second of the whole model, {conditions}"
     figure = new_figure(5.5 * len(panels) + 1, 4.2)
     axes_of = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     whole = next((row for row in rows if not row["reduction"]), None)

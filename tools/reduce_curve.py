@@ -5,9 +5,10 @@
     visionmix reduce-curve deit_small_patch16_224 --pretrained --data /data/imagenet --reduce "tome:r=(13, -1.0)"
 
 Without `--methods` these are all that fit the model and need no parameters of their own, each over five or more
-settings that follow its tokens and depth; `--reduce` adds others. The model itself comes first. Each row goes into the
-CSV file when it is measured, and a call that is made again goes on with the settings that have none. Methods that are
-trained with the model (dynamicvit, avit) are left to `visionmix validate`.
+settings that follow its tokens and depth; `--reduce` adds others. The model itself comes first. A machine changes its
+speed, so that each setting is timed in turns with the whole model. Each row goes into the CSV file when it is
+measured, and a call that is made again goes on with the settings that have none. Methods that are trained with the
+model (dynamicvit, avit) are left to `visionmix validate`.
 """
 
 import argparse
@@ -32,13 +33,14 @@ from visionmix.tools.rows import append_row, has_row, read_rows
 
 COLUMNS = (
     "model", "checkpoint", "data", "reduction", "image_size", "images", "top1", "gmacs", "images_per_second",
-    "batch_size", "device", "threads", "torch", "weights_hash",
+    "speedup", "batch_size", "device", "threads", "torch", "weights_hash",
 )  # fmt: skip
 # Columns in which a row must agree to stand for a setting.
 KEY = ("data", "reduction", "image_size", "weights_hash", "batch_size", "device", "threads")
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of tokens that stay in a block that prunes
 SHARES = (0.25, 0.45, 0.6, 0.75, 0.9)  # of all cells, that are merged over the blocks
 COUNTED = 8  # images whose operations are counted, since they may differ
+ROUNDS, SECONDS = (5, 40), 3.0  # of timing, at least and at most, and what these should take
 
 
 def settings(method: str, cells: int, depth: int) -> list[str]:
@@ -162,16 +164,30 @@ class Curve:
             UnreadableData: no image can be read.
         """
         model = apply(self.trained.model, spec) if spec else self.trained.model
-        speed: float | str = ""
-        if not self.args.no_time:
-            if self.device.type == "cpu":
-                timing.wait_until_quiet()
-            with torch.inference_mode():
-                speed = len(sample) / timing.measure(lambda: model(sample)).p50
+        speed = {} if self.args.no_time else self.speed(model, sample)
         loader = data.make_loader(self.dataset, batch=self.args.batch_size, workers=self.args.workers, shuffle=False)
         result = evaluate(model, loader, classes=self.trained.model.num_classes, device=self.device)
         row = {"reduction": spec, "images": result.count, "top1": result.top1, "gmacs": gmacs(model, sample[:COUNTED])}
-        return {column: (self.about | row | {"images_per_second": speed})[column] for column in COLUMNS}
+        row = self.about | row | speed
+        return {column: row.get(column, "") for column in COLUMNS}
+
+    def speed(self, model: nn.Module, sample: Tensor) -> dict[str, float]:
+        """Return the images a second of a model, and how many times those of the whole model in turns with it.
+
+        Raises:
+            NoisyMachine: other processes keep the machine busy.
+        """
+        if self.device.type == "cpu":
+            timing.wait_until_quiet()
+        calls = {"whole": lambda: self.trained.model(sample), "reduced": lambda: model(sample)}
+        with torch.inference_mode():
+            first = timing.in_turns(calls, 1)
+            rounds = int(SECONDS / (first["whole"][0] + first["reduced"][0]))
+            times = timing.in_turns(calls, min(max(rounds, ROUNDS[0]), ROUNDS[1]))
+        whole, reduced = (timing.spread(times[name]).p50 for name in calls)
+        if model is self.trained.model:  # both calls are of this model
+            whole = reduced
+        return {"images_per_second": len(sample) / reduced, "speedup": whole / reduced}
 
     def measured(self) -> list[dict[str, str]]:
         """Return the CSV file's rows of these tests, the last of each setting, in their order."""
@@ -216,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         for spec in missing:
             row = curve.run(spec, sample)
             append_row(args.csv, row, COLUMNS)
-            speed = f", {row['images_per_second']:.0f} images/s" if row["images_per_second"] else ""
+            timed = bool(row["images_per_second"])
+            speed = f", {row['images_per_second']:.0f} images/s, {row['speedup']:.2f} times" if timed else ""
             print(f"{spec or 'whole model':<48} {row['top1']:6.2f} %, {row['gmacs']:.4g} GMACs{speed}", flush=True)
         rows = curve.measured()
         pictures.draw_reductions(rows, args.out)

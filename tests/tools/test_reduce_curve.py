@@ -106,25 +106,27 @@ def test_a_call_that_was_stopped_goes_on(call, monkeypatch, capsys):
 
 
 def test_times_are_measured_where_they_are_asked_for(call, monkeypatch, capsys):
-    batches = []
+    turns = []
 
-    def measure(function):
-        batches.append(len(function()))
-        return timing.Time(0.1, 0.2, 0.3)
+    def in_turns(calls, rounds):
+        assert [len(call()) for call in calls.values()] == [4, 4]
+        turns.append(rounds)
+        return {"whole": [0.1] * rounds, "reduced": [0.04] * rounds}
 
     def busy():
         raise timing.NoisyMachine("other processes are busy")
 
     assert call("--methods", "evit", "--no-time") == 0
-    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "in_turns", in_turns)
     monkeypatch.setattr(timing, "wait_until_quiet", busy)
     assert call("--methods", "evit") == 1
     assert "other processes are busy" in capsys.readouterr().err
     assert len(rows()) == 6
     monkeypatch.setattr(timing, "wait_until_quiet", lambda: None)
     assert call("--methods", "evit") == 0
-    assert batches == [4] * 6
-    assert [row["images_per_second"] for row in rows()] == [""] * 6 + ["20.0"] * 6
+    assert turns == [1, 21] * 6  # three seconds of both
+    assert [row["images_per_second"] for row in rows()] == [""] * 6 + ["100.0"] * 6
+    assert [row["speedup"] for row in rows()] == [""] * 6 + ["1.0"] + ["2.5"] * 5
     assert call("--methods", "evit") == 0
     assert len(rows()) == 12
 
