@@ -238,28 +238,29 @@ assert aoti_load_package({str(tmp_path / "m.pt2")!r})(torch.randn(3, 3, 64, 64))
 
 
 def test_timed_files_are_of_one_model(tiny, tmp_path, monkeypatch, capsys):
-    """PyTorch first, then each file; two turns that disagree are no measurement."""
+    """PyTorch first, then each file, in turns."""
     monkeypatch.setattr(timm, "create_model", models.create_model)
     monkeypatch.setattr(benchmark_exports.timing, "wait_until_quiet", lambda: None)
     assert call("torchscript", tmp_path) == 0
     assert call("pt2", tmp_path, "--dynamic", "batch") == 0
     capsys.readouterr()
-    seconds = iter([1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.2, 2.0, 4.0])
 
-    def measure(run):
-        assert run().shape == (2, 3)
-        return benchmark_exports.timing.Time(*[next(seconds)] * 3)
+    def in_turns(calls, rounds):
+        assert [run().shape for run in calls.values()] == [(2, 3)] * 3
+        scales = zip(calls, (1, 2, 4), strict=True)
+        return {name: [scale * each for each in (1.0, 2.0, 3.0)[:rounds]] for name, scale in scales}
 
-    monkeypatch.setattr(benchmark_exports.timing, "measure", measure)
+    monkeypatch.setattr(benchmark_exports.timing, "in_turns", in_turns)
     files = [str(tmp_path / name) for name in ("m.pt", "m.pt2", "times.csv")]
-    arguments = [*files[:2], "--batch", "2", "--threads", "1", "--csv", files[2]]
+    arguments = [*files[:2], "--batch", "2", "--threads", "1", "--turns", "3", "--csv", files[2]]
     assert benchmark_exports.main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "times.csv").open()))
     programs = ["PyTorch", "TorchScript, float32", "torch.export, float32, dynamic batch"]
     assert [row["program"] for row in rows] == programs
-    assert [row["p50_ms"] for row in rows] == ["1000", "2000", "4000"]
-    assert benchmark_exports.main(arguments) == 1
-    assert "disagree" in capsys.readouterr().out
+    assert [row["p50_ms"] for row in rows] == ["2000", "4000", "8000"]
+    assert [row["times_pytorch"] for row in rows] == ["1", "2", "4"]
+    assert benchmark_exports.main([*arguments, "--turns", "0"]) == 1
+    assert "turns=0 is too small" in capsys.readouterr().out
     assert call("torchscript", tmp_path, "--img-size", "64") == 0
     assert benchmark_exports.main(arguments) == 1
     assert len((tmp_path / "times.csv").read_text().splitlines()) == 4
