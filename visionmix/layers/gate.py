@@ -26,8 +26,8 @@ class LogSigmoid(nn.Module):
     """``log(sigmoid(x))``, element by element, in float32 at least; absolute error at most 1e-7 in float32.
 
     Below -20 it is x itself (off by exp(-20)); above, the logarithm of the sigmoid as it stands. PyTorch's own
-    `logsigmoid` takes log1p, which is exact to the last digit near 0 and on a CPU took eight times as long; elsewhere it
-    is one kernel instead of four, and is used.
+    `logsigmoid` takes log1p, which is exact to the last digit near 0 and on a CPU took eight times as long; elsewhere
+    it is one kernel instead of four, and is used.
 
     Shapes: any to the same.
     """
