@@ -100,12 +100,13 @@ def test_options_that_do_not_fit_are_refused(options, message):
         Parallel(**SMALL | options)
 
 
+@pytest.mark.parametrize("neck", [False, True])
 @pytest.mark.parametrize("indices", [(0,), (0, 2), (1, 2)])
-def test_all_parameters_of_a_pyramid_are_used(indices):
+def test_all_parameters_of_a_pyramid_are_used(indices, neck):
     """Distributed training refuses others."""
     torch.manual_seed(0)
-    whole = timm.create_model("test_hrvmamba").eval()
-    features = timm.create_model("test_hrvmamba", features_only=True, out_indices=indices).eval()
+    whole = timm.create_model("test_hrvmamba", neck_features=neck).eval()
+    features = timm.create_model("test_hrvmamba", neck_features=neck, features_only=True, out_indices=indices).eval()
     assert not features.model.load_state_dict(whole.state_dict(), strict=False).missing_keys
     maps = features(images())
     expected = whole.forward_intermediates(images(), indices=list(indices), intermediates_only=True)
@@ -113,6 +114,19 @@ def test_all_parameters_of_a_pyramid_are_used(indices):
     assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
     sum(each.sum() for each in maps).backward()
     assert [key for key, value in features.named_parameters() if value.grad is None] == []
+
+
+def test_the_necks_sums_as_a_pyramid():
+    model = seeded(neck_features=True)
+    assert all(model.get_submodule(info["module"]) for info in model.feature_info)
+    last, maps = model.forward_intermediates(images(33, 7))
+    assert torch.equal(last, model.forward_features(images(33, 7)))
+    assert torch.equal(maps[-1], last.permute(0, 3, 1, 2))
+    assert [each.shape[1] for each in maps] == [info["num_chs"] for info in model.feature_info]
+    wide = [layer(each) for layer, each in zip(model.neck.widen, model.forward_maps(images(33, 7)), strict=True)]
+    second = model.neck.down[0](wide[0]) + wide[1]
+    assert torch.equal(maps[0], wide[0].permute(0, 3, 1, 2))
+    assert torch.equal(maps[1], second.permute(0, 3, 1, 2))
 
 
 def test_a_new_size_reaches_every_resolution():

@@ -146,7 +146,7 @@ class Neck(nn.Module):
     The halvings are 3x3 convolutions of stride 2, the last layer a 1x1 convolution; both have batch norms and ReLU.
 
     Shapes: maps (batch, rows, columns, dims[i]), the finest first, to (batch, rows, columns, widths[-1]) of the
-    coarsest.
+    coarsest; `pyramid` gives the sum at every resolution.
 
     Source: the classification head of HRNet (Wang et al. 2019, arXiv 1908.07919).
 
@@ -164,14 +164,25 @@ class Neck(nn.Module):
         )
         self.last = ConvsDownsample(widths[-1], [conv_norm(out_dim)], **dd)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def pyramid(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return the sums (batch, rows, columns, widths[i]), the finest first; the coarsest has the last layer's."""
         wide = torch.jit.annotate(list[Tensor], [])
         for index, layer in enumerate(self.widen):
             wide.append(layer(maps[index]))
-        x = wide[0]
+        sums = [wide[0]]
         for index, layer in enumerate(self.down):
-            x = layer(x) + wide[index + 1]
-        return self.last(x)
+            sums.append(layer(sums[-1]) + wide[index + 1])
+        sums[-1] = self.last(sums[-1])
+        return sums
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.pyramid(maps)[-1]
+
+    @torch.jit.ignore
+    def prune(self, count: int) -> None:
+        """Drop what the sums of the `count` finest resolutions do not need."""
+        if count < len(self.widen):
+            self.widen, self.down, self.last = self.widen[:count], self.down[: count - 1], nn.Identity()
 
 
 class Parallel(Backbone):
@@ -179,9 +190,10 @@ class Parallel(Backbone):
 
     The first stage has two resolutions, each later one adds a resolution of half the rows and columns. A stage is made
     of exchanges: blocks at every resolution, then sums over all of them (`Merge`). The maps of the last stage are the
-    pyramid that `forward_intermediates` and `features_only` give; the neck makes one map of them for the classifier. An
-    option that says "one per resolution" takes one for all or a list with an entry per resolution. A layer is given by
-    name, by ``dict(name=..., options)`` or as a callable; the names are those of `visionmix.layers.layer_names`.
+    pyramid that `forward_intermediates` and `features_only` give; the neck makes one map of them for the classifier,
+    or, with `neck_features`, a wider pyramid. An option that says "one per resolution" takes one for all or a list with
+    an entry per resolution. A layer is given by name, by ``dict(name=..., options)`` or as a callable; the names are
+    those of `visionmix.layers.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the neck's map (batch,
     rows, columns, neck_dims[-1]). Any height and width of at least `patch_size`.
@@ -209,6 +221,8 @@ class Parallel(Backbone):
         act_layer: Activation of the feed-forwards: a name such as "relu", or a class; None for that of `mlp_layer`.
         norm_layer: Makes a norm over channels from the width. One per resolution.
         neck_dims: Channels that the neck widens each resolution to, then those of its result.
+        neck_features: Whether `forward_intermediates` and `features_only` give the neck's sums, of these channels, in
+            place of the maps that it reads; HRVMamba's published segmentation reads them.
         head_layer: Makes the classifier's head, as timm's `ClassifierHead` is made.
         layer_scale: Initial value of the blocks' learned scales, or None for none.
         drop_rate: Dropout rate before the classifier.
@@ -245,6 +259,7 @@ class Parallel(Backbone):
         act_layer: LayerSpec = None,
         norm_layer: _EachResolution = _NORM,
         neck_dims: Sequence[int] = (128, 256, 512, 1024, 2048),
+        neck_features: bool = False,
         head_layer: LayerSpec = _HEAD,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
@@ -301,11 +316,15 @@ class Parallel(Backbone):
                 drop_path = next(rates)
                 exchanges.append(Exchange(dims, [branch(index, drop_path) for index in range(len(dims))], **dd))
             self.stages.append(ParallelStage(len(dims) - len(enter), enter, exchanges))
-        self.neck = Neck(embed_dims, neck_dims, **dd)
-        module = f"stages.{count - 2}.exchanges.{num_exchanges[-1] - 1}.merges"
+        self.neck, self.neck_features = Neck(embed_dims, neck_dims, **dd), neck_features
+        merges = f"stages.{count - 2}.exchanges.{num_exchanges[-1] - 1}.merges"
+        maps = [(f"{merges}.{index}", dim) for index, dim in enumerate(embed_dims)]
+        if neck_features:
+            names = ["neck.widen.0", *(f"neck.down.{index}" for index in range(count - 2)), "neck.last"]
+            maps = list(zip(names, [*neck_dims[:-2], neck_dims[-1]], strict=True))
         self.feature_info = [
-            {"num_chs": dim, "reduction": self.stem.stride << index, "module": f"{module}.{index}"}
-            for index, dim in enumerate(embed_dims)
+            {"num_chs": dim, "reduction": self.stem.stride << index, "module": name}
+            for index, (name, dim) in enumerate(maps)
         ]
         head = layer_maker("head_layer", head_layer)
         self._finish(neck_dims[-1], head, patch_size, in_chans, num_classes, global_pool, drop_rate, **dd)
@@ -376,9 +395,10 @@ class Parallel(Backbone):
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the last stage's maps of the chosen resolutions, alone or with `forward_features`' result.
+        """Return the maps of the chosen resolutions, alone or with `forward_features`' result.
 
-        All resolutions need all stages, so `stop_early` changes nothing; nor does `norm`, since no norm follows.
+        They are the last stage's, or with `neck_features` the neck's. All resolutions need all stages, so `stop_early`
+        changes nothing; nor does `norm`, since no norm follows.
 
         Args:
             x: Images (batch, in_chans, height, width).
@@ -394,13 +414,19 @@ class Parallel(Backbone):
         """
         check_output_format(output_fmt)
         take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
-        maps = self.forward_maps(x)
+        maps, whole = self.forward_maps(x), None
+        numbers = [int(name) for name in self.stages[-1].exchanges[-1].merges]
+        if self.neck_features:
+            maps = self.neck.pyramid(maps)
+            whole = maps[-1]
         taken = []
-        for name, cells in zip(self.stages[-1].exchanges[-1].merges, maps, strict=True):
-            if int(name) in take:
+        for number, cells in zip(numbers, maps, strict=True):
+            if number in take:
                 laid = laid_out(cells, output_fmt)
                 taken.append((laid, cells.flatten(1, 2)[:, :0]) if return_prefix_tokens else laid)
-        return taken if intermediates_only else (self.neck(maps), taken)
+        if intermediates_only:
+            return taken
+        return self.neck(maps) if whole is None else whole, taken
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -408,15 +434,21 @@ class Parallel(Backbone):
     ) -> list[int]:
         """Drop what `forward_intermediates(indices=...)` does not need; return the numbers of the chosen resolutions.
 
-        Without the head, the neck goes, and with it the last sums of the other resolutions.
+        Without the head, a neck that only it needs goes, and with it the last sums of the other resolutions.
         """
         take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
-        if prune_head:
-            self.reset_classifier(0, "")
+        if not prune_head:
+            return take
+        self.reset_classifier(0, "")
+        needed = take
+        if self.neck_features:
+            needed = list(range(max(take) + 1))
+            self.neck.prune(len(needed))
+        else:
             self.neck = nn.Identity()
-            merges = self.stages[-1].exchanges[-1].merges
-            for name in [name for name in merges if int(name) not in take]:
-                del merges[name]
+        merges = self.stages[-1].exchanges[-1].merges
+        for name in [name for name in merges if int(name) not in needed]:
+            del merges[name]
         return take
 
 
