@@ -11,16 +11,26 @@ _RANGES = {
     "data.image_size": (1, math.inf),
     "data.batch_size": (1, math.inf),
     "data.workers": (0, math.inf),
+    "augment.hflip": (0, 1),
+    "augment.vflip": (0, 1),
+    "augment.color_jitter": (0, math.inf),
     "augment.erase_prob": (0, 1),
     "augment.mixup": (0, math.inf),
     "augment.cutmix": (0, math.inf),
+    "augment.mix_prob": (0, 1),
+    "augment.mix_switch_prob": (0, 1),
     "augment.crop_padding": (0, math.inf),
     "augment.repeats": (1, math.inf),
     "augment.splits": (0, math.inf),
     "optimizer.lr": (0, math.inf),
+    "optimizer.lr_batch": (1, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
     "schedule.epochs": (1, math.inf),
     "schedule.warmup_epochs": (0, math.inf),
+    "schedule.warmup_lr": (0, math.inf),
+    "schedule.min_lr": (0, math.inf),
     "schedule.cooldown_epochs": (0, math.inf),
+    "train.seed": (0, math.inf),
     "train.label_smoothing": (0, 1),
     "train.accumulate": (1, math.inf),
     "train.calibrate": (0, math.inf),
@@ -61,8 +71,8 @@ def check_values(recipe: Recipe, source: str) -> None:
     for key, (least, greatest) in _RANGES.items():
         section, option = key.split(".")
         value = getattr(getattr(recipe, section), option)
-        if not least <= value <= greatest:
-            bounds = f"at least {least}" if greatest == math.inf else f"between {least} and {greatest}"
+        if value is not None and not (least <= value <= greatest and value < math.inf):
+            bounds = f"finite and at least {least}" if greatest == math.inf else f"between {least} and {greatest}"
             raise ValueError(f"{source}: {key}={value} is out of range; it must be {bounds}")
     if recipe.train.ema_decay is not None and not 0 <= recipe.train.ema_decay < 1:
         raise ValueError(f"{source}: train.ema_decay={recipe.train.ema_decay} must be in [0, 1), or null for no EMA")
@@ -70,6 +80,7 @@ def check_values(recipe: Recipe, source: str) -> None:
         raise ValueError(f"{source}: data.crop_pct={recipe.data.crop_pct} must be in (0, 1]")
     if recipe.data.classes is not None and recipe.data.classes < 2:
         raise ValueError(f"{source}: data.classes={recipe.data.classes} must be at least 2, or null")
+    _check_images(recipe, source)
     _check_schedule(recipe.schedule, source)
     if recipe.data.sizes is not None:
         _check_sizes(recipe.data.sizes, recipe.schedule.epochs, source)
@@ -114,6 +125,32 @@ def check_values(recipe: Recipe, source: str) -> None:
         _check_reduction(recipe, source)
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise ValueError(f"{source}: data.batch_size={recipe.data.batch_size} must be even for mixup and CutMix")
+
+
+def _check_images(recipe: Recipe, source: str) -> None:
+    """Check the options that are lists of numbers: of each channel, and bounds of a random crop."""
+    for option, allowed, words in (("mean", math.isfinite, "finite"), ("std", _positive, "above 0")):
+        values = getattr(recipe.data, option)
+        if values is not None and not (len(values) == 3 and all(map(allowed, values))):
+            raise ValueError(
+                f"{source}: data.{option}={values} must be three numbers, {words}, for red, green and blue; or null "
+                "for the model's own"
+            )
+    crops = recipe.augment
+    for option, values in (("scale", crops.scale), ("ratio", crops.ratio)):
+        if not (len(values) == 2 and all(map(_positive, values)) and values[0] <= values[1]):
+            raise ValueError(
+                f"{source}: augment.{option}={values} must be [least, greatest], both above 0, the smaller first"
+            )
+    if crops.crop_mode == "rrc" and crops.scale[1] > 1:
+        raise ValueError(
+            f"{source}: augment.scale={crops.scale} asks for crops larger than their image; give 1 at "
+            "most, or set augment.crop_mode to rkrc or rkrr"
+        )
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
 
 
 def _check_views(recipe: Recipe, source: str) -> None:

@@ -24,6 +24,9 @@ def train_transform(recipe: Recipe, normalise: dict):
     Args:
         recipe: of the run.
         normalise: the model's mean and std; augmentations fill with the mean.
+
+    Raises:
+        ValueError: timm cannot read the recipe's policy of augmentation.
     """
     if recipe.data.sizes is None:
         return _train_transform(recipe, normalise, recipe.data.image_size)
@@ -32,21 +35,27 @@ def train_transform(recipe: Recipe, normalise: dict):
 
 def _train_transform(recipe: Recipe, normalise: dict, size: int):
     augment = recipe.augment
-    transform = create_transform(
-        size,
-        is_training=True,
-        scale=tuple(augment.scale),
-        ratio=tuple(augment.ratio),
-        train_crop_mode=None if augment.crop_mode == "simple" else augment.crop_mode,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment,
-        interpolation=recipe.data.interpolation,
-        normalize=False,  # which ends the transform with 8-bit integers
-        separate=augment.splits > 1,
-        **normalise,
-    )
+    try:
+        transform = create_transform(
+            size,
+            is_training=True,
+            scale=tuple(augment.scale),
+            ratio=tuple(augment.ratio),
+            train_crop_mode=None if augment.crop_mode == "simple" else augment.crop_mode,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            interpolation=recipe.data.interpolation,
+            normalize=False,  # which ends the transform with 8-bit integers
+            separate=augment.splits > 1,
+            **normalise,
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # timm's words for a policy that it cannot read
+        raise ValueError(
+            f"augment.auto_augment={augment.auto_augment!r} is no policy of timm ({error}); give one such as "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, 3a, original or v0, or null for none"
+        ) from error
     if augment.crop_mode == "simple":  # in place of the crop that timm puts first, as the published codes have it
         first = transform[0] if augment.splits > 1 else transform
         resize = eval_transform(size, recipe.data.interpolation, recipe.data.crop_pct, normalise).transforms[0]

@@ -247,7 +247,67 @@ def test_every_optimiser_of_timm_steps_or_is_refused_by_name(small):
     assert all(f"optimizer.name={name!r} cannot be used: " in words for name, words in refusals.items())
 
 
+def test_weight_decay_is_the_recipes_and_spares_biases_and_norms(small):
+    for decay in (0.0, 0.3):
+        trainer = begin(optimizer={"weight_decay": decay, "lr": 0.1, "name": "adamw"}, schedule={"warmup_epochs": 0})
+        before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+        for value in trainer.model.parameters():
+            value.grad = torch.zeros_like(value)
+        trainer._step()
+        for name, value in trainer.model.named_parameters():
+            kept = 1 - 0.1 * decay if name in ("conv.weight", "head.weight") else 1.0
+            torch.testing.assert_close(value, kept * before[name], msg=name)
+
+
+# Seed, batches and processes that load
+
+
+def test_the_seed_determines_weights_order_and_augmentation(small, tree):
+    seen = []
+    for seed in (0, 0, 7):
+        trainer, loader, _ = train.make_run(
+            make(tree, train={"seed": seed}, augment={"hflip": 0.5, "scale": [0.2, 1.0]}), CLASSES, CPU
+        )
+        augmented = loader.dataset[(0, 5)].image
+        seen.append((trainer.model.conv.weight.clone(), [key.index for key in loader.sampler], augmented))
+    first, again, other = seen
+    assert torch.equal(first[0], again[0])
+    assert first[1] == again[1]
+    assert torch.equal(first[2], again[2])
+    assert not torch.equal(first[0], other[0])
+    assert first[1] != other[1]
+    assert not torch.equal(first[2], other[2])
+
+
+def test_workers_and_batch_size_are_those_of_the_loaders(small, tree):
+    for workers in (0, 2):
+        _, *loaders = train.make_run(make(tree, data={"workers": workers, "batch_size": 6}), CLASSES, CPU)
+        assert [loader.num_workers for loader in loaders] == [workers] * 2
+        assert [len(next(iter(loader)).targets) for loader in loaders] == [6, 6]
+
+
 # Layout, type and compilation
+
+
+@pytest.mark.parametrize(
+    ("amp", "computed", "kept"),
+    [
+        ("none", torch.float32, torch.float32),
+        ("float16", torch.float16, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.float32),
+        ("pure_bfloat16", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_amp_is_the_type_of_the_passes_and_of_the_weights(small, amp, computed, kept):
+    trainer, seen = begin(train={"amp": amp}), set()
+    trainer.model.conv.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    loss = trainer._update(batch())
+    assert seen == {computed}
+    assert {value.dtype for value in trainer.model.parameters()} == {kept}
+    assert {value.grad.dtype for value in trainer.model.parameters()} == {kept}
+    assert loss.dtype == torch.float32
+    assert trainer.scaler.is_enabled() == (amp == "float16")
+    torch.testing.assert_close(loss, begin()._update(batch()), rtol=0.02, atol=0)
 
 
 def compiled_by(monkeypatch, backend):

@@ -45,6 +45,19 @@ def test_cosine_with_cooldown_ends_in_epochs_at_the_least_rate():
     assert rates()[36] > 0.01
 
 
+def test_tanh():
+    found = rates(name="tanh")
+    wanted = [0.01 + 0.99 / 2 * (1 - math.tanh(-7 + 10 * step / 40)) for step in range(40)]
+    assert found == pytest.approx(WARMUP + wanted)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"decay_rate": 0.9, "k_decay": 1.5}])
+def test_poly_has_its_power(kwargs):
+    power, k = kwargs.get("decay_rate", 0.1), kwargs.get("k_decay", 1.0)
+    wanted = [0.01 + 0.99 * (1 - (step / 40) ** k) ** power for step in range(40)]
+    assert rates(name="poly", kwargs=kwargs) == pytest.approx(WARMUP + wanted)
+
+
 @newer
 def test_warmup_stable_decay():
     found = rates(name="wsd", kwargs={"decay_epochs": 4, "decay_fn": "linear"}, cooldown_epochs=1)

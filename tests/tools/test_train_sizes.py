@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import CLASSES, CPU, begin, go_on, make, run, save
+from small_runs import CLASSES, CPU, begin, go_on, losses, make, run, save
 
 from visionmix.tools import checkpoint, data, recipe, train
 from visionmix.tools.display import Display
@@ -49,6 +49,22 @@ def test_the_model_sees_the_sizes_in_training_and_its_own_at_test(small, tree, w
     assert set(seen[9:14]) == {(3, 32, 32)}
     assert set(seen[14:23]) == {(3, 24, 24), (3, 40, 40)}
     assert set(seen[23:]) == {(3, 32, 32)}
+
+
+def test_each_size_is_compiled_once(small, tree, monkeypatch):
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(next(value.shape[-1] for value in inputs if value.shape[:2] == (2, 3)))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=backend, **options))
+    sections = {"data": {"sizes": [[0, 16], [1, 24, 40]], "batch_size": 2}}
+    plain = run(tree, 3, **sections)
+    assert graphs == []
+    compiled = run(tree, 3, **sections, train={"compile": True})
+    assert sorted(graphs) == [16, 24, 40]
+    assert losses(compiled) == losses(plain)
 
 
 def test_a_resumed_run_sees_the_sizes_of_the_whole(small, tree, tmp_path):

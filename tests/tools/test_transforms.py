@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import make
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
@@ -32,10 +33,20 @@ def made(**augment):
     return recipe.from_dict({"data": {"image_size": 32}, "augment": augment}, "test")
 
 
-def test_the_finished_images_are_those_of_timm(image):
-    policy = {"auto_augment": "rand-m9-mstd0.5-inc1", "hflip": 0.5, "vflip": 0.5}
-    ours = transforms.train_transform(made(**policy), NORMALISE)
-    theirs = create_transform(32, is_training=True, interpolation="bicubic", **policy, **NORMALISE)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"auto_augment": "rand-m9-mstd0.5-inc1", "hflip": 0.5, "vflip": 0.5},
+        {"color_jitter": 0.7, "hflip": 0.2, "vflip": 0.3, "scale": [0.3, 0.6], "ratio": [0.5, 0.9]},
+        {"auto_augment": "3a", "color_jitter": 0.2},
+    ],
+)
+def test_the_finished_images_are_those_of_timm(image, augment, interpolation):
+    settings = {"data": {"image_size": 32, "interpolation": interpolation}, "augment": augment}
+    ours = transforms.train_transform(recipe.from_dict(settings, "test"), NORMALISE)
+    options = {"color_jitter": 0.4} | augment
+    theirs = create_transform(32, is_training=True, interpolation=interpolation, **options, **NORMALISE)
     transforms.repair_posterize(theirs)
     finish = transforms.Finish(NORMALISE, "const", CPU)
     for seed in range(8):
@@ -111,6 +122,21 @@ def test_an_rgb_file_is_not_copied_and_others_are_converted(tree, image, tmp_pat
     with Image.open(tree / "train" / "red" / "0.jpg") as opened:
         assert np.array_equal(np.asarray(read_rgb(tree / "train" / "red" / "0.jpg")), np.asarray(opened))
     assert read_rgb(tmp_path / "grey.jpg").mode == "RGB"
+
+
+def test_the_recipes_mean_std_and_interpolation_reach_the_images_of_both_sets(small, tree):
+    options = {"mean": [0.1, 0.2, 0.3], "std": [0.7, 0.8, 0.9], "interpolation": "bilinear", "image_size": 24}
+    trainer, loader, tests = train.make_run(make(tree, data=options), CLASSES, CPU)
+    mean, std = torch.tensor(options["mean"]).view(3, 1, 1), torch.tensor(options["std"]).view(3, 1, 1)
+    for name, batch in (("train", next(iter(loader))), ("val", next(iter(tests)))):
+        pixels = []
+        for target, colour in enumerate(CLASSES):
+            for path in sorted((tree / name / colour).iterdir()):
+                resized = read_rgb(path).resize((24, 24), Image.Resampling.BILINEAR)
+                pixels.append((target, torch.tensor(np.asarray(resized)).movedim(-1, 0) / 255))
+        for image, target in zip(trainer.finish_batch(batch), batch.targets.tolist(), strict=True):
+            wanted = [(plain - mean) / std for own, plain in pixels if own == target]
+            assert min((image - each).abs().max() for each in wanted) < 1e-5
 
 
 def test_training_erases_by_the_recipe(small, tree):
