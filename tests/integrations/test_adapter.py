@@ -73,6 +73,7 @@ def test_at_the_start_the_model_computes_as_without_an_adapter():
         ({"name": "test_plainmamba"}, "and of 4 blocks or more"),
         ({**MODEL, "out_indices": (3, 4)}, r"out_indices=\(3, 4\) must be among 0, 1, 2 and 3"),
         ({**MODEL, "mixer": "softmax", "mlp_layer": "mlp", "reduction": "tome:r=1"}, "does not go with the adapter"),
+        ({"name": "test_dynamicvit"}, "name=.test_dynamicvit., reduced, does not go with the adapter"),
     ],
 )
 def test_other_models_and_maps_are_refused(options, words):

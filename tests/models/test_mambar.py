@@ -104,11 +104,11 @@ def test_mambar_loads_at_another_size():
     assert torch.equal(natural.class_token.pos_embed, tensors["pos_embed_cls"])
 
 
-@pytest.mark.parametrize(("method", "options", "message"), [
-    ("ssm_prune", {}, "knows one class token; this model has 4"),
-    ("evit", {}, "needs the prefix tokens first"),
-    ("tome", {"r": 2}, "needs the prefix tokens first"),
+@pytest.mark.parametrize(("method", "options", "error", "message"), [
+    ("ssm_prune", {}, ValueError, "knows one class token; this model has 4"),
+    ("evit", {}, TypeError, "is not softmax attention"),
+    ("tome", {"r": 2}, TypeError, "is not softmax attention"),
 ])  # fmt: skip
-def test_reductions_that_do_not_know_registers_say_so(method, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_reductions_that_do_not_know_registers_say_so(method, options, error, message):
+    with pytest.raises(error, match=message):
         reduction.apply(timm.create_model("test_mambar_tiny"), method, **options)

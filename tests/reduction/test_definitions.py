@@ -195,6 +195,13 @@ def test_distillation_of_dynamicvit():
     assert not any("teacher" in name for name in fast.state_dict())
 
 
+@pytest.mark.parametrize("options", [{"embed_dim": 8}, {"num_classes": 7}, {"patch_size": 8}])
+def test_a_teacher_of_other_sizes_is_refused(options):
+    fast = reduction.apply(vit(), "dynamicvit", teacher=vit(**options)).double().train()
+    with pytest.raises(ValueError, match=r"teacher has \d+ tokens of .*; give a teacher of the model's patches"):
+        fast.forward_train(images())
+
+
 def test_losses_of_mctf():
     model = vit()
     losses = reduction.apply(model, "mctf", r=9).train().forward_train(images())[1]
@@ -216,6 +223,17 @@ def test_losses_of_avit():
     target = normal * 0.98 / normal[:2].sum()
     expected = 2.0 * (target * (target / scores).log()).mean()
     torch.testing.assert_close(losses["prior"], expected)
+
+
+@pytest.mark.parametrize("depth", [1, 24])
+def test_losses_of_avit_in_models_of_any_depth(depth):
+    """Far from the target its density is 0 in float32; before the first block there is none."""
+    model = vit(depth=depth, embed_dim=8).float()
+    fast = reduction.apply(model, "avit", gate_scale=0.5, gate_center=2.0).train()
+    logits, losses = fast.forward_train(images().float())
+    (logits.sum() + sum(losses.values())).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(value.grad.isfinite().all() for value in fast.parameters())
 
 
 def test_methods_without_losses_have_no_training_pass():
@@ -312,7 +330,8 @@ def test_algm_on_maps_that_windows_do_not_fill():
         ("avit", {"prior_weight": -1}, ValueError, "prior_weight=-1"),
         ("zero_tprune", {"variant": "2023"}, ValueError, "variant='2023'"),
         ("zero_tprune", {"similar": -1}, ValueError, "similar=-1"),
-        ("zero_tprune", {"layers": [0, 1], "keep_rates": [0.5]}, ValueError, "1 entries"),
+        ("zero_tprune", {"layers": [0, 1], "keep_rates": [0.5]}, ValueError, r"keep_rates=\[0\.5\] has 1 entries"),
+        ("zero_tprune", {"keep_rates": "all"}, TypeError, "keep_rates='all'"),
         ("zero_tprune", {"layers": [0], "keep_rates": [0]}, ValueError, r"\(0, 1\]"),
         ("dynamicvit", {"keep_rate": 1.5}, ValueError, r"\(0, 1\]"),
         ("dynamicvit", {"keep_rate": [0.5]}, ValueError, "1 entries"),

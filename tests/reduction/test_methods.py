@@ -10,6 +10,7 @@ from visionmix import reduction
 from visionmix.reduction.evit import schedule as evit_schedule
 from visionmix.reduction.tome import schedule as tome_schedule
 
+INF = float("inf")
 ROTARY = {"name": "softmax", "rotary": True}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 3}
 
@@ -54,6 +55,22 @@ def test_schedules_of_pruning():
         ("evit", {"layers": [1, 1]}, ValueError, r"layers=\[1, 1\]"),
         ("evit", {"layers": 2}, TypeError, "layers=2"),
         ("evit", {"layers": [1, 2], "keep_rate": [0.5]}, ValueError, "1 entries"),
+        ("tome", {"r": 8, "prop_attn": "no"}, TypeError, "prop_attn='no': give True or False"),
+        ("evit", {"fuse": 0}, TypeError, "fuse=0: give True or False"),
+        ("mctf_fast", {"bidirectional": None}, TypeError, "bidirectional=None: give True or False"),
+        ("mctf", {"r": INF}, TypeError, "r=inf: give a number of tokens, or a fraction"),
+        ("mctf", {"r": float("nan")}, ValueError, "r=nan: give a number of 0 or more"),
+        ("mctf", {"r_teacher": -1}, ValueError, "r_teacher=-1: give a number of 0 or more"),
+        ("mctf", {"consistency_weight": INF}, ValueError, "consistency_weight=inf: .*not infinite"),
+        ("avit", {"ponder_weight": 10**400}, ValueError, "ponder_weight=10000.*: give a number of 0 or more"),
+        ("zero_tprune", {"layers": 2}, TypeError, "layers=2: give a list of block numbers"),
+        ("avit", {"gate_scale": INF}, ValueError, "gate_scale=inf: give a number, not infinite"),
+        ("avit", {"gate_center": float("nan")}, ValueError, "gate_center=nan: give a number"),
+        ("avit", {"ponder_weight": -0.1}, ValueError, r"ponder_weight=-0\.1: give a number of 0 or more"),
+        ("avit", {"target_depth": 0.5}, ValueError, r"target_depth=0\.5: give a number from 1 to 4"),
+        ("avit", {"target_depth": "late"}, TypeError, "target_depth='late': give a number of blocks"),
+        ("dynamicvit", {"ratio_weight": INF}, ValueError, "ratio_weight=inf: .*not infinite"),
+        ("dynamicvit", {"distill_weight": None}, TypeError, "distill_weight=None: give a number"),
     ],
 )
 def test_bad_options_are_refused(method, options, error, text):
@@ -75,6 +92,8 @@ def test_bad_options_are_refused(method, options, error, text):
             "SoftmaxAttention reads a map",
         ),
         (lambda: nn.Linear(2, 2), "class Linear"),
+        (lambda: torch.compile(VisionTransformer(**SMALL)), r"OptimizedModule .* wraps another model \(reduce that"),
+        (lambda: nn.DataParallel(VisionTransformer(**SMALL)), "class DataParallel .* wraps another model"),
     ],
 )
 def test_models_that_cannot_be_reduced_are_refused(make, text):

@@ -254,6 +254,45 @@ def test_features_only(out_indices):
         reduction.apply(fast, "tome", r=3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_extractor_without_the_last_blocks_reduces_as_the_whole_model_does(method):
+    """Schedules go by the whole model's depth, and nothing is left that only later blocks need."""
+    options = {} if method in ("evit", "ats", "dynamicvit", "zero_tprune", "algm") else METHODS[method]
+    if method == "tome":
+        options = {"r": (5, -1.0)}
+    torch.manual_seed(0)
+    whole = timm.create_model("vit_tiny_patch16_224", **SIZES | {"depth": 8})
+    features = timm.create_model(
+        "vit_tiny_patch16_224", **SIZES | {"depth": 8}, features_only=True, out_indices=(1, 4)
+    ).eval()
+    fast = reduction.apply(whole, method, **options).eval()
+    few = reduction.apply(features, method, **options)
+    assert len(few.model.blocks) == 5
+    few.load_state_dict({f"model.{key}": value for key, value in fast.state_dict().items()}, strict=False)
+    expected = fast.forward_intermediates(images(), [1, 4], intermediates_only=True)
+    assert all(torch.equal(*pair) for pair in zip(few(images()), expected, strict=True))
+    few.train()
+    sum(each.square().sum() for each in few(images())).backward()
+    assert [name for name, value in few.named_parameters() if value.grad is None] == []
+    fast.prune_intermediate_layers([1, 4])
+    assert fast.state_dict().keys() == few.model.state_dict().keys() | {"norm.weight", "norm.bias"}
+    again = fast.forward_intermediates(images(), [1, 4], intermediates_only=True)
+    assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
+
+
+def test_numbers_of_blocks_may_be_those_of_blocks_that_an_extractor_leaves_off():
+    features = timm.create_model("vit_tiny_patch16_224", **SIZES, features_only=True, out_indices=(1,))
+    assert reduction.apply(features, "evit", layers=[1, 3]).model.reduction.keep_rate == (1, 0.7, 1, 0.7)
+    with pytest.raises(ValueError, match=r"layers=\[4\]: give different block numbers from 0 to 3"):
+        reduction.apply(features, "evit", layers=[4])
+    with pytest.raises(ValueError, match="reduced already, by evit"):
+        reduction.apply(reduction.apply(features, "evit"), "tome", r=2)
+    pruned = timm.create_model("test_dynamicvit", features_only=True, out_indices=(1,))
+    assert len(pruned.model.reduction.predictors) == 1
+    with pytest.raises(ValueError, match="reduced already, by dynamicvit"):
+        reduction.apply(pruned, "tome", r=2)
+
+
 def test_other_sizes_and_the_given_model():
     model = vit(dynamic_img_size=True)
     fast = reduction.apply(model, "tome", r=5)
@@ -276,6 +315,46 @@ def test_tokens_never_run_out():
     assert reduction.apply(vit(), "dynamicvit", keep_rate=0.001)(images()).isfinite().all()
     assert reduction.apply(vit(), "algm", threshold=-1.0, layers=range(4))(images(1)).isfinite().all()
     assert reduction.apply(vit(), "ats", samples=2, layers=range(4))(images(7)).isfinite().all()
+
+
+# More than there is to take away.
+EXTREME = {
+    "tome": {"r": 10**9},
+    "evit": {"keep_rate": 1e-9, "layers": [0, 1, 2, 3]},
+    "mctf": {"r": 10**9},
+    "ats": {"layers": [0, 1, 2, 3], "samples": 10**9},
+    "algm": {"threshold": -1.0, "layers": [0, 1, 2, 3], "window_size": 10**9},
+    "avit": {"gate_scale": 1e6, "gate_center": 0},
+    "zero_tprune": {"layers": [0, 1, 2, 3], "keep_rates": 1e-9, "similar": 10**9},
+    "dynamicvit": {"keep_rate": 1e-9},
+}
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 8), (12, 20)])
+@pytest.mark.parametrize("host", ["vit", "average", "no_class"])
+@pytest.mark.parametrize("method", EXTREME)
+def test_something_is_left_of_maps_of_one_cell_and_more(method, host, size):
+    """Heads that pool over cells find at least one, and all that is computed is finite."""
+    model = vit(**HOSTS[host], img_size=size)
+    if method in NEED_A_CLASS_TOKEN and not model.num_prefix_tokens:
+        return
+    fast = reduction.apply(model, method, **EXTREME[method])
+    for batch in (1, 7):
+        x = images(batch, size)
+        with torch.no_grad():
+            logits, maps = fast.eval()(x), fast.forward_intermediates(x, intermediates_only=True)
+        assert all(value.isfinite().all() for value in (logits, *maps))
+        out, losses = fast.train().forward_train(x) if fast.reduction.has_losses else (fast.train()(x), {})
+        (out.sum() + sum(losses.values())).backward()
+        assert all(value.isfinite() for value in losses.values())
+        assert all(value.grad.isfinite().all() for value in fast.parameters() if value.grad is not None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_no_images(method):
+    fast = reduction.apply(vit(), method, **METHODS[method])
+    assert fast(images(0)).shape == (0, 5)
+    assert fast.forward_intermediates(images(0), 1, intermediates_only=True)[0].shape == (0, 32, 8, 8)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -310,6 +389,19 @@ def test_exports_and_compiles_whole(method, host):
     torch.testing.assert_close(program.module()(images()), fast(images()))
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images()), fast(images()))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("method", "options"), [*METHODS.items(), ("evit", {"keep_rate": 0.6, "layers": [1, 2, 3]}), ("mctf", {"r": 0.6})]
+)
+def test_a_trace_has_as_many_tokens(method, options):
+    """Of 40 tokens 0.6 are 24, but 24.000001 in float32, as a trace reckons with sizes."""
+    fast = reduction.apply(vit(), method, **options)
+    with torch.no_grad():
+        traced = torch.jit.trace(fast, images(), check_trace=False)
+        other = images() if method in BY_IMAGE else images(2).flip(3)
+        torch.testing.assert_close(traced(other), fast(other))
 
 
 @pytest.mark.long

@@ -292,6 +292,33 @@ def test_default_layers_are_those_of_each_stage():
     assert pruning("vmamba_tiny") == [0, 2, 4, 6, 8, 12]
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_an_extractor_without_the_last_stages_prunes_as_the_whole_model_does(kept):
+    options = {"depths": (2, 3, 2, 2), "img_size": 64}
+    torch.manual_seed(0)
+    whole = reduction.apply(timm.create_model("test_vmamba", **options), "ssm_prune", keep_rate=0.5).eval()
+    few = timm.create_model("test_vmamba", features_only=True, out_indices=range(kept), **options)
+    few = reduction.apply(few, "ssm_prune", keep_rate=0.5).eval()
+    few.model.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(x, list(range(kept)), intermediates_only=True)
+        assert all(torch.equal(*pair) for pair in zip(few(x), expected, strict=True))
+
+
+def test_an_extractor_of_plainmamba_prunes_as_the_whole_model_does():
+    torch.manual_seed(0)
+    whole = reduction.apply(timm.create_model("plainmamba_l1", img_size=64), "ssm_prune", keep_rate=0.5)
+    few = timm.create_model("plainmamba_l1", features_only=True, out_indices=(5, 10), img_size=64)
+    few = reduction.apply(few, "ssm_prune", keep_rate=0.5).eval()
+    few.model.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.eval().forward_intermediates(x, [5, 10], intermediates_only=True)
+        assert all(torch.equal(*pair) for pair in zip(few(x), expected, strict=True))
+        assert not torch.equal(few(x)[-1], reduction.remove(few)(x)[-1])
+
+
 def test_plainmamba_l3_saves_as_many_operations_as_published():
     def flops(model) -> int:
         with FlopCounterMode(display=False) as counter:

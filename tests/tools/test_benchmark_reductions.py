@@ -1,11 +1,15 @@
 """Multiply-adds of reduced models, and times in turns."""
 
+import math
+
 import pytest
 import timm
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from visionmix import reduction
-from visionmix.tools import benchmark, info, timing
+from visionmix import kernels, reduction
+from visionmix.tools import benchmark, info, reduce_curve, timing
 
 DIM, CELLS, CLASSES = 384, 196, 1000
 
@@ -60,6 +64,69 @@ def test_multiply_adds_of_merging_before_attention(layers):
     less = 16 * (DIM * DIM + 9 * DIM * DIM)  # values, projection and feed-forward of the block that merges
     similarity = 99 * 98 * DIM
     assert sum(info.measure(model, (3, 224, 224)).macs.values()) == counted_by_hand(blocks, similarity - less)
+
+
+def test_multiply_adds_of_merging_behind_attention():
+    with torch.device("meta"):
+        model = reduction.apply(timm.create_model("deit_small_patch16_224"), "tome", r=13)
+    tokens = [197 - 13 * block for block in range(12)]
+    less = sum(13 * 8 * DIM * DIM for _ in tokens)  # the feed-forward sees fewer than the projection
+    similarity = sum((count + 1) // 2 * (count // 2) * 64 for count in tokens)  # of keys, averaged over the heads
+    expected = counted_by_hand(same(*((1, count) for count in tokens)), similarity - less)
+    assert sum(info.measure(model, (3, 224, 224)).macs.values()) == expected
+
+
+def test_multiply_adds_of_pruning_behind_attention():
+    with torch.device("meta"):
+        model = reduction.apply(timm.create_model("deit_small_patch16_224"), "evit", keep_rate=0.7)
+    tokens, extra = [], 0.0
+    count = 197
+    for block in range(12):
+        tokens.append((1, count))
+        if block in (3, 6, 9):
+            kept = math.ceil(0.7 * (count - 1))
+            gone = count - 1 - kept
+            extra += (count + gone) * DIM  # the class token's weights once more, and the mean of those that go
+            count = kept + 2
+            extra -= (gone - 1) * 8 * DIM * DIM
+    assert sum(info.measure(model, (3, 224, 224)).macs.values()) == counted_by_hand(same(*tokens), extra)
+
+
+PRODUCTS = ("addmm", "bmm", "conv", "linear", "matmul", "scaled_dot_product_attention")  # that PyTorch counts too
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "tome:r=5",
+        "mctf:r=5",
+        "mctf_fast",
+        "evit:keep_rate=0.6",
+        "avit",
+        "zero_tprune:similar=3",
+        "dynamicvit:keep_rate=0.6",
+        "ats:samples=9",
+        "algm:threshold=0.1",
+    ],
+)
+def test_counters_of_operations_agree(spec):
+    """PyTorch's, fvcore's, that of `visionmix benchmark` and that of `visionmix reduce-curve`."""
+    fvcore = pytest.importorskip("fvcore.nn")
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 5, "num_heads": 4}
+    whole = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    model = reduction.apply(whole, spec)
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(noise)
+    macs = counter.get_total_flops() / 2
+    assert sum(info.measure(model, (3, 64, 64)).macs.values()) == macs
+    assert reduce_curve.gmacs(model, noise) * 1e9 == pytest.approx(macs, rel=1e-12)
+    analysis = fvcore.FlopCountAnalysis(model, noise).set_op_handle(**kernels.fvcore_handles())
+    operators = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
+    assert sum(count for name, count in operators.items() if name in PRODUCTS) == macs
+    if spec != "avit":  # which masks
+        assert macs < 0.95 * sum(info.measure(whole, (3, 64, 64)).macs.values())
 
 
 def test_a_model_whose_shapes_depend_on_the_image_is_counted_on_one():

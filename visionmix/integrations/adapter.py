@@ -162,9 +162,10 @@ class Adapter(Backbone):
         super().__init__(name, pretrained, **more, **options)
         model, dim = self.features.model, self.channels[-1]
         if isinstance(model, Reduced):
+            given = f"reduction={options['reduction']!r}" if "reduction" in options else f"name={name!r}, reduced,"
             raise ValueError(
-                f"reduction={options['reduction']!r} does not go with the adapter, which attends to every cell between "
-                "the blocks; leave it out, or take visionmix.Backbone"
+                f"{given} does not go with the adapter, which attends to every cell between the blocks; leave the "
+                "reduction out, or take visionmix.Backbone"
             )
         if not isinstance(model, Plain) or model.has_prefix or self.strides[-1] != 16 or len(model.blocks) < STEPS:
             raise ValueError(

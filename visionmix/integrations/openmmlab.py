@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT
 from mmengine.registry import Registry
 from timm.layers import LayerNorm2d
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from visionmix import reduction as reductions
 from visionmix.integrations.layer_decay import LayerDecayConstructor
 from visionmix.integrations.pyramid import SimplePyramid
-from visionmix.models.family import family_of
+from visionmix.models.family import is_family_model
 from visionmix.models.loading import load_checkpoint
+from visionmix.reduction.refused import reason
+from visionmix.reduction.specs import Spec
+from visionmix.registry import nearest
 
 __all__ = ["MODELS", "Backbone", "LayerDecayConstructor", "SimplePyramid"]
 
@@ -37,7 +43,7 @@ _OUTPUT_NORM = re.compile(r"^(?:outnorm|norm|extra_norms\.)(\d+)\.(\w+)$")
 
 @MODELS.register_module()
 class Backbone(BaseModule):
-    """A model of this library without its head: images to the maps of chosen stages.
+    """A model of this library, or a ViT of timm, without its head: images to the maps of chosen stages.
 
     Shapes: (batch, in_chans, height, width), of any height and width, to a tuple of maps (batch, channels, rows,
     columns), one for each of `out_indices`. `channels` and `strides` hold each map's width, which a neck or head takes
@@ -54,7 +60,9 @@ class Backbone(BaseModule):
     those of classifiers are, and a backbone that does not fit whole is refused.
 
     Args:
-        name: Model, one of `visionmix.models.list_family_models()`.
+        name: Model, one of `visionmix.models.list_family_models()`, or a `VisionTransformer` of timm, such as
+            "vit_small_patch16_224" or a name of `visionmix.reduction.register_model`; it is built for images of any
+            size, and is else a plain model.
         pretrained: Whether to load the published weights, or the path of a file that holds them as published.
         out_indices: Numbers of the stages (of a plain model: blocks) whose maps are returned; None for all stages
             (of a plain model: the last three blocks).
@@ -65,15 +73,16 @@ class Backbone(BaseModule):
             (of a plain model: the position embedding and the first n blocks). Frozen layers stay in eval mode. The
             norms of `norm_output` are trained always.
         one_stride: Whether maps of one stride are what the neck or head takes; see above.
+        reduction: As `visionmix.reduction.apply` takes it, ``"tome:r=8"`` or ``dict(method="tome", r=8)``; the maps are
+            dense all the same.
         init_cfg: mmengine's initialisation, for instance ``dict(type="Pretrained", checkpoint=...)`` for a file saved
             by mmengine.
-        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others. A model
-            that can be reduced takes a `reduction`, as ``"ssm_prune:keep_rate=0.7"``; its maps are dense all the same.
+        **options: Further arguments of `timm.create_model`: `mixer`, `img_size`, `in_chans` and others.
 
     Raises:
         TypeError: the model cannot be reduced.
-        ValueError: `name` is unknown; `out_indices` or `frozen_stages` are out of range; several maps have one stride
-            and `one_stride` does not allow it; both `pretrained` and `init_cfg` are given.
+        ValueError: `name` is unknown or another model of timm; `out_indices` or `frozen_stages` are out of range;
+            several maps have one stride and `one_stride` does not allow it; both `pretrained` and `init_cfg` are given.
         FileNotFoundError: `pretrained` names no file.
     """
 
@@ -87,10 +96,11 @@ class Backbone(BaseModule):
         norm_output: bool = False,
         frozen_stages: int = -1,
         one_stride: bool = False,
+        reduction: Spec | None = None,
         init_cfg: dict | list[dict] | None = None,
         **options: Any,
     ) -> None:
-        family_of(name)
+        _check_name(name)
         if pretrained and init_cfg:
             raise ValueError(f"pretrained={pretrained!r} and init_cfg={init_cfg!r} both set the weights; give one")
         super().__init__(init_cfg)
@@ -99,6 +109,10 @@ class Backbone(BaseModule):
             if not path.is_file():
                 raise FileNotFoundError(f"pretrained={str(pretrained)!r} is not a file; give True, False or a path")
             options["pretrained_cfg_overlay"] = {"file": str(path)}
+            if not is_family_model(name):
+                options["pretrained_cfg_overlay"]["custom_load"] = path.suffix == ".npz"
+        if not is_family_model(name):
+            options = {"dynamic_img_size": True, "dynamic_img_pad": True, **options}
         if out_indices is not None:
             options["out_indices"] = check_indices(out_indices)
         try:
@@ -108,6 +122,8 @@ class Backbone(BaseModule):
             )
         except AssertionError as error:  # timm's own range check
             raise ValueError(f"out_indices={out_indices!r} does not fit {name}: {error}") from error
+        if reduction is not None:
+            self.features = reductions.apply(self.features, reduction)
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         if len(set(self.strides)) < len(self.strides) and not one_stride:
@@ -119,10 +135,14 @@ class Backbone(BaseModule):
         self._frozen = self._layers_to_freeze(name)
         for layer in self._frozen:
             layer.requires_grad_(False)
+        if self._frozen and not is_family_model(name):
+            for parameter in self.features.model.parameters(recurse=False):  # of positions and prefix tokens
+                parameter.requires_grad_(False)
         norms = [LayerNorm2d(width, eps=1e-5) if norm_output else nn.Identity() for width in self.channels]
         self.norms = nn.ModuleList(norms)
         self.name, self.norm_output = name, norm_output
-        self.register_load_state_dict_pre_hook(_rename_published)
+        if is_family_model(name):
+            self.register_load_state_dict_pre_hook(_rename_published)
 
     def _layers_to_freeze(self, name: str) -> list[nn.Module]:
         model = self.features.model
@@ -135,8 +155,8 @@ class Backbone(BaseModule):
             )
         if self.frozen_stages < 0:
             return []
-        first = [layer for layer in (model.stem, getattr(model, "pos_embed", None)) if layer is not None]
-        return first + steps[: self.frozen_stages]
+        parts = (getattr(model, part, None) for part in ("stem", "pos_embed", "patch_embed", "norm_pre"))
+        return [part for part in parts if isinstance(part, nn.Module)] + steps[: self.frozen_stages]
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set training or eval mode; frozen layers stay in eval mode."""
@@ -148,6 +168,27 @@ class Backbone(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps (batch, channels, rows, columns) of images (batch, in_chans, height, width)."""
         return tuple(norm(features) for norm, features in zip(self.norms, self.features(x), strict=True))
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError unless `name` is a model of this library or a VisionTransformer of timm."""
+    if is_family_model(name):
+        return
+    if not timm.is_model(name.partition(".")[0]):
+        hint = nearest(name.partition(".")[0], timm.list_models())
+        raise ValueError(
+            f"name={name!r} is not a model of visionmix or timm{hint}; visionmix.models.list_models() and "
+            f'timm.list_models("vit_*") list those that can be a backbone'
+        )
+    with torch.device("meta"):
+        made = type(timm.create_model(name))
+    if not issubclass(made, VisionTransformer):
+        known = reason(made)
+        since = f", and it cannot be reduced, since {known}" if known else ""
+        raise ValueError(
+            f"name={name!r} is a {made.__qualname__} of timm, which mmseg.TIMMBackbone takes{since}; give a model of "
+            f"visionmix, or of timm's one of class VisionTransformer, such as vit_small_patch16_224"
+        )
 
 
 def check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:

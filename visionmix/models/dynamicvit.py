@@ -58,6 +58,7 @@ class PrunedPlain(ReducedPlain, Plain):
     ) -> None:
         super().__init__(**options)
         remember(self, share(self, Plain))
+        self.whole_depth = len(self.blocks)
         self.reduction = DynamicViT(
             list(self.blocks),
             self.prefix_of(self),

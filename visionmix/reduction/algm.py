@@ -10,7 +10,7 @@ from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, check_attention, mask_bias
 from visionmix.reduction.methods import Method, chosen_layers, is_int, is_number, register_method
-from visionmix.reduction.tokens import Tokens, merge, ones
+from visionmix.reduction.tokens import Tokens, argsorted, merge, ones
 
 _NEVER = -2.0  # less than any cosine
 
@@ -80,7 +80,7 @@ class ALGM(Method):
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         parts = attention_block(block)
         tokens = tokens._replace(x=parts.attention(tokens.x, mask_bias(tokens)).x)
-        if index in self.layers:
+        if index in self.layers and len(tokens.x):
             x = at_least_float32(tokens.x.detach())
             if index == min(self.layers):
                 tokens = self._merged_windows(tokens, x)
@@ -105,7 +105,7 @@ class ALGM(Method):
         total = unit[:, windows.flatten()].unflatten(1, (-1, area)).sum(dim=2)
         like = (total.square().sum(dim=2) - area) / (area * (area - 1))
         merges = like >= self.threshold
-        ranked = like.argsort(dim=1, descending=True, stable=True)
+        ranked = argsorted(like)
         rank = ranked.argsort(dim=1)
         if self.released:
             merges = rank < merges.sum(dim=1).min()
@@ -137,11 +137,11 @@ class ALGM(Method):
             mean, deviation = mean.mean(), deviation.mean()
         merges = counted & (best >= mean + deviation / number)
         if self.released:
-            merges = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < merges.sum(dim=1).min()
+            merges = argsorted(best).argsort(dim=1) < merges.sum(dim=1).min()
         gone = torch.zeros_like(there)
         gone[:, ::2] = merges
         group = torch.arange(x.shape[1], device=x.device) % 2 + 2 * (gone | ~there)
-        target = group.argsort(dim=1, stable=True).argsort(dim=1)
+        target = argsorted(group, descending=False).argsort(dim=1)
         target[:, ::2] = torch.where(merges, target[:, 1::2].gather(1, partner), target[:, ::2])
         return _padded(tokens, target, there)
 

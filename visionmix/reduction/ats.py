@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention, mask_bias
 from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method
-from visionmix.reduction.tokens import Tokens, keep, take, take_heads
+from visionmix.reduction.tokens import Tokens, argsorted, keep, take, take_heads
 
 
 @register_method("ats")
@@ -33,7 +33,8 @@ class ATS(Method):
         blocks: The model's blocks.
         prefix_positions: Its prefix tokens, the class token first; they always stay.
         layers: Numbers of the blocks, from 0, that sample; None for those from a quarter of the way on (3 to 11 of 12).
-        samples: Points of the distribution, and so the most tokens that stay besides the prefix; None for one a cell.
+        samples: Points of the distribution, and so the most tokens that stay besides the prefix; None for one a cell,
+            which is the most.
         released: Whether padding enters the scaling, as in the published code.
         trace_source: Whether every pass follows which token holds which cell.
 
@@ -73,7 +74,7 @@ class ATS(Method):
         prefix = len(tokens.prefix_positions)
         mask = None if tokens.mask is None else tokens.mask[:, prefix:]
         order, stays = self._sampled(scores[:, prefix:].detach(), mask, tokens.grid[0] * tokens.grid[1])
-        count = int(stays.sum(dim=1).max())
+        count = max(1, int(stays.any(dim=0).sum()))  # of the image that keeps most, where there is one
         places = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
         kept = torch.cat([places, prefix + order[:, :count]], dim=1)
         left = torch.cat([places >= 0, stays[:, :count]], dim=1)
@@ -97,16 +98,16 @@ class ATS(Method):
         there = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
         scores = scores * there
         # Padding comes first, and has a place of 0 in the distribution, which no point takes.
-        ranked = torch.where(there, scores, -1.0).argsort(dim=1, stable=True)
+        ranked = argsorted(torch.where(there, scores, -1.0), descending=False)
         total = (scores.gather(1, ranked) / scores.sum(dim=1, keepdim=True)).cumsum(dim=1)
         own = there.gather(1, ranked)
         least = total if self.released else total.masked_fill(~own, math.inf)
         least = least.amin(dim=1, keepdim=True)
         place = ((total - least) / (total[:, -1:] - least)).clamp(min=0)
         first = place.masked_fill(place == 0, math.inf).amin(dim=1, keepdim=True)
-        points = (cells if self.samples is None else self.samples) - 1
+        points = (cells if self.samples is None else min(self.samples, cells)) - 1
         points = first + torch.arange(points + 1, device=scores.device) * (1 - first) / points
         taken = (points.unsqueeze(2) - place.unsqueeze(1)).abs().argmin(dim=2)
         stays = (torch.zeros_like(ranked).scatter(1, taken, 1) > 0) & own
-        front = (~stays).to(torch.int64).argsort(dim=1, stable=True)
+        front = argsorted((~stays).to(torch.int64), descending=False)
         return ranked.gather(1, front), stays.gather(1, front)

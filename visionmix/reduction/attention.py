@@ -261,14 +261,18 @@ def check_attention(
         TypeError: a block has no readable attention.
         ValueError: prefix tokens are elsewhere, or there are none where one is needed.
     """
-    if class_token and not prefix_positions:
-        raise ValueError(
-            f"method {name!r} scores tokens by the class token, and this model has none; take another model"
-        )
-    if prefix_positions != tuple(range(len(prefix_positions))):
-        raise ValueError(f"method {name!r} needs the prefix tokens first; this model has them at {prefix_positions}")
     for block in blocks:
         attention_block(block)
+    if class_token and not prefix_positions:
+        raise ValueError(
+            f"method {name!r} scores tokens by the class token, and this model has none; take a model that has one, or "
+            f"a method such as 'tome'"
+        )
+    if prefix_positions != tuple(range(len(prefix_positions))):
+        raise ValueError(
+            f"method {name!r} needs the prefix tokens first; this model has them at {prefix_positions}: build it with "
+            f"prefix_tokens='first'"
+        )
 
 
 def _softmax_block(block: MapBlock) -> AttentionBlock:
@@ -277,7 +281,7 @@ def _softmax_block(block: MapBlock) -> AttentionBlock:
         need = "reads a map" if type(block.mixer) is SoftmaxAttention else "is not softmax attention"
         raise TypeError(
             f"a mixer of class {type(block.mixer).__qualname__} {need}, so that this reduction cannot be applied; "
-            f"SoftmaxAttention without rotary and lepe can be reduced"
+            f"SoftmaxAttention without rotary and lepe can be reduced, and selective scans by method 'ssm_prune'"
         )
     return _SoftmaxBlock(block, block.mixer)
 

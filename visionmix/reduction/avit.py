@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block
-from visionmix.reduction.methods import Method, check_positive, is_number, register_method
+from visionmix.reduction.methods import Method, check_finite, check_positive, is_number, register_method
 from visionmix.reduction.tokens import Tokens
 
 _THRESHOLD = 0.99  # a token halts once its scores sum up to more
@@ -41,12 +41,14 @@ class AViT(Method):
         gate_center: Subtracted from it; published with 30 for DeiT-T and 75 for DeiT-S.
         ponder_weight: Weight of the ponder loss.
         prior_weight: Weight of the divergence from the target.
-        target_depth: Blocks, from 0, around which tokens shall halt; None for two thirds of the depth (8 of 12).
+        target_depth: Number of the block, from 0, around which tokens shall halt, 1 or more; None for two thirds of the
+            depth (8 of 12).
         trace_source: Whether every pass follows which token holds which cell.
 
     Raises:
         TypeError: an option is no number, or a block has no readable attention.
-        ValueError: `gate_scale` is not above 0, a weight is negative, or `target_depth` lies outside the model.
+        ValueError: `gate_scale` is not above 0, a number is not finite, a weight is negative, or `target_depth` lies
+            outside the model.
     """
 
     has_losses = True
@@ -64,18 +66,16 @@ class AViT(Method):
         trace_source: bool = False,
     ) -> None:
         check_positive(gate_scale=gate_scale)
-        weights = {"ponder_weight": ponder_weight, "prior_weight": prior_weight}
-        for name, value in ({"gate_center": gate_center} | weights).items():
-            if not is_number(value):
-                raise TypeError(f"{name}={value!r}: give a number")
-            if name != "gate_center" and not value >= 0:
-                raise ValueError(f"{name}={value}: give 0 or more")
+        check_finite(gate_scale=gate_scale, gate_center=gate_center)
+        check_finite(ponder_weight=ponder_weight, prior_weight=prior_weight, least=0)
         self.depth = len(blocks)
-        self.target_depth = 2 * self.depth / 3 if target_depth is None else target_depth
-        if not is_number(self.target_depth) or not 0 < self.target_depth <= self.depth:
-            raise ValueError(f"target_depth={target_depth!r}: give a number above 0, at most {self.depth}")
-        self.gate_scale, self.gate_center = gate_scale, gate_center
-        self.ponder_weight, self.prior_weight = ponder_weight, prior_weight
+        self.target_depth = max(1, 2 * self.depth / 3) if target_depth is None else target_depth
+        if not is_number(self.target_depth):
+            raise TypeError(f"target_depth={target_depth!r}: give a number of blocks")
+        if not 1 <= self.target_depth <= self.depth:
+            raise ValueError(f"target_depth={target_depth!r}: give a number from 1 to {self.depth}")
+        self.gate_scale, self.gate_center = float(gate_scale), float(gate_center)
+        self.ponder_weight, self.prior_weight = float(ponder_weight), float(prior_weight)
         self.trace_source = trace_source
         for block in blocks:
             attention_block(block)
@@ -123,5 +123,6 @@ class AViT(Method):
         depth = torch.arange(self.depth, device=scores.device)
         target = torch.exp(-0.5 * (depth - self.target_depth).square()) / math.sqrt(2 * math.pi)
         target = target * (0.98 / target[: int(self.target_depth)].sum())
-        prior = (target * (target.log() - scores.log())).mean()
+        # Far from it the target is 0 in float32.
+        prior = (torch.xlogy(target, target) - target * scores.log()).mean()
         return {"ponder": self.ponder_weight * tokens.state["ponder"].mean(), "prior": self.prior_weight * prior}

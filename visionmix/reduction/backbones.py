@@ -21,11 +21,13 @@ class ReducedBackbone(Reduced):
 
     Attributes:
         reduction: The method.
+        whole_depth: Number of blocks of the whole model, those that a feature extractor has left off among them.
     """
 
     skeleton: ClassVar[type[nn.Module]]
     paths: ClassVar[tuple[str, ...]]
     reduction: Method
+    whole_depth: int
     blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
     grad_checkpointing: bool
@@ -39,6 +41,12 @@ class ReducedBackbone(Reduced):
     def stages_of(model: nn.Module) -> list[list[nn.Module]]:
         """Return the blocks of `model`, those together that run at one resolution."""
         return [list(model.blocks)]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """Drop what the chosen features do not need, as the model does; blocks keep their numbers in the method."""
+        kept = super().prune_intermediate_layers(*args, **kwargs)
+        self.reduction = self.reduction.cut(sum(map(len, self.stages_of(self))))
+        return kept
 
     def _embed_tokens(self, images: Tensor, trace: bool) -> Tokens:
         raise NotImplementedError
@@ -77,7 +85,7 @@ class ReducedBackbone(Reduced):
     def _step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         step = self.reduction.train_step if self.training else self.reduction.step
         tokens = checkpoint(step, block, tokens, index) if self.grad_checkpointing else step(block, tokens, index)
-        return self.reduction.end(tokens) if index == len(self.blocks) - 1 else tokens
+        return self.reduction.end(tokens) if index == self.whole_depth - 1 else tokens
 
     @property
     def forward_train(self) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:

@@ -14,8 +14,16 @@ from torch.nn import functional as F
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, check_attention
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method
-from visionmix.reduction.tokens import Tokens, keep
+from visionmix.reduction.methods import (
+    Method,
+    check_finite,
+    chosen_layers,
+    is_number,
+    quarters,
+    register_method,
+    share_of,
+)
+from visionmix.reduction.tokens import Tokens, argsorted, keep
 from visionmix.registry import nearest
 
 _EPS = 1e-6  # of sums of attention weights in training, as published
@@ -29,9 +37,9 @@ class DynamicViT(Method, nn.Module):
 
         p = log_softmax(mlp([first half of z, mean over tokens of the second half of z]))
 
-    Of the N tokens that the image had at first, ``int(rate * N)`` with the highest logits stay, in falling order. In
-    training all stay: decisions are drawn (Gumbel softmax, straight through), and a dropped token is seen by itself
-    alone.
+    Of the N tokens that the image had at first, ``int(rate * N)`` with the highest logits stay, but at least one, in
+    falling order. In training all stay: decisions are drawn (Gumbel softmax, straight through), and a dropped token is
+    seen by itself alone.
 
     The predictors are parameters of the method, the reduced model's ``reduction.predictors``, and must be trained. In
     training, ``forward_train`` adds the squared difference between the share of tokens that each predictor keeps and
@@ -47,9 +55,9 @@ class DynamicViT(Method, nn.Module):
             of the shares of the first number of tokens, falling.
         layers: Numbers of the blocks, from 0, before which tokens are dropped; None for those a quarter, a half and
             three quarters of the way (3, 6, 9 of 12).
-        teacher: A `VisionTransformer` of timm with as many tokens, for the distillation losses, or the name of one,
-            whose published weights are fetched at the first training step. It is no part of the model, and goes to the
-            device of the images.
+        teacher: A `VisionTransformer` of timm of the same width, tokens and classes, for the distillation losses, or
+            the name of one, whose published weights are fetched at the first training step. It is no part of the model,
+            and goes to the device of the images.
         ratio_weight: Weight of the loss of shares.
         distill_weight: Weight of each of both distillation losses.
         trace_source: Whether every pass follows which token holds which cell.
@@ -81,13 +89,9 @@ class DynamicViT(Method, nn.Module):
             keep_rate = [keep_rate ** (stage + 1) for stage in range(len(self.layers))]
         rates = schedule(keep_rate, self.layers, depth)
         self.keep_rate = [rates[layer] for layer in self.layers]
-        for name, value in (("ratio_weight", ratio_weight), ("distill_weight", distill_weight)):
-            if not is_number(value):
-                raise TypeError(f"{name}={value!r}: give a number")
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: give 0 or more")
+        check_finite(ratio_weight=ratio_weight, distill_weight=distill_weight, least=0)
         _check_teacher(teacher)
-        self.ratio_weight, self.distill_weight = ratio_weight, distill_weight
+        self.ratio_weight, self.distill_weight = float(ratio_weight), float(distill_weight)
         self.__dict__["teacher"] = teacher  # not by setattr, which would make it a part of the model
         self.trace_source = trace_source
         check_attention(self.name, blocks, prefix_positions)
@@ -95,12 +99,18 @@ class DynamicViT(Method, nn.Module):
         like = {"device": qkv.weight.device, "dtype": qkv.weight.dtype}
         self.predictors = nn.ModuleList(Predictor(qkv.in_features, **like) for _ in self.layers)
 
+    def cut(self, count: int) -> "DynamicViT":
+        left = [stage for stage, layer in enumerate(self.layers) if layer < count]
+        self.layers, self.keep_rate = [self.layers[each] for each in left], [self.keep_rate[each] for each in left]
+        self.predictors = nn.ModuleList(self.predictors[each] for each in left)
+        return self
+
     def step(self, block: nn.Module, tokens: Tokens, index: int) -> Tokens:
         if index in self.layers:
             stage, prefix = self.layers.index(index), len(tokens.prefix_positions)
             count = _share(tokens.grid[0] * tokens.grid[1], self.keep_rate[stage])
             scores = self.predictors[stage](tokens.x[:, prefix:])[..., 0].detach()
-            best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+            best = argsorted(scores)[:, :count]
             places = torch.arange(prefix, device=best.device).expand(best.shape[0], -1)
             tokens = keep(tokens, torch.cat([places, prefix + best], dim=1), tokens.prefix_positions)
         parts = attention_block(block)
@@ -136,9 +146,16 @@ class DynamicViT(Method, nn.Module):
             expected = teacher.forward_features(images)
             logits = teacher.forward_head(expected)
         x = model.norm(tokens.x)
-        kept = (state["stays"].detach() > 0.5).unsqueeze(2)
-        distance = (x[:, prefix:] - expected[:, teacher.num_prefix_tokens :]).square().mean(dim=2, keepdim=True)
         own = model.forward_head(x).log_softmax(dim=1)
+        expected = expected[:, teacher.num_prefix_tokens :]
+        theirs, ours = (expected.shape[1:], logits.shape[1:]), (x[:, prefix:].shape[1:], own.shape[1:])
+        if theirs != ours:
+            raise ValueError(
+                f"teacher has {_sizes(*theirs)}, and the model {_sizes(*ours)}; give a teacher of the model's patches, "
+                f"width and classes"
+            )
+        kept = (state["stays"].detach() > 0.5).unsqueeze(2)
+        distance = (x[:, prefix:] - expected).square().mean(dim=2, keepdim=True)
         divergence = F.kl_div(own, logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
         found["logits"] = self.distill_weight * divergence
         found["tokens"] = self.distill_weight * (distance * kept).sum() / kept.sum().clamp(min=1)
@@ -157,7 +174,7 @@ class DynamicViT(Method, nn.Module):
 
 @torch.fx.wrap  # a traced size is no number
 def _share(count: int, rate: float) -> int:
-    return int(count * rate)
+    return max(1, share_of(count, rate))
 
 
 class Predictor(nn.Module):
@@ -198,6 +215,10 @@ def _masked_weights(q: Tensor, k: Tensor, stays: Tensor) -> Tensor:
     seen = stays.to(logits.dtype)[:, None, None, :]
     weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * (seen + (1 - seen) * own)
     return ((weights + _EPS / stays.shape[1]) / (weights.sum(dim=3, keepdim=True) + _EPS)).to(q.dtype)
+
+
+def _sizes(tokens: tuple[int, ...], logits: tuple[int, ...]) -> str:
+    return f"{tokens[0]} tokens of {tokens[1]} channels and {logits[0]} classes"
 
 
 def _check_teacher(teacher: object) -> None:

@@ -1,14 +1,13 @@
 """Pruning of the tokens that the class token does not look at."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from visionmix.reduction.attention import attention_block, check_attention
-from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method
-from visionmix.reduction.tokens import Tokens, take
+from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method, share_of
+from visionmix.reduction.tokens import Tokens, argsorted, take
 
 
 @register_method("evit")
@@ -57,7 +56,7 @@ class EViT(Method):
         parts = attention_block(block)
         prefix = len(tokens.prefix_positions)
         rate, count = self.keep_rate[index], tokens.x.shape[1] - prefix
-        keep = math.ceil(rate * count)
+        keep = share_of(count, rate, up=True)
         prunes = keep < count
         attended = parts.attention(tokens.x, queries=1 if prunes else 0)
         tokens = tokens._replace(x=attended.x)
@@ -73,7 +72,7 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int, fuse: bool) -> Tokens:
     """
     prefix = len(tokens.prefix_positions)
     batch, count = scores.shape
-    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    ranked = argsorted(scores)
     kept, gone = ranked[:, :keep], ranked[:, keep:]
     parts = [tokens.x[:, :prefix], take(tokens.x, prefix + kept)]
     if fuse:
@@ -89,13 +88,15 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int, fuse: bool) -> Tokens:
     return tokens._replace(x=torch.cat(parts, dim=1), source=tokens.moved(position), rest=rest)
 
 
-def schedule(keep_rate: float | Sequence[float], layers: Sequence[int] | None, depth: int) -> tuple[float, ...]:
-    """Return the share of tokens that each of `depth` blocks keeps; see `EViT` for the rest."""
+def schedule(
+    keep_rate: float | Sequence[float], layers: Sequence[int] | None, depth: int, name: str = "keep_rate"
+) -> tuple[float, ...]:
+    """Return the share of tokens that each of `depth` blocks keeps, by an option called `name`; see `EViT`."""
     rates = [keep_rate] if isinstance(keep_rate, int | float) else keep_rate
     if not isinstance(rates, list | tuple) or not all(is_number(rate) for rate in rates):
-        raise TypeError(f"keep_rate={keep_rate!r}: give a number, or a list of them")
+        raise TypeError(f"{name}={keep_rate!r}: give a number, or a list of them")
     if not all(0 < rate <= 1 for rate in rates):
-        raise ValueError(f"keep_rate={keep_rate}: a share of the tokens that stay must lie in (0, 1]")
+        raise ValueError(f"{name}={keep_rate}: a share of the tokens that stay must lie in (0, 1]")
     if layers is None and rates is keep_rate and len(rates) == depth:
         return tuple(rates)
     chosen = chosen_layers(quarters(depth) if layers is None else layers, depth)
@@ -103,7 +104,7 @@ def schedule(keep_rate: float | Sequence[float], layers: Sequence[int] | None, d
         rates = rates * len(chosen)
     if len(rates) != len(chosen):
         raise ValueError(
-            f"keep_rate={keep_rate} has {len(rates)} entries; give one for each of the blocks {list(chosen)} that prune"
+            f"{name}={keep_rate} has {len(rates)} entries; give one for each of the blocks {list(chosen)} that prune"
             + (f", or one for each of all {depth}" if layers is None else "")
         )
     rate_of = dict(zip(chosen, rates, strict=True))

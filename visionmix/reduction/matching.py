@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
-from visionmix.reduction.tokens import rows, take
+from visionmix.reduction.tokens import argsorted, rows, take
 
 Merge = Callable[..., Tensor]
 Unmerge = Callable[[Tensor], Tensor]
@@ -97,7 +97,7 @@ def pair(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor
     similarity[:, : (num_prefix_tokens + 1) // 2] = -torch.inf
     similarity[:, :, : num_prefix_tokens // 2] = -torch.inf
     best, partner = similarity.max(dim=2)
-    ranked = best.argsort(dim=1, descending=True, stable=True)
+    ranked = argsorted(best)
     away, stay = ranked[:, :r], ranked[:, r:]
     if num_prefix_tokens:
         stay = stay.sort(dim=1).values

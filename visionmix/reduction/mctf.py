@@ -14,13 +14,16 @@ from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention
 from visionmix.reduction.methods import (
     Method,
+    check_finite,
     check_positive,
     chosen_layers,
+    is_int,
     is_number,
     quarters,
     register_method,
+    share_of,
 )
-from visionmix.reduction.tokens import Tokens, merge, ones, summed, take_heads
+from visionmix.reduction.tokens import Tokens, argsorted, merge, ones, summed, take_heads
 
 _LEAST = 10  # tokens that merging leaves
 
@@ -89,11 +92,10 @@ class MCTF(Method):
         consistency_weight: float = 1.0,
         trace_source: bool = False,
     ) -> None:
-        for name, value in (("r", r), ("r_teacher", r_teacher), ("consistency_weight", consistency_weight)):
-            if not is_number(value) or (name != "consistency_weight" and value >= 1 and value != int(value)):
+        for name, value in (("r", r), ("r_teacher", r_teacher)):
+            if not is_number(value) or (value >= 1 and not (is_int(value) or value.is_integer())):
                 raise TypeError(f"{name}={value!r}: give a number of tokens, or a fraction below 1")
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: give 0 or more")
+        check_finite(r=r, r_teacher=r_teacher, consistency_weight=consistency_weight, least=0)
         check_positive(tau_similarity=tau_similarity, tau_informativeness=tau_informativeness, tau_size=tau_size)
         self.r = r
         self.layers = chosen_layers(range(1, len(blocks)) if layers is None else layers, len(blocks))
@@ -101,7 +103,7 @@ class MCTF(Method):
         self.bidirectional = bidirectional
         self.one_step_ahead = one_step_ahead
         self.r_teacher = r_teacher
-        self.consistency_weight = consistency_weight
+        self.consistency_weight = float(consistency_weight)
         self.trace_source = trace_source
         check_attention(self.name, blocks, prefix_positions)
 
@@ -143,12 +145,13 @@ class MCTF(Method):
     def _drawn(self) -> float:
         if not self.r_teacher:
             return 0
-        return float(torch.rand(()) * self.r_teacher) if self.r_teacher < 1 else int(torch.rand(()) * self.r_teacher)
+        r = torch.rand(()).item() * self.r_teacher
+        return r if self.r_teacher < 1 else int(r)
 
     def _removed(self, tokens: Tokens) -> int:
         count = tokens.x.shape[1]
         free = count - len(tokens.prefix_positions)
-        r = int(free * self.r) if self.r < 1 else int(self.r)
+        r = share_of(free, self.r) if self.r < 1 else int(self.r)
         return max(0, min(r, free // 2, count - _LEAST))
 
     def _target(self, tokens: Tokens, received: Tensor, r: int) -> Tensor:
@@ -160,7 +163,7 @@ class MCTF(Method):
         attraction[:, :, : prefix // 2] = -math.inf
         first = r // 2 if self.bidirectional else r
         best, partner = attraction.max(dim=2)
-        ranked = best.argsort(dim=1, descending=True, stable=True)
+        ranked = argsorted(best)
         gone, stay = ranked[:, :first], ranked[:, first:]
         stay = stay.sort(dim=1).values if prefix else stay
         places = torch.arange(count, device=stay.device).expand(stay.shape[0], -1)
@@ -168,7 +171,7 @@ class MCTF(Method):
         if self.bidirectional:
             left = attraction.gather(1, stay.unsqueeze(2).expand(-1, -1, odd)).transpose(1, 2)
             best, back = left.max(dim=2)
-            ranked = best.argsort(dim=1, descending=True, stable=True)
+            ranked = argsorted(best)
             of_odd = places.new_empty(stay.shape[0], odd)
             of_odd = of_odd.scatter(1, ranked[:, : r - first], back.gather(1, ranked[:, : r - first]))
             of_odd = of_odd.scatter(1, ranked[:, r - first :], places[:, even - first : count - r])

@@ -1,5 +1,7 @@
 """Reduction methods by name."""
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -49,6 +51,10 @@ class Method(ABC):
         """Return the last block's tokens as the model's last norm gets them."""
         return tokens
 
+    def cut(self, count: int) -> "Method":
+        """Return the method, itself, for the model's first `count` blocks, as a feature extractor keeps them."""
+        return self
+
     def losses(self, model: nn.Module, images: Tensor, tokens: Tokens) -> dict[str, Tensor]:
         """Return the method's own losses, scalars by name with their weights in them.
 
@@ -91,9 +97,14 @@ def method_class(name: str, options: Mapping[str, Any]) -> type[Method]:
     """Return the method called `name`, which knows all of `options`.
 
     Raises:
+        TypeError: an option that is True or False has another value.
         ValueError: `name` or an option is unknown (the message has the nearest one), or one that it needs is missing.
     """
-    return _METHODS.checked(name, options)
+    cls = _METHODS.checked(name, options)
+    for option, parameter in _METHODS.options(name).items():
+        if isinstance(parameter.default, bool) and not isinstance(options.get(option, True), bool):
+            raise TypeError(f"{option}={options[option]!r}: give True or False")
+    return cls
 
 
 def quarters(depth: int) -> list[int]:
@@ -115,6 +126,15 @@ def chosen_layers(layers: Sequence[int], depth: int) -> list[int]:
     return list(layers)
 
 
+def share_of(count: int, rate: float, up: bool = False) -> int:
+    """Return ``int(rate * count)``, or with `up` ``ceil(rate * count)``, in float64.
+
+    A trace has tensors for sizes, whose products with a float are of float32.
+    """
+    product = rate * (int(count) if isinstance(count, Tensor) else count)
+    return math.ceil(product) if up else int(product)
+
+
 def check_positive(**values: float) -> None:
     """Raise TypeError or ValueError unless each of the options is a number above 0."""
     for name, value in values.items():
@@ -122,6 +142,16 @@ def check_positive(**values: float) -> None:
             raise TypeError(f"{name}={value!r}: give a number above 0")
         if not value > 0:
             raise ValueError(f"{name}={value}: give a number above 0")
+
+
+def check_finite(*, least: float = -math.inf, **values: float) -> None:
+    """Raise TypeError or ValueError unless each of the options is a finite number, and at least `least`."""
+    wanted = "a number" if least == -math.inf else f"a number of {least} or more"
+    for name, value in values.items():
+        if not is_number(value):
+            raise TypeError(f"{name}={value!r}: give {wanted}")
+        if not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
+            raise ValueError(f"{name}={value}: give {wanted}" + (", not infinite" if value == math.inf else ""))
 
 
 def is_int(value: object) -> bool:

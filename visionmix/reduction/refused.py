@@ -1,7 +1,8 @@
-"""Why models of timm that are like ViT have no token that may go."""
+"""Why models of timm that are like ViT have no token that may go, and wrappers none at all."""
 
 _WINDOWS = "its attention cuts whole maps into windows, and its stages shrink them"
 _BIAS = "its attention has a bias for every pair of cells"
+_WRAPPED = "it wraps another model (reduce that one, then wrap or compile the result)"
 _ROTARY = "its attention turns queries and keys by the places of a whole map's cells"
 # By the name of the class.
 _REASONS = {
@@ -27,6 +28,10 @@ _REASONS = {
     "VOLO": "its outlook attention reads whole maps",
     "CrossVit": "it has two sequences, which exchange their class tokens",
     "ConVit": _BIAS,
+    "OptimizedModule": _WRAPPED,
+    "DataParallel": _WRAPPED,
+    "DistributedDataParallel": _WRAPPED,
+    "ModelEmaV3": _WRAPPED,
 }
 
 

@@ -72,7 +72,7 @@ class RMeeTo(Method):
 def merged(tokens: Tokens, metric: Tensor, r: int) -> Tokens:
     """Return `tokens`, in their order, with the `r` pairs merged that are most similar in `metric`, (batch, tokens,
     features)."""
-    count, prefix = tokens.x.shape[1], tokens.prefix_positions
+    count, prefix = int(tokens.x.shape[1]), tokens.prefix_positions
     r = min(r, (count - len(prefix)) // 2)
     if r <= 0:
         return tokens

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import Method, register_method
+from visionmix.reduction.methods import Method, register_method, share_of
 from visionmix.reduction.scans import check_map_scans, check_scans, scans_sequences
-from visionmix.reduction.tokens import Tokens, take
+from visionmix.reduction.tokens import Tokens, argsorted, take
 from visionmix.reduction.tokens import keep as keep_tokens
 
 
@@ -145,7 +145,7 @@ class SSMPrune(Method):
         return pruned(tokens, scores if back is None else scores.gather(1, back), keep)
 
     def _kept(self, rate: float, count: int) -> int:
-        keep = math.ceil(rate * count)
+        keep = share_of(count, rate, up=True)
         return keep if rate == 1 or not self.released else max(1, keep - keep % 2)
 
     def _scores(self, forward: Tensor, backward: Tensor) -> Tensor:
@@ -163,16 +163,8 @@ def pruned(tokens: Tokens, scores: Tensor, keep: int) -> Tokens:
     places = torch.arange(count, device=scores.device).expand(batch, -1)
     for place in tokens.prefix_positions:
         scores = scores.masked_fill(places == place, -math.inf)
-    kept = _ranked(scores)[:, :keep].sort(dim=1).values
+    kept = argsorted(scores)[:, :keep].sort(dim=1).values
     prefix = tuple(keep // 2 if place else 0 for place in tokens.prefix_positions)
     for place, new in zip(tokens.prefix_positions, prefix, strict=True):
         kept = torch.cat([kept[:, :new], places[:, place : place + 1], kept[:, new:]], dim=1)
     return keep_tokens(tokens._replace(position=places if tokens.position is None else tokens.position), kept, prefix)
-
-
-def _ranked(scores: Tensor) -> Tensor:
-    """Return the positions of falling scores, equal ones as they lie."""
-    if torch.compiler.is_exporting():
-        # ONNX has no stable sort by name; the one that it has takes equal scores as they lie.
-        return scores.sort(dim=1, descending=True).indices
-    return scores.argsort(dim=1, descending=True, stable=True)

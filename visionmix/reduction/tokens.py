@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from visionmix.layers.kept import rows
 from visionmix.layers.kept import taken as take
@@ -126,6 +127,16 @@ def summed(x: Tensor, target: Tensor, count: int) -> Tensor:
     """Return the sums (batch, count, channels) of tokens (batch, tokens, channels) that have the same `target`."""
     sums = x.new_zeros(x.shape[0] * count, x.shape[2])
     return sums.index_add(0, rows(target, count), x.flatten(0, 1)).unflatten(0, (x.shape[0], count))
+
+
+def argsorted(scores: Tensor, descending: bool = True) -> Tensor:
+    """Return the positions (batch, tokens) of falling `scores`, likewise, or of rising ones; equal ones as they lie."""
+    if not torch.compiler.is_exporting():
+        return scores.argsort(dim=1, descending=descending, stable=True)
+    # ONNX has no stable sort, so those of equal scores are sorted once more.
+    found, order = scores.sort(dim=1, descending=descending)
+    group = F.pad((found[:, 1:] != found[:, :-1]).cumsum(dim=1), [1, 0])
+    return (group * scores.shape[1] + order).sort(dim=1).values % scores.shape[1]
 
 
 def take_heads(x: Tensor, index: Tensor) -> Tensor:

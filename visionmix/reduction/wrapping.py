@@ -8,7 +8,7 @@ from visionmix.private_api import FeatureGetterNet
 from visionmix.reduction import refused
 from visionmix.reduction.backbones import ReducedBackbone, ReducedPlain, ReducedVisionTransformer
 from visionmix.reduction.hierarchical import ReducedHierarchical
-from visionmix.reduction.methods import method_class
+from visionmix.reduction.methods import Method, method_class
 from visionmix.reduction.sharing import Reduced, reduced
 from visionmix.reduction.specs import Spec, read_spec
 
@@ -28,6 +28,7 @@ def apply(model: nn.Module, method: Spec, **options: Any) -> nn.Module:
     value (`Tokens`), so passes may be nested and run in parallel. If the settings are constant, so are the shapes: the
     model compiles to a full graph and exports. `forward_intermediates` gives dense maps, one value per cell.
 
+    Blocks have the numbers that they have in the whole model, where a feature extractor has left off its last ones too.
     Where a head pools over merged patch tokens, each counts as often as it has cells.
 
     Example:
@@ -48,26 +49,39 @@ def apply(model: nn.Module, method: Spec, **options: Any) -> nn.Module:
         ValueError: the model is reduced already; `method` or an option is unknown (the message has the nearest one), or
             its value is refused.
     """
-    if isinstance(model, Reduced):
+    inner = model.model if isinstance(model, FeatureGetterNet) else model
+    if isinstance(inner, Reduced):
         raise ValueError(
-            f"model is reduced already, by {_backbone(model).reduction!r}; reduction.remove(model) returns the "
-            f"model without it"
+            f"model is reduced already, by {inner.reduction!r}; reduction.remove(model) returns the model without it"
         )
     name, written = read_spec(method)
     options = written | options
     cls = method_class(name, options)  # unknown names are refused before an unfit model
-    if isinstance(model, FeatureGetterNet):
-        features = reduced(model, ReducedFeatures)
-        features.model = apply(model.model, name, **options)
-        return features
-    backbone = _reduced_backbone_for(model)
+    if inner is model:
+        return _apply(model, cls, options)
+    features = reduced(model, ReducedFeatures)
+    features.model = _apply(inner, cls, options, extracts=True)
+    return features
+
+
+def _apply(model: nn.Module, cls: type[Method], options: dict[str, Any], extracts: bool = False) -> ReducedBackbone:
+    """Return `model` reduced; with `extracts` it may lack its last blocks, which are counted all the same."""
+    name, backbone = cls.name, _reduced_backbone_for(model)
     stages = backbone.stages_of(model)
+    blocks = [block for stage in stages for block in stage]
+    # Stages do not say how many blocks the absent ones had; numbers of those are refused.
+    absent = len(model.feature_info) - len(blocks) if extracts and hasattr(model, "blocks") else 0
     if cls.knows_stages:
-        options["depths"] = tuple(map(len, stages))
+        options["depths"] = (*map(len, stages[:-1]), len(stages[-1]) + absent)
     elif len(stages) > 1:
-        raise TypeError(f"method {name!r} reduces models of one resolution; a {type(model).__qualname__} has several")
+        raise TypeError(
+            f"method {name!r} reduces models of one resolution; a {type(model).__qualname__} has several: take a plain "
+            f"model, a VisionTransformer of timm or, for VMamba, method 'ssm_prune'"
+        )
     new = reduced(model, backbone)
-    new.reduction = cls([block for stage in stages for block in stage], backbone.prefix_of(model), **options)
+    new.whole_depth = len(blocks) + absent
+    method = cls([*blocks, *blocks[-1:] * absent], backbone.prefix_of(model), **options)
+    new.reduction = method.cut(len(blocks))
     return new
 
 
@@ -86,10 +100,6 @@ def remove(model: nn.Module) -> nn.Module:
     if isinstance(model, ReducedFeatures):
         remove(model.model)
     return model.given
-
-
-def _backbone(model: Reduced) -> ReducedBackbone:
-    return model.model if isinstance(model, ReducedFeatures) else model
 
 
 def _reduced_backbone_for(model: nn.Module) -> type[ReducedBackbone]:

@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import Method, is_int, register_method
-from visionmix.reduction.tokens import Tokens, keep, take
+from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method, share_of
+from visionmix.reduction.tokens import Tokens, argsorted, keep, take
 
 # In thirds of the model's blocks from the first to the last: how often scores are passed on.
 _ITERATIONS = {"early": 30, "middle": 5, "late": 1}
@@ -30,7 +30,7 @@ class ZeroTPrune(Method):
 
     Guided by it, the `similar` tokens go of the less important half whose keys, averaged over the heads, are most like
     one of the other half's by the cosine; then the ranks of the tokens that are left are computed anew in their own
-    graph, and ``int(keep_rate * N)`` of these N stay, in their order. Nothing is trained.
+    graph, and ``int(keep_rate * N)`` of these N stay, but at least one, in their order. Nothing is trained.
 
     From the paper: the ranking, its number of rounds (30 in the first three of 12 blocks, 5, and 1 in the last three),
     the filter of heads, the partition by importance and pruning by similarity between two rankings. Decided here, where
@@ -78,10 +78,11 @@ class ZeroTPrune(Method):
             raise ValueError(f"similar={similar}: give 0 or more")
         if layers is None:
             layers = sorted({max(0, math.ceil(depth * part / 12) - 1) for part in (1, 3, 6, 9, 11)})
+        layers = chosen_layers(layers, depth)
         if keep_rates is None:
             keep_rates = (1.0, 0.9, 0.8, 0.7, 1.0)[: len(layers)]
-        self.keep_rates = schedule(keep_rates, layers, depth)
-        self.layers = list(layers)
+        self.keep_rates = schedule(keep_rates, layers, depth, "keep_rates")
+        self.layers = layers
         self.similar = similar if variant == "paper" else 0
         self.variant = variant
         self.trace_source = trace_source
@@ -120,10 +121,10 @@ class ZeroTPrune(Method):
         if similar:
             ranks = self._ranks(graph, index)[:, prefix:]
             kept = _without_similar(ranks, keys, prefix, similar)
-        stay = int(self.keep_rates[index] * (kept.shape[1] - prefix))
+        stay = max(1, share_of(kept.shape[1] - prefix, self.keep_rates[index]))
         if stay < kept.shape[1] - prefix:
             ranks = self._ranks(graph, index, kept if similar else None)[:, prefix:]
-            best = ranks.argsort(dim=1, descending=True, stable=True)[:, :stay].sort(dim=1).values
+            best = argsorted(ranks)[:, :stay].sort(dim=1).values
             kept = torch.cat([kept[:, :prefix], kept.gather(1, prefix + best)], dim=1)
         return kept
 
@@ -166,10 +167,10 @@ class ZeroTPrune(Method):
 def _without_similar(ranks: Tensor, keys: Tensor, prefix: int, similar: int) -> Tensor:
     """Return the tokens, in their order, but for the `similar` of the less important half most like the other half."""
     batch, count = ranks.shape
-    ranked = prefix + ranks.argsort(dim=1, descending=True, stable=True)
+    ranked = prefix + argsorted(ranks)
     important, others = ranked[:, : count - count // 2], ranked[:, count - count // 2 :]
     unit = normalize(at_least_float32(keys), dim=-1)
     likeness = (take(unit, others) @ take(unit, important).transpose(1, 2)).amax(dim=2)
-    gone = others.gather(1, likeness.argsort(dim=1, descending=True, stable=True)[:, :similar])
+    gone = others.gather(1, argsorted(likeness)[:, :similar])
     leaves = torch.zeros(batch, prefix + count, dtype=torch.int64, device=keys.device).scatter(1, gone, 1)
-    return leaves.argsort(dim=1, stable=True)[:, : prefix + count - similar]
+    return argsorted(leaves, descending=False)[:, : prefix + count - similar]
