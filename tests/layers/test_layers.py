@@ -12,25 +12,31 @@ from torch.nn import functional as F
 
 import visionmix
 from visionmix.layers import (
+    BatchNorm,
     ChannelGate,
     ConvDownsample,
     ConvGlu,
     ConvMlp,
+    ConvsDownsample,
     CornerHead,
     LogSigmoid,
+    MultiScalePatches,
     NormConvDownsample,
     OffsetLayerNorm,
     PatchMerging,
     RotaryMap,
     SelectiveScan2d,
+    Stem,
+    StemConv,
     feed_forward,
     gate,
     mlp,
     patch_stem,
+    pool_map,
     swiglu,
     tiles,
 )
-from visionmix.layers.maps import channels_first
+from visionmix.layers.maps import channels_first, channels_last
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (4, 7), (5, 3)])
@@ -280,6 +286,18 @@ def test_kept_rotary_angles_serve_training(number, first):
     assert torch.allclose(grad, x, atol=1e-5)
 
 
+@pytest.mark.parametrize(("number", "first"), list(enumerate(FIRST)))
+def test_kept_averages_serve_training(number, first):
+    size = (6, 23 + number)  # a size that no other test has made
+    x = torch.randn(2, *size, 3, requires_grad=True)
+    first(lambda x, *_: pool_map(x, 4, 5), x.detach(), size)
+    out = pool_map(x, 4, 5)
+    expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (4, 5)).permute(0, 2, 3, 1)
+    assert torch.allclose(out, expected, atol=1e-6)
+    grads = [torch.autograd.grad(each, x, expected.detach())[0] for each in (out, expected)]
+    assert torch.allclose(*grads, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "graph",
     [torch.jit.script, lambda layer: torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")],
@@ -307,6 +325,35 @@ def test_channels_first_copies_only_on_a_cpu(device):
     assert out.shape == (2, 4, 5, 3)
     assert out.is_contiguous() == (device == "cpu")
     assert out.is_contiguous(memory_format=torch.channels_last) == (device != "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_channels_last_copies_only_on_a_cpu(device):
+    x = torch.randn(2, 4, 5, 3, device=device)
+    out = channels_last(x)
+    assert out.shape == (2, 5, 3, 4)
+    assert out.is_contiguous() == (device == "cpu")
+
+
+_CONV = StemConv(6, 3, 2, bias=False, norm_layer=nn.BatchNorm2d, act_layer=nn.GELU)
+ENTRIES = {
+    "stem": lambda: Stem(4, [_CONV]),
+    "patch_stem": lambda: patch_stem(4, 6, 2, norm_layer=None),
+    "multi_scale_stem": lambda: MultiScalePatches(4, 6, 2, images=True),
+    "conv": lambda: ConvDownsample(4, 6, norm_layer=BatchNorm),
+    "convs": lambda: ConvsDownsample(4, [_CONV]),
+    "norm_conv": lambda: NormConvDownsample(4, 6),
+    "multi_scale": lambda: MultiScalePatches(4, 6, 2),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_stage_begins_with_channels_last(name):
+    shape = (2, 4, 6, 10) if "stem" in name else (2, 6, 10, 4)
+    with torch.no_grad():
+        out = ENTRIES[name]().eval()(torch.randn(shape))
+    assert out.shape == (2, 3, 5, 6)
+    assert out.is_contiguous()
 
 
 @pytest.mark.parametrize("corners", [2, 4])

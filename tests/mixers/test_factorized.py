@@ -87,6 +87,17 @@ def test_equals_definition(grid, heads, ratio, published):
     assert all(torch.allclose(own, other, rtol=1e-6, atol=1e-8) for own, other in pairs)
 
 
+def test_kept_windows_serve_training():
+    mixer, x = drawn(), torch.randn(2, 4, 29, 16)  # a size that no other test has made
+    with torch.inference_mode():
+        mixer(x)
+    out, expected = mixer(x), defined(mixer, x)
+    assert torch.allclose(out, expected, atol=1e-5)
+    leaves = [*mixer.parameters()]
+    pairs = zip(*(torch.autograd.grad(each, leaves, out.detach()) for each in (out, expected)), strict=True)
+    assert all(torch.allclose(own, other, rtol=1e-3, atol=1e-4) for own, other in pairs)
+
+
 def test_the_published_mean_mixes_channels_with_windows():
     mixer = drawn().eval()
     x = torch.randn(1, 3, 3, 16)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from visionmix.graphs import may_branch_on_sizes
 from visionmix.layers.fold import fold_before, fold_behind
-from visionmix.layers.maps import channels_first, pad_to
+from visionmix.layers.maps import channels_first, channels_last, pad_to
 from visionmix.layers.stem import Stem
 
 _NORM = partial(LayerNorm, eps=1e-5)
@@ -65,7 +65,7 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.whole:
             x = pad_to(x, 2)
-        return self.norm(self.conv(channels_first(x)).permute(0, 2, 3, 1))
+        return self.norm(channels_last(self.conv(channels_first(x))))
 
 
 class ConvsDownsample(Stem):
@@ -136,7 +136,7 @@ class NormConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         x = _pad_if_odd(x) if self.whole else pad_to(x, 2)
-        return self.conv(channels_first(x)).permute(0, 2, 3, 1)
+        return channels_last(self.conv(channels_first(x)))
 
 
 def patch_cells(x: Tensor) -> list[Tensor]:

@@ -164,14 +164,16 @@ class ConvMlp(nn.Module):
         x = self.drop(self.fc1(x))
         if self.act_first:
             x = self.act(x)
+        # One name for all, so that the memory of what a step has read is free for the next one's output.
         x = x.permute(0, 3, 1, 2)
-        y = self.conv(x)
         if self.residual:
-            y = y.add_(x)  # in place on the convolution's output, which no gradient needs
-        y = y.permute(0, 2, 3, 1)
+            x = self.conv(x).add_(x)  # in place on the convolution's output, which no gradient needs
+        else:
+            x = self.conv(x)
+        x = x.permute(0, 2, 3, 1)
         if not self.act_first:
-            y = self.act(y)
-        return self.drop(self.fc2(y))
+            x = self.act(x)
+        return self.drop(self.fc2(x))
 
 
 class ConvGlu(nn.Module):

@@ -1,12 +1,14 @@
 """Maps (batch, height, width, channels) as a layer wants them: with channels first, zeros around, another size."""
 
+from functools import lru_cache
+
 import torch
 import torch.fx
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from visionmix.graphs import may_branch_on_sizes
+from visionmix.graphs import may_branch_on_sizes, may_keep
 from visionmix.layers.half_precision import at_least_float32
 
 _A = -0.75  # of the cubic convolution kernel, as `torch.nn.functional.interpolate` has it
@@ -28,6 +30,21 @@ def channels_first(x: Tensor) -> Tensor:
 @torch.fx.wrap
 def _channels_first(x: Tensor) -> Tensor:
     x = x.permute(0, 3, 1, 2)
+    return x.contiguous() if x.device.type == "cpu" else x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return x (batch, channels, height, width) as (batch, height, width, channels), on a CPU dense in that order.
+
+    For a convolution's output that begins a stage. The sums of a residual stream lie as their first summand does, so
+    that one map with channels first makes every norm and every linear layer of its stage copy what it reads.
+    """
+    return _channels_last(x)  # in two functions: see visionmix.graphs
+
+
+@torch.fx.wrap
+def _channels_last(x: Tensor) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
     return x.contiguous() if x.device.type == "cpu" else x
 
 
@@ -132,10 +149,23 @@ def _pool_map(x: Tensor, rows: int, columns: int) -> Tensor:
 
 def _averaging(length: int, bins: int, like: Tensor) -> Tensor:
     """Return the matrix (bins, length) that averages `length` cells over adaptive pooling's windows."""
-    cell = torch.arange(length, device=like.device)
-    start, end = pool_windows(length, bins, torch.arange(bins, device=like.device).unsqueeze(1))
+    if not torch.jit.is_scripting():
+        if may_keep(like):
+            return _kept_averages(length, bins, like.dtype)
+    return _averages(length, bins, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _kept_averages(length: int, bins: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _averages(length, bins, dtype, torch.device("cpu"))
+
+
+def _averages(length: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    cell = torch.arange(length, device=device)
+    start, end = pool_windows(length, bins, torch.arange(bins, device=device).unsqueeze(1))
     inside = (cell >= start) & (cell < end)
-    return inside.to(like.dtype) / (end - start)
+    return inside.to(dtype) / (end - start)
 
 
 def pool_windows(length: int, bins: int, window: Tensor) -> tuple[Tensor, Tensor]:

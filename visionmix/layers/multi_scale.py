@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.layers.maps import channels_first, resample_map
+from visionmix.layers.maps import channels_first, channels_last, resample_map
 
 
 class MultiScalePatches(nn.Module):
@@ -92,4 +92,4 @@ class MultiScalePatches(nn.Module):
         rows, columns = (x.shape[1] + self.stride - 1) // self.stride, (x.shape[2] + self.stride - 1) // self.stride
         x = channels_first(resample_map(x, rows * self.stride, columns * self.stride))
         padding = (self.sizes[-1] - self.stride) // 2
-        return F.conv2d(x, self.kernel(), self.bias, stride=self.stride, padding=padding).permute(0, 2, 3, 1)
+        return channels_last(F.conv2d(x, self.kernel(), self.bias, stride=self.stride, padding=padding))

@@ -6,7 +6,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from visionmix.private_api import inside_functorch
+from visionmix.graphs import may_keep
 
 
 def _turns(
@@ -26,21 +26,15 @@ def _turns(
 @lru_cache(maxsize=8)
 def _complex_turns(height: int, width: int, count: int, endpoint: bool, dtype: torch.dtype) -> Tensor:
     """Return cosine + i sine on the CPU, (height * width, 1, 2 * count): for every token, for all heads."""
-    # Made outside inference mode: a tensor of inference mode could not take part in a later training step.
     with torch.inference_mode(False), torch.no_grad():
         return torch.complex(*_turns(height, width, count, endpoint, dtype, torch.device("cpu"))).unsqueeze(1)
 
 
 def _takes_kept_turns(x: Tensor) -> bool:
-    """Return whether `x` is an ordinary tensor on the CPU, its neighbouring channels pairs in memory.
-
-    Turns may not be kept where they become part of a graph, under torch.func's transforms, which wrap what is made
-    under them, or for fake tensors.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch():
+    """Return whether turns may be kept for `x`, and its neighbouring channels are pairs in memory."""
+    if not may_keep(x):
         return False
-    in_pairs = x.stride(-1) == 1 and not any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
-    return type(x) is Tensor and x.device.type == "cpu" and in_pairs
+    return x.stride(-1) == 1 and not any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
 
 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

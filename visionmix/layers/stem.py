@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.fold import fold_behind
-from visionmix.layers.maps import channels_first, pad
+from visionmix.layers.maps import channels_first, channels_last, pad
 from visionmix.private_api import AnyBatchNorm
 
 _NORM = partial(LayerNorm, eps=1e-5)
@@ -133,7 +133,7 @@ def _patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Te
 
 class _ChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1)
+        return channels_last(x)
 
 
 class _ChannelsFirst(nn.Module):

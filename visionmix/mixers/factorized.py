@@ -1,5 +1,6 @@
 """Attention of channel groups, each to a summary of its own: FaViT's mixer."""
 
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -7,6 +8,7 @@ import torch.fx
 from timm.layers import LayerNorm, use_fused_attn
 from torch import Tensor, nn
 
+from visionmix.graphs import may_keep
 from visionmix.layers.maps import channels_first, pad_to
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import DotProductAttention
@@ -146,7 +148,7 @@ class _WindowGroup(nn.Module):
 
     def _mean(self, x: Tensor) -> Tensor:
         """Return the mean of all windows (batch, heads, window_size^2, head_dim)."""
-        cells, average = _windows(x, self.window_size, self.dilation, self.head_dim, self.published_mean)
+        cells, average = _windows_of(x, self.window_size, self.dilation, self.head_dim, self.published_mean)
         x = x.flatten(1, 2).index_select(1, cells).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         return torch.matmul(x.flatten(2).unflatten(2, (self.window_size * self.window_size, -1)), average)
 
@@ -156,26 +158,40 @@ def _depthwise(dim: int, **dd: Any) -> nn.Conv2d:
 
 
 @torch.fx.wrap
-def _windows(x: Tensor, side: int, dilation: int, channels: int, published: bool) -> tuple[Tensor, Tensor]:
+def _windows_of(x: Tensor, side: int, dilation: int, channels: int, published: bool) -> tuple[Tensor, Tensor]:
     """Return the cells of x that stand in each place of the windows, and the matrix that takes the mean over windows.
 
     Shapes: int64 (places * windows,), window after window for each place, and (windows * channels, channels).
     """
+    if not torch.jit.is_scripting():
+        if may_keep(x):
+            return _kept_windows(x.shape[1], x.shape[2], x.dtype, side, dilation, channels, published)
+    return _windows(x.shape[1], x.shape[2], x, side, dilation, channels, published)
+
+
+@lru_cache(maxsize=16)
+def _kept_windows(height: int, width: int, dtype: torch.dtype, *options: Any) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        return _windows(height, width, torch.empty(0, dtype=dtype, device="cpu"), *options)
+
+
+def _windows(
+    height: int, width: int, like: Tensor, side: int, dilation: int, channels: int, published: bool
+) -> tuple[Tensor, Tensor]:
     # No axis has a window an entry: graphs of all sizes would be made anew where a map is one window.
-    _, height, width, _ = x.shape
     span = dilation * (side - 1) + 1
     rows, columns = (height + span - 1) // span, (width + span - 1) // span
     count = rows * columns
-    entry = numbered(side * side * count, x)
+    entry = numbered(side * side * count, like)
     place = entry // count
     window = entry - place * count
     down, window_row = place // side, window // columns
     row = _mirrored(window_row * span + down * dilation, height)
     column = _mirrored((window - window_row * columns) * span + (place - down * side) * dilation, width)
-    value = numbered(count * channels, x)
+    value = numbered(count * channels, like)
     becomes = value // count if published else value - value // channels * channels
-    average = becomes.unsqueeze(1) == torch.arange(channels, device=x.device)
-    return row * width + column, average.to(x.dtype) / count
+    average = becomes.unsqueeze(1) == torch.arange(channels, device=like.device)
+    return row * width + column, average.to(like.dtype) / count
 
 
 def _mirrored(cell: Tensor, length: int) -> Tensor:
