@@ -193,7 +193,7 @@ def _memory_table(costs: dict[bool, StepCost], gpus: int, limit: float) -> Table
     for name, size in rows.items():
         table.add_row(name, *(_gib(size(cost)) for cost in costs.values()))
     rest = (cost.peak(gpus) - sum(size(cost) for size in rows.values()) for cost in costs.values())
-    table.add_row("working space", *(_gib(size) for size in rest))
+    table.add_row("working space, less what the peak lacks", *(_gib(size) for size in rest))
     table.add_row("peak", *(_gib(cost.peak(gpus)) for cost in costs.values()), style="bold")
     return table
 
