@@ -1,5 +1,7 @@
 """The pages that people read: their code runs, their commands exist, their links lead somewhere, the site is built."""
 
+import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -48,6 +50,44 @@ def test_commands_exist(page):
             assert set(commands) <= COMMANDS.keys(), f"{name_of(page)}:{block.line}"
             for file in re.findall(r"(?:python|sh|torchrun [^\n]*?) ((?:tools|examples|configs)/[\w./-]+)", block.code):
                 assert (doc_pages.ROOT / file).exists(), f"{name_of(page)}:{block.line} names {file}"
+
+
+def call_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """Return (tool, arguments) of a command of the library, or of a file in tools/ that Python or torchrun runs."""
+    if words[:1] == ["visionmix"]:
+        return COMMANDS[words[1]][0], words[2:]
+    for at, word in enumerate(words):
+        if words[0] in ("python", "torchrun") and (file := re.fullmatch(r"tools/(\w+)\.py", word)):
+            return file[1], words[at + 1 :]
+    return None
+
+
+def test_commands_take_the_arguments_that_pages_give_them(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, arguments=None, namespace=None):
+        parse(parser, arguments, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    called = set()
+    for page in doc_pages.pages():
+        for block in doc_pages.blocks(page.read_text()):
+            for words in doc_pages.commands(block.code) if block.language == "shell" else ():
+                if (call := call_of(words)) is None:
+                    continue
+                tool, arguments = call
+                try:
+                    importlib.import_module(f"visionmix.tools.{tool}").main(arguments)
+                except Parsed:
+                    called.add(tool)
+                except SystemExit as error:  # --help
+                    if error.code:
+                        pytest.fail(f"{name_of(page)}:{block.line}: {' '.join(words)}")
+    assert {"train", "validate", "predict", "export", "convert"} <= called
 
 
 @pytest.mark.parametrize("page", doc_pages.pages(), ids=name_of)

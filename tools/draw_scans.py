@@ -69,9 +69,12 @@ def draw_order(axes: Axes, name: str, height: int, width: int) -> None:
         axes.scatter(*points[end], s=50, marker=marker, color="white", edgecolors="#18181b", linewidths=1.4, zorder=4)
 
 
-def draw_orders(names: list[str], height: int, width: int, out: Path) -> None:
-    """Write a picture (PNG, PDF or SVG, as its name ends) with a panel for each order of a height x width grid."""
-    columns = min(len(names), 4)
+def draw_orders(names: list[str], height: int, width: int, out: Path, columns: int = 4) -> None:
+    """Write a picture (PNG, PDF or SVG, as its name ends) with a panel for each order of a height x width grid.
+
+    At most `columns` panels stand in a row.
+    """
+    columns = min(len(names), columns)
     rows = math.ceil(len(names) / columns)
     panel_height = 2.9 * min(max(height / width, 0.2), 5)
     figure = Figure(figsize=(3.0 * columns, rows * (panel_height + 0.4)), layout="constrained")

@@ -38,7 +38,8 @@ COMMANDS = {
 
 def usage() -> str:
     """Return the help text."""
-    lines = [f"  {name:<20}{text}" for name, (_, text) in COMMANDS.items()]
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: visionmix COMMAND ...", "", *lines, "", "visionmix COMMAND --help says more."])
 
 

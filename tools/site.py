@@ -1,7 +1,7 @@
-"""Hooks of mkdocs, which `mkdocs.yml` names: the pages that are made from the code, the nav, and links out of docs/.
+"""Hooks of mkdocs, which `mkdocs.yml` names: pages made from the code, the nav, links out of docs/ and tables.
 
 Made pages: contributing.md and changelog.md from the files at the repository's root, a page per mixer, an index of the
-mixers, a page per example, the pictures of the direction sets, and the reference of the public modules.
+mixers, a page per example, the pictures of scan orders, and the reference of the public modules.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from visionmix import scans
-from visionmix.mixers import list_mixers, registry
+from visionmix.mixers import create_mixer, list_mixers, registry
 from visionmix.tools.draw_scans import draw_orders
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +33,13 @@ _MODULES = (
 )
 _ORDER_OPTIONS = ("order", "directions")
 _HEIGHT, _WIDTH = 8, 11
+_DIM = 48  # channels that every mixer's default heads divide
+_SHORT, _LONG = 20, 30  # characters of a table's cell, and of one with code alone, that stay in one line
 _MIXERS = """# Mixers
 
 `visionmix.create_mixer(name, dim, **options)` makes a mixer: a module from (batch, height, width, dim) to the same, for
 every height and width. `timm.create_model("pyramid_tiny", mixer=name)` puts it into a model; with options, write
-`mixer=dict(name=name, ...)`.
+`mixer=dict(name=name, ...)`. In signatures, `**dd` stands for `device` and `dtype`.
 """
 
 
@@ -85,10 +87,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the made pages and pictures."""
     for name, text in pages().items():
         files.append(File.generated(config, name, content=text))
-    for name in scans.direction_sets():
+    sets = {f"sets/{name}": _unique(scans.direction_names(name)) for name in scans.direction_sets()}
+    mixers = {f"mixers/{name}": orders for name in list_mixers() if (orders := _scan_orders(name))}
+    for name, orders in (sets | mixers).items():
         picture = _SOURCE / "images" / f"{name}.png"
-        draw_orders(list(dict.fromkeys(scans.direction_names(name))), _HEIGHT, _WIDTH, picture)
-        files.append(File.generated(config, f"images/sets/{name}.png", abs_src_path=str(picture)))
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_orders(orders, _HEIGHT, _WIDTH, picture, columns=2)  # a phone's width
+        files.append(File.generated(config, f"images/{name}.png", abs_src_path=str(picture)))
     return files
 
 
@@ -99,6 +104,19 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     for name, file in _COPIED.items():
         markdown = markdown.replace(f"]({out}{file}", f"]({up}{name}")
     return re.sub(rf"\]\({re.escape(out)}examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark a table's short cells, which stay in one line, and its links of one long word, which are cut off."""
+
+    def short(cell: re.Match) -> str:
+        code = re.fullmatch(r"<code>[^<]*</code>", cell[1])
+        text = re.sub(r"<[^>]*>", "", cell[1])
+        return f'<td class="short">{cell[1]}</td>' if len(text) <= (_LONG if code else _SHORT) else cell[0]
+
+    html = re.sub(r"<td>(.*?)</td>", short, html, flags=re.DOTALL)
+    long = rf'<a (href="[^"]*")>([^\s<]{{{_SHORT},}})</a>(?=[^<]*</td>)'
+    return re.sub(long, r'<a class="long" \1 title="\2">\2</a>', html)
 
 
 def expand(nav: list, names: Iterable[str]) -> list:
@@ -142,8 +160,13 @@ def _without_root(text: str) -> str:
     return text.replace("](docs/", "](")
 
 
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
 def _example(path: Path) -> str:
-    return f"# {path.name}\n\n```python\n{path.read_text().rstrip()}\n```\n"
+    # Without a table of contents, which would be empty, a line of 120 characters fits.
+    return f"---\nhide: [toc]\n---\n\n# {path.name}\n\n```python\n{path.read_text().rstrip()}\n```\n"
 
 
 def _stem(module: str) -> str:
@@ -167,10 +190,22 @@ def _mixer(name: str) -> str:
     cls = _class(name)
     parts = [f"# {name}", f'`visionmix.create_mixer("{name}", dim, ...)`']
     parts.append(f"::: {cls.__module__}.{cls.__name__}\n    options:\n      members: []\n      heading_level: 2")
-    for option, parameter in registry.mixer_options(name).items():
-        if option in _ORDER_OPTIONS and parameter.default in scans.direction_sets():
-            parts.append(f"## Its directions\n\n![{parameter.default}](../images/sets/{parameter.default}.png)")
+    if _scan_orders(name):
+        parts.append(f"## Its scan orders\n\n![Scan orders of {name}](../images/mixers/{name}.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def _scan_orders(name: str) -> list[str]:
+    """Return the scan orders in which a mixer with its default options reads a map; none if it has no such option."""
+    if not set(_ORDER_OPTIONS) & set(registry.mixer_options(name)):
+        return []
+    orders = []
+    for module in create_mixer(name, _DIM).modules():
+        for attribute in ("orders", "directions", "order"):
+            found = getattr(module, attribute, None)
+            if isinstance(found, str | list | tuple):
+                orders += found.split(",") if isinstance(found, str) else found
+    return _unique(orders)
 
 
 def _direction_sets() -> str:

@@ -1,6 +1,8 @@
 """Fenced blocks, headings and links of Markdown files."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,21 @@ def blocks(text: str) -> list[Block]:
         reason = comment and comment["reason"].strip()
         found.append(Block(match["language"], match["code"], before.count("\n") + 1, reason))
     return found
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """Yield the words of each command of a shell block, without comments; separators and redirections end a command."""
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in lexer:
+            if set(word) <= set("();<>|&"):
+                yield words
+                words = []
+            else:
+                words.append(word)
+        yield words
 
 
 def links(text: str) -> list[str]:

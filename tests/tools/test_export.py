@@ -98,6 +98,22 @@ def test_int8_is_calibrated_on_pictures_and_agrees_on_others(tiny, tree, tmp_pat
     assert open_file(tmp_path / "new" / LAST[name])[1]["precision"] == "int8"
 
 
+def test_int8_files_compute_the_same_with_the_kernels_of_every_cpu(tiny, tree, tmp_path, capsys):
+    """Products of 8 bits that a CPU without VNNI adds in 16 do not saturate: plain kernels give the same logits."""
+    need("onnx")
+    assert call("onnx", tmp_path, "--int8", "--calibrate", tree / "train") == 0, capsys.readouterr().err
+    onnxruntime = pytest.importorskip("onnxruntime")
+    # Beyond the range of the pictures, where many activations have their largest value.
+    images = 10 * torch.randn(4, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = onnxruntime.SessionOptions()
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / LAST["onnx"], plain, providers=["CPUExecutionProvider"])
+    run, _ = open_file(tmp_path / LAST["onnx"])
+    for each in images:
+        expected = torch.from_numpy(session.run(None, {"images": each.numpy()})[0])
+        assert (run(each) - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
 @formats("torchscript", pytest.param("pt2", marks=pytest.mark.long))
 def test_files_run_where_visionmix_is_not_installed(tmp_path, capsys, name):
     """With the scans and attention of this library as PyTorch's own operators."""

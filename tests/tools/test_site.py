@@ -57,3 +57,24 @@ def test_ops_named_like_their_package_are_in_the_reference():
 def test_links_out_of_the_docs_lead_to_pages(at, link, leads_to):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=at))
     assert site.on_page_markdown(f"see [this]({link})", page=page) == f"see [this]({leads_to})"
+
+
+def test_short_cells_and_long_links_of_tables_are_marked():
+    name = "a_checkpoint_epoch_300_of_it.pth"
+    html = f'<td>(1, 2)</td><td><a href="x">{name}</a></td><td>three words, and three more</td><a href="y">{name}</a>'
+    assert site.on_page_content(html) == (
+        f'<td class="short">(1, 2)</td><td><a class="long" href="x" title="{name}">{name}</a></td>'
+        f'<td>three words, and three more</td><a href="y">{name}</a>'
+    )
+    code = "<td><code>{}</code></td>"
+    assert site.on_page_content(code.format("(1, 2, 3, 4, 5, 6, 7)")).startswith('<td class="short">')
+    formula = code.format("out = W_o softmax(q k^T) v + b_o")
+    assert site.on_page_content(formula) == formula
+
+
+def test_mixers_that_scan_show_their_orders():
+    pages = site.pages()
+    assert site._scan_orders("local_scan") == ["raster", "raster_reversed", "window_7", "window_7_reversed"]
+    assert site._scan_orders("softmax") == []
+    assert "images/mixers/cross_scan.png" in pages["mixers/cross_scan.md"]
+    assert "images/mixers/" not in pages["mixers/softmax.md"]

@@ -20,7 +20,7 @@ class JointSpatialFrequency(nn.Module):
     channel:
 
         f(x) = P(log(1 + |F(x)|))
-        y    = P([before, f(before), after, f(after), |before - after|])    (the last with `difference` alone)
+        y    = P([before, f(before), after, f(after), |before - after|])    (the last with difference alone)
         y    = y * sigmoid(conv1d(mean of y over cells))                    (along the channels)
         out  = y * sigmoid(conv7x7([max, mean of y over channels]))
 
@@ -73,7 +73,7 @@ class PyramidFusion(nn.Module):
         y   = [P(x), relu(bn(conv3x3(x))), P(depthwise5x5(x))]
         y   = y * (a(mean of y over cells) + a(max of y over cells)),  a(c) = sigmoid(W_2 relu(W_1 c))
         y   = y * sigmoid(conv7x7([mean, max of y over channels]))
-        out = P(y) + W_s x                                                  (x itself where `in_dim` is `dim`)
+        out = P(y) + W_s x    (x itself where in_dim is dim)
 
     Shapes: (batch, height, width, in_dim) to (batch, height, width, dim), for every height and width.
 

@@ -149,7 +149,7 @@ class MultiScaleAttentionStates(_LocalAttention):
         a_1, o_1 = softmax(q_1 k_1^T * head_dim^-0.5 + b),  a_1 v_1                   over the window
         a_2, o_2 = softmax(q_2 k_2^T * head_dim^-0.5 + b),  a_2 (v_2 + o_1)           over the dilated one
         u        = silu(depthwise5x5([o_1, o_2]))
-        h        = the states of `visionmix.layers.StateScan2d` on u, in halves h_1 and h_2
+        h        = the states of visionmix.layers.StateScan2d on u, in halves h_1 and h_2
         y        = C F([a_1 h_1, a_2 h_2]) + D u,  F a linear layer, with a bias, across the heads
         out      = W_o norm((norm(y) + depthwise5x5(v)) * silu(batch_norm(W_g x)))
 

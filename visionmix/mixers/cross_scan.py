@@ -19,7 +19,7 @@ class CrossScan(nn.Module):
     With ``x, z = W_in u`` (``z`` with `gate` alone) and the scans S of `visionmix.layers.SelectiveScan2d`:
 
         y   = norm(sum over directions of S(act(depthwise3x3(x))))
-        out = W_out (y * act(z))                                         (without `gate`: W_out y)
+        out = W_out (y * act(z))    (without gate: W_out y)
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 

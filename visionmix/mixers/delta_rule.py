@@ -18,7 +18,7 @@ class GatedDeltaRule(OrderedMixer):
 
     With ``q, k, v = W x`` per head, q and k after a SiLU and of length 1, and from each end with gates of its own
 
-        beta, a = sigmoid(W_b x), sigmoid(W_a x + b_a)                    (a is 1 without `gate`)
+        beta, a = sigmoid(W_b x), sigmoid(W_a x + b_a)    (a is 1 without gate)
         S_t = a_t S_(t-1) + beta_t k_t^T (v_t - a_t k_t S_(t-1))
         y_t = head_dim^-0.5 q_t S_t
 

@@ -15,7 +15,7 @@ from visionmix.mixers.softmax import DotProductAttention, SoftmaxAttention, chec
 class DualTokenAttention(nn.Module):
     """Attention of every cell to a square of global tokens, which the map's own summary enriches.
 
-        s    = the map x, `steps` times ``pool(s + depthwise3x3(s))``, then averaged to `side` x `side` cells
+        s    = the map x after steps times s = pool(s + depthwise3x3(s)), averaged to side x side cells
         a    = softmax attention of s to itself
         g    = share a + (1 - share) (g + mlp(norm(g)))
         out  = W_o softmax(q k^T * head_dim^-0.5) v,    q = W_q x,  k, v = W_kv norm(g)

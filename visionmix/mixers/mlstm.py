@@ -49,7 +49,7 @@ class MatrixLSTM(nn.Module):
 
     With ``u, z = W_in x``, ``c = silu(depthwise(u))`` and the cell of `visionmix.kernels.mlstm`:
 
-        q, k = W_q c, W_k c,  v = W_v u      (block-diagonal, `block_size` channels a block)
+        q, k = W_q c, W_k c,  v = W_v u    (block-diagonal, block_size channels a block)
         h    = mlstm(q, k, v, W_i [q, k, v] + b_i, W_f [q, k, v] + b_f)      (one gate per head and token)
         out  = W_out ((norm(h) + skip * c) * silu(z))
 

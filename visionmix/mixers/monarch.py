@@ -95,7 +95,7 @@ class MonarchMixer(SequenceMixer):
     that a network computes from the position (see `ImplicitKernel`), and a number d per channel:
 
         u   = x_1 v
-        y_i = sum_(j <= i) k_(i - j) u_j + sum_(j > i) k'_(j - i - 1) u_j + d u_i    (the latter if `bidirectional`)
+        y_i = sum_(j <= i) k_(i - j) u_j + sum_(j > i) k'_(j - i - 1) u_j + d u_i    (the latter if bidirectional)
         out = W_o (x_2 y) + b_o
 
     Time grows as ``n log n`` in the n tokens: the convolution is a product of Fourier transforms, which are Monarch

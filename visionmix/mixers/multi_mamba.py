@@ -21,7 +21,7 @@ class MultiMamba(GatedMixer):
     With ``x, z = W_in u`` and, in order k of K, the convolution and scan S_k of `visionmix.layers.SelectiveScan1d`:
 
         y_k = S_k(x) * silu(z)
-        out = W_out sum over k of gate(y_k)              (without `channel_gate`: W_out sum over k of y_k / K)
+        out = W_out sum over k of gate(y_k)    (without channel_gate: W_out sum over k of y_k / K)
 
     where the gate is that of `visionmix.layers.ChannelGate`, one for all orders.
 

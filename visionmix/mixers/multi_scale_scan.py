@@ -27,7 +27,7 @@ class MultiScaleScan(nn.Module):
     the published code. With `merged_norm` the norm comes once, behind the enlarged sum:
 
         y   = norm(S_1(...) + enlarge(sum over the three directions of S_2(...)))
-        out = W_out (se(y) * silu(z))                                                      (without `gate`: W_out se(y))
+        out = W_out (se(y) * silu(z))    (without gate: W_out se(y))
 
     Shapes: (batch, height, width, dim) to the same, for every height and width.
 

@@ -32,7 +32,7 @@ class Retention(OrderedMixer):
         recurrent  y_n = dk^-0.5 q_n S_n,        S_n  = gamma S_(n-1) + k_n^T v_n
         chunked    parallel inside chunks, recurrent from one to the next
 
-        out = W_o norm(y) + b_o                             (the norm is of each head; without `head_norm`, W_o y + b_o)
+        out = W_o norm(y) + b_o    (the norm is of each head; without head_norm, W_o y + b_o)
 
     Gated linear attention with a constant gate is the chunked form; its kernels run it. `step` is the recurrent form.
 

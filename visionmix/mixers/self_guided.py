@@ -39,7 +39,7 @@ class HybridScaleAttention(_LocallyEnhanced):
 
     Half of the channels attend to the whole map at a lower resolution, half to the cells of their own window:
 
-        p        = gelu(norm(conv(x))), with kernel and stride `sr_ratio`
+        p        = gelu(norm(conv(x))), with kernel and stride sr_ratio
         y_global = softmax(q_1 k_1^T * head_dim^-0.5) v_1,  q_1 = W_1 x,  k_1, v_1 = W_2 p
         y_local  = softmax(q_2 k_2^T * head_dim^-0.5) v_2 inside windows,  q_2, k_2, v_2 = W_3 x
         out      = W_o ([y_global, y_local] + depthwise3x3(W_l x))

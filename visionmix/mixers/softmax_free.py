@@ -34,7 +34,7 @@ class SoftmaxFreeAttention(nn.Module):
     With ``K(a, b) = exp(-|a - b|^2 / 2)`` for every row of a and of b, per head:
 
         q   = head_dim^-0.25 W_q x,  v = W_v x
-        l   = gelu(norm(conv(q))), with kernel and stride `sr_ratio`: the landmarks
+        l   = gelu(norm(conv(q))), with kernel and stride sr_ratio: the landmarks
         out = W_o (K(q, l) R K(q, l)^T v + depthwise(v))
 
     Queries are keys. R approximates the inverse of ``K(l, l)`` by Newton's iteration, ``V = 2 V - V P V`` from ``V = s

@@ -21,7 +21,7 @@ class SpatialReductionAttention(nn.Module):
     """Softmax attention of every cell to those of a smaller map, each of which stands for a square of cells.
 
         q    = W_q x
-        k, v = W_kv norm(conv(x)), with kernel and stride `sr_ratio`
+        k, v = W_kv norm(conv(x)), with kernel and stride sr_ratio
         out  = W_o softmax(q k^T * head_dim^-0.5) v
 
     Rows and columns beyond the last whole square have queries, but make no keys; a map smaller than a square is padded

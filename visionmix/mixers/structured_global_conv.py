@@ -26,7 +26,7 @@ class StructuredGlobalConv(OrderedMixer):
                                                                         (cat: s = 1, 1, 2, 4, ...)
                = sum_i a^(n-1-i) [stretch(p_i), 0, ..., 0] / |the kernel at first|
                                                                         (sum: s = 1, 2, 4, ...)
-        y_t    = sum_(j <= t) kernel_(t-j) x_j + sum_(j > t) kernel'_(j-t-1) x_j + D x_t   (kernel' if `bidirectional`)
+        y_t    = sum_(j <= t) kernel_(t-j) x_j + sum_(j > t) kernel'_(j-t-1) x_j + D x_t   (kernel' if bidirectional)
         out    = W gelu(y) + b
 
     with a rising from `decay_min` for the first channel to `decay_max` for the last. Parameters grow with the logarithm

@@ -219,7 +219,7 @@ def fetch(cfg: PretrainedCfg, name: str, weights: Weights, cache_dir: str | Path
 def _how_to_give_a_file(name: str) -> str:
     return (
         f"With a file at hand: timm.create_model({name!r}, pretrained=True, "
-        "pretrained_cfg_overlay=dict(file='/path/to/file'))"
+        "pretrained_cfg_overlay=dict(file='/path/to/file')), or in commands --checkpoint /path/to/file"
     )
 
 
