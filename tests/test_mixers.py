@@ -15,15 +15,15 @@ def test_created_by_name():
     assert "gated_linear_attention" in visionmix.list_mixers()
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (6, 9)])
 @pytest.mark.parametrize("name", visionmix.list_mixers())
-def test_every_mixer_on_any_grid(name, grid):
+def test_every_mixer_on_any_grid(name):
     mixer = visionmix.create_mixer(name, 24)
-    x = torch.randn(2, *grid, 24, requires_grad=True)
-    out = mixer(x)
-    assert out.shape == x.shape
-    out.sum().backward()
-    assert torch.isfinite(x.grad).all()
+    for grid in [(1, 1), (1, 7), (5, 1), (6, 9)]:
+        x = torch.randn(2, *grid, 24, requires_grad=True)
+        out = mixer(x)
+        assert out.shape == x.shape
+        out.sum().backward()
+        assert torch.isfinite(x.grad).all(), grid
 
 
 @pytest.mark.parametrize("skeleton", ["test_pyramid", "test_plain"])

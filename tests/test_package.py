@@ -119,39 +119,32 @@ def test_the_folder_of_kernels_passes_for_no_version_of_the_package_of_this_name
 
 
 def test_import_is_quiet_cheap_and_adds_no_triton():
+    # Seconds of the processor; a busy machine makes them more, never fewer, so that the import is tried again, each
+    # time in a child of a process that has timm. The first one writes the bytecode that pip writes when it installs.
     code = """
-import sys, time, timm
+import os, sys, time, timm, warnings
 before = {name for name in sys.modules if name.startswith("triton")}
-start = time.process_time()
-import visionmix
-print(time.process_time() - start, {name for name in sys.modules if name.startswith("triton")} - before)
+for _ in range(8):
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, none of which runs
+        child = os.fork()
+    if not child:
+        start = time.process_time()
+        import visionmix
+        seconds = time.process_time() - start
+        added = {name for name in sys.modules if name.startswith("triton")} - before
+        os.write(write, f"{seconds} {added}".encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    said = os.read(read, 10_000).decode()
+    print(said)
+    if float(said.split()[0]) <= 0.3:
+        break
 """
-    # Seconds of the processor; a busy machine makes them more, never fewer. The first import writes the bytecode that
-    # pip writes when it installs.
-    for _ in range(8):
-        seconds, added = run(code, PYTHONDONTWRITEBYTECODE="").split()
-        assert added == "set()"
-        if float(seconds) <= 0.3:
-            break
-    else:
-        pytest.fail(f"the import takes {seconds} s")
-
-
-BLOCKED = """
-import sys
-sys.modules["triton"] = None  # every import of it now fails
-import torch, timm, visionmix
-model = timm.create_model("test_vig")
-model(torch.randn(1, 3, 64, 96)).sum().backward()
-backends = visionmix.kernels.backends()
-assert backends["gated_linear_attention"]["reference"] == "ready"
-assert backends["gated_linear_attention"]["triton"] != "ready"
-print("ran")
-"""
-
-
-def test_without_triton():
-    assert run(BLOCKED, CXX="") == "ran\n"  # a missing compiler would be logged
+    lines = [line.split(maxsplit=1) for line in run(code, PYTHONDONTWRITEBYTECODE="").splitlines()]
+    assert {added for _, added in lines} == {"set()"}
+    assert float(lines[-1][0]) <= 0.3
 
 
 def test_public_names_are_these():

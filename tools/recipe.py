@@ -155,7 +155,6 @@ def _merge(under: dict, over: dict, source: str) -> dict:
         ValueError: at an unknown key of `over`, or a value that is not one of an option's choices.
         TypeError: at a value of the wrong type.
     """
-    taken = copy.deepcopy(_SCHEMA)
     for section, options in over.items():
         if section not in _SECTIONS:
             raise _unknown(str(section), options, "a recipe", [*_SECTIONS, "base"], source)
@@ -163,16 +162,27 @@ def _merge(under: dict, over: dict, source: str) -> dict:
             raise TypeError(
                 f"{source}: {section}={options!r} is {type(options).__name__}; it must be a section of options"
             )
+        taken = copy.deepcopy(_SCHEMA[section])
         for option, value in options.items():
             key = f"{section}.{option}"
             if key not in _KEYS:
                 raise _unknown(key, value, section, list(_SECTIONS[section]), source)
             try:
-                OmegaConf.update(taken, key, value, merge=False)
+                OmegaConf.update(taken, option, value, merge=False)
             except (OmegaConfBaseException, TypeError) as error:
                 raise _refused(error, key, value, source) from None
-            _check_taken(value, OmegaConf.to_container(taken[section])[option], key, source)
-    return OmegaConf.to_container(OmegaConf.merge(under, over))
+        for option, value in OmegaConf.to_container(taken).items():
+            if option in options:
+                _check_taken(options[option], value, f"{section}.{option}", source)
+    return _laid_over(under, over)
+
+
+def _laid_over(under: dict, over: dict) -> dict:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(under.get(key), dict)
+        merged[key] = _laid_over(under[key], value) if both else copy.deepcopy(value)
+    return merged
 
 
 def _unknown(key: str, value: object, owner: str, known: list[str], source: str) -> ValueError:

@@ -128,7 +128,7 @@ def test_routing_learns_the_targets(distilled):
         assert torch.equal(value, weights[name]) == ("gating_network" not in name), name
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.8])
+@pytest.mark.parametrize("budget", [0.3, pytest.param(0.8, marks=pytest.mark.long)])
 def test_finetuning_reaches_the_budget(distilled, budget):
     model = copy.deepcopy(distilled[0])
     assert abs(adaptive.usage(model, images(32, seed=100)).share - budget) > 0.05
@@ -226,7 +226,7 @@ def test_models_in_a_phase_are_copied_moved_and_pickled():
     assert not any("teacher" in name for name in new.state_dict())
 
 
-@pytest.mark.parametrize("phase", ["distill", "route", "finetune"])
+@pytest.mark.parametrize("phase", ["distill", pytest.param("route", marks=pytest.mark.long), "finetune"])
 def test_training_compiles(phase):
     teacher = trained()
     options = {"budget": 0.5} if phase == "finetune" else {"teacher": copy.deepcopy(teacher)}

@@ -1,5 +1,6 @@
 """The places that the skeletons offer: blocks, stages, norms, prefix tokens, layers by name."""
 
+import contextlib
 import math
 from functools import partial
 
@@ -59,8 +60,9 @@ GRAPHS = {
 def test_one_graph_of_a_place_serves_all_sizes(graph, name):
     model = seeded(name)
     made = GRAPHS[graph](model)
-    for size in ((64, 96), (96, 64)):
-        assert torch.allclose(made(images(*size)), model(images(*size)), atol=1e-5)
+    with torch.no_grad() if graph == "script" else contextlib.nullcontext():  # compiling for gradients takes long
+        for size in ((64, 96), (96, 64)):
+            assert torch.allclose(made(images(*size)), model(images(*size)), atol=1e-5)
 
 
 # Heads, where a caller gives none

@@ -126,7 +126,14 @@ def test_activations_that_a_feed_forward_lacks_are_refused():
         timm.create_model("test_vim_tiny", act_layer="relu")
 
 
-@pytest.mark.parametrize("name", ["test_plain", "test_agent_pvt", "test_agent_cswin", "test_mavit", "test_swin_prepbn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_plain",
+        "test_agent_cswin",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("test_agent_pvt", "test_mavit", "test_swin_prepbn")),
+    ],
+)
 def test_attention_weights_as_timm_extracts_them(name):
     set_fused_attn(False)
     try:

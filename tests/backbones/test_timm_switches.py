@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerNorm, RmsNorm, set_fast_norm, set_fused_attn
+from tiny_models import EACH_MIXER
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import visionmix
 
-NAMES = [name for name in visionmix.models.list_family_models() if name.startswith("test_")]
 SOFTMAX = ["agent", "cross_window", "softmax", "window"]
 
 
@@ -61,33 +61,42 @@ def test_attention_without_the_fused_function(name, script, unfused):
         assert torch.allclose(torch.jit.script(fused)(x), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH_MIXER
 def test_no_model_keeps_the_fused_function(name, unfused):
-    model, images = timm.create_model(name).eval(), torch.randn(1, 3, 64, 96)
-    with FusedCalls() as calls:
+    model, images = timm.create_model(name).eval(), torch.randn(1, 3, 32, 64)
+    with FusedCalls() as calls, torch.no_grad():
         logits = model(images)
     assert calls.count == 0
     set_fused_attn(True)
     other = timm.create_model(name).eval()
     other.load_state_dict(model.state_dict())
-    assert torch.allclose(other(images), logits, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(other(images), logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["test_plain", "test_agent_cswin", "test_swin_prepbn", "test_stvit_r_swin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_plain",
+        "test_agent_cswin",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("test_swin_prepbn", "test_stvit_r_swin")),
+    ],
+)
 def test_exportable_models_do_not_call_the_fused_function(name):
     images = torch.randn(1, 3, 64, 96)
     for options, expected in (({"exportable": True}, False), ({"scriptable": True}, True)):
         model = timm.create_model(name, **options).eval()
-        with FusedCalls() as calls:
-            logits = model(images)
-        assert (calls.count > 0) is expected
-        assert torch.allclose(torch.jit.script(model)(images), logits, atol=1e-5)
+        with torch.no_grad():
+            with FusedCalls() as calls:
+                logits = model(images)
+            assert (calls.count > 0) is expected
+            assert torch.allclose(torch.jit.script(model)(images), logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH_MIXER
 def test_fast_norms_are_everywhere(name, fast_norm):
     model = timm.create_model(name)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm | RmsNorm)]
     assert all(isinstance(norm, LayerNorm | RmsNorm) and norm._fast_norm for norm in norms)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert model.eval()(torch.randn(1, 3, 64, 96)).isfinite().all()
+        assert model.eval()(torch.randn(1, 3, 32, 64)).isfinite().all()

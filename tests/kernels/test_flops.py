@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from tiny_models import EACH_MIXER
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionmix
@@ -10,10 +11,10 @@ import visionmix
 fvcore = pytest.importorskip("fvcore.nn")
 
 
-@pytest.mark.parametrize("name", [name for name in visionmix.models.list_family_models() if name.startswith("test_")])
+@EACH_MIXER
 def test_fvcore_counts_half_of_pytorchs_flops(name):
     model, images = timm.create_model(name).eval(), torch.randn(1, 3, 64, 96)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     ours = {str(op): count for op, count in counter.get_flop_counts()["Global"].items() if str(op).startswith("vision")}
     if not ours:
@@ -39,7 +40,14 @@ def test_fvcore_counts_softmax_attention(biased):
     assert analysis.total() == 2 * 3 * 5 * 7 * (8 + 4)
 
 
-@pytest.mark.parametrize("name", ["test_agent_deit_tiny", "test_agent_swin", "test_agent_cswin", "test_mavit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_agent_swin",
+        "test_mavit",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("test_agent_deit_tiny", "test_agent_cswin")),
+    ],
+)
 def test_fvcore_counts_as_much_without_fused_attention(name):
     images, totals = torch.randn(1, 3, 64, 96), []
     for fused in (False, True):

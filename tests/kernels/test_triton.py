@@ -9,24 +9,24 @@ pytest.importorskip("triton")
 
 from visionmix.kernels import gpu
 
-EACH_FILE = pytest.mark.parametrize("cases", ["triton_cases.py", "triton_neighborhood_attention_cases.py"])
+FILES = [Path(__file__).with_name(f"triton_{name}cases.py") for name in ("", "neighborhood_attention_")]
+EACH_FILE = pytest.mark.parametrize("cases", FILES, ids=lambda path: path.name)
 
 
-@EACH_FILE
-def test_interpreted(cases):
-    run_triton_cases(Path(__file__).with_name(cases), "not long", interpreted=True)
+def test_interpreted():
+    run_triton_cases(*FILES, marker="not long", interpreted=True)
 
 
 @pytest.mark.long
 @EACH_FILE
 def test_interpreted_sweep(cases):
-    run_triton_cases(Path(__file__).with_name(cases), "long", interpreted=True)
+    run_triton_cases(cases, marker="long", interpreted=True)
 
 
 @needs_gpu
 @EACH_FILE
 def test_on_the_gpu(cases):
-    run_triton_cases(Path(__file__).with_name(cases), "", interpreted=False)
+    run_triton_cases(cases, marker="", interpreted=False)
 
 
 def test_launches_are_tuned_where_asked_for(monkeypatch):

@@ -1,6 +1,6 @@
 """Attention between binary codes against its definition, its fit against the published loss, and what it refuses."""
 
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -120,8 +120,9 @@ def test_fit_is_the_published():
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (6, 7)])
-def test_calibration_serves_maps_of_few_cells(grid):
+def test_calibration_serves_maps_of_few_cells(grid, monkeypatch):
     mixer = hashed()
+    monkeypatch.setattr(KernelHash, "fit", partialmethod(KernelHash.fit, steps=3))
     mixer.calibrate(torch.randn(1, *grid, 12))
     assert all(value.isfinite().all() for value in mixer.hash.buffers())
     assert mixer(torch.randn(2, *grid, 12)).isfinite().all()

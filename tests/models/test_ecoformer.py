@@ -1,10 +1,19 @@
 """EcoFormer's hashes are fitted by an explicit call, layer after layer, and are part of the model's state."""
 
+from functools import partialmethod
+
 import pytest
 import timm
 import torch
 
 from visionmix.mixers import KernelHashAttention
+from visionmix.mixers.kernel_hash import KernelHash
+
+
+@pytest.fixture(autouse=True)
+def short_fits(monkeypatch):
+    """Few steps of gradient descent a bit; tests/mixers/test_kernel_hash.py makes all."""
+    monkeypatch.setattr(KernelHash, "fit", partialmethod(KernelHash.fit, steps=3))
 
 
 def hashes(model):

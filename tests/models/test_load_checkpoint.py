@@ -9,9 +9,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from tiny_models import EVERY
 from torch import nn
 
-from visionmix.models import Join, KeyMap, list_family_models, load_checkpoint
+from visionmix.models import Join, KeyMap, load_checkpoint
 from visionmix.models.keys import split_class_position
 
 # A published file of each layout, and the prefix of its classifier's keys.
@@ -54,22 +55,23 @@ def test_published_file_loads_as_by_timm(published, tmp_path, name):
         assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("num_classes", [0, 7, 1000])
-@pytest.mark.parametrize("name", [name for name in list_family_models() if name.startswith("test_")])
-def test_own_file_loads_into_any_number_of_classes(name, num_classes, caplog):
-    made, model = timm.create_model(name), timm.create_model(name, num_classes=num_classes)
-    before = state(model)
-    with caplog.at_level(logging.WARNING, logger="visionmix"):
-        fresh = load_checkpoint(model, made.state_dict())
-    names = model.default_cfg["classifier"]
-    classifiers = [
-        f"{layer}.{leaf}" for layer in ([names] if isinstance(names, str) else names) for leaf in ("weight", "bias")
-    ]
-    assert fresh == (classifiers if num_classes == 7 else [])
-    assert ("num_classes=7" in caplog.text) == (num_classes == 7)
-    after = made.state_dict()
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, (before if key in fresh else after)[key]), key
+@EVERY
+def test_own_file_loads_into_any_number_of_classes(name, caplog):
+    after = timm.create_model(name).state_dict()
+    for num_classes in (0, 7, 1000):
+        model = timm.create_model(name, num_classes=num_classes)
+        before = state(model)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="visionmix"):
+            fresh = load_checkpoint(model, after)
+        names = model.default_cfg["classifier"]
+        classifiers = [
+            f"{layer}.{leaf}" for layer in ([names] if isinstance(names, str) else names) for leaf in ("weight", "bias")
+        ]
+        assert fresh == (classifiers if num_classes == 7 else []), num_classes
+        assert ("num_classes=7" in caplog.text) == (num_classes == 7), num_classes
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, (before if key in fresh else after)[key]), (num_classes, key)
 
 
 @pytest.mark.parametrize("num_classes", [pytest.param(1000, marks=pytest.mark.long), 10, 0])
@@ -150,11 +152,12 @@ def test_nothing_is_loaded_from_another_models_file(published, num_classes):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name in list_family_models() if name.startswith("test_")])
-@pytest.mark.parametrize("other", ["vig_t", "mavit_tiny", "dinat_mini", "agent_pvt_tiny"])
-def test_refusals_are_value_errors(published, name, other):
-    with pytest.raises(ValueError, match=f"not {name}'s"):
-        load_checkpoint(timm.create_model(name), published[other])
+@EVERY
+def test_refusals_are_value_errors(published, name):
+    model = timm.create_model(name)
+    for other in ("vig_t", "mavit_tiny", "dinat_mini", "agent_pvt_tiny"):
+        with pytest.raises(ValueError, match=f"not {name}'s"):
+            load_checkpoint(model, published[other])
 
 
 def test_what_is_no_source_is_refused(tmp_path):

@@ -363,7 +363,9 @@ def test_tag_of_other_classes_builds_them(name):
         assert timm.create_model(name, num_classes=7).num_classes == 7
 
 
-@pytest.mark.parametrize("tag", ["agent_swin_small.in1k_288", "agent_pvt_medium.in1k_256"])
+@pytest.mark.parametrize(
+    "tag", [pytest.param("agent_swin_small.in1k_288", marks=pytest.mark.long), "agent_pvt_medium.in1k_256"]
+)
 def test_tag_loads_a_file_of_its_size(tmp_path, tag):
     name = tag.partition(".")[0]
     case = f"{name}__288x288" if "288" in tag else f"{name}__256x256"

@@ -111,7 +111,7 @@ def test_avit_equals_its_definition():
     assert halted == {1, 2} or halted == {0, 1, 2}
 
 
-@pytest.mark.parametrize("host", ["class", "registers"])
+@pytest.mark.parametrize("host", [pytest.param("class", marks=pytest.mark.long), "registers"])
 def test_zero_tprune_equals_its_definition(host):
     model = vit(**HOSTS[host], depth=12)
     prefix = model.num_prefix_tokens

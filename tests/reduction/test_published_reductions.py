@@ -47,7 +47,7 @@ _PREDICTOR = {"in_conv.0": "norm", "in_conv.1": "proj", "out_conv.0": "fc1", "ou
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["vim_tiny", "vim_tiny_stride8"])
+@pytest.mark.parametrize("name", ["vim_tiny", pytest.param("vim_tiny_stride8", marks=pytest.mark.long)])
 def test_pruned_vim_equals_the_published(name, device, tmp_path):
     """The published code runs one image; more are each as it would be alone."""
     meta, arrays = golden.load(f"topvim_{name}")

@@ -6,14 +6,16 @@ run in debug mode.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import triton
 from triton.runtime import interpreter
 
 
+@functools.cache
 def spare_repeated_work() -> None:
-    """Change the interpreter of this process, if it is Triton 3.8's."""
+    """Change the interpreter of this process, once, if it is Triton 3.8's."""
     if not triton.__version__.startswith("3.8."):
         return
     replaced: set[int] = set()  # modules whose `triton.language` has been replaced in the present launch

@@ -19,6 +19,21 @@ def shown(name: str) -> set[tuple[str, str]]:
     return {(layout.skeleton.__name__, option) for option in {"", *layout.options.keys() - _SIZES}}
 
 
+def mixers(name: str) -> set[tuple[str, str]]:
+    """Return the mixers of the model called `name`, each with its options."""
+    found, entries = set(), [variant_of(name).layout.options.get("mixer")]
+    while entries:
+        entry = entries.pop()
+        if isinstance(entry, str):
+            found.add((entry, ""))
+        elif isinstance(entry, Mapping):
+            found |= {(str(entry.get("name")), option) for option in entry}
+            entries += entry["cycle"] if "cycle" in entry else [entry["name"]]
+        elif isinstance(entry, list | tuple):
+            entries += entry
+    return found
+
+
 def covering(shows: Mapping[str, set[Any]]) -> list[str]:
     """Return few of the names in `shows` that show together all that they all show: always the one that adds most."""
     left = set().union(*shows.values())
@@ -33,10 +48,21 @@ def covering(shows: Mapping[str, set[Any]]) -> list[str]:
 # One for every skeleton and option: a family is core by what it shows, no list names it.
 CORE = covering({name: shown(name) for name in TINY})
 
+# One for every skeleton and option, and for every mixer and option.
+MIXING = covering({name: shown(name) | mixers(name) for name in TINY})
+
 EVERY = pytest.mark.parametrize("name", TINY)
 """Over every tiny model: what the quick suite asks of each family."""
 
-WHOLE = pytest.mark.parametrize(
-    "name", [name if name in CORE else pytest.param(name, marks=pytest.mark.long) for name in TINY]
-)
+
+def _quick(names: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [name if name in names else pytest.param(name, marks=pytest.mark.long) for name in TINY]
+    )
+
+
+WHOLE = _quick(CORE)
 """Over every tiny model, those that are not core in the long sweeps alone."""
+
+EACH_MIXER = _quick(MIXING)
+"""Over every tiny model, in the quick suite those that show together every mixer in every kind of skeleton."""

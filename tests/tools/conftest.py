@@ -53,7 +53,7 @@ def tree(tmp_path: Path) -> Path:
     return make_tree(tmp_path / "images")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_images():
     return make_tree
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import re
 import statistics
 import subprocess
@@ -30,6 +31,13 @@ def made(name: str, batch: int, size: int, **train_options) -> recipe.Recipe:
     """Return a recipe of a model that is built for its size."""
     tree = {"model": {"name": name}, "data": {"image_size": size, "batch_size": batch}, "train": train_options}
     return recipe.from_dict(tree, "test")
+
+
+@functools.cache
+def counted(name: str, batch: int, size: int, checkpointing: bool = False, foreach: bool = True, **train_options):
+    """Return the cost of a step of `made`'s recipe."""
+    options = {"classes": 1000, "checkpointing": checkpointing, "foreach": foreach}
+    return step_cost.count(made(name, batch, size, **train_options), batch, **options)
 
 
 def calls_of(function) -> list[step_cost.Call]:
@@ -68,7 +76,7 @@ def test_convolutions_count_each_of_their_gradients_as_the_forward_pass(layer, g
 
 
 def test_the_forward_pass_has_the_flops_that_info_prints():
-    cost = step_cost.count(made("test_vig", 3, 64), 3, classes=1000)
+    cost = counted("test_vig", 3, 64)
     macs = info.measure(timm.create_model("test_vig"), (3, 64, 64)).macs
     assert sum(call.flops for call in cost.forward) == 3 * 2 * sum(macs.values())
 
@@ -112,14 +120,14 @@ def real_step(name: str, batch: int, size: int, checkpointing: bool) -> dict[str
     ("name", "batch", "size"),
     [
         ("test_vig", 4, 96),
-        ("vig_t", 2, 64),
+        pytest.param("vig_t", 2, 64, marks=pytest.mark.long),
         ("test_vmamba", 3, 96),
         ("test_dinat", 3, 96),
         ("test_vit", 1, 160),
     ],
 )
 def test_memory_is_that_of_a_real_step(name, batch, size):
-    cost = step_cost.count(made(name, batch, size), batch, classes=1000, foreach=False)
+    cost = counted(name, batch, size, foreach=False)
     real = real_step(name, batch, size, checkpointing=False)
     for kind in ("parameters", "gradients", "optimizer"):
         assert getattr(cost, kind) == real[kind]
@@ -131,7 +139,7 @@ def test_memory_is_that_of_a_real_step(name, batch, size):
 
 
 def test_checkpointing_saves_what_it_saves_in_a_real_step():
-    costs = [step_cost.count(made("test_vig", 4, 96), 4, classes=1000, checkpointing=each) for each in (False, True)]
+    costs = [counted("test_vig", 4, 96, checkpointing=each) for each in (False, True)]
     real = real_step("test_vig", 4, 96, checkpointing=True)
     images = 4 * 4 * 3 * 96**2
     assert max(costs[1].forward_peak, costs[1].backward_peak) == pytest.approx(real["step_peak"] + images, rel=0.15)
@@ -179,9 +187,9 @@ def trained_step(monkeypatch, **sections) -> dict[str, int]:
     "sections",
     [
         {"train": {}},
-        {"train": {"accumulate": 3}},
-        {"train": {"amp": "pure_bfloat16", "ema_decay": 0.9}},
-        {"train": {"checkpointing": True}},
+        pytest.param({"train": {"accumulate": 3}}, marks=pytest.mark.long),
+        pytest.param({"train": {"amp": "pure_bfloat16", "ema_decay": 0.9}}, marks=pytest.mark.long),
+        pytest.param({"train": {"checkpointing": True}}, marks=pytest.mark.long),
         {"train": {}, "distill": TEACHER},
         {"train": {"amp": "pure_bfloat16", "accumulate": 2, "checkpointing": True}},
     ],
@@ -193,7 +201,7 @@ def test_the_peak_is_that_of_a_step_of_the_trainer(sections, monkeypatch):
 
 
 def test_a_step_of_several_batches_computes_each_and_updates_once():
-    one, three = (step_cost.count(made("test_vig", 2, 96, accumulate=times), 2, classes=1000) for times in (1, 3))
+    one, three = (counted("test_vig", 2, 96, accumulate=times) for times in (1, 3))
     for name in ("forward", "backward"):
         flops = [sum(call.flops for call in getattr(cost, name)) for cost in (one, three)]
         assert flops[1] == 3 * flops[0]
@@ -221,8 +229,8 @@ def test_a_teacher_is_another_forward_pass_and_its_weights():
 
 def test_pure_bfloat16_halves_weights_gradients_and_state_but_not_the_average():
     options = {"ema_decay": 0.9}
-    single = step_cost.count(made("test_vit", 2, 160, **options), 2, classes=1000)
-    half = step_cost.count(made("test_vit", 2, 160, amp="pure_bfloat16", **options), 2, classes=1000)
+    single = counted("test_vit", 2, 160, **options)
+    half = counted("test_vit", 2, 160, amp="pure_bfloat16", **options)
     assert (2 * half.parameters, 2 * half.gradients) == (single.parameters, single.gradients)
     assert half.optimizer == pytest.approx(single.optimizer / 2, rel=0.01)
     assert half.average == single.average
@@ -233,7 +241,7 @@ def test_the_recipes_accumulation_and_checkpointing_are_planned(capsys):
     status, shown = show(capsys, "--gpus", "2", "--batch", "24", "--set", "train.accumulate=3")
     assert status == 0
     assert "24 images a step in 3 batches, 4 a GPU" in shown
-    cost = step_cost.count(made("test_vig", 4, 96, accumulate=3), 4, classes=1000)
+    cost = counted("test_vig", 4, 96, accumulate=3)
     step = step_time.estimate(cost, plan.DEVICES["h100"], plan.GPU, gpus=2)
     assert f"step {step.seconds * 1e3:.2f}" in shown
     assert f"images a second {24 / step.seconds:,.0f}," in shown
@@ -242,7 +250,7 @@ def test_the_recipes_accumulation_and_checkpointing_are_planned(capsys):
 
 
 def test_mixed_precision_keeps_activations_in_half_the_bytes():
-    costs = {amp: step_cost.count(made("test_vit", 8, 160, amp=amp), 8, classes=1000)
+    costs = {amp: counted("test_vit", 8, 160, amp=amp)
              for amp in ("none", "bfloat16")}  # fmt: skip
     assert costs["bfloat16"].activations < 0.75 * costs["none"].activations
     products = [call for call in costs["bfloat16"].forward if call.flops]
@@ -341,7 +349,7 @@ def test_prints_a_plan(capsys):
     )
     assert status == 0
     assert "16 x a100, 64 images a step, 4 a GPU" in shown
-    cost = step_cost.count(made("test_vig", 4, 96), 4, classes=1000)
+    cost = counted("test_vig", 4, 96)
     step = step_time.estimate(cost, plan.DEVICES["a100"], plan.GPU, gpus=16)
     assert f"step {step.seconds * 1e3:.2f}" in shown
     rate = 64 / step.seconds
@@ -365,7 +373,7 @@ def test_prints_a_plan(capsys):
 def test_options_change_what_is_assumed(capsys):
     _, shown = show(capsys, "--batch", "4", "--launch", "0.01", "--overlap", "0")
     assert "--launch 0.01" in shown
-    calls = step_cost.count(made("test_vig", 4, 96), 4, classes=1000)
+    calls = counted("test_vig", 4, 96)
     host = sum(len(getattr(calls, name)) for name in ("forward", "backward", "update")) * 0.01
     assert f"step {host * 1e3:.2f}" in shown
 
@@ -373,7 +381,7 @@ def test_options_change_what_is_assumed(capsys):
 @pytest.mark.long
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(capsys, monkeypatch):
     def count(batch, checkpointing=False):
-        return step_cost.count(made("test_vig", batch, 96), batch, classes=1000, checkpointing=checkpointing)
+        return counted("test_vig", batch, 96, checkpointing=checkpointing)
 
     limit = (count(12).peak(2) + count(13).peak(2)) / 2
     assert limit > count(14, checkpointing=True).peak(2)
@@ -447,6 +455,7 @@ def test_a_model_without_checkpointing_says_so(capsys):
 
 def test_this_cpu_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(timing, "quick_limits", lambda *_: (8e9, 50e9))
+    monkeypatch.setattr(timing, "copy_rates", lambda sizes: dict.fromkeys(sizes, 20e9))
     monkeypatch.setattr(timing, "fastest", lambda *_: 6.0)
     status, shown = show(capsys, "--gpu", "cpu", "--batch", "4")
     assert status == 0
@@ -457,14 +466,18 @@ def test_this_cpu_is_measured(capsys, monkeypatch):
     assert "all-reduce buffers 0.00" in shown
 
 
-@pytest.mark.parametrize("amp", ["none", "bfloat16", "pure_bfloat16"])
+@pytest.mark.parametrize(
+    "amp", ["none", *(pytest.param(amp, marks=pytest.mark.long) for amp in ("bfloat16", "pure_bfloat16"))]
+)
 def test_the_rates_of_a_cpu_estimate_the_step_that_corrects_them(amp, monkeypatch):
     monkeypatch.setattr(timing, "quick_limits", lambda *_: (8e9, 50e9))
+    monkeypatch.setattr(timing, "copy_rates", lambda sizes: dict.fromkeys(sizes, 20e9))
     steps = []
     monkeypatch.setattr(timing, "fastest", lambda step, _: steps.append(step) or 6.0)
     without_launches = dataclasses.replace(plan.CPU, launch=0.0)
     device = step_time.cpu(amp, without_launches)
-    steps[0]()  # it is a training step that runs
+    (step,) = steps
+    step()  # it is a training step that runs
     (name, batch), classes = ("swin_tiny_patch4_window7_224", 2), 1000
     swin = dataclasses.replace(made(name, batch, 224, amp=amp, ema_decay=None), optimizer=NO_CLIPPING)
     cost = step_cost.count(swin, batch, classes=classes, foreach=False)
@@ -477,7 +490,7 @@ def estimated_over_taken(names: dict[str, int]) -> list[float]:
     """
     steps, costs = [], []
     for name, batch in names.items():
-        costs.append(step_cost.count(made(name, batch, 224), batch, classes=1000, foreach=False))
+        costs.append(counted(name, batch, 224, foreach=False))
         model = timm.create_model(name, num_classes=1000).train()
         optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
         images, targets = torch.randn(batch, 3, 224, 224), torch.rand(batch, 1000).softmax(1)

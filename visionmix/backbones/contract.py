@@ -93,8 +93,11 @@ class Backbone(nn.Module):
     def init_weights(self) -> None:
         """Draw every linear layer's weight from a truncated normal of deviation 0.02, its bias 0.
 
-        A module with a method `init_layer_weights` then initialises its own parameters.
+        A module with a method `init_layer_weights` then initialises its own parameters. On the meta device, where
+        there are no values, nothing is drawn.
         """
+        if next(self.parameters()).is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
