@@ -34,7 +34,7 @@ _MODULES = (
 _ORDER_OPTIONS = ("order", "directions")
 _HEIGHT, _WIDTH = 8, 11
 _DIM = 48  # channels that every mixer's default heads divide
-_SHORT, _LONG = 20, 30  # characters of a table's cell, and of one with code alone, that stay in one line
+_SHORT, _LONG = 20, 30  # characters of a table's cell, and of code in it, that stay in one line
 _MIXERS = """# Mixers
 
 `visionmix.create_mixer(name, dim, **options)` makes a mixer: a module from (batch, height, width, dim) to the same, for
@@ -107,12 +107,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Mark a table's short cells, which stay in one line, and its links of one long word, which are cut off."""
+    """Mark what stays in one line in a table, short cells and code, and links of one long word, which are cut off."""
 
     def short(cell: re.Match) -> str:
-        code = re.fullmatch(r"<code>[^<]*</code>", cell[1])
-        text = re.sub(r"<[^>]*>", "", cell[1])
-        return f'<td class="short">{cell[1]}</td>' if len(text) <= (_LONG if code else _SHORT) else cell[0]
+        inside = re.sub(rf"<code>([^<]{{1,{_LONG}}})</code>", r'<code class="short">\1</code>', cell[1])
+        is_short = len(re.sub(r"<[^>]*>", "", inside)) <= _SHORT
+        return f'<td class="short">{inside}</td>' if is_short else f"<td>{inside}</td>"
 
     html = re.sub(r"<td>(.*?)</td>", short, html, flags=re.DOTALL)
     long = rf'<a (href="[^"]*")>([^\s<]{{{_SHORT},}})</a>(?=[^<]*</td>)'

@@ -66,9 +66,9 @@ def test_short_cells_and_long_links_of_tables_are_marked():
         f'<td class="short">(1, 2)</td><td><a class="long" href="x" title="{name}">{name}</a></td>'
         f'<td>three words, and three more</td><a href="y">{name}</a>'
     )
-    code = "<td><code>{}</code></td>"
-    assert site.on_page_content(code.format("(1, 2, 3, 4, 5, 6, 7)")).startswith('<td class="short">')
-    formula = code.format("out = W_o softmax(q k^T) v + b_o")
+    flags = "<td>fixed, <code>--dynamic batch</code>, <code>--dynamic</code></td>"
+    assert site.on_page_content(flags) == flags.replace("<code>", '<code class="short">')
+    formula = "<td><code>out = W_o softmax(q k^T) v + b_o</code></td>"
     assert site.on_page_content(formula) == formula
 
 
