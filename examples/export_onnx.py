@@ -29,7 +29,7 @@ def classify(path: str | Path, image: Image.Image, side: int, mean: tuple, std: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="test_dualtoken_vit")
+    parser.add_argument("--model", default="test_van")
     parser.add_argument("--checkpoint", help="weights, as published or from visionmix train; random ones without it")
     parser.add_argument("--image", help="picture to classify; noise without it")
     parser.add_argument("--out", help="file to write; a temporary one without it")

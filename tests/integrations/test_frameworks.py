@@ -2,6 +2,7 @@
 
 import json
 import re
+from inspect import signature
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("mmdet", reason=REASON)
 pytest.importorskip("mmseg", reason=REASON)
 pytest.importorskip("mmcv.ops", reason=REASON)
 
+from visionmix.backbones.parallel import Parallel  # noqa: E402
 from visionmix.models import list_family_models  # noqa: E402
 from visionmix.models.family import family_of, variant_of  # noqa: E402
 from visionmix.tools import check_configs, demo_data, draw_predictions, openmmlab, train_det, train_seg  # noqa: E402
@@ -160,7 +162,11 @@ def test_a_config_names_its_model_and_its_source():
         assert f"_{model}_" in name
         assert model in list_family_models(), name
         assert "arXiv" in text.split("_base_ =")[0], name
-        channels = list(variant_of(model).layout.options.get("embed_dims", ()))
+        options = variant_of(model).layout.options
+        channels = list(options.get("embed_dims", ()))
+        if "neck_features=True" in text:
+            widths = options.get("neck_dims", signature(Parallel).parameters["neck_dims"].default)
+            channels = [*widths[:-2], widths[-1]]
         if channels and "retinanet" not in name:
             assert f"in_channels={channels}" in text, name
 

@@ -18,7 +18,7 @@ def test_the_example_classifies_a_picture_at_two_sizes(tmp_path, monkeypatch, ca
         pytest.importorskip(package)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
-    model = timm.create_model("test_dualtoken_vit").eval()
+    model = timm.create_model("test_van").eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     files = ["--checkpoint", str(tmp_path / "weights.pth"), "--image", str(tmp_path / "picture.png")]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--out", str(tmp_path / "m.onnx"), *files])
