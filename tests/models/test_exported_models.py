@@ -11,8 +11,11 @@ from visionmix import create_mixer
 from visionmix.tools.export_files import DYNAMIC, to_onnx, to_openvino, to_pt2, to_torchscript
 from visionmix.tools.export_runs import open_file
 
-# Some of the cheapest: attention and linear attention.
-QUICK = ("test_her_encoder", "test_dualtoken_vit")
+QUICK = "test_her_encoder"  # linear attention, one of the cheapest
+
+# Without timm's own ViT, whose position embeddings are exported as they are resampled for the example; `visionmix
+# export` compares other sizes and refuses the file.
+SERVED = [name for name in TINY if name != "test_dynamicvit"]
 
 # Those that patches, windows and stripes divide and those that they do not, one image and several.
 IMAGES = ((2, 3, 64, 96), (3, 3, 96, 128), (1, 3, 101, 75), (4, 3, 160, 64))
@@ -41,7 +44,7 @@ def equals_at_all(shapes, run, model):
 
 # The cheapest one with a mixer of this library is tried in the quick suite.
 @pytest.mark.parametrize(
-    "name", [each if each == QUICK else pytest.param(each, marks=pytest.mark.long) for each in TINY]
+    "name", [each if each == QUICK else pytest.param(each, marks=pytest.mark.long) for each in SERVED]
 )
 def test_models_run_at_sizes_they_were_not_exported_at(name, tmp_path):
     """In ONNX Runtime, and in OpenVINO what it makes of the same file."""
@@ -53,7 +56,7 @@ def test_models_run_at_sizes_they_were_not_exported_at(name, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", SERVED)
 def test_models_as_programs_and_traces_in_operators_of_pytorch(name, tmp_path):
     model = timm.create_model(name).eval()
     example = torch.randn(IMAGES[0])

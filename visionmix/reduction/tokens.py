@@ -135,8 +135,8 @@ def argsorted(scores: Tensor, descending: bool = True) -> Tensor:
         return scores.argsort(dim=1, descending=descending, stable=True)
     # ONNX has no stable sort, so those of equal scores are sorted once more.
     found, order = scores.sort(dim=1, descending=descending)
-    group = F.pad((found[:, 1:] != found[:, :-1]).cumsum(dim=1), [1, 0])
-    return (group * scores.shape[1] + order).sort(dim=1).values % scores.shape[1]
+    first = F.pad((found[:, 1:] != found[:, :-1]).cumsum(dim=1), [1, 0]) * scores.shape[1]  # a number for equal scores
+    return (first + order).sort(dim=1).values - first
 
 
 def take_heads(x: Tensor, index: Tensor) -> Tensor:
