@@ -5,10 +5,10 @@
     visionmix reduce-curve deit_small_patch16_224 --pretrained --data /data/imagenet --reduce "tome:r=(13, -1.0)"
 
 Without `--methods` these are all that fit the model and need no parameters of their own, each over five or more
-settings that follow its tokens and depth; `--reduce` adds others. The model itself comes first. A machine changes its
-speed, so that each setting is timed in turns with the whole model. Each row goes into the CSV file when it is
-measured, and a call that is made again goes on with the settings that have none. Methods that are trained with the
-model (dynamicvit, avit) are left to `visionmix validate`.
+settings that follow its tokens and depth; `--reduce` adds others. The model itself comes first. Since a machine's speed
+changes, each setting is timed in turns with the whole model. Each row goes into the CSV file when it is measured, and a
+call that is made again goes on with the settings that have none. Methods that are trained with the model (dynamicvit,
+avit) are left to `visionmix validate`.
 """
 
 import argparse

@@ -414,11 +414,10 @@ class Parallel(Backbone):
         """
         check_output_format(output_fmt)
         take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
-        maps, whole = self.forward_maps(x), None
+        maps = self.forward_maps(x)
         numbers = [int(name) for name in self.stages[-1].exchanges[-1].merges]
         if self.neck_features:
             maps = self.neck.pyramid(maps)
-            whole = maps[-1]
         taken = []
         for number, cells in zip(numbers, maps, strict=True):
             if number in take:
@@ -426,7 +425,7 @@ class Parallel(Backbone):
                 taken.append((laid, cells.flatten(1, 2)[:, :0]) if return_prefix_tokens else laid)
         if intermediates_only:
             return taken
-        return self.neck(maps) if whole is None else whole, taken
+        return maps[-1] if self.neck_features else self.neck(maps), taken
 
     @torch.jit.ignore
     def prune_intermediate_layers(
