@@ -61,10 +61,11 @@ class _Counter(TorchDispatchMode):
             u, _, A, _, _, D, *_ = args
             self._add(op, u.shape[0] * u.shape[2], A, D)
         elif op == "visionmix.selective_scan_2d":
-            x, _, delta_weight, A, _, _, D, _, _, orders, *_ = args
-            for route, order in enumerate(orders.split(",")):
-                steps = x.shape[0] * num_steps(order, x.shape[1], x.shape[2])
-                self._add(op, steps, A[route], D, None if delta_weight is None else delta_weight[route])
+            x, _, delta_weight, A, _, _, D, _, _, orders, *rest = args
+            cells = rest[5] if len(rest) > 5 else None
+            for route in range(len(A)):
+                steps = num_steps(orders.split(",")[route], *x.shape[1:3]) if cells is None else cells.shape[2]
+                self._add(op, x.shape[0] * steps, A[route], D, None if delta_weight is None else delta_weight[route])
         return out
 
     def _add(self, op: str, steps: int, A: Tensor, D: Tensor | None, delta_weight: Tensor | None = None) -> None:

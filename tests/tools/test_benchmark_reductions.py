@@ -157,3 +157,15 @@ def test_the_tool_measures_in_turns(tmp_path, capsys):
     assert first.startswith("test_vit,forward,160,1,")
     assert second.startswith("test_vit+tome:r=3,forward,160,1,")
     assert "times the first" in capsys.readouterr().out
+
+
+def test_scans_of_kept_cells_are_counted_by_their_steps():
+    """Keeping all cells counts as the whole model does, keeping half of them less."""
+    whole = timm.create_model("test_plainmamba").eval()
+
+    def scans(model):
+        return info.measure(model, (3, 64, 64)).macs["visionmix.selective_scan_2d"]
+
+    kept = [scans(reduction.apply(whole, "ssm_prune", keep_rate=rate, layers=[1])) for rate in (1.0, 0.5)]
+    assert kept[0] == scans(whole)
+    assert 0 < kept[1] < kept[0]
