@@ -8,6 +8,8 @@ import torch
 from tiny_models import TINY
 
 from visionmix import create_mixer
+from visionmix.models.family import family_of, list_family_models
+from visionmix.tools import export
 from visionmix.tools.export_files import DYNAMIC, to_onnx, to_openvino, to_pt2, to_torchscript
 from visionmix.tools.export_runs import open_file
 
@@ -16,6 +18,9 @@ QUICK = "test_her_encoder"  # linear attention, one of the cheapest
 # Without timm's own ViT, whose position embeddings are exported as they are resampled for the example; `visionmix
 # export` compares other sizes and refuses the file.
 SERVED = [name for name in TINY if name != "test_dynamicvit"]
+
+# The first variant of each family that is no tiny model, by the family's module.
+FULL = {family_of(name).module: name for name in reversed(list_family_models()) if name not in TINY}
 
 # Those that patches, windows and stripes divide and those that they do not, one image and several.
 IMAGES = ((2, 3, 64, 96), (3, 3, 96, 128), (1, 3, 101, 75), (4, 3, 160, 64))
@@ -64,6 +69,19 @@ def test_models_as_programs_and_traces_in_operators_of_pytorch(name, tmp_path):
     equals_at_all(IMAGES[:1], open_file(tmp_path / "model.pt")[0], model)
     to_pt2(model, example, tmp_path / "model.pt2", dynamic=DYNAMIC["all"])
     equals_at_all(IMAGES, open_file(tmp_path / "model.pt2")[0], model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(FULL.values()))
+def test_a_model_of_each_family_runs_at_any_size_from_a_file(name, tmp_path, capsys):
+    """The command compares file and model for three sizes and two numbers of images."""
+    # timm's ViT serves any batch, but one size: see SERVED.
+    dynamic = "batch" if name.startswith("dynamicvit") else "all"
+    options = ["--random-weights", "--format", "onnx", "--img-size", "128", "--dynamic", dynamic]
+    status = export.main([name, *options, "--out", str(tmp_path / "m.onnx")])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert printed.out.count("largest error") == {"batch": 2, "all": 6}[dynamic]
 
 
 @pytest.mark.long
