@@ -38,8 +38,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # PyTorch is imported where tests run: pytest-xdist's first process, which only deals them out, starts 6 s sooner.
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread_and_no_tf32():
+    """Set for each test anew: tools set threads, too, and two that wait for a busy core spend several times as much."""
     import torch
 
     torch.set_num_threads(1)
