@@ -5,13 +5,9 @@ import gc
 import time
 
 import pytest
-import torch
 
-from visionmix.tools.kernel_checks import poisoned_memory
-
-torch.set_num_threads(1)
-# A GPU is held to float32; convolutions round to TF32 by default.
-torch.backends.cudnn.allow_tf32 = False
+# Most of the collector's passes find nothing in modules and collected tests, which stay: a tenth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 _BEGUN = time.monotonic()
 
@@ -29,10 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare the modules and collected tests, which stay, and most of the collector's passes: a tenth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -41,7 +35,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("left for another day")
 
 
+# PyTorch is imported where tests run: pytest-xdist's first process, which only deals them out, starts 6 s sooner.
+
+
 @pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
+def one_thread_and_no_tf32():
+    """Set for each test anew: tools set threads, too, and two that wait for a busy core spend several times as much."""
+    import torch
+
+    torch.set_num_threads(1)
+    # A GPU is held to float32; convolutions round to TF32 by default.
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(one_thread_and_no_tf32):
+    from visionmix.tools.kernel_checks import poisoned_memory
+
     with poisoned_memory():
         yield

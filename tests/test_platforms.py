@@ -85,14 +85,17 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def test_the_library_runs_without_triton_and_without_a_compiler():
+OF_EVERY_OP = ["test_vig", "test_vmamba", "test_vim_tiny", "test_dinat"]
+
+
+@pytest.mark.parametrize("models", [OF_EVERY_OP, pytest.param(CORE, marks=pytest.mark.long)], ids=["ops", "core"])
+def test_the_library_runs_without_triton_and_without_a_compiler(models):
     """Part of the suite in a process where neither can be had, as the page says how."""
     command = re.search(r"^(CXX=\S+) (PYTHONPATH=\S+) sh tools/test\.sh", PAGE.read_text(), re.MULTILINE)
     assert command is not None
     assert dict(part.replace("$PWD", str(doc_pages.ROOT)).split("=") for part in command.groups()) == BLOCKED
     tests = ["tests/kernels/test_gated_linear_attention.py", "tests/kernels/test_triton.py"]
     tests.append("tests/scans/test_scan_order_op.py")
-    models = dict.fromkeys(["test_vig", "test_vmamba", "test_vim_tiny", "test_dinat", *CORE])  # one of every op, too
     tests += [f"tests/backbones/test_contract.py::test_one_pass_and_one_graph_by_fx[{name}]" for name in models]
     run = [sys.executable, "-c", WITHOUT, "-q", "-p", "no:cacheprovider", "-m", "not long", *tests]
     done = subprocess.run(

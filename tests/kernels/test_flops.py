@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from tiny_models import EACH_MIXER
+from tiny_models import MIXING
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionmix
@@ -11,7 +11,14 @@ import visionmix
 fvcore = pytest.importorskip("fvcore.nn")
 
 
-@EACH_MIXER
+# One for every op. The others of one for every mixer are swept: those without a fused op are skipped there.
+QUICK = ["test_a2mamba", "test_hrvmamba", "test_local_vim", "test_m2_vit", "test_plstm_vis", "test_spatial_mamba"]
+QUICK += ["test_transnext", "test_vig", "test_vil", "test_vir"]
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in MIXING if name not in QUICK)]
+)
 def test_fvcore_counts_half_of_pytorchs_flops(name):
     model, images = timm.create_model(name).eval(), torch.randn(1, 3, 64, 96)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

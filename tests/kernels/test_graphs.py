@@ -244,10 +244,15 @@ def differentiable(case, batch=1, length=5):
     return function, [arguments[place] for place in places]
 
 
+# Along one direction drawn at random; entry by entry in the sweeps, as in the tests of the definitions.
+EITHER_MODE = pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.long)])
+
+
+@EITHER_MODE
 @CASES
-def test_gradcheck(case):
+def test_gradcheck(case, fast_mode):
     function, tensors = differentiable(case)
-    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=fast_mode)
 
 
 @CASES
@@ -266,11 +271,12 @@ def test_vmap_names_the_remedy(case):
         torch.vmap(function)(*stacked)
 
 
+@EITHER_MODE
 @MODULES
-def test_double_backward_under_reference(module):
+def test_double_backward_under_reference(module, fast_mode):
     model, x = build(module).double(), sample(module, (2, 2), 1).double().requires_grad_()
     with use("reference"):
-        assert torch.autograd.gradgradcheck(model, (x,))
+        assert torch.autograd.gradgradcheck(model, (x,), fast_mode=fast_mode)
 
 
 @MODULES

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from visionmix import kernels
-from visionmix.kernels import native
+from visionmix.kernels import dispatch, native
 from visionmix.kernels.dispatch import Unavailable
 
 _CHOSEN = os.environ.get("CXX")
@@ -332,23 +332,28 @@ def test_threads_follow_torch():
         torch.set_num_threads(before)
 
 
-def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path):
-    code = """
-import os, logging
-os.environ["PATH"] = "/nonexistent"; os.environ.pop("CXX", None)
-lines = []
-handler = logging.Handler(); handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("visionmix.kernels").addHandler(handler)
-import torch
-from visionmix.kernels import backends, gated_linear_attention
-q = torch.randn(1, 9, 1, 4, requires_grad=True)
-for _ in range(3):
-    gated_linear_attention(q, q, q, -q.abs())[0].sum().backward()
-assert "no C++ compiler" in backends()["gated_linear_attention"]["cpu"]
-print(len(lines), lines[0])
-"""
-    said = run(code)
-    assert said.startswith("1 gated_linear_attention runs its PyTorch reference: no C++ compiler is found")
+@pytest.fixture
+def forgotten():
+    """Lets the process forget, before and after, which libraries it has loaded and what it has said."""
+    library = importlib.import_module("visionmix.kernels.gated_linear_attention.cpu")._library
+    caches = (library, native.load, dispatch._load, dispatch.log_slow_path)
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so_once(forgotten, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    q = torch.randn(1, 9, 1, 4, requires_grad=True)
+    with caplog.at_level(logging.WARNING, logger="visionmix.kernels"):
+        for _ in range(3):
+            kernels.gated_linear_attention(q, q, q, -q.abs())[0].sum().backward()
+    assert "no C++ compiler" in kernels.backends()["gated_linear_attention"]["cpu"]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("gated_linear_attention runs its PyTorch reference: no C++ compiler is found")
     assert "install g++ or clang, or set CXX" in said
 
 

@@ -196,16 +196,15 @@ def test_many_drawn_problems(problem, choice):
     check_drawn(problem, choice)
 
 
-@EACH_CHOICE
 @pytest.mark.parametrize(
     ("grid", "kernel_size", "dilation"),
     [((24, 40), 7, 1), ((56, 30), 7, 4), ((300,), 7, 3), ((300,), 299, 1), ((7, 150), 5, 1)],
     ids=str,
 )
-def test_maps_wider_than_a_vector(grid, kernel_size, dilation, choice):
+def test_maps_wider_than_a_vector(grid, kernel_size, dilation):
     """More than one vector, tile, band and strip of the compiled kernel; more than one tile of the reference."""
     tensors = make(grid, [kernel_size] * len(grid), dim=8, value_dim=8, bias=True, batch=1)
-    check(tensors, {"kernel_size": kernel_size, "dilation": dilation}, choice)
+    check(tensors, {"kernel_size": kernel_size, "dilation": dilation}, *CHOICES)
 
 
 @EACH_CHOICE

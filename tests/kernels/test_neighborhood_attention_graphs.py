@@ -204,20 +204,26 @@ def differentiable(case):
     return function, [arguments[place] for place in places]
 
 
+# Along one direction drawn at random; entry by entry in the sweeps, as in the tests of the definitions.
+EITHER_MODE = pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.long)])
+
+
+@EITHER_MODE
 @CASES
-def test_gradcheck(case):
+def test_gradcheck(case, fast_mode):
     function, tensors = differentiable(case)
-    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=fast_mode)
 
 
+@EITHER_MODE
 @pytest.mark.parametrize("case", ["1d", "2d_extra", "2d_padded"])
-def test_double_backward(case):
+def test_double_backward(case, fast_mode):
     function, tensors = differentiable(case)
     (grad,) = torch.autograd.grad(function(*tensors)[0].square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r'double backward is not implemented.*visionmix.kernels.use\("reference"\)'):
         grad.sum().backward()
     with use("reference"):
-        assert torch.autograd.gradgradcheck(function, tensors)
+        assert torch.autograd.gradgradcheck(function, tensors, fast_mode=fast_mode)
 
 
 @CASES

@@ -13,8 +13,6 @@ from visionmix.tools import export
 from visionmix.tools.export_files import DYNAMIC, to_onnx, to_openvino, to_pt2, to_torchscript
 from visionmix.tools.export_runs import open_file
 
-QUICK = "test_her_encoder"  # linear attention, one of the cheapest
-
 # Without timm's own ViT, whose position embeddings are exported as they are resampled for the example; `visionmix
 # export` compares other sizes and refuses the file.
 SERVED = [name for name in TINY if name != "test_dynamicvit"]
@@ -47,10 +45,9 @@ def equals_at_all(shapes, run, model):
         assert torch.allclose(run(images), expected, atol=1e-4 * min(1.0, expected.std().item())), shape
 
 
-# The cheapest one with a mixer of this library is tried in the quick suite.
-@pytest.mark.parametrize(
-    "name", [each if each == QUICK else pytest.param(each, marks=pytest.mark.long) for each in SERVED]
-)
+# Each takes seconds. In the quick suite tests/tools/test_export_example.py exports a model so and runs it at two sizes.
+@pytest.mark.long
+@pytest.mark.parametrize("name", SERVED)
 def test_models_run_at_sizes_they_were_not_exported_at(name, tmp_path):
     """In ONNX Runtime, and in OpenVINO what it makes of the same file."""
     model = timm.create_model(name).eval()

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from tiny_models import EVERY
+from tiny_models import EACH_MIXER, EVERY
 from torch import nn
 
 from visionmix.models import Join, KeyMap, load_checkpoint
@@ -152,7 +152,7 @@ def test_nothing_is_loaded_from_another_models_file(published, num_classes):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@EVERY
+@EACH_MIXER
 def test_refusals_are_value_errors(published, name):
     model = timm.create_model(name)
     for other in ("vig_t", "mavit_tiny", "dinat_mini", "agent_pvt_tiny"):

@@ -378,7 +378,13 @@ def test_autocast_is_finite(method, dtype):
 @pytest.mark.parametrize(
     ("method", "host"),
     [
-        *((method, "vit") for method in METHODS if method not in BY_IMAGE),
+        # Each takes seconds: one that merges and one that drops are tried in the quick suite.
+        *((method, "vit") for method in ("mctf", "evit")),
+        *(
+            pytest.param(method, "vit", marks=pytest.mark.long)
+            for method in METHODS
+            if method not in ("mctf", "evit", *BY_IMAGE)
+        ),
         *(pytest.param("tome", host, marks=pytest.mark.long) for host in HOSTS if host != "vit"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from visionmix.tools import train
+from visionmix.tools import pictures, train
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
 
@@ -46,6 +46,18 @@ def make_tree(root: Path, train: int = 6, val: int = 3) -> Path:
 def truncate(path: Path) -> None:
     """Cut the file in half, as an interrupted copy does."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture(autouse=True)
+def plain_pictures(monkeypatch):
+    """Let a run end with empty pictures; `whole_run` draws them, which takes longer than a small training."""
+
+    def write(*drawn):
+        path = next(each for each in drawn if isinstance(each, Path))
+        Image.new("RGB", (4, 4)).save(path, "PNG")
+
+    for name in ("draw_curves", "draw_confusion", "draw_predictions"):
+        monkeypatch.setattr(pictures, name, write)
 
 
 @pytest.fixture

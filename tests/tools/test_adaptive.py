@@ -110,7 +110,8 @@ def test_the_benchmarks_gates_use_the_share(first, share):
 def test_the_benchmark_prints_a_row_a_conversion(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_adaptive.timing, "wait_until_quiet", lambda: None)
     name = "test_vit"
-    assert benchmark_adaptive.main([name, "--batch", "2", "--rounds", "1", "--share", "0.6"]) == 0
+    options = ["--batch", "2", "--rounds", "1", "--threads", "1", "--share", "0.6"]
+    assert benchmark_adaptive.main([name, *options]) == 0
     text = capsys.readouterr().out
     assert "plain" in text
     shares = re.findall(r"│ +(0\.\d{3}) +│", text)  # to a token of the images, which are drawn at random

@@ -3,6 +3,9 @@
 A recipe is trained with its family's tiny model in place of its own: the settings are the recipe's.
 """
 
+import copy
+import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -16,6 +19,7 @@ from small_runs import CLASSES, CPU, begin, go_on, save
 
 from visionmix.models.family import family_of, list_family_models
 from visionmix.tools import recipe, train
+from visionmix.tools.recipe_checks import check_values
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "imagenet").glob("*.yaml"))}
@@ -67,6 +71,15 @@ def tree(tmp_path_factory, make_images):
     return make_images(tmp_path_factory.mktemp("images"), train=3, val=1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def files_read_once():
+    """Read a base that many recipes share, and check its options, once."""
+    read = functools.cache(recipe._read_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "_read_file", lambda path, seen=(): copy.deepcopy(read(path)))
+        yield
+
+
 def written(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
@@ -93,16 +106,18 @@ def two_steps(tree: Path, path: Path, **sections) -> tuple:
     name = sections.get("model", {}).get("name") or tiny(made.model.name)
     kwargs = {key: value for key, value in made.model.kwargs.items() if key == "drop_path_rate"}
     size = 64 if name.startswith("test_") else 32
-    settings = recipe.to_dict(made)
     changed = {
         "model": {"name": name, "pretrained": False, "kwargs": kwargs},
         # Autocast to float16 takes seconds a step on a CPU, and is no setting of the optimisation.
         "train": {"amp": "none" if made.train.amp == "float16" else made.train.amp},
         "data": {"path": str(tree), "batch_size": 4, "workers": 0, "image_size": size},
     }
-    for section in (*changed, *sections):
-        settings[section].update(changed.get(section, {}) | sections.get(section, {}))
-    trainer, loader, _ = train.make_run(recipe.from_dict(settings, str(path)), CLASSES, CPU)
+    for section in {**changed, **sections}:
+        options = changed.get(section, {}) | sections.get(section, {})
+        changed[section] = dataclasses.replace(getattr(made, section), **options)
+    tried = dataclasses.replace(made, **changed)
+    check_values(tried, str(path))
+    trainer, loader, _ = train.make_run(tried, CLASSES, CPU)
     go_on(trainer, loader, 1)
     return made, trainer
 

@@ -146,9 +146,7 @@ def wandb(monkeypatch):
     return stub
 
 
-def test_a_run_goes_to_its_project_of_weights_and_biases(wandb, recipe_file, tree, tmp_path, monkeypatch):
-    for name in ("draw_curves", "draw_confusion", "draw_predictions"):
-        monkeypatch.setattr(pictures, name, lambda *_: None)
+def test_a_run_goes_to_its_project_of_weights_and_biases(wandb, recipe_file, tree, tmp_path):
     output = tmp_path / "out"
     files = [str(recipe_file), "--data", str(tree), "--output", str(output), "--device", "cpu"]
     files += ["--set", "log.wandb=flowers"]

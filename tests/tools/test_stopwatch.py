@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from visionmix.tools import display, loading, pictures, stopwatch, train
+from visionmix.tools import display, loading, stopwatch, train
 from visionmix.tools.stopwatch import Stopwatch
 from visionmix.tools.trainer import Trainer
 
@@ -164,7 +164,6 @@ def test_a_slow_part_of_a_run_shows_as_that_part(slow, recipe_file, tree, tmp_pa
     owner, name = {"data": (loading, "collate"), "compute": (Trainer, "_loss"), "optimizer": (Trainer, "_step")}[slow]
     monkeypatch.setattr(owner, name, delayed(getattr(owner, name)))
     monkeypatch.setattr(train, "finish", lambda *_: None)
-    monkeypatch.setattr(pictures, "draw_curves", lambda *_: None)
     files = [str(recipe_file), "--data", str(tree), "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert train.main([*files, "--epochs", "2"]) == 0
     with (tmp_path / "out" / "summary.csv").open() as file:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from small_runs import best_of, last_of
 
-from visionmix.tools import checkpoint, models, pictures, recipe, train, validate
+from visionmix.tools import checkpoint, models, recipe, train, validate
 from visionmix.tools.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,6 @@ def read(folder):
 
 def run(recipe_file, tree, output, *more):
     return train.main([str(recipe_file), "--data", str(tree), "--output", str(output), "--device", "cpu", *more])
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Leave out the pictures, which take most of such a run's time; `whole_run` draws them."""
-    for name in ("draw_curves", "draw_confusion", "draw_predictions"):
-        monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
