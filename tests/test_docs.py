@@ -110,6 +110,7 @@ def test_the_readme_is_short_and_has_a_row_for_each_card():
     assert {target.rpartition("/")[2] for target in doc_pages.links(text) if "docs/models/" in target} == cards
 
 
+@pytest.mark.long
 def test_the_site_is_built_strictly(tmp_path):
     """A page that the nav lacks, a dead link or anchor, a docstring whose parameter does not exist: all are errors."""
     pytest.importorskip("mkdocs", reason="the docs extra is not installed")

@@ -24,4 +24,4 @@ done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Processes that tests start share the bytecode of the first.
 unset PYTHONDONTWRITEBYTECODE
-exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" -m "$marks" "$@"
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal -m "$marks" "$@"

@@ -9,7 +9,7 @@ import torch
 from timm.layers import RmsNorm
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
-from tiny_models import EACH_MIXER
+from tiny_models import WHOLE
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,7 +54,7 @@ def size(model):
     return sum(value.numel() for value in model.parameters())
 
 
-@EACH_MIXER
+@WHOLE
 def test_reparameterised_models_compute_the_same(name):
     model = drawn(name)
     again = copy.deepcopy(model)

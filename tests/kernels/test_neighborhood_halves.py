@@ -194,11 +194,17 @@ def test_halves_of_a_map_smaller_than_the_window(grid):
     assert_gradients_close(gradients(out, list(tensors.values())), gradients(expected, list(tensors.values())))
 
 
-def test_opcheck_of_halves():
+@pytest.mark.long
+def test_opcheck_of_scores():
     tensors = make((4, 5), (3, 3), extra=2, bias=True)
     window = Window((3, 3), (1, 1), (1, 1), (0, 0), circular=False).flat()
     keys = (tensors["additional_keys"], tensors["relative_position_bias"])
     torch.library.opcheck(SCORES, (tensors["query"], tensors["key"], window, 0.5, *keys))
+
+
+def test_opcheck_of_sums():
+    tensors = make((4, 5), (3, 3), extra=2)
+    window = Window((3, 3), (1, 1), (1, 1), (0, 0), circular=False).flat()
     weights = torch.randn(2, 4, 5, 2, 11, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(SUMS, (weights, tensors["value"], window, tensors["additional_values"]))
 

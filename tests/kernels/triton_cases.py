@@ -259,7 +259,7 @@ def test_selective_scan_2d(height, width, states, rank, orders, merge):
     ("height", "width", "left", "states", "rank", "merge"),
     [
         (3, 7, 13, 1, 2, "sum"),
-        (2, 4, 8, 2, 0, "none"),
+        pytest.param(2, 4, 8, 2, 0, "none", marks=pytest.mark.long),
         pytest.param(5, 9, 33, 2, 0, "mean", marks=pytest.mark.long),
         pytest.param(2, 2, 1, 1, 20, "sum", marks=pytest.mark.long),
         pytest.param(6, 7, 20, 3, 3, "none", marks=pytest.mark.long),

@@ -58,7 +58,7 @@ def test_scripted_and_traced_resampling_follows_the_size():
         assert torch.equal(traced(x), resample_map(x, 6, 8))
 
 
-@pytest.mark.parametrize("size", [(9, 12), (4, 5), (6, 8)])
+@pytest.mark.parametrize("size", [(9, 4), *(pytest.param(size, marks=pytest.mark.long) for size in ((4, 5), (6, 8)))])
 def test_onnx_runtime_makes_maps_larger_and_smaller(size, tmp_path):
     pytest.importorskip("onnxruntime")
 

@@ -53,6 +53,7 @@ def test_cross_window_equals_definition(grid, split_size):
         assert torch.allclose(mixer(x), defined(mixer, x), atol=1e-12)
 
 
+@pytest.mark.long
 def test_one_compiled_graph_serves_one_stripe_and_many():
     mixer = create_mixer("cross_window", 12, num_heads=2, split_size=3).eval()
     torch._dynamo.reset()

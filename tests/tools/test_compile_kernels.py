@@ -15,7 +15,7 @@ QUICK = [
     ("gated_linear_attention", "4x4", "sm_90", "bfloat16"),
     pytest.param("selective_scan", "one state", "gfx942", "float32", marks=pytest.mark.long),
     pytest.param("selective_scan_2d", "windows, not merged", "sm_90", "bfloat16", marks=pytest.mark.long),
-    ("neighborhood_attention", "heads of 64", "gfx942", "float32"),
+    pytest.param("neighborhood_attention", "heads of 64", "gfx942", "float32", marks=pytest.mark.long),
 ]
 LIMIT = compile_kernels.DEVICES["gfx942"].shared_program
 

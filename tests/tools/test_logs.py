@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 from small_runs import last_of
+from tensorboard.summary.writer import event_file_writer
 
 from visionmix.tools import checkpoint, logs, pictures, recipe, train
 from visionmix.tools.logs import Logs
@@ -56,7 +57,9 @@ def test_a_run_leaves_figures_pictures_and_recipe_for_tensorboard(whole_run):
     assert recipe.from_dict(written, "TensorBoard") == recipe.from_dict(content["recipe"], "checkpoint")
 
 
-def test_steps_that_a_stop_undid_are_shown_once(tmp_path):
+def test_steps_that_a_stop_undid_are_shown_once(tmp_path, monkeypatch):
+    # Files are read in the order of their names, in which the tenth of a second comes before its ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for step, loss, last in ((0, 1.0, 5), (3, 2.0, 6)):  # the second goes on from step 3
         with Logs(tmp_path, Recipe(), step=step) as made:
             for number in range(step + 1, last + 1):
