@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
-from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients, mixed_tensors
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 
@@ -194,9 +193,6 @@ class _Attention:
         most = max(tile.bias_index.numel() + tile.bias_index.shape[0] * self.extra for tile in tiles)
         step = max(1, _SCORES // (most * self.heads))
         maps = self.query.shape[0]
-        if is_symbolic(maps):  # a graph that serves every batch takes all maps at once
-            yield slice(0, maps), tiles
-            return
         for first in range(0, max(maps, 1), step):
             yield slice(first, min(first + step, maps)), tiles
 
