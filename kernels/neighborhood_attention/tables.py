@@ -63,7 +63,8 @@ def inside_disc(steps: Sequence[Tensor], kernel_size: Sequence[int]) -> Tensor:
     """Return `windows.in_ellipsoid` of the steps along each axis, which broadcast."""
     radii = [(k + 1) // 2 for k in kernel_size]
     whole = math.prod(radii)
-    return sum((s * (whole // r)) ** 2 for s, r in zip(steps, radii, strict=True)) < whole**2
+    first, *others = ((s * (whole // r)) ** 2 for s, r in zip(steps, radii, strict=True))
+    return sum(others, first) < whole**2
 
 
 class AxisTable:
