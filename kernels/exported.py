@@ -12,6 +12,11 @@ from torch.nn import functional as F
 _ROUNDS = 20
 
 
+def is_exported() -> bool:
+    """Return whether a graph is being made for a file: a program of torch.export, or a trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def is_symbolic(*sizes: int) -> bool:
     """Return whether a graph is being exported in which one of the sizes is a symbol."""
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)

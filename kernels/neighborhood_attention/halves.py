@@ -12,12 +12,12 @@ from torch import Tensor
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_shape, check_tensors
-from visionmix.kernels.exported import is_symbolic
-from visionmix.kernels.neighborhood_attention import exported, reference, tiles
+from visionmix.kernels.exported import is_exported
+from visionmix.kernels.neighborhood_attention import exported, gathered, reference, tiles
 from visionmix.kernels.neighborhood_attention import padding as padded_maps
 from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, checked_window
-from visionmix.kernels.neighborhood_attention.schema import Arguments, mixed_tensors
-from visionmix.kernels.neighborhood_attention.tables import Tables, Window, window_of
+from visionmix.kernels.neighborhood_attention.schema import Arguments
+from visionmix.kernels.neighborhood_attention.tables import Tables, Window
 from visionmix.kernels.registration import register_reference_op
 
 
@@ -172,21 +172,15 @@ def neighborhood_sums_op(weights: Tensor, value: Tensor, window: list[int], addi
 
 def reference_forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp) of neighborhood attention by the PyTorch reference."""
-    if not is_symbolic(*a.query.shape[1:-2]):
-        return padded_maps.forward(reference.forward, a)
-    dtype = dispatch.compute_dtype(*mixed_tensors(a))
-    tables = Tables(a.query.shape[1:-2], window_of(a), a.query.device)
-    bias = a.relative_position_bias
-    scores = _scores(a.query.to(dtype), a.key.to(dtype), tables, a.scale, a.additional_keys, bias, a.key_padding)
-    total = scores.logsumexp(-1, keepdim=True)
-    out = _sums((scores - total).exp(), a.value.to(dtype), tables, a.additional_values, a.value_padding)
-    return out.to(a.value.dtype), total.squeeze(-1)
+    if is_exported():
+        return exported.forward(a)
+    return padded_maps.forward(reference.forward, a)
 
 
 def _implementation(grid: Sequence[int]):
     """Return the module that computes products and sums: a graph for all sizes cannot be cut into tiles, be it exported
     or the backward pass of a compiled one."""
-    return exported if any(isinstance(size, torch.SymInt) for size in grid) else tiles
+    return gathered if any(isinstance(size, torch.SymInt) for size in grid) else tiles
 
 
 def _scores(
@@ -196,10 +190,9 @@ def _scores(
     scale: float,
     additional_keys: Tensor | None,
     bias: Tensor | None,
-    padding: Tensor | None = None,
 ) -> Tensor:
     query = query * scale
-    scores = _implementation(query.shape[1:-2]).products(query, key, tables, padding)
+    scores = _implementation(query.shape[1:-2]).products(query, key, tables)
     scores = tables.biased(scores, bias)
     if additional_keys is None:
         return scores
@@ -209,12 +202,10 @@ def _scores(
     return torch.cat([scores, products.flatten(2, 3).unflatten(1, query.shape[1:-2])], -1)
 
 
-def _sums(
-    weights: Tensor, value: Tensor, tables: Tables, additional_values: Tensor | None, padding: Tensor | None = None
-) -> Tensor:
+def _sums(weights: Tensor, value: Tensor, tables: Tables, additional_values: Tensor | None) -> Tensor:
     grid, window = weights.shape[1:-2], tables.hidden().shape[-1]
     near = weights[..., :window].masked_fill(tables.hidden(), 0)
-    out = _implementation(grid).sums(near, value, tables, padding)
+    out = _implementation(grid).sums(near, value, tables)
     if additional_values is None:
         return out
     extra = additional_values.to(value.dtype).transpose(1, 2)

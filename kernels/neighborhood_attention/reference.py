@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
-from visionmix.kernels.exported import is_symbolic
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients, mixed_tensors
+from visionmix.kernels.neighborhood_attention.tables import inside_disc
 from visionmix.kernels.neighborhood_attention.windows import axis_window, class_lengths
 
 # Scores held at once (4 bytes each), unless one map's tile has more.
@@ -91,8 +91,7 @@ def _slab(problem: Problem, axis: int, span: slice) -> tuple[slice, tuple]:
 def _masks(problem: Problem, patterns: list[tuple], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return `visible` and `bias_index` of the tiles with these patterns along their axes."""
     axes = len(patterns)
-    index, visible, distance = torch.zeros((), dtype=torch.long), torch.tensor(True), 0
-    radii = [(k + 1) // 2 for k in problem.kernel_size]
+    index, visible, offsets = torch.zeros((), dtype=torch.long), torch.tensor(True), []
     for axis, pattern in enumerate(patterns):
         k = problem.kernel_size[axis]
         first, last = min(min(starts) for starts, _ in pattern), max(max(stops) for _, stops in pattern)
@@ -102,9 +101,9 @@ def _masks(problem: Problem, patterns: list[tuple], device: torch.device) -> tup
         visible = visible & _spread((key >= starts) & (key < stops), axis, axes)
         offset = _spread((key - torch.arange(starts.shape[1]).unsqueeze(-1)).unsqueeze(0), axis, axes)
         index = index * (2 * k - 1) + (offset + k - 1).clamp(0, 2 * k - 2)
-        distance = distance + (offset * (math.prod(radii) // radii[axis])) ** 2
+        offsets.append(offset)
     if problem.circular:
-        visible = visible & (distance < math.prod(radii) ** 2)
+        visible = visible & inside_disc(offsets, problem.kernel_size)
     visible = visible.flatten(2 * axes).flatten(axes, 2 * axes - 1)
     # Where only some axes have classes of two lengths, the others are expanded, so that one index counts all classes.
     if math.prod(visible.shape[:axes]) > 1:
@@ -194,9 +193,6 @@ class _Attention:
         most = max(tile.bias_index.numel() + tile.bias_index.shape[0] * self.extra for tile in tiles)
         step = max(1, _SCORES // (most * self.heads))
         maps = self.query.shape[0]
-        if is_symbolic(maps):  # a graph that serves every batch takes all maps at once
-            yield slice(0, maps), tiles
-            return
         for first in range(0, max(maps, 1), step):
             yield slice(first, min(first + step, maps)), tiles
 

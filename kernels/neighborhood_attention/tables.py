@@ -37,6 +37,36 @@ def window_of(a: Arguments) -> Window:
     return Window(a.kernel_size, a.stride, a.dilation, a.is_causal, a.circular)
 
 
+def at_most(x: Tensor, bound: Tensor | int) -> Tensor:
+    """Return the smaller of each element and `bound`, which may be a symbol."""
+    return torch.minimum(x, bound) if isinstance(bound, Tensor) else x.clamp(max=bound)
+
+
+def window_bounds(
+    query: Tensor, length: Tensor | int, kernel_size: int, stride: int, causal: bool, circular: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (start, stop): the query sees those keys of its residue class, of `length` tokens, from start to before
+    stop that are not negative. As `windows.axis_window`, but for starts that are negative where windows are cut."""
+    half = kernel_size // 2
+    if circular:
+        start = query - half
+    else:
+        shift = stride - 1 if causal else stride // 2
+        leader = query if stride == 1 else at_most(query // stride * stride + shift, length - 1)
+        start = leader - kernel_size + 1 if causal else at_most(leader - half, length - kernel_size).clamp(min=0)
+    if causal:
+        return start, query + 1
+    return start, at_most(start + kernel_size, length) if circular else start + kernel_size
+
+
+def inside_disc(steps: Sequence[Tensor], kernel_size: Sequence[int]) -> Tensor:
+    """Return `windows.in_ellipsoid` of the steps along each axis, which broadcast."""
+    radii = [(k + 1) // 2 for k in kernel_size]
+    whole = math.prod(radii)
+    first, *others = ((s * (whole // r)) ** 2 for s, r in zip(steps, radii, strict=True))
+    return sum(others, first) < whole**2
+
+
 class AxisTable:
     """The window of each query along one axis.
 
@@ -52,17 +82,9 @@ class AxisTable:
         i = token // dilation
         residue = token - i * dilation  # no remainder: ONNX takes none by a symbol
         length = (extended - residue + dilation - 1) // dilation
-        if circular:
-            start = i - kernel_size // 2
-        elif causal:
-            start = torch.minimum(i // stride * stride + stride - 1, length - 1) - kernel_size + 1
-        else:
-            leader = torch.minimum(i // stride * stride + stride // 2, length - 1)
-            start = torch.minimum(leader - kernel_size // 2, length - kernel_size).clamp(min=0)
+        start, stop = window_bounds(i, length, kernel_size, stride, causal, circular)
         j = start + torch.arange(kernel_size, device=device)
-        self.visible = (j >= 0) & (j < length)
-        if causal:
-            self.visible = self.visible & (j <= i)
+        self.visible = (j >= 0) & (j < stop)
         self.steps = j - i
         self.key = j.clamp(min=0) * dilation + residue
 
@@ -90,14 +112,12 @@ class Tables:
 
     def hidden(self) -> Tensor:
         """Return whether a query does not see a key of its window, bool (*map, 1, window)."""
-        kernel_size = self.window.kernel_size
         visible = torch.ones((), dtype=torch.bool, device=self.axes[0].steps.device)
         for table in _pairwise([axis.visible for axis in self.axes]):
             visible = visible & table
         if self.window.circular:
-            radii = [(k + 1) // 2 for k in kernel_size]
-            whole, steps = math.prod(radii), _pairwise([axis.steps for axis in self.axes])
-            visible = visible & (sum((s * (whole // r)) ** 2 for s, r in zip(steps, radii, strict=True)) < whole**2)
+            steps = _pairwise([axis.steps for axis in self.axes])
+            visible = visible & inside_disc(steps, self.window.kernel_size)
         return ~visible.flatten(len(self.axes)).unsqueeze(-2)
 
     def _bias_index(self) -> Tensor:

@@ -95,9 +95,9 @@ class _Tiling:
             index = index.flatten(group, group + count - 1)
         return index
 
-    def _maps(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+    def _maps(self, x: Tensor) -> Tensor:
         """(batch, *grid, heads, dim) to (batch x classes, heads, *map, dim)."""
-        return split(extend(x, self.problem.grid, padding), self.problem, self.dtype)
+        return split(extend(x, self.problem.grid, None), self.problem, self.dtype)
 
     def tiles(self, x: Tensor) -> Tensor:
         """(batch, *grid, heads, dim) to (batch x classes, heads, tiles, queries, dim)."""
@@ -110,10 +110,10 @@ class _Tiling:
         order = [0, 1, *range(2, 2 + 2 * count, 2), *range(3, 3 + 2 * count, 2), 2 + 2 * count]
         return x.permute(order).flatten(2, 1 + count).flatten(3, 2 + count)
 
-    def slabs(self, x: Tensor, padding: Tensor | None) -> Tensor:
+    def slabs(self, x: Tensor) -> Tensor:
         """(batch, *grid, heads, dim) to (batch x classes, heads, tiles, dim, keys)."""
         count = len(self.axes)
-        x = self._maps(x, padding)
+        x = self._maps(x)
         ends = [0, 0]
         for axis, size in [*zip(self.axes, x.shape[2:-1], strict=True)][::-1]:
             ends += [axis.before, (axis.count - 1) * axis.tile + axis.slab - axis.before - size]
@@ -139,21 +139,21 @@ class _Tiling:
         return self.index.unsqueeze(1).expand(like.shape[0] // classes, classes, like.shape[1], -1, -1, -1)
 
 
-def products(query: Tensor, key: Tensor, tables: Tables, padding: Tensor | None) -> Tensor:
-    """Return what `exported.products` does."""
+def products(query: Tensor, key: Tensor, tables: Tables) -> Tensor:
+    """Return what `gathered.products` does."""
     tiling = _Tiling(tuple(query.shape[1:-2]), tables.window, query.dtype, query.device)
     queries = tiling.tiles(query).unflatten(1, (key.shape[-2], -1))
-    scores = (queries @ tiling.slabs(key, padding).unsqueeze(2)).flatten(1, 2)
+    scores = (queries @ tiling.slabs(key).unsqueeze(2)).flatten(1, 2)
     places = tiling.places(scores)
     return tiling.untiled(scores.unflatten(0, places.shape[:2]).gather(-1, places).flatten(0, 1))
 
 
-def sums(weights: Tensor, value: Tensor, tables: Tables, padding: Tensor | None) -> Tensor:
-    """Return what `exported.sums` does."""
+def sums(weights: Tensor, value: Tensor, tables: Tables) -> Tensor:
+    """Return what `gathered.sums` does."""
     tiling = _Tiling(tuple(weights.shape[1:-2]), tables.window, weights.dtype, weights.device)
     weights = tiling.tiles(weights)
     places = tiling.places(weights)
     spread = weights.new_zeros(*places.shape[:-1], math.prod(axis.slab for axis in tiling.axes))
     spread = spread.scatter(-1, places, weights.unflatten(0, places.shape[:2])).flatten(0, 1)
-    values = tiling.slabs(value, padding).transpose(-1, -2).unsqueeze(2)
+    values = tiling.slabs(value).transpose(-1, -2).unsqueeze(2)
     return tiling.untiled((spread.unflatten(1, (value.shape[-2], -1)) @ values).flatten(1, 2))

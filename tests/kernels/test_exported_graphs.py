@@ -14,6 +14,8 @@ from visionmix.kernels.gated_linear_attention import bidirectional_op, gated_lin
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.tools.export_files import to_onnx
+from visionmix.tools.export_runs import open_file
 
 
 class Attention(nn.Module):
@@ -107,6 +109,27 @@ def test_reference_exported_once_serves_other_sizes(model):
                 assert_close(ours, theirs, str(size))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "all sizes"])
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if isinstance(model, Neighborhood)])
+def test_neighborhood_attention_in_onnx_runtime(name, fixed, tmp_path):
+    """Log-sum-exp and all, and with maps of several tiles and of less than one."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Joined(nn.Module):
+        def forward(self, x):
+            out, lse = MODELS[name](x)
+            return torch.cat([out, lse.unsqueeze(-1)], -1)
+
+    axes = None if fixed else {0: "batch", 1: "height", 2: "width"}
+    to_onnx(Joined(), torch.randn(2, 9, 19, 8), tmp_path / "model.onnx", dynamic=axes)
+    run, _ = open_file(tmp_path / "model.onnx")
+    for size in ((2, 9, 19),) if fixed else ((2, 9, 19), (3, 5, 4), (1, 22, 8)):
+        x = torch.randn(*size, 8)
+        assert_close(run(x), Joined()(x), str(size))
+
+
 @pytest.mark.parametrize("name", ["hilbert", "raster+hilbert_reversed"])
 def test_order_that_depends_on_the_size_is_refused(name):
     axes = dict.fromkeys(range(3), Dim.DYNAMIC)
@@ -126,7 +149,7 @@ def test_order_that_depends_on_the_size_is_refused(name):
     ],
 )
 def test_batch_alone_dynamic(op):
-    """With the sizes of the map fixed, the references' own loops serve every batch."""
+    """With the sizes of the map fixed, the references' own loops, and tiles, serve every batch."""
 
     class Model(nn.Module):
         def forward(self, tensors):

@@ -1,12 +1,14 @@
 import inspect
 import itertools
 import pickle
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
+import choices
 import golden
 import pytest
 import torch
 import torch.nn.functional as F
-from choices import choose
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory import PeakMemory
@@ -14,7 +16,7 @@ from neighborhoods import named_tensors
 from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, na1d, na2d, na3d, use
-from visionmix.kernels.neighborhood_attention import definition, neighborhood_attention_op, reference
+from visionmix.kernels.neighborhood_attention import definition, exported, neighborhood_attention_op, reference
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
@@ -32,8 +34,21 @@ def compiled_choices():
 
 # PyTorch's autograd, the registered op around the reference, and the compiled kernel where there is a compiler.
 CHOICES = ("reference", "op", *compiled_choices())
+# What stands in exported graphs, of fixed sizes and of all, computed without a graph.
+EXPORTED = ("exported", "exported for all sizes")
 EACH_CHOICE = pytest.mark.parametrize("choice", CHOICES)
+EXPORTED_TOO = pytest.mark.parametrize("choice", [*CHOICES, *EXPORTED])
 COMPILED = pytest.mark.skipif("cpu" not in CHOICES, reason="no compiler")
+
+
+@contextmanager
+def choose(choice):
+    with ExitStack() as stack:
+        stack.enter_context(choices.choose("reference" if choice in EXPORTED else choice))
+        if choice in EXPORTED:
+            stack.enter_context(mock.patch.object(torch.compiler, "is_exporting", return_value=True))
+            stack.enter_context(mock.patch.object(exported, "_is_fixed", return_value=choice == "exported"))
+        yield
 
 
 SMALL = {"dim": 4, "value_dim": 5, "extra": 0, "bias": False, "batch": 2}
@@ -189,9 +204,15 @@ def test_drawn_problems(problem, choice):
     check_drawn(problem, choice)
 
 
+@settings(max_examples=12, deadline=None)
+@given(problems(), st.sampled_from(EXPORTED))
+def test_drawn_problems_in_exported_graphs(problem, choice):
+    check_drawn(problem, choice)
+
+
 @pytest.mark.long
 @settings(max_examples=600, deadline=None)
-@given(problems(), st.sampled_from(CHOICES))
+@given(problems(), st.sampled_from((*CHOICES, *EXPORTED)))
 def test_many_drawn_problems(problem, choice):
     check_drawn(problem, choice)
 
@@ -207,12 +228,12 @@ def test_maps_wider_than_a_vector(grid, kernel_size, dilation):
     check(tensors, {"kernel_size": kernel_size, "dilation": dilation}, *CHOICES)
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_many_additional_keys(choice):
     check(make((9, 20), (3, 3), 4, 2, dim=17, extra=150), {"kernel_size": 3}, choice)
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_disc_on_residue_classes_of_two_lengths(choice):
     """The reference pads the shorter class with queries whose disc holds no key of it."""
     check(make((4, 7), (1, 3)), {"kernel_size": (1, 3), "dilation": (3, 5), "circular": True}, choice)
@@ -239,7 +260,7 @@ def test_golden_of_neighborhood_attention(case, choice):
         assert_close(grad, read(f"d{name}"), f"d{name}")
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_circular_window_is_that_of_clear(choice):
     """CLEAR's attention: image tokens see a disc and the text, text tokens see everything."""
     meta, arrays = golden.load("clear_local")
@@ -259,7 +280,7 @@ def test_circular_window_is_that_of_clear(choice):
     assert golden.relative_error(out, arrays["logits"]) < 1e-5
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_window_of_the_whole_map_is_attention(choice):
     tensors = cast(make((5, 6), (5, 6)), torch.float32)
     with choose(choice):
@@ -288,7 +309,7 @@ def check_half(tensors, window, choice, dtype):
     assert_gradients_close(grads, expected_grads)
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_output_takes_the_dtype_of_value(choice):
     tensors = cast(make((9, 9), (3, 3)), torch.float32) | {"value": torch.randn(2, 9, 9, 2, 5).bfloat16()}
     with choose(choice):
@@ -327,7 +348,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(choice):
         assert all(map(torch.equal, results[0], result))
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_extreme_scores(choice):
     """Scores of some thousands neither overflow nor lose the largest key; a bias of -inf hides keys."""
     tensors = cast(make((9, 20), (5, 5), bias=True), torch.float32 if choice == "cpu" else torch.float64)
@@ -348,7 +369,7 @@ def test_extreme_scores(choice):
     assert_close(out, expected, factor=100)
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_nan_in_a_query_stays_there(choice):
     tensors = cast(make((12, 20), (3, 3)), torch.float32)
     with choose(choice), torch.no_grad():
@@ -380,7 +401,7 @@ def test_nan_in_a_key_reaches_the_queries_that_see_it(row, column, choice):
     ("grid", "dilation"), [((4, 9), 2), ((9, 4), 2), ((5, 3), 2), ((1, 1), 2), ((2, 7), 1), ((1, 2), 1)]
 )
 @pytest.mark.parametrize("filled", [True, False], ids=["filled", "zeros"])
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_a_map_smaller_than_the_window_is_padded(grid, filled, dilation, choice):
     """Against maps extended by `F.pad` and cropped around the definition, with the gradients of the padding."""
     window = ((3, 3), (1, 1), (dilation, dilation), (0, 0), 0.5)
@@ -412,7 +433,7 @@ def test_a_map_smaller_than_the_window_is_padded(grid, filled, dilation, choice)
     assert_gradients_close(grads, gradients(expected, list(tensors.values())))
 
 
-@EACH_CHOICE
+@EXPORTED_TOO
 def test_empty_batch_of_neighborhood_attention(choice):
     tensors = make((5, 6), (3, 3), batch=0, extra=2, bias=True)
     with choose(choice):
