@@ -16,7 +16,10 @@ class NamedSteps:
     """The steps of named orders, the same in every image."""
 
     def __init__(self, a: Arguments):
-        self.table = routes(a.orders, a.x.shape[1], a.x.shape[2], a.permute)
+        height, width = a.x.shape[1], a.x.shape[2]
+        if torch.jit.is_tracing():  # where sizes are tensors
+            height, width = int(height), int(width)
+        self.table = routes(a.orders, height, width, a.permute)
         self.merged = a.merge != "none"
         self.routes = len(self.table.inverse)
 

@@ -11,7 +11,7 @@ from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix import scans
 from visionmix.kernels import dispatch, selective_scan_2d, use
-from visionmix.kernels.selective_scan_2d import definition, reference
+from visionmix.kernels.selective_scan_2d import definition, reference, selective_scan_2d_op
 from visionmix.kernels.selective_scan_2d.schema import Arguments, Gradients
 
 PLAIN = ("snake", "snake_transposed", "raster_reversed", "hilbert")
@@ -183,3 +183,16 @@ def test_tables_made_in_inference_mode_serve_training():
 def test_bad_inputs_of_selective_scan_2d(changes, error, message):
     with pytest.raises(error, match=message):
         selective_scan_2d(**(scan_2d_inputs(dtype=torch.float32) | changes))
+
+
+def test_a_trace_under_the_reference_holds_operators_of_pytorch():
+    x, delta = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 1, 5)
+    A, B, C = -torch.rand(1, 5, 1), torch.randn(2, 3, 4, 1, 1), torch.randn(2, 3, 4, 1, 1)
+
+    def scan(x):
+        return selective_scan_2d_op(x, delta, None, A, B, C, None, None, True, "hilbert", "sum")
+
+    with use("reference"):
+        traced, other = torch.jit.trace(scan, x, check_trace=False), torch.randn_like(x)
+        assert torch.allclose(traced(other), scan(other), atol=1e-6)
+    assert "visionmix" not in str(traced.graph)
