@@ -32,9 +32,9 @@ at::Tensor read_ppm(const std::string& path) {
 
 // The numbers of the list `key` in the package's metadata.
 std::vector<float> numbers(const std::string& json, const std::string& key, int count) {
-    const size_t at = json.find("\"" + key + "\": [");
-    TORCH_CHECK(at != std::string::npos, "the package does not say its ", key, "; write it by visionmix export");
-    std::stringstream text(json.substr(at + key.size() + 5));
+    const size_t place = json.find("\"" + key + "\": [");
+    TORCH_CHECK(place != std::string::npos, "the package does not say its ", key, "; write it by visionmix export");
+    std::stringstream text(json.substr(place + key.size() + 5));
     std::vector<float> values(count);
     char comma;
     for (float& value : values) text >> value >> comma;
@@ -44,13 +44,13 @@ std::vector<float> numbers(const std::string& json, const std::string& key, int 
 int main(int count, char** arguments) try {
     TORCH_CHECK(count == 3, "give PACKAGE.pt2 PICTURE.ppm");
     torch::inductor::AOTIModelPackageLoader model(arguments[1]);
-    const std::string about = model.get_metadata().at("visionmix");
+    const std::string about = model.get_metadata()["visionmix"];
     const std::vector<float> size = numbers(about, "image_size", 2);
     const at::Tensor mean = at::tensor(numbers(about, "mean", 3)).view({3, 1, 1});
-    const at::Tensor std = at::tensor(numbers(about, "std", 3)).view({3, 1, 1});
+    const at::Tensor deviation = at::tensor(numbers(about, "std", 3)).view({3, 1, 1});
     const std::vector<int64_t> sides(size.begin(), size.end());
     const at::Tensor image = at::_upsample_bicubic2d_aa(read_ppm(arguments[2]), sides, /*align_corners=*/false);
-    const at::Tensor logits = model.run({(image.clamp(0, 1) - mean) / std}).at(0);
+    const at::Tensor logits = model.run({(image.clamp(0, 1) - mean) / deviation}).at(0);
     const int64_t best = logits.argmax().item<int64_t>();
     std::cout << "class " << best << ", logit " << logits.flatten()[best].item<float>() << "\n";
 } catch (const c10::Error& error) {

@@ -17,6 +17,11 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def numbers(*sizes: int) -> list[int]:
+    """Return the sizes, as numbers where a trace has tensors in their place."""
+    return [int(size) for size in sizes] if torch.jit.is_tracing() else list(sizes)
+
+
 def is_symbolic(*sizes: int) -> bool:
     """Return whether a graph is being exported in which one of the sizes is a symbol."""
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
+from visionmix.kernels.exported import numbers
 from visionmix.kernels.neighborhood_attention.schema import Arguments, mixed_tensors
 from visionmix.kernels.neighborhood_attention.tables import at_most, inside_disc, window_bounds
 from visionmix.private_api import outside_of_tracing
@@ -121,9 +122,7 @@ def _axis_of_fixed_size(*options) -> _Axis:
 
 
 def _axes(a: Arguments) -> list[_Axis]:
-    grid, dilations = a.query.shape[1:-2], a.dilation
-    if torch.jit.is_tracing():  # where sizes are tensors
-        grid, dilations = [int(size) for size in grid], [int(dilation) for dilation in dilations]
+    grid, dilations = numbers(*a.query.shape[1:-2]), numbers(*a.dilation)
     axes = []
     for size, k, s, d, causal in zip(grid, a.kernel_size, a.stride, dilations, a.is_causal, strict=True):
         make = _axis_of_fixed_size if _is_fixed(size, d) else _Axis

@@ -8,6 +8,7 @@ routes, channels). `x_back`, `maps_back` and `write_back` are the gradients of `
 import torch
 from torch import Tensor
 
+from visionmix.kernels.exported import numbers
 from visionmix.kernels.selective_scan_2d.routes import routes, take, take_sum
 from visionmix.kernels.selective_scan_2d.schema import Arguments
 
@@ -16,10 +17,7 @@ class NamedSteps:
     """The steps of named orders, the same in every image."""
 
     def __init__(self, a: Arguments):
-        height, width = a.x.shape[1], a.x.shape[2]
-        if torch.jit.is_tracing():  # where sizes are tensors
-            height, width = int(height), int(width)
-        self.table = routes(a.orders, height, width, a.permute)
+        self.table = routes(a.orders, *numbers(a.x.shape[1], a.x.shape[2]), a.permute)
         self.merged = a.merge != "none"
         self.routes = len(self.table.inverse)
 

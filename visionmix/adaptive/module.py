@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.adaptive.gating import GatingNetwork
+from visionmix.kernels.exported import is_exported
 from visionmix.reduction.methods import is_int
 
 _TILE = 256  # tokens per thread, which are still in its cache when the second product reads their hidden channels
@@ -135,8 +136,7 @@ class ACM(nn.Module):
     @property
     def skips(self) -> bool:
         """Whether a pass skips the learners that a token does not use."""
-        graph = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        return self.learners is None and not self.training and not graph
+        return self.learners is None and not self.training and not is_exported()
 
     def choose(self, x: Tensor) -> Tensor:
         """Return the gate's first choice of k, int64 (...), for tokens (..., in_features)."""
