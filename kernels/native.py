@@ -65,6 +65,15 @@ def leaves_to_reference(op: str, *tensors: torch.Tensor | None) -> bool:
     return True
 
 
+# What the elements of a tensor are, as elements.h numbers them. Kernels read these as they lie and compute in float32.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`, in float32 if kernels cannot read it as it is."""
+    return x if x.dtype in KINDS else x.float()
+
+
 # The stride of an axis of length 1 means nothing: views leave any number there, and `contiguous()` keeps it. Kernels
 # only ever multiply a stride by an index, which is 0 there; anything else that depends on strides is in these
 # functions.
