@@ -80,8 +80,8 @@ def readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in float32 with its last axis dense; the other strides may be any."""
-    x = x.float()
+    """Return `x` with its last axis dense, in a type that kernels read; the other strides may be any."""
+    x = readable(x)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -138,7 +138,9 @@ def _fields(text: str, name: str) -> list[str]:
     found = re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL)
     if found is None:
         raise RuntimeError(f"the C++ source has no structure {name}; the one in cpu.py must have the same name")
-    without_functions = re.sub(r"[^;{}]*\{[^{}]*\}", "", found[1])
+    without_functions, braces = found[1], 1
+    while braces:  # from the innermost ones outwards
+        without_functions, braces = re.subn(r"[^;{}]*\{[^{}]*\}", "", without_functions)
     return [
         re.search(r"(\w+)\s*(\[\d+\])?\s*$", declared)[1]
         for line in without_functions.split(";")

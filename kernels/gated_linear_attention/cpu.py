@@ -72,7 +72,7 @@ def _succeed(status: int) -> None:
 def _run_forward(tensors: list[Tensor], scale: float, initial: Tensor | None, last: Tensor | None) -> Tensor:
     """Return the output for q, k, v and one or two gates, float32; the final state goes to `last`."""
     out = _empty(tensors[2])
-    inputs = [native.with_dense_rows(x) for x in tensors]
+    inputs = [native.with_dense_rows(x.float()) for x in tensors]
     views = [_view(x) for x in (*inputs, None)[:5]]
     initial = None if initial is None else initial.float().contiguous()
     sizes = _sizes(inputs[0], inputs[2])
@@ -91,7 +91,7 @@ def _run_backward(
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and the gates in their dtypes; that of the initial state goes to its tensor."""
     grads = [_empty(x) for x in tensors]
-    grad_out, *inputs = (native.with_dense_rows(x) for x in (grad_out, *tensors))
+    grad_out, *inputs = (native.with_dense_rows(x.float()) for x in (grad_out, *tensors))
     initial, grad_last = (None if x is None else x.float().contiguous() for x in (initial, grad_last))
     views, grad_views = ([_view(x) for x in (*each, None)[:5]] for each in (inputs, grads))
     head = (_view(grad_out), _pointer(grad_last), *views, _pointer(initial), *grad_views, _pointer(grad_initial))
