@@ -134,7 +134,12 @@ def measured(names: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of benchmarks/models.csv that time one of the models called `names`, oldest first."""
     with MEASURED.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["model"].partition("+")[0] in names]
-    return sorted(rows, key=lambda row: (row["model"], row["pass"], int(row["img_size"]), row["date"]))
+    return sorted(rows, key=_place)
+
+
+def _place(row: dict[str, str]) -> tuple[str | int, ...]:
+    sizes = (int(row[key]) for key in ("img_size", "batch", "threads"))
+    return row["model"], row["pass"], *sizes, row["device"], row["date"]
 
 
 def option_text(value: Any) -> str:

@@ -163,10 +163,12 @@ def _options(names: Sequence[str]) -> str:
 
 def _measured(names: Sequence[str]) -> str:
     rows, machines = [], {}
-    grouping = ("model", "pass", "img_size", "batch", "date", "device", "threads", "torch")
+    grouping = ("model", "pass", "img_size", "batch", "threads", "device")
     for key, group in groupby(model_facts.measured(names), key=lambda row: tuple(row[each] for each in grouping)):
-        model, kind, pixels, batch, date, device, threads, version = key
-        medians = [float(row["p50_ms"]) for row in group]
+        model, kind, pixels, batch, threads, device = key
+        runs = [(row["date"], row["torch"], float(row["p50_ms"])) for row in group]
+        date, version, _ = runs[-1]
+        medians = [median for *day, median in runs if day == [date, version]]
         span = " to ".join(dict.fromkeys(f"{each:.4g}" for each in (min(medians), max(medians))))
         rows.append([f"`{model}`", kind, pixels, batch, span, str(len(medians)), date])
         machines[f"{device} ({threads} threads, torch {version.partition('+')[0]})"] = None

@@ -55,7 +55,7 @@ KINDS = [
 
 def test_the_config_of_the_page_is_read_and_built(tmp_path):
     (page,) = (page for page in doc_pages.pages() if page.name == "openmmlab.md")
-    code = next(block.code for block in doc_pages.blocks(page.read_text()) if block.code.startswith("_base_"))
+    code = next(block.code for block in doc_pages.blocks(page.read_text()) if "_base_ =" in block.code)
     (tmp_path / "mine.py").write_text(code)
     config = openmmlab.read(str(tmp_path / "mine.py"), options={"model.backbone.pretrained": False})
     assert openmmlab.read(str(tmp_path / "mine.py")).model.backbone.pretrained
