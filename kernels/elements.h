@@ -26,7 +26,7 @@ typedef std::uint16_t halves __attribute__((vector_size(lanes * sizeof(std::uint
 
 // Call `f` with a null pointer to what `kind` stands for, whose type is all that it means.
 template <class F>
-inline decltype(auto) with_kind(std::int64_t kind, F f) {
+inline decltype(auto) with_kind(std::int64_t kind, const F& f) {
   if (kind == bfloat16) return f(static_cast<Bfloat16*>(nullptr));
   if (kind == float16) return f(static_cast<Float16*>(nullptr));
   return f(static_cast<float*>(nullptr));

@@ -79,13 +79,11 @@ void load_block(const Element* p, int64_t channel, int64_t time, int width, int 
     for (int t = 0; t < count; ++t) {
       const Element* from = p + t * time;
       float* row = rows + t * pitch;
-      if (channel == 1 && width == lanes) {
-        simd::store(row, simd::load(from));
+      if (channel == 1) {
+        simd::store(row, scan::load_row(from, width));
         __builtin_prefetch(from + ahead * time);
       } else {
-        Element part[lanes];
-        for (int i = 0; i < lanes; ++i) part[i] = i < width ? from[i * channel] : Element{};
-        simd::store(row, simd::load(part));
+        scan::load_elements(lanes, [&](int i) { return i < width ? from[i * channel] : Element{}; }, row);
       }
     }
   }
@@ -180,7 +178,7 @@ struct Job {
 
   // Call `f` with the address of a tile's chunk of `x`, a pointer to what its elements are.
   template <class F>
-  static void with_chunk(const Signal& x, const Task& task, const Tile& tile, int64_t start, F f) {
+  static void with_chunk(const Signal& x, const Task& task, const Tile& tile, int64_t start, const F& f) {
     simd::with_kind(x.kind, [&](auto* element) {
       f(static_cast<decltype(element)>(x.data) + task.batch * x.batch + tile.channel * x.channel + start * x.time);
     });
@@ -210,9 +208,9 @@ struct Job {
 
   // Fetch where a chunk is going to be written, for the machine does not foresee that either.
   void expect(const Signal& x, const Task& task, const Tile& tile, int64_t start) const {
-    with_chunk(x, task, tile, start, [&](const auto* into) {
-      for (int i = 0; i < tile.width; ++i) __builtin_prefetch(into + i * x.channel, 1);
-    });
+    const int64_t first = task.batch * x.batch + tile.channel * x.channel + start, size = simd::size_of(x.kind);
+    const char* into = static_cast<const char*>(x.data) + first * size;
+    for (int i = 0; i < tile.width; ++i) __builtin_prefetch(into + i * x.channel * size, 1);
   }
 
   // A chunk of B or C as rows of states; `ahead` as above.

@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../elements.h"
@@ -286,10 +287,15 @@ inline void store_row(vec x, Half* p, int64_t width) {
   simd::store_part(p, x, width);
 }
 
-// The elements that `at` returns for each of `count` steps, as floats; writes up to a multiple of `lanes`.
+// The elements that `at` returns for each of `count` steps, as floats; may write up to a multiple of `lanes`.
 template <class At>
-inline void load_elements(int count, At at, float* into) {
-  decltype(at(0)) elements[longest_chunk] = {};
+inline void load_elements(int count, const At& at, float* into) {
+  using Element = decltype(at(0));
+  if constexpr (std::is_same_v<Element, float>) {
+    for (int t = 0; t < count; ++t) into[t] = at(t);
+    return;
+  }
+  Element elements[longest_chunk] = {};
   for (int t = 0; t < count; ++t) elements[t] = at(t);
   for (int t = 0; t < count; t += lanes) simd::store(into + t, simd::load(elements + t));
 }

@@ -217,7 +217,7 @@ struct Job {
 
   // Call `f` with the address of a task's first row of `x`, a pointer to what its elements are.
   template <class F>
-  static void with_rows(const Map& x, const Task& task, int64_t order, F f) {
+  static void with_rows(const Map& x, const Task& task, int64_t order, const F& f) {
     simd::with_kind(x.kind, [&](auto* element) {
       f(static_cast<decltype(element)>(x.data) + task.batch * x.batch + order * x.order);
     });

@@ -173,7 +173,7 @@ def test_2d_input_alone_permuted(height, width, channels, states, rank, merge, s
 
 def test_2d_orders_one_by_one():
     """The sums over channels of so large a map, 15 tiles and 2 x 33 features, are not kept for all orders at once."""
-    orders = ("raster+raster_transposed", "window_2_reversed")
+    orders = ("raster+raster_transposed", "window_2_reversed", "snake", "hilbert")
     arguments = make_2d(1, 24, 23, 240, 33, orders)
     twins = doubles(arguments)
     with use("auto"):  # float64 takes the reference
