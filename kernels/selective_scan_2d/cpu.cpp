@@ -2,8 +2,8 @@
 //
 // A task is a few tiles of channels of one map, and walks through the orders one after another: it reads each cell where
 // it lies and adds to its own channels of the output, so that no permuted copy, no full delta of a low-rank one and no
-// order's own output is ever written. Maps of half precision are read where they lie; what several orders add to is added
-// up in float32 by the task, for its own channels, and rounded once at the end.
+// order's own output is ever written. Maps of half precision are read where they lie; one that orders add to is added up
+// beside it in float32, by each task for its own channels, and rounded at the end.
 #include <omp.h>
 
 #include <algorithm>
@@ -31,8 +31,8 @@ constexpr int64_t piece = 4096;         // floats of them that are added up at a
 
 extern "C" {
 
-// A tensor (batch, cells, orders, features) or (batch, cells, features): strides in elements, features dense; `kind` is
-// what its elements are, a simd::Kind.
+// A tensor (batch, cells, orders, features), or (batch, cells, features) with 0 for the orders: strides in elements, and
+// what these are, a simd::Kind; features are dense.
 struct Map {
   void* data;
   int64_t batch, cell, order, kind;
@@ -228,8 +228,8 @@ struct Job {
   // Whether rows are added up beside a map, in float32: where it is of half precision and not every row of it is known to
   // be written once. Orders have maps of their own in `places`.
   bool rounded(const Map& x, Table table) const {
-    const int32_t* first = a.first + table * a.orders;
-    return x.kind != simd::float32 && !std::all_of(first, first + a.orders, [](int32_t x) { return x; });
+    const int32_t* flags = a.first + table * a.orders;
+    return x.kind != simd::float32 && std::count(flags, flags + a.orders, 0);
   }
 
   // The floats of a task's sums beside a map of so many rows.
@@ -357,8 +357,7 @@ struct Job {
     round(out, task, 0, a.rows);
   }
 
-  // One order; `sums` is the task's own of the rows' gradients, and `sums_x` of x's
-  // gradient over all orders.
+  // One order; `sums` is the task's own of the rows' gradients, and `sums_x` that of x's gradient, over all orders.
   void backward(const Task& task, int64_t order, Arena arena, float* sums, float* sums_x) const {
     Chunk c = buffers(arena);
     const Target grad_x = target(a.grad_x, reads, task, 0, sums_x);
@@ -510,9 +509,9 @@ int selective_scan_2d_backward(const Arguments* arguments) {
   const int64_t of_order = job.tasks() * job.sums(a.steps);
   const int64_t together = of_order * a.orders <= most_sums ? a.orders : 1;
   const scan::Scratch sums(of_order * together, 1);
-  // The sums of x's gradient are needed until the last order.
-  const int64_t places = together > 1 ? threads : std::max<int64_t>(job.tasks(), 1);
-  const scan::Scratch sums_x(job.beside(a.grad_x, reads, a.cells), static_cast<int>(places));
+  // A task's sums of x's gradient are needed until its last order.
+  const int64_t holders = together > 1 ? threads : std::max<int64_t>(job.tasks(), 1);
+  const scan::Scratch sums_x(job.beside(a.grad_x, reads, a.cells), static_cast<int>(holders));
   if (!scratch.data || !sums.data || !sums_x.data) return 1;
   for (int64_t order = 0; order < a.orders; ++order) {
     float* of_tasks = sums.data + order % together * of_order;
