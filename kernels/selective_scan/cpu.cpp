@@ -1,9 +1,9 @@
 // The selective scan and its gradients, computed in float32, on tensors (batch, dim, length) of any strides.
 //
-// A task is a few tiles of channels of one sequence. A chunk of each input, of whatever type, is brought into vectors of
-// floats over channels (transposed where time is dense), so that everything is read and written once. The forward pass
-// notes the state at each chunk's start for the backward pass, which goes through the chunks from the last, all tiles of
-// a task side by side.
+// A task is a few tiles of channels of one sequence. A chunk of each input, of whatever type, is brought into vectors
+// of floats over channels (transposed where time is dense), so that everything is read and written once. The forward
+// pass notes the state at each chunk's start for the backward pass, which goes through the chunks from the last, all
+// tiles of a task side by side.
 #include <algorithm>
 #include <cstring>
 
@@ -23,8 +23,8 @@ constexpr int forward_chunk = 64;  // a multiple of the backward pass's
 
 extern "C" {
 
-// A tensor (batch, channels, time): strides in elements, and what these are, a simd::Kind; no data where an option is not
-// given.
+// A tensor (batch, channels, time): strides in elements, and what these are, a simd::Kind; no data where an option is
+// not given.
 struct Signal {
   void* data;
   int64_t batch, channel, time, kind;

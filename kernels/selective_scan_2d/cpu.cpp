@@ -1,9 +1,9 @@
 // The selective scan over several orders of a map, and its gradients, computed in float32: channels are dense.
 //
-// A task is a few tiles of channels of one map, and walks through the orders one after another: it reads each cell where
-// it lies and adds to its own channels of the output, so that no permuted copy, no full delta of a low-rank one and no
-// order's own output is ever written. Maps of half precision are read where they lie; one that orders add to is added up
-// beside it in float32, by each task for its own channels, and rounded at the end.
+// A task is a few tiles of channels of one map, and walks through the orders one after another: it reads each cell
+// where it lies and adds to its own channels of the output, so that no permuted copy, no full delta of a low-rank one
+// and no order's own output is ever written. Maps of half precision are read where they lie; one that orders add to is
+// added up beside it in float32, by each task for its own channels, and rounded at the end.
 #include <omp.h>
 
 #include <algorithm>
@@ -31,8 +31,8 @@ constexpr int64_t piece = 4096;         // floats of them that are added up at a
 
 extern "C" {
 
-// A tensor (batch, cells, orders, features), or (batch, cells, features) with 0 for the orders: strides in elements, and
-// what these are, a simd::Kind; features are dense.
+// A tensor (batch, cells, orders, features), or (batch, cells, features) with 0 for the orders: strides in elements,
+// and what these are, a simd::Kind; features are dense.
 struct Map {
   void* data;
   int64_t batch, cell, order, kind;
@@ -225,8 +225,8 @@ struct Job {
 
   bool first(Table table, int64_t order) const { return a.first[table * a.orders + order]; }
 
-  // Whether rows are added up beside a map, in float32: where it is of half precision and not every row of it is known to
-  // be written once. Orders have maps of their own in `places`.
+  // Whether rows are added up beside a map, in float32: where it is of half precision and not every row of it is known
+  // to be written once. Orders have maps of their own in `places`.
   bool rounded(const Map& x, Table table) const {
     const int32_t* flags = a.first + table * a.orders;
     return x.kind != simd::float32 && std::count(flags, flags + a.orders, 0);
