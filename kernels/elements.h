@@ -8,6 +8,10 @@
 
 #include "simd.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace simd {
 
 // What a tensor's elements are; `native.KINDS` has the same numbers.
@@ -26,7 +30,7 @@ typedef std::uint16_t halves __attribute__((vector_size(lanes * sizeof(std::uint
 
 // Call `f` with a null pointer to what `kind` stands for, whose type is all that it means.
 template <class F>
-inline decltype(auto) with_kind(std::int64_t kind, F f) {
+inline decltype(auto) with_kind(std::int64_t kind, const F& f) {
   if (kind == bfloat16) return f(static_cast<Bfloat16*>(nullptr));
   if (kind == float16) return f(static_cast<Float16*>(nullptr));
   return f(static_cast<float*>(nullptr));
@@ -47,6 +51,34 @@ inline void narrow(void* p, uvec x) {
 
 inline vec load(const Bfloat16* p) { return bits<vec>(wide(p) << 16); }
 
+#if defined(__AVX512F__)
+
+inline vec load(const Float16* p) {
+  __m256i x;
+  std::memcpy(&x, p, sizeof(x));
+  return (vec)_mm512_maskz_cvtph_ps(0xffff, x);
+}
+
+inline void store(Float16* p, vec x) {
+  const __m256i y = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &y, sizeof(y));
+}
+
+#elif defined(__F16C__)
+
+inline vec load(const Float16* p) {
+  __m128i x;
+  std::memcpy(&x, p, sizeof(x));
+  return (vec)_mm256_cvtph_ps(x);
+}
+
+inline void store(Float16* p, vec x) {
+  const __m128i y = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &y, sizeof(y));
+}
+
+#else
+
 inline vec load(const Float16* p) {
   const uvec x = wide(p), size = (x & 0x7fff) << 13;
   const vec normal = bits<vec>(size + 0x38000000u);  // the exponent's bias is 112 more
@@ -55,14 +87,6 @@ inline vec load(const Float16* p) {
   const vec y = size < 0x00800000u ? denormal : size < 0x0f800000u ? normal : beyond;
   return bits<vec>(bits<uvec>(y) | (x & 0x8000) << 16);
 }
-
-// To the nearest, and to the even one of two.
-inline uvec rounded_to_bfloat16(vec x) {
-  const uvec y = bits<uvec>(x);
-  return x == x ? (y + 0x7fff + (y >> 16 & 1)) >> 16 : y >> 16 | 0x40;
-}
-
-inline void store(Bfloat16* p, vec x) { narrow(p, rounded_to_bfloat16(x)); }
 
 inline void store(Float16* p, vec x) {
   const uvec y = bits<uvec>(x), size = y & 0x7fffffff;
@@ -73,6 +97,16 @@ inline void store(Float16* p, vec x) {
   const uvec z = size < 0x38800000u ? denormal : size < 0x477ff000u ? normal : beyond;
   narrow(p, z | (y >> 16 & 0x8000));
 }
+
+#endif
+
+// To the nearest, and to the even one of two.
+inline uvec rounded_to_bfloat16(vec x) {
+  const uvec y = bits<uvec>(x);
+  return x == x ? (y + 0x7fff + (y >> 16 & 1)) >> 16 : y >> 16 | 0x40;
+}
+
+inline void store(Bfloat16* p, vec x) { narrow(p, rounded_to_bfloat16(x)); }
 
 // `count` elements, which may be more than a vector has or none; zeros behind them.
 template <class Element>

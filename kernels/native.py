@@ -74,6 +74,11 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in KINDS else x.float()
 
 
+def writable(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that kernels write results of `dtype` in, float32 if they cannot write it."""
+    return dtype if dtype in KINDS else torch.float32
+
+
 # The stride of an axis of length 1 means nothing: views leave any number there, and `contiguous()` keeps it. Kernels
 # only ever multiply a stride by an index, which is 0 there; anything else that depends on strides is in these
 # functions.
@@ -86,8 +91,8 @@ def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def with_joint_cells(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return `x` in float32 with its last axis dense, and the stride of axes 1 and 2 taken as one; else a copy."""
-    x = x.float()
+    """Return `x` with its last axis dense, and the stride of axes 1 and 2 taken as one; else a copy."""
+    x = readable(x)
     shape, strides = x.shape, x.stride()
     along = 2 if shape[2] > 1 else 1
     cell = strides[along]

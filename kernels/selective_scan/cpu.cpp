@@ -1,8 +1,9 @@
-// The selective scan and its gradients in float32, on tensors (batch, dim, length) of any strides.
+// The selective scan and its gradients, computed in float32, on tensors (batch, dim, length) of any strides.
 //
-// A task is a few tiles of channels of one sequence. A chunk of each input is brought into vectors over channels
-// (transposed where time is dense), so that everything is read and written once. The forward pass notes the state at
-// each chunk's start for the backward pass, which goes through the chunks from the last, all tiles of a task side by side.
+// A task is a few tiles of channels of one sequence. A chunk of each input, of whatever type, is brought into vectors
+// of floats over channels (transposed where time is dense), so that everything is read and written once. The forward
+// pass notes the state at each chunk's start for the backward pass, which goes through the chunks from the last, all
+// tiles of a task side by side.
 #include <algorithm>
 #include <cstring>
 
@@ -22,16 +23,17 @@ constexpr int forward_chunk = 64;  // a multiple of the backward pass's
 
 extern "C" {
 
-// A tensor (batch, channels, time), strides in elements; no data where an option is not given.
+// A tensor (batch, channels, time): strides in elements, and what these are, a simd::Kind; no data where an option is
+// not given.
 struct Signal {
-  float* data;
-  int64_t batch, channel, time;
+  void* data;
+  int64_t batch, channel, time, kind;
 };
 
-// B or C, (batch, groups, states, time); or, where constant, (channels, states) without gaps.
+// B or C, (batch, groups, states, time); or, where constant, floats (channels, states) without gaps.
 struct Input {
-  float* data;
-  int64_t batch, group, state, time, constant;
+  void* data;
+  int64_t batch, group, state, time, kind, constant;
 };
 
 struct Arguments {
@@ -51,7 +53,8 @@ namespace {
 
 // Read `count` steps of `width` channels as rows of `lanes`, zeros beyond the width, and fetch what lies `ahead` steps
 // further meanwhile: so many rows, so far apart, are not foreseen by the machine.
-void load_block(const float* p, int64_t channel, int64_t time, int width, int count, int ahead, int64_t pitch,
+template <class Element>
+void load_block(const Element* p, int64_t channel, int64_t time, int width, int count, int ahead, int64_t pitch,
                 float* rows) {
   if (time == 1) {
     for (int t = 0; t < count; t += lanes) {
@@ -61,10 +64,7 @@ void load_block(const float* p, int64_t channel, int64_t time, int width, int co
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) square[i] = simd::load(p + i * channel + t);
       } else {
-        for (int i = 0; i < lanes; ++i) {
-          square[i] = vec{};
-          if (i < width) std::memcpy(&square[i], p + i * channel + t, steps * sizeof(float));
-        }
+        for (int i = 0; i < lanes; ++i) square[i] = i < width ? simd::load_part(p + i * channel + t, steps) : vec{};
       }
       for (int i = 0; i < width; ++i) __builtin_prefetch(p + i * channel + t + ahead);
       scan::transpose(square);
@@ -77,20 +77,21 @@ void load_block(const float* p, int64_t channel, int64_t time, int width, int co
     }
   } else {
     for (int t = 0; t < count; ++t) {
-      const float* from = p + t * time;
+      const Element* from = p + t * time;
       float* row = rows + t * pitch;
-      if (channel == 1 && width == lanes) {
-        simd::store(row, simd::load(from));
+      if (channel == 1) {
+        simd::store(row, scan::load_row(from, width));
         __builtin_prefetch(from + ahead * time);
       } else {
-        for (int i = 0; i < lanes; ++i) row[i] = i < width ? from[i * channel] : 0.0f;
+        scan::load_elements(lanes, [&](int i) { return i < width ? from[i * channel] : Element{}; }, row);
       }
     }
   }
 }
 
 // Write rows of `lanes` to `count` steps of `width` channels; time is dense.
-void store_block(const float* rows, int64_t pitch, int width, int count, float* p, int64_t channel) {
+template <class Element>
+void store_block(const float* rows, int64_t pitch, int width, int count, Element* p, int64_t channel) {
   for (int t = 0; t < count; t += lanes) {
     const int steps = std::min(lanes, count - t);
     vec square[lanes];
@@ -103,7 +104,7 @@ void store_block(const float* rows, int64_t pitch, int width, int count, float* 
     } else {
       for (int i = 0; i < lanes; ++i) square[i] = i < steps ? simd::load(rows + (t + i) * pitch) : vec{};
       scan::transpose(square);
-      for (int i = 0; i < width; ++i) std::memcpy(p + i * channel + t, &square[i], steps * sizeof(float));
+      for (int i = 0; i < width; ++i) simd::store_part(p + i * channel + t, square[i], steps);
     }
   }
 }
@@ -165,7 +166,8 @@ struct Job {
     const auto constant = [&](const Input& input) -> vec* {
       vec* columns = arena.vectors(a.states);
       if (!input.constant) return nullptr;
-      scan::load_columns(input.data + t.channel * a.states, a.states, t.width, 1.0f, columns);
+      const float* first = static_cast<const float*>(input.data);
+      scan::load_columns(first + t.channel * a.states, a.states, t.width, 1.0f, columns);
       return columns;
     };
     t.B = constant(a.B), t.C = constant(a.C);
@@ -174,10 +176,19 @@ struct Job {
     return t;
   }
 
+  // Call `f` with the address of a tile's chunk of `x`, a pointer to what its elements are.
+  template <class F>
+  static void with_chunk(const Signal& x, const Task& task, const Tile& tile, int64_t start, const F& f) {
+    simd::with_kind(x.kind, [&](auto* element) {
+      f(static_cast<decltype(element)>(x.data) + task.batch * x.batch + tile.channel * x.channel + start * x.time);
+    });
+  }
+
   void read(const Signal& x, const Task& task, const Tile& tile, int64_t start, int count, int ahead,
             vec* into) const {
-    const float* from = x.data + task.batch * x.batch + tile.channel * x.channel + start * x.time;
-    load_block(from, x.channel, x.time, tile.width, count, ahead, lanes, reinterpret_cast<float*>(into));
+    with_chunk(x, task, tile, start, [&](const auto* from) {
+      load_block(from, x.channel, x.time, tile.width, count, ahead, lanes, reinterpret_cast<float*>(into));
+    });
   }
 
   // The steps that states decay by: with gaps, longer than those that inputs come with, and put into `whole`.
@@ -190,28 +201,30 @@ struct Job {
   }
 
   void write(const vec* from, const Task& task, const Tile& tile, int64_t start, int count, const Signal& x) const {
-    float* into = x.data + task.batch * x.batch + tile.channel * x.channel + start;
-    store_block(reinterpret_cast<const float*>(from), lanes, tile.width, count, into, x.channel);
+    with_chunk(x, task, tile, start, [&](auto* into) {
+      store_block(reinterpret_cast<const float*>(from), lanes, tile.width, count, into, x.channel);
+    });
   }
 
   // Fetch where a chunk is going to be written, for the machine does not foresee that either.
   void expect(const Signal& x, const Task& task, const Tile& tile, int64_t start) const {
-    const float* into = x.data + task.batch * x.batch + tile.channel * x.channel + start;
-    for (int i = 0; i < tile.width; ++i) __builtin_prefetch(into + i * x.channel, 1);
+    const int64_t first = task.batch * x.batch + tile.channel * x.channel + start, size = simd::size_of(x.kind);
+    const char* into = static_cast<const char*>(x.data) + first * size;
+    for (int i = 0; i < tile.width; ++i) __builtin_prefetch(into + i * x.channel * size, 1);
   }
 
   // A chunk of B or C as rows of states; `ahead` as above.
   void read(const Input& x, const Task& task, int64_t start, int count, int ahead, float* rows) const {
     if (x.constant) return;
-    const float* from = x.data + task.batch * x.batch + task.group * x.group + start * x.time;
-    if (a.states == 1) {
-      for (int t = 0; t < count; ++t) rows[t] = from[t * x.time];
-      return;
-    }
-    for (int64_t n = 0; n < a.states; n += lanes) {
-      const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
-      load_block(from + n * x.state, x.state, x.time, width, count, ahead, pitch, rows + n);
-    }
+    simd::with_kind(x.kind, [&](auto* element) {
+      const auto* from = static_cast<decltype(element)>(x.data) + task.batch * x.batch + task.group * x.group;
+      from += start * x.time;
+      if (a.states == 1) return scan::load_elements(count, [&](int t) { return from[t * x.time]; }, rows);
+      for (int64_t n = 0; n < a.states; n += lanes) {
+        const int width = static_cast<int>(std::min<int64_t>(lanes, a.states - n));
+        load_block(from + n * x.state, x.state, x.time, width, count, ahead, pitch, rows + n);
+      }
+    });
   }
 
   void forward(const Task& task, Arena arena) const {

@@ -1,6 +1,7 @@
-"""The selective scan in compiled C++, float32; half precision is converted at the edges.
+"""The selective scan in compiled C++, computed in float32.
 
-Float64 goes to the PyTorch reference.
+Sequences of half precision are read and written where they lie; parameters are converted. Float64 goes to the PyTorch
+reference.
 """
 
 import ctypes
@@ -18,16 +19,16 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
 class _Signal(ctypes.Structure):
-    """A float32 tensor (batch, channels, time): strides in elements."""
+    """A tensor (batch, channels, time): strides in elements, and its type."""
 
-    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "channel", "time")]
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "channel", "time", "kind")]
 
 
 class _Input(ctypes.Structure):
-    """B or C: float32 (batch, groups, states, time), or (channels, states) without gaps."""
+    """B or C: (batch, groups, states, time), or float32 (channels, states) without gaps."""
 
     _fields_ = [("data", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("batch", "group", "state", "time", "constant")
+        (name, ctypes.c_int64) for name in ("batch", "group", "state", "time", "kind", "constant")
     ]
 
 
@@ -89,14 +90,15 @@ class _Call:
                 self.set(name, x)
 
     def set(self, name: str, x: Tensor) -> None:
-        x = x.float()
         if name in _SIGNALS:
-            value = _Signal(x.data_ptr(), *x.stride())
+            x = native.readable(x)
+            value = _Signal(x.data_ptr(), *x.stride(), native.KINDS[x.dtype])
         elif name in _INPUTS and x.dim() == 4:
-            value = _Input(x.data_ptr(), *x.stride(), 0)
+            x = native.readable(x)
+            value = _Input(x.data_ptr(), *x.stride(), native.KINDS[x.dtype], 0)
         else:
-            x = x.contiguous()
-            value = _Input(x.data_ptr(), 0, 0, 0, 0, 1) if name in _INPUTS else x.data_ptr()
+            x = x.float().contiguous()
+            value = _Input(x.data_ptr(), constant=1) if name in _INPUTS else x.data_ptr()
         setattr(self.arguments, name, value)
         self.tensors.append(x)
 
@@ -116,12 +118,13 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     if native.leaves_to_reference("selective_scan", *SCHEMA.input_tensors(a)):
         return reference.forward(a)
     u, A = a.u, a.A
-    out = torch.empty(u.shape, dtype=torch.float32)
+    dtype = a.out_dtype or u.dtype
+    out = torch.empty(u.shape, dtype=native.writable(dtype))
     state = torch.empty((*u.shape[:2], A.shape[1]) if a.return_last_state else 0, dtype=torch.float32)
     entering = torch.empty(entering_shape(u, A) if a.keep_states else 0, dtype=torch.float32)
     others = {"state": state if a.return_last_state else None, "entering": entering if a.keep_states else None}
     _Call(a, out=out, **others).run("selective_scan_forward")
-    return out.to(a.out_dtype or u.dtype), state, entering
+    return out.to(dtype), state, entering
 
 
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
@@ -142,9 +145,12 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         if x is None:
             grads.append(None)
             continue
-        # Gradients that several tasks add to come in parts along an axis of their own, summed here in one order.
-        leading = () if name in _SIGNALS else (parts,) if x.dim() == 4 else (a.u.shape[0],)
-        grads.append(torch.empty((*leading, *x.shape), dtype=torch.float32))
+        if name in _SIGNALS:
+            grads.append(torch.empty(x.shape, dtype=native.writable(x.dtype)))
+        else:
+            # Gradients that several tasks add to come in parts along an axis of their own, summed here in one order.
+            leading = parts if x.dim() == 4 else len(a.u)
+            grads.append(torch.empty((leading, *x.shape), dtype=torch.float32))
         call.set(f"grad_{name}", grads[-1])
     call.run("selective_scan_backward")
     return tuple(

@@ -9,8 +9,10 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
+#include "../elements.h"
 #include "../exponentials.h"
 #include "../memory.h"
 
@@ -34,6 +36,7 @@ using std::int64_t;
 constexpr float ln_2 = 0.693147180559945f;
 
 constexpr int widest = simd::registers / 2;  // states in registers at a time
+constexpr int longest_chunk = 64;
 
 // ---- Elementary functions --------------------------------------------------------------------------------------------
 
@@ -163,6 +166,20 @@ inline vec load_row(const float* p, int64_t width) {
 #endif
 }
 
+// Of elements of half precision.
+template <class Half>
+inline vec load_row(const Half* p, int64_t width) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (width >= lanes) return simd::load(p);
+  Half row[lanes];
+  const __m256i part = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << width) - 1), p);
+  std::memcpy(row, &part, sizeof(row));
+  return simd::load(row);
+#else
+  return simd::load_part(p, width);
+#endif
+}
+
 inline void store_row(vec x, float* p, int64_t width) {
   if (width >= lanes) return simd::store(p, x);
 #if defined(__AVX512F__)
@@ -170,6 +187,24 @@ inline void store_row(vec x, float* p, int64_t width) {
 #else
   std::memcpy(p, &x, width * sizeof(float));
 #endif
+}
+
+template <class Half>
+inline void store_row(vec x, Half* p, int64_t width) {
+  simd::store_part(p, x, width);
+}
+
+// The elements that `at` returns for each of `count` steps, as floats; may write up to a multiple of `lanes`.
+template <class At>
+inline void load_elements(int count, const At& at, float* into) {
+  using Element = decltype(at(0));
+  if constexpr (std::is_same_v<Element, float>) {
+    for (int t = 0; t < count; ++t) into[t] = at(t);
+    return;
+  }
+  Element elements[longest_chunk] = {};
+  for (int t = 0; t < count; ++t) elements[t] = at(t);
+  for (int t = 0; t < count; t += lanes) simd::store(into + t, simd::load(elements + t));
 }
 
 // Rows of a tensor (..., states, channels) from and to a tile's vectors, one a state.
@@ -243,8 +278,6 @@ inline void forward(int count, int64_t states, const vec* delta, const vec* x, c
   for (; n + 4 <= states; n += 4) walk(advance<4, false, false>, n);
   for (; n < states; ++n) walk(advance<1, false, false>, n);
 }
-
-constexpr int longest_chunk = 64;
 
 // A tile's backward pass through a chunk. Everything but the first line is added to.
 struct Backward {

@@ -1,8 +1,9 @@
-// The selective scan over several orders of a map, and its gradients, in float32: channels are dense.
+// The selective scan over several orders of a map, and its gradients, computed in float32: channels are dense.
 //
-// A task is a few tiles of channels of one map, and walks through the orders one after another: it reads each cell where
-// it lies and adds to its own channels of the output, so that no permuted copy, no full delta of a low-rank one and no
-// order's own output is ever written.
+// A task is a few tiles of channels of one map, and walks through the orders one after another: it reads each cell
+// where it lies and adds to its own channels of the output, so that no permuted copy, no full delta of a low-rank one
+// and no order's own output is ever written. Maps of half precision are read where they lie; one that orders add to is
+// added up beside it in float32, by each task for its own channels, and rounded at the end.
 #include <omp.h>
 
 #include <algorithm>
@@ -30,10 +31,11 @@ constexpr int64_t piece = 4096;         // floats of them that are added up at a
 
 extern "C" {
 
-// A tensor (batch, cells, orders, features) or (batch, cells, features): strides in elements, features dense.
+// A tensor (batch, cells, orders, features), or (batch, cells, features) with 0 for the orders: strides in elements,
+// and what these are, a simd::Kind; features are dense.
 struct Map {
-  float* data;
-  int64_t batch, cell, order;
+  void* data;
+  int64_t batch, cell, order, kind;
 };
 
 struct Arguments {
@@ -63,33 +65,34 @@ struct Arguments {
 namespace {
 
 // Rows of features, one a step, beside each other in a pitch; zeros for a padded step and beyond the features.
-void gather(const float* from, int64_t cell, const int32_t* cells, int count, int64_t features, int64_t pitch,
+template <class Element>
+void gather(const Element* from, int64_t cell, const int32_t* cells, int count, int64_t features, int64_t pitch,
             float* rows) {
-  for (int t = 0; t < count; ++t, rows += pitch) {
-    const float* row = from + cells[t] * cell;
-    if (features == 1 && pitch == 1) {
-      *rows = cells[t] < 0 ? 0.0f : *row;
-      continue;
-    }
-    for (int64_t i = 0; i < pitch; i += lanes)
-      simd::store(rows + i, cells[t] < 0 ? vec{} : load_row(row + i, features - i));
+  if (pitch == 1) {
+    scan::load_elements(count, [&](int t) { return cells[t] < 0 ? Element{} : from[cells[t] * cell]; }, rows);
+    return;
   }
+  for (int t = 0; t < count; ++t, rows += pitch)
+    for (int64_t i = 0; i < pitch; i += lanes)
+      simd::store(rows + i, cells[t] < 0 ? vec{} : load_row(from + cells[t] * cell + i, features - i));
 }
 
 // A tile's row at a step, zeros for a padded step. That of the chunk that comes `next` is fetched meanwhile: an order's
 // cells may lie pages apart.
-vec fetch(const float* from, int64_t cell, const int32_t* step, int64_t next, int width) {
+template <class Element>
+vec fetch(const Element* from, int64_t cell, const int32_t* step, int64_t next, int width) {
   __builtin_prefetch(from + step[next] * cell);
   return *step < 0 ? vec{} : load_row(from + *step * cell, width);
 }
 
 // Add rows to their cells; `store` them where nothing was written before.
+template <class Element>
 void scatter(const vec* rows, float factor, const int32_t* cells, int64_t next, int count, int width, bool store,
-             float* into, int64_t cell) {
+             Element* into, int64_t cell) {
   for (int t = 0; t < count; ++t) {
     __builtin_prefetch(into + cells[t + next] * cell, 1);
     if (cells[t] < 0) continue;
-    float* row = into + cells[t] * cell;
+    Element* row = into + cells[t] * cell;
     store_row(store ? rows[t] * factor : load_row(row, width) + rows[t] * factor, row, width);
   }
 }
@@ -122,6 +125,14 @@ struct Chunk {
 
 enum Table { reads, places, targets };
 
+// What a task writes of a map: its rows of channels.
+struct Target {
+  const Map& map;
+  Table table;
+  float* sums;    // where they are added up, in the map or, to be rounded, beside it; null: each is written once
+  int64_t pitch;  // between the sums of two cells
+};
+
 struct Job {
   const Arguments& a;
   bool back;
@@ -143,7 +154,7 @@ struct Job {
     const int64_t common = chunk * (2 * pitch + rank_pitch) + (5 * chunk + tiles * (2 * a.states + a.rank)) * lanes;
     const int64_t rest = tiles * (2 * a.states + a.rank + 8 * chunk) * lanes + chunk * ranks_together * lanes +
                          chunk * (2 * pitch + a.rank);
-    return common + (back ? rest : 0);
+    return common + (back ? rest + beside(a.grad_delta, places, a.cells) : beside(a.out, targets, a.rows));
   }
 
   Task task(int64_t number) const {
@@ -204,37 +215,90 @@ struct Job {
     return a.entering + chunk * a.states * a.channels + t.channel;
   }
 
-  // The address of a task's first row of `x`.
-  static float* base(const Map& x, const Task& task, int64_t order) {
-    return x.data + task.batch * x.batch + order * x.order;
+  // Call `f` with the address of a task's first row of `x`, a pointer to what its elements are.
+  template <class F>
+  static void with_rows(const Map& x, const Task& task, int64_t order, const F& f) {
+    simd::with_kind(x.kind, [&](auto* element) {
+      f(static_cast<decltype(element)>(x.data) + task.batch * x.batch + order * x.order);
+    });
   }
 
   bool first(Table table, int64_t order) const { return a.first[table * a.orders + order]; }
 
-  // Rows that orders add to are zeros before the first one.
-  void clear(const Map& x, const Task& task, int64_t order, int64_t rows) const {
-    float* row = base(x, task, order) + task.first;
-    for (int64_t i = 0; i < rows; ++i, row += x.cell)
-      for (int64_t j = 0; j < task.channels; j += lanes)
-        store_row(vec{}, row + j, task.channels - j);
+  // Whether rows are added up beside a map, in float32: where it is of half precision and not every row of it is known
+  // to be written once. Orders have maps of their own in `places`.
+  bool rounded(const Map& x, Table table) const {
+    const int32_t* flags = a.first + table * a.orders;
+    return x.kind != simd::float32 && std::count(flags, flags + a.orders, 0);
+  }
+
+  // The floats of a task's sums beside a map of so many rows.
+  int64_t beside(const Map& x, Table table, int64_t rows) const { return rounded(x, table) ? rows * tiles * lanes : 0; }
+
+  // What a task writes of a map; `sums` is room for those beside it.
+  Target target(const Map& x, Table table, const Task& task, int64_t order, float* sums) const {
+    if (rounded(x, table)) return {x, table, sums, tiles * lanes};
+    if (!x.data || x.kind != simd::float32) return {x, table, nullptr, 0};
+    return {x, table, static_cast<float*>(x.data) + task.batch * x.batch + order * x.order + task.first, x.cell};
+  }
+
+  // Sums are zeros before the first order's, unless that reaches every row.
+  void clear(const Target& to, const Task& task, int64_t order, int64_t rows) const {
+    if (!to.sums || first(to.table, order)) return;
+    float* row = to.sums;
+    for (int64_t i = 0; i < rows; ++i, row += to.pitch)
+      for (int64_t j = 0; j < task.channels; j += lanes) store_row(vec{}, row + j, task.channels - j);
+  }
+
+  // Add a tile's rows of a chunk to those of a map.
+  void write(const vec* rows, float factor, const Task& task, const Chunk& c, const int32_t* cells, const Tile& t,
+             const Target& to) const {
+    const auto put = [&](auto* into, int64_t cell, bool store) {
+      scatter(rows, factor, cells, c.next, c.count, t.width, store, into, cell);
+    };
+    if (to.sums) return put(to.sums + t.channel - task.first, to.pitch, first(to.table, c.order));
+    with_rows(to.map, task, c.order, [&](auto* into) { put(into + t.channel, to.map.cell, true); });
+  }
+
+  // Round what was added up beside a map into it.
+  void round(const Target& from, const Task& task, int64_t order, int64_t rows) const {
+    if (!rounded(from.map, from.table)) return;
+    with_rows(from.map, task, order, [&](auto* into) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < task.channels; j += lanes)
+          store_row(simd::load(from.sums + i * from.pitch + j), into + i * from.map.cell + task.first + j,
+                    task.channels - j);
+    });
   }
 
   // What all tiles share of a chunk.
   void read_rows(const Task& task, Chunk& c) const {
-    gather(base(a.B, task, c.order), a.B.cell, c.place, c.count, a.states, pitch, c.B);
-    gather(base(a.C, task, c.order), a.C.cell, c.place, c.count, a.states, pitch, c.C);
-    if (a.rank) gather(base(a.delta, task, c.order), a.delta.cell, c.place, c.count, a.rank, rank_pitch, c.rank);
+    const auto read = [&](const Map& x, int64_t features, int64_t pitch, float* rows) {
+      with_rows(x, task, c.order,
+                [&](const auto* from) { gather(from, x.cell, c.place, c.count, features, pitch, rows); });
+    };
+    read(a.B, a.states, pitch, c.B);
+    read(a.C, a.states, pitch, c.C);
+    if (a.rank) read(a.delta, a.rank, rank_pitch, c.rank);
   }
 
-  // u, delta and their product over a chunk, and the derivative of softplus where there is a place for it. One loop, so
-  // that cells are fetched while delta is computed, and not all at once.
+  // u, delta and their product over a chunk, and the derivative of softplus where there is a place for it.
   void read_tile(const Task& task, const Chunk& c, const Tile& t, vec* u, vec* delta, vec* x, vec* slope) const {
-    const float* input = base(a.x, task, 0) + t.channel;
-    const float* full = base(a.delta, task, c.order) + t.channel;
     if (a.rank) multiply_rank(c, t, delta);
+    with_rows(a.x, task, c.order, [&](const auto* input) {
+      if (a.rank) return read_steps(input, static_cast<const float*>(nullptr), c, t, u, delta, x, slope);
+      with_rows(a.delta, task, c.order,
+                [&](const auto* full) { read_steps(input, full, c, t, u, delta, x, slope); });
+    });
+  }
+
+  // One loop, so that cells are fetched while delta is computed, and not all at once.
+  template <class Input, class Full>
+  void read_steps(const Input* input, const Full* full, const Chunk& c, const Tile& t, vec* u, vec* delta, vec* x,
+                  vec* slope) const {
     for (int s = 0; s < c.count; ++s) {
-      u[s] = fetch(input, a.x.cell, c.read + s, c.next, t.width);
-      if (!a.rank) delta[s] = fetch(full, a.delta.cell, c.place + s, c.next, t.width);
+      u[s] = fetch(input + t.channel, a.x.cell, c.read + s, c.next, t.width);
+      if (!a.rank) delta[s] = fetch(full + t.channel, a.delta.cell, c.place + s, c.next, t.width);
       delta[s] = scan::activate(delta[s] + t.ends.bias, a.softplus, slope ? slope + s : nullptr);
       x[s] = delta[s] * u[s];
     }
@@ -265,7 +329,8 @@ struct Job {
 
   void forward(const Task& task, Arena arena) const {
     Chunk c = buffers(arena);
-    if (!first(targets, 0)) clear(a.out, task, 0, a.rows);
+    const Target out = target(a.out, targets, task, 0, arena.floats(beside(a.out, targets, a.rows)));
+    clear(out, task, 0, a.rows);
     for (int64_t order = 0; order < a.orders; ++order) {
       Tile side[4];
       Arena rest = arena;
@@ -285,18 +350,21 @@ struct Job {
             scan::forward(std::min(part, c.count - s), a.states, whole + s, c.x + s, t.A,
                           {c.B + s * pitch, pitch, nullptr}, {c.C + s * pitch, pitch, nullptr}, t.state, c.y + s);
           }
-          scatter(c.y, a.scale, c.target, c.next, c.count, t.width, first(targets, order),
-                  base(a.out, task, 0) + t.channel, a.out.cell);
+          write(c.y, a.scale, task, c, c.target, t, out);
         }
       }
     }
+    round(out, task, 0, a.rows);
   }
 
-  // One order; `sums` is the task's own of the rows' gradients.
-  void backward(const Task& task, int64_t order, Arena arena, float* sums) const {
+  // One order; `sums` is the task's own of the rows' gradients, and `sums_x` that of x's gradient, over all orders.
+  void backward(const Task& task, int64_t order, Arena arena, float* sums, float* sums_x) const {
     Chunk c = buffers(arena);
-    if (order == 0 && !first(reads, 0)) clear(a.grad_x, task, 0, a.cells);
-    if (!a.rank && !first(places, order)) clear(a.grad_delta, task, order, a.cells);
+    const Target grad_x = target(a.grad_x, reads, task, 0, sums_x);
+    float* sums_delta = arena.floats(beside(a.grad_delta, places, a.cells));
+    const Target grad_delta = target(a.grad_delta, places, task, order, sums_delta);
+    if (order == 0) clear(grad_x, task, 0, a.cells);
+    if (!a.rank) clear(grad_delta, task, order, a.cells);
     Tile side[4];
     const int64_t count = (task.channels + lanes - 1) / lanes;
     for (int64_t i = 0; i < count; ++i) side[i] = tile(task, order, i * lanes, arena);
@@ -306,7 +374,7 @@ struct Job {
       scan::Backward ways[4];
       for (int64_t i = 0; i < count; ++i) ways[i] = prepare(task, c, side[i]);
       scan::backward(c.count, a.states, ways, count, {c.grad_B, pitch}, {c.grad_C, pitch});
-      for (int64_t i = 0; i < count; ++i) finish(task, c, side[i]);
+      for (int64_t i = 0; i < count; ++i) finish(task, c, side[i], grad_x, grad_delta);
       if (a.rank) retreat_rank(c, side, count);
       float* rows = sums + c.start * a.states;
       copy_rows(c.count, a.states, c.grad_B, pitch, rows);
@@ -314,6 +382,8 @@ struct Job {
       rows = sums + a.counts[order] * 2 * a.states + c.start * a.rank;
       std::copy_n(c.grad_rank, c.count * a.rank, rows);
     }
+    if (order == a.orders - 1) round(grad_x, task, 0, a.cells);
+    if (!a.rank) round(grad_delta, task, order, a.cells);
     for (int64_t i = 0; i < count; ++i) {
       Tile& t = side[i];
       if (a.gaps) t.ends.grad_bias += t.grad_gap * scan::ln_2 * (a.softplus ? t.zero_slope : scan::broadcast(1.0f));
@@ -328,28 +398,26 @@ struct Job {
   scan::Backward prepare(const Task& task, const Chunk& c, const Tile& t) const {
     scan::load_states(noted(task, c.order, t, c.start), a.channels, t.width, a.states, t.entering);
     read_tile(task, c, t, t.u, t.delta, t.x, t.slope);
-    const float* grad_out = base(a.grad_out, task, 0) + t.channel;
-    for (int s = 0; s < c.count; ++s) {
-      t.grad_y[s] = fetch(grad_out, a.grad_out.cell, c.target + s, c.next, t.width) * a.scale;
-      t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
-    }
+    with_rows(a.grad_out, task, c.order, [&](const auto* grad_out) {
+      for (int s = 0; s < c.count; ++s) {
+        t.grad_y[s] = fetch(grad_out + t.channel, a.grad_out.cell, c.target + s, c.next, t.width) * a.scale;
+        t.grad_x[s] = vec{}, t.grad_rate[s] = vec{};
+      }
+    });
     const vec* whole = decaying(c, t, t.delta, t.whole);
     return {whole, t.x, t.grad_y, t.A, t.entering, t.state, t.grad_x, t.grad_rate, t.grad_A,
             nullptr, nullptr, nullptr, {c.B, pitch, nullptr}, {c.C, pitch, nullptr}};
   }
 
-  void finish(const Task& task, const Chunk& c, Tile& t) const {
+  void finish(const Task& task, const Chunk& c, Tile& t, const Target& grad_x, const Target& grad_delta) const {
     if (a.gaps) {
       vec grad_gap{};
       for (int s = 0; s < c.count; ++s) grad_gap += c.gaps[s] * t.grad_rate[s];
       t.grad_gap += grad_gap;
     }
     scan::finish(c.count, t.u, t.slope, t.delta, a.softplus, t.grad_y, t.grad_x, t.grad_rate, t.ends);
-    scatter(t.grad_x, 1.0f, c.read, c.next, c.count, t.width, first(reads, c.order),
-            base(a.grad_x, task, 0) + t.channel, a.grad_x.cell);
-    if (!a.rank)
-      scatter(t.grad_rate, 1.0f, c.place, c.next, c.count, t.width, first(places, c.order),
-              base(a.grad_delta, task, c.order) + t.channel, a.grad_delta.cell);
+    write(t.grad_x, 1.0f, task, c, c.read, t, grad_x);
+    if (!a.rank) write(t.grad_rate, 1.0f, task, c, c.place, t, grad_delta);
   }
 
   // The gradients of a low-rank delta's factors from that of the full one, all tiles and a few ranks at a time.
@@ -441,7 +509,10 @@ int selective_scan_2d_backward(const Arguments* arguments) {
   const int64_t of_order = job.tasks() * job.sums(a.steps);
   const int64_t together = of_order * a.orders <= most_sums ? a.orders : 1;
   const scan::Scratch sums(of_order * together, 1);
-  if (!scratch.data || !sums.data) return 1;
+  // A task's sums of x's gradient are needed until its last order.
+  const int64_t holders = together > 1 ? threads : std::max<int64_t>(job.tasks(), 1);
+  const scan::Scratch sums_x(job.beside(a.grad_x, reads, a.cells), static_cast<int>(holders));
+  if (!scratch.data || !sums.data || !sums_x.data) return 1;
   for (int64_t order = 0; order < a.orders; ++order) {
     float* of_tasks = sums.data + order % together * of_order;
     const int64_t each = job.sums(a.counts[order]), of_map = job.parts * each;
@@ -450,7 +521,8 @@ int selective_scan_2d_backward(const Arguments* arguments) {
       for (int64_t i = 0; i < job.tasks(); ++i)
         for (int64_t k = 0; k < together; ++k)
           job.backward(job.task(i), order + k, scratch.of(omp_get_thread_num()),
-                       sums.data + k * of_order + i * job.sums(a.counts[order + k]));
+                       sums.data + k * of_order + i * job.sums(a.counts[order + k]),
+                       sums_x.of(together > 1 ? omp_get_thread_num() : i).next);
     }
     const int64_t pieces = (each + piece - 1) / piece;
 #pragma omp parallel for num_threads(threads)

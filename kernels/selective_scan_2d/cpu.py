@@ -1,6 +1,7 @@
-"""The selective scan over several orders of a map in compiled C++, float32; half precision is converted at the edges.
+"""The selective scan over several orders of a map in compiled C++, computed in float32.
 
-Float64 goes to the PyTorch reference.
+Maps of half precision are read and written where they lie; parameters are converted. Float64 goes to the PyTorch
+reference.
 """
 
 import ctypes
@@ -23,9 +24,9 @@ _CHUNK = 64  # the longest chunk of the library
 
 
 class _Map(ctypes.Structure):
-    """A float32 tensor (batch, cells, orders, features) or (batch, cells, features), features dense; strides."""
+    """A tensor (batch, cells, orders, features) or (batch, cells, features), features dense: strides, and its type."""
 
-    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "cell", "order")]
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "cell", "order", "kind")]
 
 
 _MAPS = ("x", "delta", "B", "C", "grad_out", "out", "grad_x", "grad_delta")
@@ -177,19 +178,20 @@ class _Call:
         """Set a tensor (batch, height, width, features) or (batch, height, width, orders, features)."""
         x, cell = native.with_joint_cells(x)
         order = x.stride(3) if x.dim() == 5 else 0
-        setattr(self.arguments, name, _Map(x.data_ptr(), x.stride(0), cell, order))
+        setattr(self.arguments, name, _Map(x.data_ptr(), x.stride(0), cell, order, native.KINDS[x.dtype]))
         self.tensors.append(x)
 
     def set_dense(self, name: str, x: Tensor) -> None:
-        """Set a tensor that is read, or written, in its own order."""
+        """Set a float32 tensor that is read, or written, in its own order."""
         x = x.float().contiguous()
         setattr(self.arguments, name, x.data_ptr())
         self.tensors.append(x)
 
     def set_rows(self, name: str, x: Tensor) -> None:
         """Set the output or its gradient, whose rows are (cells,) or (cells x routes,)."""
-        x = x.float().contiguous()
-        setattr(self.arguments, name, _Map(x.data_ptr(), x[0].numel() if len(x) else 0, x.shape[-1], 0))
+        x = native.readable(x).contiguous()
+        batch = x[0].numel() if len(x) else 0
+        setattr(self.arguments, name, _Map(x.data_ptr(), batch, x.shape[-1], 0, native.KINDS[x.dtype]))
         self.tensors.append(x)
 
     def run(self, function: str) -> None:
@@ -207,7 +209,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
         return reference.forward(a)
     call = _Call(a)
     shape = (*x.shape[:3], call.table.routes, x.shape[3]) if a.merge == "none" else x.shape
-    out = torch.empty(shape, dtype=torch.float32)
+    dtype = a.out_dtype or x.dtype
+    out = torch.empty(shape, dtype=native.writable(dtype))
     call.set_rows("out", out)
     # Orders may have fewer chunks than the longest.
     kept = entering_shape(x, a.A, call.arguments.steps) if a.keep_states else 0
@@ -215,7 +218,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     if a.keep_states:
         call.set_dense("entering", entering)
     call.run("selective_scan_2d_forward")
-    return out.to(a.out_dtype or x.dtype), entering
+    return out.to(dtype), entering
 
 
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
@@ -238,14 +241,16 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
         if y is None:
             grads.append(None)
             continue
+        if name in ("x", "delta"):
+            grads.append(torch.empty(y.shape, dtype=native.writable(y.dtype)))
+            call.set_map(f"grad_{name}", grads[-1])
+            continue
         if name in ("rank", "B", "C"):  # added to
             grads.append(torch.zeros(y.shape, dtype=torch.float32))
         else:
             # Gradients of parameters come with an axis of images, summed here in one order.
-            leading = () if name in ("x", "delta") else x.shape[:1]
-            grads.append(torch.empty((*leading, *y.shape), dtype=torch.float32))
-        set_grad = call.set_map if name in ("x", "delta") else call.set_dense
-        set_grad(f"grad_{name}", grads[-1])
+            grads.append(torch.empty((len(x), *y.shape), dtype=torch.float32))
+        call.set_dense(f"grad_{name}", grads[-1])
     call.run("selective_scan_2d_backward")
     return tuple(
         x.new_empty(0) if y is None else (grad if grad.dim() == y.dim() else grad.sum(0)).to(y.dtype)
