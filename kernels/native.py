@@ -80,8 +80,8 @@ def readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in float32 with its last axis dense; the other strides may be any."""
-    x = x.float()
+    """Return `x` with its last axis dense, in a type that kernels read; the other strides may be any."""
+    x = readable(x)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -84,7 +84,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
         return reference.forward(a)
     out = torch.empty((*a.query.shape[:-1], a.value.shape[-1]), dtype=torch.float32)
     lse = torch.empty(a.query.shape[:-1], dtype=torch.float32)
-    inputs = [native.with_dense_rows(x) for x in tensors[:3]]
+    inputs = [native.with_dense_rows(x.float()) for x in tensors[:3]]
     options = [_dense(x) for x in tensors[3:]]
     pointers = (*map(_pointer, options), out.data_ptr(), lse.data_ptr())
     _succeed(_library().na_forward(_problem(a), *map(_view, inputs), *pointers))
@@ -97,7 +97,7 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     if native.leaves_to_reference("neighborhood_attention", *tensors):
         return reference.backward(a, gradients)
     grads = [_empty(x) for x in tensors]
-    inputs = [native.with_dense_rows(x) for x in (*tensors[:3], gradients.grad_out)]
+    inputs = [native.with_dense_rows(x.float()) for x in (*tensors[:3], gradients.grad_out)]
     numbers = [_dense(x) for x in (*tensors[3:], gradients.out, gradients.lse, gradients.grad_lse)]
     pointers = (*map(_pointer, numbers), *map(_pointer, grads))
     _succeed(_library().na_backward(_problem(a), *map(_view, inputs), *pointers))
