@@ -73,62 +73,76 @@ struct Rows {
   }
 };
 
-// `gather` of rows of less than a vector. All are copied before the first is read again as a whole, since the machine
-// makes such a read wait until what was written in pieces is in memory.
+// The last vector of a row begins here, and may overlap the one before.
+int64_t last_vector(int64_t width) { return std::max<int64_t>(width - lanes, 0); }
+
+// `gather` and `scatter` of one type of elements. They take all by value: a compiler that cannot tell whether a store
+// changes what it is given reads it again after each.
+
 template <class Element>
-void gather_narrow(const Rows& x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
+void gather_wide(const Rows x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
+  const int64_t last = last_vector(width);
+  for (int t = 0; t < count; ++t, into += pitch) {
+    const Element* row = x.at<Element>(token + t);
+    const int64_t ahead = token + t + count < x.length ? count * x.step : 0;
+    for (int64_t i = 0; i < last; i += lanes) {
+      __builtin_prefetch(row + ahead + i);
+      store(into + i, load(row + i) * factor);
+    }
+    __builtin_prefetch(row + ahead + last);
+    store(into + last, load(row + last) * factor);
+    for (int64_t i = width; i < pitch; ++i) into[i] = 0.0f;
+  }
+}
+
+// Rows of less than a vector. All are copied before the first is read again as a whole, since the machine makes such a
+// read wait until what was written in pieces is in memory.
+template <class Element>
+void gather_narrow(const Rows x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
   constexpr int most = std::max(forward_chunk, backward_chunk);
   Element parts[most][lanes] = {};
   for (int t = 0; t < count; ++t) simd::copy_part(parts[t], x.at<Element>(token + t), width);
   for (int t = 0; t < count; ++t, into += pitch) store_part(into, load(parts[t]) * factor, pitch);
 }
 
-// The last vector of a row begins here, and may overlap the one before.
-int64_t last_vector(int64_t width) { return std::max<int64_t>(width - lanes, 0); }
+template <class Element, bool add>
+void scatter_as(const float* from, int64_t pitch, int64_t width, float factor, const Rows added, const Rows x,
+                int64_t token, int count) {
+  const int64_t last = last_vector(width);
+  for (int t = 0; t < count; ++t, from += pitch) {
+    Element* row = x.at<Element>(token + t);
+    const auto sum = [=](int64_t i) {
+      const vec y = load(from + i) * factor;
+      return add ? load_part(added.at<float>(token + t) + i, width) + y : y;
+    };
+    const vec end = sum(last);  // before others are written: what is added may be the row itself
+    for (int64_t i = 0; i < last; i += lanes) store(row + i, sum(i));
+    store_part(row + last, end, width);
+  }
+}
 
 // Copy `width` elements of `count` rows times `factor`, and zeros up to `pitch`; fetch the next chunk's rows meanwhile:
 // they lie too far apart for the machine to foresee them.
 void gather(const Rows& x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
-  const int64_t last = last_vector(width);
   simd::with_kind(x.kind, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
-    if (width < lanes) return gather_narrow<Element>(x, token, count, width, pitch, factor, into);
-    for (int t = 0; t < count; ++t, into += pitch) {
-      const Element* row = x.at<Element>(token + t);
-      const int64_t ahead = token + t + count < x.length ? count * x.step : 0;
-      for (int64_t i = 0; i < width; i += lanes) {
-        const int64_t at = std::min(i, last);
-        __builtin_prefetch(row + ahead + at);
-        store(into + at, load(row + at) * factor);
-      }
-      for (int64_t i = width; i < pitch; ++i) into[i] = 0.0f;
-    }
+    (width < lanes ? gather_narrow<Element> : gather_wide<Element>)(x, token, count, width, pitch, factor, into);
   });
-}
-
-void exponentiate(float* x, int64_t size) {
-  for (int64_t i = 0; i < size; i += lanes) store(x + i, simd::exp(load(x + i)));
 }
 
 // Write `count` rows times `factor`, plus those of `added`, in float32, unless it is null. `from` is in scratch, which
 // may be read a vector beyond a row.
 void scatter(const float* from, int64_t pitch, int64_t width, float factor, const Rows* added, const Rows& x,
              int64_t token, int count) {
-  const int64_t last = last_vector(width);
   simd::with_kind(x.kind, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
-    for (int t = 0; t < count; ++t, from += pitch) {
-      Element* row = x.at<Element>(token + t);
-      const float* more = added ? added->at<float>(token + t) : nullptr;
-      const auto sum = [&](int64_t i) {
-        const vec y = load(from + i) * factor;
-        return more ? load_part(more + i, width) + y : y;
-      };
-      const vec end = sum(last);  // before others are written: what is added may be the row itself
-      for (int64_t i = 0; i < last; i += lanes) store(row + i, sum(i));
-      store_part(row + last, end, width);
-    }
+    const auto write = added ? scatter_as<Element, true> : scatter_as<Element, false>;
+    write(from, pitch, width, factor, added ? *added : x, x, token, count);
   });
+}
+
+void exponentiate(float* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += lanes) store(x + i, simd::exp(load(x + i)));
 }
 
 // Starting a thread costs as much as some 10^5 updates of an element of the state.
