@@ -138,7 +138,9 @@ def _fields(text: str, name: str) -> list[str]:
     found = re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL)
     if found is None:
         raise RuntimeError(f"the C++ source has no structure {name}; the one in cpu.py must have the same name")
-    without_functions = re.sub(r"[^;{}]*\{[^{}]*\}", "", found[1])
+    without_functions, braces = found[1], 1
+    while braces:  # from the innermost ones outwards
+        without_functions, braces = re.subn(r"[^;{}]*\{[^{}]*\}", "", without_functions)
     return [
         re.search(r"(\w+)\s*(\[\d+\])?\s*$", declared)[1]
         for line in without_functions.split(";")

@@ -55,6 +55,12 @@ inline int64_t token(const Problem& p, const Band& band, int64_t row, const Colu
   return (band.level * p.grid[1] + row_of(p, band, row)) * p.grid[2] + c.x;
 }
 
+// The rows of `dim` elements that one head has in a dense result of `kind`, from token x head `at` on.
+inline Tokens dense(void* data, int64_t kind, int64_t at, int64_t dim, int64_t heads) {
+  const int64_t size = simd::size_of(kind) * dim;
+  return {static_cast<char*>(data) + at * size, kind, heads * size};
+}
+
 // Scores of one run: where they lie among a chunk's slots, and the additional tokens that they stand for, if any.
 struct Part {
   Run run;

@@ -1,6 +1,7 @@
-"""Neighborhood attention in compiled C++, float32; half precision is converted at the edges.
+"""Neighborhood attention in compiled C++, in float32; half precision is read and written as it lies.
 
-Float64 goes to the PyTorch reference.
+Where the processor multiplies pairs of bfloat16 (AVX512-BF16), scores and sums of values of such tensors are made of
+them, with the weights rounded to it. Float64 goes to the PyTorch reference.
 """
 
 import ctypes
@@ -31,9 +32,12 @@ class _Problem(ctypes.Structure):
 
 
 class _View(ctypes.Structure):
-    """A float32 tensor (batch, levels, rows, columns, heads, dim): strides in elements, the last one 1."""
+    """A tensor (batch, levels, rows, columns, heads, dim) of a kind: strides in elements, the last one 1."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("axis", _AXES), ("head", ctypes.c_int64)]
+    _fields_ = [
+        *(("data", ctypes.c_void_p), ("kind", ctypes.c_int64), ("batch", ctypes.c_int64)),
+        *(("axis", _AXES), ("head", ctypes.c_int64)),
+    ]
 
 
 @cache
@@ -51,7 +55,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 def _view(x: Tensor) -> _View:
     batch, *axes, head, _ = x.stride()
-    return _View(x.data_ptr(), batch, _AXES(*[0] * (3 - len(axes)), *axes), head)
+    return _View(x.data_ptr(), native.KINDS[x.dtype], batch, _AXES(*[0] * (3 - len(axes)), *axes), head)
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -59,7 +63,7 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _empty(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _problem(a: Arguments) -> _Problem:
@@ -82,9 +86,9 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     tensors = mixed_tensors(a)
     if native.leaves_to_reference("neighborhood_attention", *tensors):
         return reference.forward(a)
-    out = torch.empty((*a.query.shape[:-1], a.value.shape[-1]), dtype=torch.float32)
+    inputs = [native.with_dense_rows(x) for x in tensors[:3]]
+    out = torch.empty((*a.query.shape[:-1], a.value.shape[-1]), dtype=inputs[2].dtype)
     lse = torch.empty(a.query.shape[:-1], dtype=torch.float32)
-    inputs = [native.with_dense_rows(x.float()) for x in tensors[:3]]
     options = [_dense(x) for x in tensors[3:]]
     pointers = (*map(_pointer, options), out.data_ptr(), lse.data_ptr())
     _succeed(_library().na_forward(_problem(a), *map(_view, inputs), *pointers))
@@ -96,9 +100,13 @@ def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
     tensors = mixed_tensors(a)
     if native.leaves_to_reference("neighborhood_attention", *tensors):
         return reference.backward(a, gradients)
-    grads = [_empty(x) for x in tensors]
-    inputs = [native.with_dense_rows(x.float()) for x in (*tensors[:3], gradients.grad_out)]
-    numbers = [_dense(x) for x in (*tensors[3:], gradients.out, gradients.lse, gradients.grad_lse)]
+    inputs = [native.with_dense_rows(x) for x in (*tensors[:3], gradients.grad_out)]
+    if a.additional_keys is not None:  # whose gradients are gathered from float32 queries
+        inputs[0], inputs[3] = inputs[0].float(), inputs[3].float()
+    options = [_dense(x) for x in tensors[3:]]
+    out = gradients.out.to(inputs[2].dtype).contiguous()
+    numbers = [*options, out, _dense(gradients.lse), _dense(gradients.grad_lse)]
+    grads = [_empty(x) for x in (*inputs[:3], *options)]
     pointers = (*map(_pointer, numbers), *map(_pointer, grads))
     _succeed(_library().na_backward(_problem(a), *map(_view, inputs), *pointers))
     return tuple(

@@ -10,8 +10,14 @@
 #include <cstring>
 #include <utility>
 
+#include "../elements.h"
+#include "../exponentials.h"
 #include "../memory.h"
-#include "../simd.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define TILE_PAIRS
+#endif
 
 namespace tile {
 
@@ -20,7 +26,10 @@ using simd::broadcast;
 using simd::ivec;
 using simd::lanes;
 using simd::load;
+using simd::load_part;
 using simd::store;
+using simd::store_part;
+using simd::uvec;
 using simd::vec;
 using std::int64_t;
 
@@ -78,36 +87,43 @@ inline void transpose(vec (&x)[lanes]) {
 }
 #endif
 
-inline vec load_part(const float* p, int64_t count) {
-  if (count >= lanes) return load(p);
-  float part[lanes] = {};
-  std::memcpy(part, p, std::max<int64_t>(count, 0) * sizeof(float));
-  return load(part);
+// Tokens of a tensor in memory, of any kind, `step` bytes apart.
+struct Tokens {
+  char* data;
+  int64_t kind, step;
+
+  template <class Element>
+  Element* at(int64_t token) const {
+    return reinterpret_cast<Element*>(data + token * step);
+  }
+};
+
+inline Tokens floats(const float* data, int64_t step) {
+  return {reinterpret_cast<char*>(const_cast<float*>(data)), simd::float32, step * 4};
 }
 
-inline void store_part(float* p, vec x, int64_t count) {
-  if (count >= lanes) return store(p, x);
-  float part[lanes];
-  store(part, x);
-  std::memcpy(p, part, count * sizeof(float));
-}
+// Two neighbouring bfloat16 channels of a token, or one channel of two tokens, the first in the lower half.
+struct Pair {
+  std::uint32_t bits;
+};
 
-// Copy `count` tokens of `dim` channels, `step` floats apart, times `factor`, to one line of tokens a channel, `line`
-// floats apart. Writes `padded` channels and a whole number of vectors of tokens, with zeros where there is nothing.
-inline void pack(const float* from, int64_t step, int64_t count, int64_t dim, int64_t padded, float factor, float* to,
-                 int64_t line) {
+inline vec load(const Pair* p) { return load(reinterpret_cast<const float*>(p)); }
+
+// Copy `count` tokens of `dim` elements to one line of tokens an element, `line` floats apart. Writes `padded` elements
+// and a whole number of vectors of tokens, with zeros where there is nothing.
+template <class Element>
+void pack_elements(const Tokens& from, int64_t count, int64_t dim, int64_t padded, float* to, int64_t line) {
   vec x[lanes];
   for (int64_t token = 0; token < count; token += lanes) {
     for (int64_t channel = 0; channel < padded; channel += lanes) {
-      const float* first = from + token * step + channel;
       if (token + lanes <= count && channel + lanes <= dim) {
         for (int i = 0; i < lanes; ++i) {
-          __builtin_prefetch(first + (lanes + i) * step);  // a stride that the machine does not foresee
-          x[i] = load(first + i * step) * factor;
+          __builtin_prefetch(from.at<Element>(token + lanes + i) + channel);  // a stride that the machine does not foresee
+          x[i] = load(from.at<Element>(token + i) + channel);
         }
       } else {
         for (int i = 0; i < lanes; ++i) {
-          x[i] = token + i < count ? load_part(first + i * step, dim - channel) * factor : vec{};
+          x[i] = token + i < count ? load_part(from.at<Element>(token + i) + channel, dim - channel) : vec{};
         }
       }
       transpose(x);
@@ -117,20 +133,55 @@ inline void pack(const float* from, int64_t step, int64_t count, int64_t dim, in
   }
 }
 
+inline void pack(const Tokens& from, int64_t count, int64_t dim, int64_t padded, float* to, int64_t line) {
+  simd::with_kind(from.kind, [&](auto* kind) {
+    pack_elements<std::remove_pointer_t<decltype(kind)>>(from, count, dim, padded, to, line);
+  });
+}
+
 // Undo `pack` for one vector of tokens.
-inline void unpack(const float* from, int64_t count, int64_t dim, float* to, int64_t step) {
-  vec x[lanes];
-  for (int64_t channel = 0; channel < dim; channel += lanes) {
-    const float* first = from + channel * lanes;
-    if (count == lanes && channel + lanes <= dim) {
-      for (int i = 0; i < lanes; ++i) x[i] = load(first + i * lanes);
-      transpose(x);
-      for (int i = 0; i < lanes; ++i) store(to + i * step + channel, x[i]);
-    } else {
-      for (int i = 0; i < lanes; ++i) x[i] = channel + i < dim ? load(first + i * lanes) : vec{};
-      transpose(x);
-      for (int i = 0; i < count; ++i) store_part(to + i * step + channel, x[i], dim - channel);
+inline void unpack(const float* from, int64_t count, int64_t dim, const Tokens& to) {
+  simd::with_kind(to.kind, [&](auto* kind) {
+    using Element = std::remove_pointer_t<decltype(kind)>;
+    vec x[lanes];
+    for (int64_t channel = 0; channel < dim; channel += lanes) {
+      const float* first = from + channel * lanes;
+      if (count == lanes && channel + lanes <= dim) {
+        for (int i = 0; i < lanes; ++i) x[i] = load(first + i * lanes);
+        transpose(x);
+        for (int i = 0; i < lanes; ++i) store(to.at<Element>(i) + channel, x[i]);
+      } else {
+        for (int i = 0; i < lanes; ++i) x[i] = channel + i < dim ? load(first + i * lanes) : vec{};
+        transpose(x);
+        for (int i = 0; i < count; ++i) store_part(to.at<Element>(i) + channel, x[i], dim - channel);
+      }
     }
+  });
+}
+
+// How packed elements are multiplied: floats, or pairs of bfloat16, whose two products are added up in float32.
+struct Floats {
+  static constexpr int together = 1;
+  static vec add(vec sum, vec a, vec b) { return sum + a * b; }
+};
+
+#ifdef TILE_PAIRS
+struct Pairs {
+  static constexpr int together = 2;
+  static vec add(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+inline vec pair(vec first, vec second) {
+  const uvec x = simd::rounded_to_bfloat16(first), y = simd::rounded_to_bfloat16(second);
+  return simd::bits<vec>(x | y << 16);
+}
+
+// Let each element of a line of bfloat16 values be a pair: itself, and that `step` further on.
+inline void pair_up(float* line, int64_t count, int64_t step) {
+  for (int64_t i = 0; i < count; i += lanes) {
+    const vec second = load_part(line + i + step, count - i - step);
+    store(line + i, simd::bits<vec>(simd::bits<uvec>(load(line + i)) >> 16 | simd::bits<uvec>(second)));
   }
 }
 
@@ -156,13 +207,13 @@ struct Bias {
   int64_t step;
 };
 
-// result[row][offset] = bias[row][offset] + sum_channel tile[row][channel] met[channel][offset]
-template <int row_count, int count, class Met>
-void score_block(const float* x, int64_t x_row, Met met, int64_t dim, const Bias* bias, float* result,
+// result[row][offset] = bias[row][offset] + scale sum_channel tile[row][channel] met[channel][offset]
+template <class Product, int row_count, int count, class Met>
+void score_block(const float* x, int64_t x_row, Met met, int64_t dim, float scale, const Bias* bias, float* result,
                  int64_t result_row) {
   vec sum[row_count][count];
   for (int r = 0; r < row_count; ++r) {
-    for (int o = 0; o < count; ++o) sum[r][o] = bias ? broadcast(bias[r].data[o * bias[r].step]) : vec{};
+    for (int o = 0; o < count; ++o) sum[r][o] = vec{};
   }
   for (int64_t channel = 0; channel < dim; ++channel) {
     vec own[row_count];
@@ -170,27 +221,32 @@ void score_block(const float* x, int64_t x_row, Met met, int64_t dim, const Bias
     for (int o = 0; o < count; ++o) {
       vec other = met.at(channel, o);
       hold(other);
-      for (int r = 0; r < row_count; ++r) sum[r][o] += own[r] * other;
+      for (int r = 0; r < row_count; ++r) sum[r][o] = Product::add(sum[r][o], own[r], other);
     }
   }
   for (int r = 0; r < row_count; ++r) {
-    for (int o = 0; o < count; ++o) store(result + r * result_row + o * lanes, sum[r][o]);
+    for (int o = 0; o < count; ++o) {
+      const vec added = bias ? broadcast(bias[r].data[o * bias[r].step]) : vec{};
+      store(result + r * result_row + o * lanes, sum[r][o] * scale + added);
+    }
   }
 }
 
-template <int row_count, int count, class Met>
-void score_some(int wanted, const float* x, int64_t x_row, Met met, int64_t dim, const Bias* bias, float* result,
-                int64_t result_row) {
+template <class Product, int row_count, int count, class Met>
+void score_some(int wanted, const float* x, int64_t x_row, Met met, int64_t dim, float scale, const Bias* bias,
+                float* result, int64_t result_row) {
   if constexpr (count > 0) {
-    if (wanted == count) return score_block<row_count, count>(x, x_row, met, dim, bias, result, result_row);
-    score_some<row_count, count - 1>(wanted, x, x_row, met, dim, bias, result, result_row);
+    if (wanted == count) {
+      return score_block<Product, row_count, count>(x, x_row, met, dim, scale, bias, result, result_row);
+    }
+    score_some<Product, row_count, count - 1>(wanted, x, x_row, met, dim, scale, bias, result, result_row);
   }
 }
 
 // The products of `row_count` rows of a tile with `count` offsets, in blocks of about equal size.
-template <class Met>
-void scores(int row_count, int64_t count, const float* x, int64_t x_row, Met met, int64_t dim, const Bias* bias,
-            float* result, int64_t result_row) {
+template <class Product = Floats, class Met>
+void scores(int row_count, int64_t count, const float* x, int64_t x_row, Met met, int64_t dim, float scale,
+            const Bias* bias, float* result, int64_t result_row) {
   const int64_t blocks = (count + offsets - 1) / offsets;
   Bias moved[rows];
   for (int64_t block = 0; block < blocks; ++block) {
@@ -199,54 +255,67 @@ void scores(int row_count, int64_t count, const float* x, int64_t x_row, Met met
     for (int r = 0; bias && r < row_count; ++r) moved[r] = {bias[r].data + first * bias[r].step, bias[r].step};
     const Bias* added = bias ? moved : nullptr;
     float* to = result + first * lanes;
-    if (row_count == 1) score_some<1, offsets>(wanted, x, x_row, met.from(first), dim, added, to, result_row);
-    if (row_count == 2) score_some<2, offsets>(wanted, x, x_row, met.from(first), dim, added, to, result_row);
+    const auto some = [&](auto number) {
+      score_some<Product, decltype(number)::value, offsets>(wanted, x, x_row, met.from(first), dim, scale, added, to,
+                                                            result_row);
+    };
+    if (row_count == 1) some(std::integral_constant<int, 1>{});
+    if (row_count == 2) some(std::integral_constant<int, 2>{});
     if constexpr (rows > 2) {
-      if (row_count == 3) score_some<3, offsets>(wanted, x, x_row, met.from(first), dim, added, to, result_row);
+      if (row_count == 3) some(std::integral_constant<int, 3>{});
     }
   }
 }
 
 // sum[row][channel] += sum_offset weights[row][offset] met[channel][offset], for `channel_count` channels
-template <int row_count, int channel_count, class Met>
+template <class Product, int row_count, int channel_count, class Met>
 void add_block(int64_t count, const float* weights, int64_t weights_row, Met met, int64_t channel, float* sum,
                int64_t sum_row) {
   vec total[row_count][channel_count];
   for (int r = 0; r < row_count; ++r) {
     for (int c = 0; c < channel_count; ++c) total[r][c] = load(sum + r * sum_row + (channel + c) * lanes);
   }
-  for (int64_t o = 0; o < count; ++o) {
+  const auto step = [&](int64_t o, auto chosen) {
     vec weight[row_count];
     for (int r = 0; r < row_count; ++r) weight[r] = load(weights + r * weights_row + o * lanes);
     for (int c = 0; c < channel_count; ++c) {
-      vec other = met.at(channel + c, o);
+      vec other = chosen(met.at(channel + c, o * Product::together));
       hold(other);
-      for (int r = 0; r < row_count; ++r) total[r][c] += weight[r] * other;
+      for (int r = 0; r < row_count; ++r) total[r][c] = Product::add(total[r][c], weight[r], other);
     }
+  };
+  const int64_t whole = count / Product::together;
+  for (int64_t o = 0; o < whole; ++o) step(o, [](vec x) { return x; });
+  // What lies beyond the last offset has no weight, but may be infinite.
+  if (whole * Product::together < count) {
+    step(whole, [](vec x) { return simd::bits<vec>(simd::bits<uvec>(x) & 0xffff); });
   }
   for (int r = 0; r < row_count; ++r) {
     for (int c = 0; c < channel_count; ++c) store(sum + r * sum_row + (channel + c) * lanes, total[r][c]);
   }
 }
 
-template <int row_count, class Met>
+template <class Product, int row_count, class Met>
 void add_rows(int64_t count, const float* weights, int64_t weights_row, Met met, int64_t dim, float* sum,
               int64_t sum_row) {
   int64_t channel = 0;
   for (; channel + channels <= dim; channel += channels) {
-    add_block<row_count, channels>(count, weights, weights_row, met, channel, sum, sum_row);
+    add_block<Product, row_count, channels>(count, weights, weights_row, met, channel, sum, sum_row);
   }
-  for (; channel < dim; ++channel) add_block<row_count, 1>(count, weights, weights_row, met, channel, sum, sum_row);
+  for (; channel < dim; ++channel) {
+    add_block<Product, row_count, 1>(count, weights, weights_row, met, channel, sum, sum_row);
+  }
 }
 
-// The weighted sums of the tokens met, added to the sums of `row_count` rows of a tile.
-template <class Met>
+// The weighted sums of the tokens met, added to the sums of `row_count` rows of a tile. Pairs are of neighbouring
+// offsets: `weights` has a vector for each pair, `count` are the offsets.
+template <class Product = Floats, class Met>
 void add_weighted(int row_count, int64_t count, const float* weights, int64_t weights_row, Met met, int64_t dim,
                   float* sum, int64_t sum_row) {
-  if (row_count == 1) add_rows<1>(count, weights, weights_row, met, dim, sum, sum_row);
-  if (row_count == 2) add_rows<2>(count, weights, weights_row, met, dim, sum, sum_row);
+  if (row_count == 1) add_rows<Product, 1>(count, weights, weights_row, met, dim, sum, sum_row);
+  if (row_count == 2) add_rows<Product, 2>(count, weights, weights_row, met, dim, sum, sum_row);
   if constexpr (rows > 2) {
-    if (row_count == 3) add_rows<3>(count, weights, weights_row, met, dim, sum, sum_row);
+    if (row_count == 3) add_rows<Product, 3>(count, weights, weights_row, met, dim, sum, sum_row);
   }
 }
 

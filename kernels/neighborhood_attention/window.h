@@ -19,12 +19,15 @@ struct Problem {
   double scale;
 };
 
-// A float32 tensor (batch, levels, rows, columns, heads, dim): strides in elements, the last one 1.
+// A tensor (batch, levels, rows, columns, heads, dim) of a `simd::Kind`: strides in elements, the last one 1.
 struct View {
-  float* data;
-  int64_t batch, axis[3], head;
-  float* at(int64_t b, int64_t z, int64_t y, int64_t x, int64_t h) const {
-    return data + b * batch + z * axis[0] + y * axis[1] + x * axis[2] + h * head;
+  void* data;
+  int64_t kind, batch, axis[3], head;
+
+  // A row's tokens from a place on.
+  Tokens at(int64_t b, int64_t z, int64_t y, int64_t x, int64_t h) const {
+    const int64_t size = simd::size_of(kind), place = b * batch + z * axis[0] + y * axis[1] + x * axis[2] + h * head;
+    return {static_cast<char*>(data) + place * size, kind, axis[2] * size};
   }
 };
 }
@@ -158,7 +161,7 @@ struct Side {
     }
     for (const Band& band : bands) {
       line = std::max(line, round_up(band.right - band.left, lanes) + lanes);
-      row_limit = std::max(row_limit, levels_of(band) * rows_of(band));
+      row_limit = std::max(row_limit, rows_packed(band));
     }
   }
 
@@ -183,12 +186,14 @@ struct Side {
     return range[1].last[b.row + (b.row_count - 1) * p.dilation[1]] - first_row(b);
   }
 
+  int64_t rows_packed(const Band& b) const { return levels_of(b) * rows_of(b); }
+
   // Pack the rows that a band meets of one head of `from`, each to `channel` and the following lines of its place.
   template <class Copy>
   void each_row(const Band& b, float* to, int64_t lines, Copy copy) const {
     const int64_t left = b.left, first = std::max<int64_t>(left, 0);
     const int64_t count = std::min(b.right, p.grid[2]) - first;
-    for (int64_t i = 0; i < levels_of(b) * rows_of(b); ++i) {
+    for (int64_t i = 0; i < rows_packed(b); ++i) {
       const int64_t z = (first_level(b) + i / rows_of(b)) * p.dilation[0] + b.level % p.dilation[0];
       const int64_t y = (first_row(b) + i % rows_of(b)) * p.dilation[1] + b.row % p.dilation[1];
       float* row = to + i * lines * line;

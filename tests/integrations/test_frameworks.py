@@ -4,6 +4,7 @@ import json
 import re
 from inspect import signature
 
+import doc_pages
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ REASON = "OpenMMLab is not installed; run: sh tools/install_openmmlab.sh"
 pytest.importorskip("mmdet", reason=REASON)
 pytest.importorskip("mmseg", reason=REASON)
 pytest.importorskip("mmcv.ops", reason=REASON)
+
+from mmdet.registry import MODELS  # noqa: E402
 
 from visionmix.backbones.parallel import Parallel  # noqa: E402
 from visionmix.models import list_family_models  # noqa: E402
@@ -48,6 +51,17 @@ KINDS = [
         },
     ),
 ]
+
+
+def test_the_config_of_the_page_is_read_and_built(tmp_path):
+    (page,) = (page for page in doc_pages.pages() if page.name == "openmmlab.md")
+    code = next(block.code for block in doc_pages.blocks(page.read_text()) if block.code.startswith("_base_"))
+    (tmp_path / "mine.py").write_text(code)
+    config = openmmlab.read(str(tmp_path / "mine.py"), options={"model.backbone.pretrained": False})
+    assert openmmlab.read(str(tmp_path / "mine.py")).model.backbone.pretrained
+    with torch.device("meta"):
+        detector = MODELS.build(config.model)
+    assert detector.backbone.channels == config.model.neck.in_channels == [96, 192, 384, 768]
 
 
 def narrow(node) -> None:
