@@ -2,7 +2,6 @@
 // and written to any of them without a float32 copy of a tensor.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -108,12 +107,22 @@ inline uvec rounded_to_bfloat16(vec x) {
 
 inline void store(Bfloat16* p, vec x) { narrow(p, rounded_to_bfloat16(x)); }
 
+// Copy fewer elements than a vector has, in pieces of fixed sizes: moves, where a call would cost more than a vector.
+template <class Element>
+inline void copy_part(Element* to, const Element* from, std::int64_t count) {
+  for (int size = lanes / 2; size > 0; size /= 2)
+    if (count >= size) {
+      std::memcpy(to, from, size * sizeof(Element));
+      to += size, from += size, count -= size;
+    }
+}
+
 // `count` elements, which may be more than a vector has or none; zeros behind them.
 template <class Element>
 inline vec load_part(const Element* p, std::int64_t count) {
   if (count >= lanes) return load(p);
   Element part[lanes] = {};
-  std::memcpy(part, p, std::max<std::int64_t>(count, 0) * sizeof(Element));
+  copy_part(part, p, count);
   return load(part);
 }
 
@@ -122,7 +131,7 @@ inline void store_part(Element* p, vec x, std::int64_t count) {
   if (count >= lanes) return store(p, x);
   Element part[lanes];
   store(part, x);
-  std::memcpy(p, part, std::max<std::int64_t>(count, 0) * sizeof(Element));
+  copy_part(p, part, count);
 }
 
 }  // namespace simd

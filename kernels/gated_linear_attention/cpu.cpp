@@ -1,17 +1,20 @@
-// Gated linear attention and its gradients, in float32.
+// Gated linear attention and its gradients, computed in float32.
 //
 //   h_t = diag(exp(g_t)) h_(t-1) + k_t^T v_t        (dk, dv)
 //   o_t = scale q_t h_t
 //
 // The recurrence itself is run, a tile of the state in registers over a chunk of tokens: three operations an element
 // of the state, which no chunked form beats in float32. A chunk's rows are first copied beside each other (strides,
-// padding, exp), so that the tiles read from the first cache. Every sum has one order, whatever the number of threads.
+// padding, exp, half precision to float32), so that the tiles read from the first cache. Every sum has one order,
+// whatever the number of threads, and is rounded to half precision once.
 #include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "../elements.h"
 #include "../memory.h"
 #include "../simd.h"
 #include "../structures.h"
@@ -23,7 +26,9 @@ using memory::round_up;
 using memory::Scratch;
 using simd::lanes;
 using simd::load;
+using simd::load_part;
 using simd::store;
+using simd::store_part;
 using simd::vec;
 using std::int64_t;
 
@@ -38,10 +43,10 @@ constexpr int backward_chunk = 32;
 
 extern "C" {
 
-// A float32 tensor (batch, length, heads, dim): strides in elements, the last one 1.
+// A tensor (batch, length, heads, dim) of elements of a `Kind`: strides in elements, the last one 1.
 struct View {
-  float* data;
-  int64_t batch, length, head;
+  void* data;
+  int64_t kind, batch, length, head;
 };
 
 struct Sizes {
@@ -51,52 +56,93 @@ struct Sizes {
 
 namespace {
 
-// The tokens of one head, in the order in which a direction reads them.
+// The tokens of one head from `column` on, in the order in which a direction reads them.
 struct Rows {
-  float* data;
-  int64_t step, length;
+  char* data;
+  int64_t kind, step, length;
 
-  Rows(const View& x, int64_t batch, int64_t head, int64_t length, bool reverse)
-      : data(x.data ? x.data + batch * x.batch + head * x.head + (reverse ? (length - 1) * x.length : 0) : nullptr),
-        step(reverse ? -x.length : x.length),
-        length(length) {}
+  Rows(const View& x, int64_t batch, int64_t head, int64_t column, int64_t length, bool reverse)
+      : data(static_cast<char*>(x.data)), kind(x.kind), step(reverse ? -x.length : x.length), length(length) {
+    const int64_t first = reverse ? (length - 1) * x.length : 0;
+    if (data) data += (batch * x.batch + head * x.head + first + column) * simd::size_of(kind);
+  }
 
-  float* at(int64_t token) const { return data + token * step; }
+  template <class Element>
+  Element* at(int64_t token) const {
+    return reinterpret_cast<Element*>(data) + token * step;
+  }
 };
 
-// Copy `count` rows' elements [from, from + width) times `factor`, and zeros up to `pitch`; fetch the next chunk's rows
-// meanwhile: they lie too far apart for the machine to foresee them.
-void gather(const Rows& x, int64_t token, int count, int64_t from, int64_t width, int64_t pitch, float factor,
-            float* into) {
+// The last vector of a row begins here, and may overlap the one before.
+int64_t last_vector(int64_t width) { return std::max<int64_t>(width - lanes, 0); }
+
+// `gather` and `scatter` of one type of elements. They take all by value: a compiler that cannot tell whether a store
+// changes what it is given reads it again after each.
+
+template <class Element>
+void gather_wide(const Rows x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
+  const int64_t last = last_vector(width);
   for (int t = 0; t < count; ++t, into += pitch) {
-    const float* row = x.at(token + t) + from;
+    const Element* row = x.at<Element>(token + t);
     const int64_t ahead = token + t + count < x.length ? count * x.step : 0;
-    int64_t i = 0;
-    for (; i + lanes <= width; i += lanes) {
+    for (int64_t i = 0; i < last; i += lanes) {
       __builtin_prefetch(row + ahead + i);
       store(into + i, load(row + i) * factor);
     }
-    for (; i < width; ++i) into[i] = row[i] * factor;
-    for (; i < pitch; ++i) into[i] = 0.0f;
+    __builtin_prefetch(row + ahead + last);
+    store(into + last, load(row + last) * factor);
+    for (int64_t i = width; i < pitch; ++i) into[i] = 0.0f;
   }
+}
+
+// Rows of less than a vector. All are copied before the first is read again as a whole, since the machine makes such a
+// read wait until what was written in pieces is in memory.
+template <class Element>
+void gather_narrow(const Rows x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
+  constexpr int most = std::max(forward_chunk, backward_chunk);
+  Element parts[most][lanes] = {};
+  for (int t = 0; t < count; ++t) simd::copy_part(parts[t], x.at<Element>(token + t), width);
+  for (int t = 0; t < count; ++t, into += pitch) store_part(into, load(parts[t]) * factor, pitch);
+}
+
+template <class Element, bool add>
+void scatter_as(const float* from, int64_t pitch, int64_t width, float factor, const Rows added, const Rows x,
+                int64_t token, int count) {
+  const int64_t last = last_vector(width);
+  for (int t = 0; t < count; ++t, from += pitch) {
+    Element* row = x.at<Element>(token + t);
+    const auto sum = [=](int64_t i) {
+      const vec y = load(from + i) * factor;
+      return add ? load_part(added.at<float>(token + t) + i, width) + y : y;
+    };
+    const vec end = sum(last);  // before others are written: what is added may be the row itself
+    for (int64_t i = 0; i < last; i += lanes) store(row + i, sum(i));
+    store_part(row + last, end, width);
+  }
+}
+
+// Copy `width` elements of `count` rows times `factor`, and zeros up to `pitch`; fetch the next chunk's rows meanwhile:
+// they lie too far apart for the machine to foresee them.
+void gather(const Rows& x, int64_t token, int count, int64_t width, int64_t pitch, float factor, float* into) {
+  simd::with_kind(x.kind, [&](auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    (width < lanes ? gather_narrow<Element> : gather_wide<Element>)(x, token, count, width, pitch, factor, into);
+  });
+}
+
+// Write `count` rows times `factor`, plus those of `added`, in float32, unless it is null. `from` is in scratch, which
+// may be read a vector beyond a row.
+void scatter(const float* from, int64_t pitch, int64_t width, float factor, const Rows* added, const Rows& x,
+             int64_t token, int count) {
+  simd::with_kind(x.kind, [&](auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    const auto write = added ? scatter_as<Element, true> : scatter_as<Element, false>;
+    write(from, pitch, width, factor, added ? *added : x, x, token, count);
+  });
 }
 
 void exponentiate(float* x, int64_t size) {
   for (int64_t i = 0; i < size; i += lanes) store(x + i, simd::exp(load(x + i)));
-}
-
-// Write `count` rows times `factor`, or add them.
-void scatter(const float* from, int64_t pitch, int64_t width, float factor, bool add, const Rows& x, int64_t token,
-             int count, int64_t column) {
-  for (int t = 0; t < count; ++t, from += pitch) {
-    float* row = x.at(token + t) + column;
-    int64_t i = 0;
-    for (; i + lanes <= width; i += lanes) {
-      const vec y = load(from + i) * factor;
-      store(row + i, add ? load(row + i) + y : y);
-    }
-    for (; i < width; ++i) row[i] = from[i] * factor + (add ? row[i] : 0.0f);
-  }
 }
 
 // Starting a thread costs as much as some 10^5 updates of an element of the state.
@@ -137,9 +183,11 @@ struct Forward {
   int directions;
 
   int64_t dk_pitch() const { return round_up(sizes.dk, std::max(rows, lanes)); }
-  int64_t floats() const {
-    const int64_t dv_pitch = round_up(sizes.dv, lanes);
-    return 3 * forward_chunk * dk_pitch() + 2 * forward_chunk * dv_pitch + dk_pitch() * dv_pitch + 6 * 16;
+  // Whether the first direction's output waits in float32 for the second's.
+  bool keeps() const { return directions == 2 && out.kind != simd::float32; }
+  int64_t floats(int64_t width) const {
+    const int64_t v_pitch = round_up(width, lanes), kept = keeps() ? sizes.length * v_pitch : 0;
+    return 3 * forward_chunk * dk_pitch() + 2 * forward_chunk * v_pitch + dk_pitch() * v_pitch + kept + 7 * 16;
   }
 
   // Columns [from, from + width) of one head's output.
@@ -151,10 +199,16 @@ struct Forward {
     float* values = arena.floats(forward_chunk * v_pitch);
     float* sums = arena.floats(forward_chunk * v_pitch);
     float* state = arena.floats(pitch * v_pitch);
+    float* kept = keeps() ? arena.floats(sizes.length * v_pitch) : nullptr;
     for (int direction = 0; direction < directions; ++direction) {
-      const auto rows_of = [&](const View& x) { return Rows(x, batch, head, sizes.length, direction == 1); };
-      const Rows query = rows_of(q), key = rows_of(k), value = rows_of(v), gate = rows_of(g[direction]);
-      const Rows output = rows_of(out);
+      const bool reverse = direction == 1;
+      const auto rows_of = [&](const View& x, int64_t column) {
+        return Rows(x, batch, head, column, sizes.length, reverse);
+      };
+      const Rows query = rows_of(q, 0), key = rows_of(k, 0), gate = rows_of(g[direction], 0), value = rows_of(v, from);
+      const Rows output = rows_of(out, from);
+      const View kept_view{kept, simd::float32, 0, v_pitch, 0};
+      const Rows first_output = kept ? Rows(kept_view, 0, 0, 0, sizes.length, reverse) : output;
       std::fill(state, state + pitch * v_pitch, 0.0f);
       const int64_t first = (batch * sizes.heads + head) * sizes.dk * sizes.dv + from;
       if (initial)
@@ -162,11 +216,11 @@ struct Forward {
           std::copy_n(initial + first + i * sizes.dv, width, state + i * v_pitch);
       for (int64_t token = 0; token < sizes.length; token += forward_chunk) {
         const int count = static_cast<int>(std::min<int64_t>(forward_chunk, sizes.length - token));
-        gather(query, token, count, 0, sizes.dk, pitch, scale, queries);
-        gather(key, token, count, 0, sizes.dk, pitch, 1.0f, keys);
-        gather(gate, token, count, 0, sizes.dk, pitch, 1.0f, decays);
+        gather(query, token, count, sizes.dk, pitch, scale, queries);
+        gather(key, token, count, sizes.dk, pitch, 1.0f, keys);
+        gather(gate, token, count, sizes.dk, pitch, 1.0f, decays);
         exponentiate(decays, count * pitch);
-        gather(value, token, count, from, width, v_pitch, 1.0f, values);
+        gather(value, token, count, width, v_pitch, 1.0f, values);
         std::fill(sums, sums + count * v_pitch, 0.0f);
         for (int64_t j = 0; j < v_pitch; j += 2 * lanes)
           for (int64_t i = 0; i < sizes.dk; i += rows) {
@@ -174,7 +228,8 @@ struct Forward {
             tile(count, queries + i, keys + i, decays + i, pitch, values + j, sums + j, v_pitch,
                  state + i * v_pitch + j, v_pitch);
           }
-        scatter(sums, v_pitch, width, 1.0f, direction == 1, output, token, count, from);
+        scatter(sums, v_pitch, width, 1.0f, reverse ? &first_output : nullptr, reverse ? output : first_output, token,
+                count);
       }
       if (last)
         for (int64_t i = 0; i < sizes.dk; ++i)
@@ -329,28 +384,31 @@ struct Backward {
         run_block(chunk, batch, head, direction, from, states, grad_state);
   }
 
-  void read(Chunk& c, const Rows& key, const Rows& value, const Rows& gate, int64_t token, int64_t from) const {
-    const int64_t width = std::min(block, sizes.dk - from);
+  void read(Chunk& c, const Rows& key, const Rows& value, const Rows& gate, int64_t token, int64_t width) const {
     c.count = static_cast<int>(std::min<int64_t>(backward_chunk, sizes.length - token));
-    gather(key, token, c.count, from, width, c.pitch, 1.0f, c.k);
-    gather(value, token, c.count, 0, sizes.dv, c.v_pitch, 1.0f, c.v);
-    gather(gate, token, c.count, from, width, c.pitch, 1.0f, c.decay);
+    gather(key, token, c.count, width, c.pitch, 1.0f, c.k);
+    gather(value, token, c.count, sizes.dv, c.v_pitch, 1.0f, c.v);
+    gather(gate, token, c.count, width, c.pitch, 1.0f, c.decay);
     exponentiate(c.decay, c.count * c.pitch);
   }
 
   void run_block(Chunk& c, int64_t batch, int64_t head, int direction, int64_t from, float* states,
                  float* grad_state) const {
-    const auto rows_of = [&](const View& x) { return Rows(x, batch, head, sizes.length, direction == 1); };
-    const Rows query = rows_of(q), key = rows_of(k), value = rows_of(v), gate = rows_of(g[direction]);
-    const Rows grad_output = rows_of(grad_out), grad_gate = rows_of(grad_g[direction]);
-    const Rows grad_query = rows_of(grad_q), grad_key = rows_of(grad_k), grad_value = rows_of(grad_v);
+    const bool reverse = direction == 1;
+    const auto rows_of = [&](const View& x, int64_t column) {
+      return Rows(x, batch, head, column, sizes.length, reverse);
+    };
+    const Rows query = rows_of(q, from), key = rows_of(k, from), gate = rows_of(g[direction], from);
+    const Rows grad_query = rows_of(grad_q, from), grad_key = rows_of(grad_k, from);
+    const Rows grad_gate = rows_of(grad_g[direction], from);
+    const Rows value = rows_of(v, 0), grad_output = rows_of(grad_out, 0), grad_value = rows_of(grad_v, 0);
     const int64_t width = std::min(block, sizes.dk - from), size = block * c.v_pitch;
     const bool narrow = width <= lanes;
     const int64_t first = ((batch * sizes.heads + head) * sizes.dk + from) * sizes.dv;
 
     transpose(initial ? initial + first : nullptr, width, states);
     for (int64_t n = 0; n + 1 < chunks(); ++n) {
-      read(c, key, value, gate, n * backward_chunk, from);
+      read(c, key, value, gate, n * backward_chunk, width);
       decay_to_end(c);
       float* next = states + (n + 1) * size;
       std::copy_n(states + n * size, size, next);
@@ -361,18 +419,20 @@ struct Backward {
     transpose(grad_last ? grad_last + first : nullptr, width, grad_state);
     for (int64_t n = chunks() - 1; n >= 0; --n) {
       const int64_t token = n * backward_chunk;
-      read(c, key, value, gate, token, from);
-      gather(query, token, c.count, from, width, c.pitch, scale, c.q);
-      gather(grad_output, token, c.count, 0, sizes.dv, c.v_pitch, 1.0f, c.grad_out);
+      read(c, key, value, gate, token, width);
+      gather(query, token, c.count, width, c.pitch, scale, c.q);
+      gather(grad_output, token, c.count, sizes.dv, c.v_pitch, 1.0f, c.grad_out);
       for (float* rows : {c.grad_q, c.grad_k, c.grad_g}) std::fill_n(rows, c.count * c.pitch, 0.0f);
       std::fill_n(c.grad_v, c.count * c.v_pitch, 0.0f);
       for (int64_t j = 0; j < c.v_pitch; j += columns)
         (narrow ? backward_tile<1> : backward_tile<row_vectors>)(c, j, states + n * size + j * c.pitch,
                                                                  grad_state + j * c.pitch);
-      scatter(c.grad_q, c.pitch, width, scale, direction == 1, grad_query, token, c.count, from);
-      scatter(c.grad_k, c.pitch, width, 1.0f, direction == 1, grad_key, token, c.count, from);
-      scatter(c.grad_g, c.pitch, width, 1.0f, false, grad_gate, token, c.count, from);
-      scatter(c.grad_v, c.v_pitch, sizes.dv, 1.0f, direction == 1 || from > 0, grad_value, token, c.count, 0);
+      // These are sums over directions, and that of v over blocks, and float32 therefore.
+      scatter(c.grad_q, c.pitch, width, scale, reverse ? &grad_query : nullptr, grad_query, token, c.count);
+      scatter(c.grad_k, c.pitch, width, 1.0f, reverse ? &grad_key : nullptr, grad_key, token, c.count);
+      scatter(c.grad_v, c.v_pitch, sizes.dv, 1.0f, reverse || from > 0 ? &grad_value : nullptr, grad_value, token,
+              c.count);
+      scatter(c.grad_g, c.pitch, width, 1.0f, nullptr, grad_gate, token, c.count);
     }
     if (grad_initial)
       for (int64_t i = 0; i < width; ++i)
@@ -407,7 +467,7 @@ EXPORT_SIZE(View)
 EXPORT_SIZE(Sizes)
 
 // Both return 0, or 1 where memory is short. `g_backward` has no data for one direction; states, (batch, heads, dk, dv)
-// without gaps, may be null.
+// without gaps, may be null. The gradients of q, k and v are float32; all else that has a view may be of any kind.
 int gla_forward(const View* q, const View* k, const View* v, const View* g, const View* g_backward,
                 const float* initial, const View* out, float* last, const Sizes* sizes, float scale, int threads) {
   const int directions = g_backward->data ? 2 : 1;
@@ -417,7 +477,7 @@ int gla_forward(const View* q, const View* k, const View* v, const View* g, cons
   // Where heads are few, their columns are split, at the tiles' borders, so that no sum changes.
   const int64_t width = heads % threads == 0 || heads >= 4 * threads ? sizes->dv : 2 * lanes;
   const int64_t parts = (sizes->dv + width - 1) / width;
-  const Scratch scratch(job.floats(), threads);
+  const Scratch scratch(job.floats(std::min(width, sizes->dv)), threads);
   if (!scratch.data) return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t unit = 0; unit < heads * parts; ++unit) {

@@ -1,4 +1,4 @@
-"""Gated linear attention in compiled C++, float32; half precision is converted at the edges.
+"""Gated linear attention in compiled C++, which computes in float32 and reads and writes half precision as it lies.
 
 Float64 goes to the PyTorch reference.
 """
@@ -24,10 +24,11 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
 class _View(ctypes.Structure):
-    """A float32 tensor (batch, length, heads, dim): strides in elements, the last one 1."""
+    """A tensor (batch, length, heads, dim) of one of `native.KINDS`: strides in elements, the last one 1."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
+        ("kind", ctypes.c_int64),
         ("batch", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("head", ctypes.c_int64),
@@ -49,7 +50,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _view(x: Tensor | None) -> object:
-    return ctypes.byref(_View(None, 0, 0, 0) if x is None else _View(x.data_ptr(), *x.stride()[:3]))
+    return ctypes.byref(_View() if x is None else _View(x.data_ptr(), native.KINDS[x.dtype], *x.stride()[:3]))
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -60,8 +61,8 @@ def _sizes(q: Tensor, v: Tensor) -> object:
     return ctypes.byref(_Sizes(*q.shape, v.shape[-1]))
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+def _empty(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype if dtype in native.KINDS else torch.float32, device=x.device)
 
 
 def _succeed(status: int) -> None:
@@ -69,16 +70,18 @@ def _succeed(status: int) -> None:
         raise MemoryError("not enough memory for the scratch space of gated_linear_attention")
 
 
-def _run_forward(tensors: list[Tensor], scale: float, initial: Tensor | None, last: Tensor | None) -> Tensor:
-    """Return the output for q, k, v and one or two gates, float32; the final state goes to `last`."""
-    out = _empty(tensors[2])
-    inputs = [native.with_dense_rows(x.float()) for x in tensors]
+def _run_forward(
+    tensors: list[Tensor], scale: float, initial: Tensor | None, last: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the output in `dtype` for q, k, v and one or two gates; the final state goes to `last`."""
+    out = _empty(tensors[2], dtype)
+    inputs = [native.with_dense_rows(x) for x in tensors]
     views = [_view(x) for x in (*inputs, None)[:5]]
     initial = None if initial is None else initial.float().contiguous()
     sizes = _sizes(inputs[0], inputs[2])
     tail = (_view(out), _pointer(last), sizes, scale, native.threads())
     _succeed(_library().gla_forward(*views, _pointer(initial), *tail))
-    return out
+    return out.to(dtype)
 
 
 def _run_backward(
@@ -90,8 +93,9 @@ def _run_backward(
     grad_initial: Tensor | None,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and the gates in their dtypes; that of the initial state goes to its tensor."""
-    grads = [_empty(x) for x in tensors]
-    grad_out, *inputs = (native.with_dense_rows(x.float()) for x in (grad_out, *tensors))
+    # Those of q, k and v are sums that the kernel makes in memory, in float32.
+    grads = [_empty(x) for x in tensors[:3]] + [_empty(g, g.dtype) for g in tensors[3:]]
+    grad_out, *inputs = (native.with_dense_rows(x) for x in (grad_out, *tensors))
     initial, grad_last = (None if x is None else x.float().contiguous() for x in (initial, grad_last))
     views, grad_views = ([_view(x) for x in (*each, None)[:5]] for each in (inputs, grads))
     head = (_view(grad_out), _pointer(grad_last), *views, _pointer(initial), *grad_views, _pointer(grad_initial))
@@ -106,8 +110,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
         return reference.forward(a)
     batch, _, heads, dk = a.q.shape
     state = a.q.new_empty((batch, heads, dk, a.v.shape[-1]) if a.output_final_state else 0, dtype=torch.float32)
-    out = _run_forward(tensors, a.scale, a.initial_state, state if a.output_final_state else None)
-    return out.to(a.v.dtype), state
+    last = state if a.output_final_state else None
+    return _run_forward(tensors, a.scale, a.initial_state, last, a.v.dtype), state
 
 
 def backward(a: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
@@ -125,7 +129,7 @@ def bidirectional_forward(a: BidirectionalArguments) -> Tensor:
     tensors = BIDIRECTIONAL_SCHEMA.input_tensors(a)
     if native.leaves_to_reference("gated_linear_attention", *tensors):
         return reference.bidirectional_forward(a)
-    return _run_forward(tensors, reference.merged(a), None, None).to(a.out_dtype or a.v.dtype)
+    return _run_forward(tensors, reference.merged(a), None, None, a.out_dtype or a.v.dtype)
 
 
 def bidirectional_backward(a: BidirectionalArguments, gradients: BidirectionalGradients) -> tuple[Tensor, ...]:

@@ -47,10 +47,14 @@ def both_ways(q, k, v, g_forward, g_backward, _state):
 EACH_WAY = pytest.mark.parametrize(("attention", "used"), [(one_way, (0, 1, 2, 3, 5)), (both_ways, (0, 1, 2, 3, 4))])
 
 
+def as_list(out):
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
 def run(attention, inputs, used):
     """Return the outputs as a list, and the gradients of the inputs used."""
     out = attention(*inputs)
-    return [out] if isinstance(out, torch.Tensor) else list(out), gradients(out, [inputs[i] for i in used])
+    return as_list(out), gradients(out, [inputs[i] for i in used])
 
 
 def reference(attention, inputs, used):
@@ -130,6 +134,46 @@ def test_half_precision(dtype, attention, used):
     assert all(x.dtype == torch.float32 for x in outs[1:])
     assert all(grad.dtype == dtype for grad in grads)
     compare(attention, inputs, used)
+
+
+MIXED = [torch.bfloat16, torch.float16, torch.float32, torch.float16, torch.bfloat16, torch.float16]
+
+
+@EACH_WAY
+@pytest.mark.parametrize(("length", "dk", "dv"), [(1, 1, 1), (33, 5, 9), (70, 32, 64), (50, 40, 17), (196, 17, 33)])
+@pytest.mark.parametrize(
+    "dtypes", [[torch.bfloat16] * 6, [torch.float16] * 6, MIXED], ids=["bfloat16", "float16", "mixed"]
+)
+def test_half_precision_is_read_and_written_as_its_float32_copies_rounded_once(dtypes, length, dk, dv, attention, used):
+    inputs = []
+    for x, dtype in zip(make(2, length, 3, dk, dv), dtypes, strict=True):
+        whole = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=dtype)
+        inputs.append(whole.transpose(1, 2).clone().transpose(1, 2)[..., 2:-1].copy_(x.detach()).requires_grad_())
+    copies = [x.detach().float().requires_grad_() for x in inputs]
+    outs, expected_outs = (as_list(attention(*x)) for x in (inputs, copies))
+    assert outs[0].dtype == inputs[2].dtype
+    assert torch.equal(outs[0], expected_outs[0].to(inputs[2].dtype))
+    assert all(map(torch.equal, outs[1:], expected_outs[1:]))  # states are float32
+    weights = [torch.randint(-8, 9, x.shape, generator=torch.Generator().manual_seed(2)) for x in outs]
+    grads, expected_grads = (
+        torch.autograd.grad(
+            results, [x[i] for i in used], [w.to(y.dtype) for w, y in zip(weights, results, strict=True)]
+        )
+        for results, x in ((outs, inputs), (expected_outs, copies))
+    )
+    for i, ours, theirs in zip(used, grads, expected_grads, strict=True):
+        assert ours.dtype == inputs[i].dtype
+        assert torch.equal(ours, theirs.to(ours.dtype))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("length", "dv"), [(7, 5), (100, 48)])
+def test_an_output_of_another_type_is_rounded_once(length, dv, dtype, out_dtype):
+    inputs = [x.detach() for x in make(1, length, 2, 12, dv, dtype=dtype)[:5]]
+    out = bidirectional_gated_linear_attention(*inputs, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    assert torch.equal(out, bidirectional_gated_linear_attention(*(x.float() for x in inputs)).to(out_dtype))
 
 
 def test_float64_goes_to_the_reference_and_says_so(caplog):

@@ -24,6 +24,7 @@ from visionmix.layers import (
     NormConvDownsample,
     OffsetLayerNorm,
     PatchMerging,
+    RmsNorm,
     RotaryMap,
     SelectiveScan2d,
     Stem,
@@ -377,3 +378,16 @@ def test_offset_layer_norm_stores_its_weight_less_one():
         norm.weight.fill_(0.5)
         ordinary.weight.fill_(1.5)
     assert torch.equal(norm(x), ordinary(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rms_norm_in_inference_is_that_of_training(dtype):
+    norm = RmsNorm(24, eps=1e-3, dtype=dtype)
+    torch.nn.init.uniform_(norm.weight)
+    x = (30 * torch.randn(2, 5, 3, 24)).to(dtype)
+    before, trained = x.clone(), norm(x)
+    with torch.inference_mode():
+        out = norm(x)
+    assert out.dtype == dtype
+    assert torch.equal(x, before)
+    torch.testing.assert_close(out, trained.detach())

@@ -18,7 +18,7 @@ from visionmix.layers.learnable_spacings import SpacedKernel
 from visionmix.layers.maps import pad, pool_map, pool_windows, resample_map
 from visionmix.layers.monarch import MonarchLinear, MonarchMlp
 from visionmix.layers.multi_scale import MultiScalePatches
-from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, ScanLayerNorm, ScanRmsNorm
+from visionmix.layers.norm import BatchNorm, OffsetLayerNorm, RmsNorm, ScanLayerNorm, ScanRmsNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.rotary import RotaryMap
@@ -62,6 +62,7 @@ __all__ = [
     "ProjectionHead",
     "PyramidFusion",
     "RepBN",
+    "RmsNorm",
     "RotaryMap",
     "ScanLayerNorm",
     "ScanMixer",

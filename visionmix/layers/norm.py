@@ -2,13 +2,17 @@
 
 from typing import Any
 
+import timm.layers
 import torch
 import torch.fx
-from timm.layers import LayerNorm, RmsNorm
+from timm.layers import LayerNorm
+from timm.layers.fast_norm import fast_rms_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers.fold import affine_of, fused
+from visionmix.layers.half_precision import at_least_float32
+from visionmix.layers.tiles import eager_inference
 
 
 @torch.fx.wrap
@@ -32,15 +36,39 @@ class ScanLayerNorm(LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-class ScanRmsNorm(RmsNorm):
+@torch.fx.wrap
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not torch.jit.is_scripting():
+        if x.dtype == weight.dtype and eager_inference(x):
+            y = at_least_float32(x)
+            scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square().div_(x.shape[-1]).add_(eps).rsqrt_()
+            y = y * scale if y is x else y.mul_(scale)
+            return y.mul_(weight).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class RmsNorm(timm.layers.RmsNorm):
+    """timm's `RmsNorm`, with fewer passes over memory in eager inference on a CPU.
+
+    PyTorch's norm writes the squares and each product to a new tensor there.
+
+    Shapes: (..., dim) to the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._fast_norm:
+            return fast_rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)
+
+
+class ScanRmsNorm(timm.layers.RmsNorm):
     """timm's `RmsNorm` for the result of a scan, as `ScanLayerNorm` is its `LayerNorm`.
 
     Shapes: (..., dim) to the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _no_narrower(self.weight, x)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
+        return _rms_norm(x, _no_narrower(self.weight, x), self.eps).to(self.weight.dtype)
 
 
 class OffsetLayerNorm(LayerNorm):

@@ -9,7 +9,9 @@ from timm.layers import trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionmix.graphs import may_branch_on_sizes
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
+from visionmix.layers.half_precision import at_least_float32
 from visionmix.layers.maps import pool_map
 from visionmix.layers.sequence import SequenceMixer
 from visionmix.mixers.registry import register_mixer
@@ -147,6 +149,9 @@ class AgentAttention(SequenceMixer):
 
 def _resample_line(bias: Tensor, length: int) -> Tensor:
     """Return `bias` (heads, agents, cells) resampled linearly to (heads, agents, length)."""
+    if may_branch_on_sizes():
+        if bias.shape[2] == length:
+            return bias
     # As a map of one column: on a GPU, PyTorch's gradient of the bilinear mode is deterministic, that of the linear
     # mode is not.
     return F.interpolate(bias.unsqueeze(3), size=[length, 1], mode="bilinear").squeeze(3)
@@ -155,6 +160,9 @@ def _resample_line(bias: Tensor, length: int) -> Tensor:
 @torch.fx.wrap
 def _cell_bias(table: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
     """Return the biases (heads, cells, agents) of a map of `height` by `width` cells."""
+    # In float32, whose sums along both axes took half as long as those of half precision.
+    rows, columns = at_least_float32(rows), at_least_float32(columns)
     lines = _resample_line(rows, height).unsqueeze(3) + _resample_line(columns, width).unsqueeze(2)
-    bias = F.interpolate(table, size=[height, width], mode="bilinear") + lines
-    return bias.flatten(2).transpose(1, 2)
+    # In place on the resampled table, which no gradient needs.
+    bias = F.interpolate(at_least_float32(table), size=[height, width], mode="bilinear").add_(lines)
+    return bias.to(table.dtype).flatten(2).transpose(1, 2)

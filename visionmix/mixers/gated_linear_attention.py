@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from visionmix.kernels.gated_linear_attention import bidirectional_op
-from visionmix.layers import LogSigmoid, ScanRmsNorm, scan_dtype
+from visionmix.layers import LogSigmoid, RmsNorm, ScanRmsNorm, scan_dtype
 from visionmix.layers.order import sequence_order, take, token_order
 from visionmix.mixers.registry import register_mixer
 
@@ -107,7 +106,8 @@ class GatedLinearAttention(nn.Module):
     def _attend(self, local: Tensor) -> Tensor:
         """Return the directions' mean (batch, tokens, heads, value channels) over `local` (batch, tokens, dim)."""
         q, k, v = self.qkv(local).split([self.key_dim, self.key_dim, self.dim], dim=-1)
-        gates = self.log_sigmoid(self.gate_up(self.gate_down(local))) / self.gate_divisor
+        # In place on the logarithms, which no gradient needs.
+        gates = self.log_sigmoid(self.gate_up(self.gate_down(local))).div_(self.gate_divisor)
         gate_forward, gate_backward = gates.unflatten(-1, (2 * self.num_heads, self.head_key_dim)).chunk(2, dim=2)
         scale = self.head_key_dim**-0.5
         if not self.training:

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from visionmix.layers import at_least_float32
+from visionmix.layers.half_precision import autocasts
 from visionmix.mixers.feature_maps import FEATURE_MAPS, elu_plus_one
 from visionmix.mixers.registry import register_mixer
 from visionmix.mixers.softmax import Attention
@@ -25,10 +27,19 @@ def key_levels(mean: Tensor, in_pairs: bool) -> Tensor:
 def averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tensor) -> Tensor:
     """Return ``q (k^T v) / (n normaliser)`` (batch, tokens, heads, dv) of q, k and v (batch, n, heads, dk or dv).
 
-    Autocast rounds what is multiplied here, and the products, to half precision. Keys over their `levels` (batch, 1,
-    heads, dk) and queries times them over the normaliser are weights about 1, so no product is much larger than v. The
-    number of tokens goes half on each side.
+    Autocast rounds what is multiplied here, and the products, to half precision. There keys over their `levels` (batch,
+    1, heads, dk) and queries times them over the normaliser are weights about 1, so no product is much larger than v.
+    The number of tokens goes half on each side.
     """
+    return _averages(q, k, v, normaliser, levels)  # in two functions: see visionmix.graphs
+
+
+@torch.fx.wrap
+def _averages(q: Tensor, k: Tensor, v: Tensor, normaliser: Tensor, levels: Tensor) -> Tensor:
+    if not torch.jit.is_scripting():
+        if not autocasts(q) and q.element_size() >= 4:
+            state = (k.permute(0, 2, 3, 1) @ v.transpose(1, 2)).mul_(1.0 / k.shape[1])
+            return ((q / normaliser).transpose(1, 2) @ state).transpose(1, 2)
     factor = k.shape[1] ** -0.5
     state = (k * (factor / levels)).permute(0, 2, 3, 1) @ (v * factor).transpose(1, 2)
     return ((q / normaliser).mul_(levels).transpose(1, 2) @ state).transpose(1, 2)
@@ -136,8 +147,8 @@ class MagnitudeAwareLinearAttention(_Rotary):
         if self.has_rotary:
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         # (1 + 1 / (z + e)) s q is (z + e + 1) times q over its normaliser, (z + e) / s.
-        out = averages(q, k, v, (z + 1e-6) / self.scale, key_levels(mean, self.has_rotary))
-        return torch.addcmul(z * -v.mean(dim=1, keepdim=True), out, z + 1.000001)
+        out = averages(q, k, v, (z + 1e-6) / self.scale, key_levels(mean, self.has_rotary)).to(z.dtype)
+        return torch.lerp(v.mean(dim=1, keepdim=True), out, z + 1.000001)  # e times the mean is lost in rounding
 
 
 @register_mixer("rala")

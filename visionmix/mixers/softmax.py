@@ -96,7 +96,7 @@ class Attention(nn.Module):
     def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
         parts = self.qkv(x).split(self.parts, dim=-1)
         qk, v = parts[0].unflatten(-1, (2 * self.num_heads, -1)), parts[1]
-        out = self.attend(qk, v.unflatten(-1, (self.num_heads, -1)), height, width).flatten(2).to(v.dtype)
+        out = self.attend(qk, v.unflatten(-1, (self.num_heads, -1)), height, width).to(v.dtype).flatten(2)
         if self.has_lepe:
             cells, around = _cells(out, height, width), _cells(v, height, width)
             # In place on the convolution's output, which no gradient needs.

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import RmsNorm
-
 from visionmix.backbones import Hierarchical, Plain
-from visionmix.layers import swiglu
+from visionmix.layers import RmsNorm, swiglu
 from visionmix.models import KeyMap, Layout, Variant, Weights, register_family
 from visionmix.models.hosts import doubled
 from visionmix.models.keys import NEXT_STAGE
