@@ -288,8 +288,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU was found")
-    if args.device == "cpu" and args.dtype != "float32":
-        parser.error(f"--dtype {args.dtype}: the kernels of the CPU compute in float32")
     chosen = {name: make for name, make in cases(setting).items() if args.only in name}
     if not chosen:
         parser.error(f"--only {args.only!r} matches none of {list(cases(setting))}")
