@@ -322,7 +322,7 @@ def test_half_precision(grid, window, sizes, dtype, choice):
     ids=str,
 )
 @pytest.mark.parametrize("extra", [0, 3])
-def test_half_types_give_what_float32_copies_of_them_give(dtypes, extra):
+def test_half_types_give_what_float32_copies_of_them_give_on_cpu(dtypes, extra):
     """Read and written where they lie, rounded once; query and key are slices of a projection."""
     window = {"kernel_size": (3, 5)}
     tensors = cast(make((5, 37), (3, 5), extra=extra, dim=9, value_dim=6), torch.float32)
@@ -343,7 +343,7 @@ def test_half_types_give_what_float32_copies_of_them_give(dtypes, extra):
 
 @COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_lies_beyond_an_odd_number_of_neighbours_may_be_infinite(dtype):
+def test_what_lies_beyond_an_odd_number_of_neighbours_may_be_infinite_on_cpu(dtype):
     """Products of pairs leave it out; columns 16 to 31 fill whole vectors, far from the border."""
     q, k, v = torch.randn(3, 1, 1, 48, 2, 16).to(dtype).unbind(0)
     v[:, :, 20] = torch.inf
