@@ -27,6 +27,8 @@ GALLERY = (
     *("window_4", "window_snake_4", "atrous_3", "hilbert_transposed_reversed"),
 )
 
+_LONG = 18  # characters of a name that has no room for its padding in the same line
+
 
 def draw_order(axes: Axes, name: str, height: int, width: int) -> None:
     """Draw one order of a height x width grid into the given axes."""
@@ -42,7 +44,9 @@ def draw_order(axes: Axes, name: str, height: int, width: int) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("#d4d4d8")
-    title = name.replace("+", "+\n") + (f" ({padded} padded)" if padded else "")
+    title = name.replace("+", "+\n")
+    if padded:
+        title += ("\n" if len(name) > _LONG else " ") + f"({padded} padded)"
     axes.set_title(title, fontsize=10, family="monospace")
 
     every = torch.arange(height * width)

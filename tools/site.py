@@ -189,10 +189,20 @@ def _mixer_index() -> str:
 def _mixer(name: str) -> str:
     cls = _class(name)
     parts = [f"# {name}", f'`visionmix.create_mixer("{name}", dim, ...)`']
-    parts.append(f"::: {cls.__module__}.{cls.__name__}\n    options:\n      members: []\n      heading_level: 2")
+    parts += [
+        f"::: {each.__module__}.{each.__name__}\n    options:\n      members: []\n      heading_level: 2"
+        for each in (cls, *_named_bases(cls))
+    ]
     if _scan_orders(name):
         parts.append(f"## Its scan orders\n\n![Scan orders of {name}](../images/mixers/{name}.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def _named_bases(cls: type) -> list[type]:
+    """Return the bases that a mixer's docstring refers to and that have no page of their own, as mixers have one."""
+    mixers = [_class(name) for name in list_mixers()]
+    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("visionmix.mixers.") and base not in mixers]
+    return [base for base in bases if f"`{base.__name__}`" in (inspect.getdoc(cls) or "")]
 
 
 def _scan_orders(name: str) -> list[str]:

@@ -40,6 +40,11 @@ def test_every_mixer_has_a_page_and_a_row():
         assert f"[`{name}`]({name}.md)" in pages["mixers/index.md"]
 
 
+def test_a_page_shows_the_arguments_that_its_mixer_shares_with_others():
+    assert "::: visionmix.mixers.softmax.Attention\n" in site.pages()["mixers/mala.md"]
+    assert "visionmix.mixers.cross_scan" not in site.pages()["mixers/atrous_scan.md"]  # CrossScan has a page
+
+
 def test_ops_named_like_their_package_are_in_the_reference():
     assert "::: visionmix.kernels.selective_scan.selective_scan" in site.pages()["api/kernels.md"]
 
