@@ -62,7 +62,7 @@ def _sizes(q: Tensor, v: Tensor) -> object:
 
 
 def _empty(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype if dtype in native.KINDS else torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=native.writable(dtype), device=x.device)
 
 
 def _succeed(status: int) -> None:

@@ -8,22 +8,22 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from selective_scans import CROSS, ORDERS, assert_strides_are_read, call_2d, doubles, scan_2d_inputs, scan_inputs
+from selective_scans import (
+    CROSS,
+    ORDERS,
+    assert_strides_are_read,
+    call_2d,
+    compiled,  # noqa: F401
+    doubles,
+    scan_2d_inputs,
+    scan_inputs,
+)
 from tolerance import assert_close, assert_gradients_close, gradients
 
-from visionmix.kernels import backends, selective_scan, selective_scan_2d, use
+from visionmix.kernels import selective_scan, selective_scan_2d, use
 from visionmix.kernels.selective_scan import definition, reference
 from visionmix.kernels.selective_scan.schema import Arguments
 from visionmix.kernels.selective_scan_2d import definition as definition_2d
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    if (reason := backends()["selective_scan"]["cpu"]) != "ready":
-        pytest.skip(reason)
-    with use("cpu"):
-        yield
-
 
 make = partial(scan_inputs, dtype=torch.float32)
 make_2d = partial(scan_2d_inputs, dtype=torch.float32)

@@ -4,25 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selective_scans import CROSS, ORDERS, call_2d, scan_2d_inputs, scan_inputs
+from selective_scans import CROSS, ORDERS, call_2d, compiled, scan_2d_inputs, scan_inputs  # noqa: F401
 from tolerance import gradients
 
 from visionmix import scans
-from visionmix.kernels import backends, selective_scan, selective_scan_2d, use
+from visionmix.kernels import selective_scan, selective_scan_2d
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 MIXED = {"x": BFLOAT16, "u": BFLOAT16, "delta": FLOAT32, "B": FLOAT16, "C": BFLOAT16, "z": FLOAT16, "gap": BFLOAT16}
 TYPES = [BFLOAT16, FLOAT16, MIXED]
 EACH_TYPE = pytest.mark.parametrize("types", TYPES, ids=["bfloat16", "float16", "mixed"])
 OUT_DTYPES = [None, FLOAT32, FLOAT16]
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    if (reason := backends()["selective_scan"]["cpu"]) != "ready":
-        pytest.skip(reason)
-    with use("cpu"):
-        yield
 
 
 def rounded(arguments, types):

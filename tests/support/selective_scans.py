@@ -1,7 +1,10 @@
 """Arguments of the selective scans for tests, sequences of orders among them, and what is asked of both scans."""
 
+import pytest
 import torch
 from tolerance import gradients
+
+from visionmix.kernels import backends, use
 
 CROSS = ("raster", "raster_transposed", "raster_reversed", "raster_transposed_reversed")
 ORDERS = {
@@ -12,6 +15,15 @@ ORDERS = {
     "joined": ("raster_reversed+raster_transposed+raster_transposed_reversed", "snake"),  # a cell read three times
     "unswapped": ("column_unswapped", "raster"),  # the inverse is not that of the index
 }
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    """Run the compiled kernels in every test of a module that imports this."""
+    if (reason := backends()["selective_scan"]["cpu"]) != "ready":
+        pytest.skip(reason)
+    with use("cpu"):
+        yield
 
 
 def scan_inputs(

@@ -53,6 +53,8 @@ class RmsNorm(timm.layers.RmsNorm):
     PyTorch's norm writes the squares and each product to a new tensor there.
 
     Shapes: (..., dim) to the same.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -148,7 +148,9 @@ class MagnitudeAwareLinearAttention(_Rotary):
             q, k = self.rotary(qk, height, width).chunk(2, dim=2)
         # (1 + 1 / (z + e)) s q is (z + e + 1) times q over its normaliser, (z + e) / s.
         out = averages(q, k, v, (z + 1e-6) / self.scale, key_levels(mean, self.has_rotary)).to(z.dtype)
-        return torch.lerp(v.mean(dim=1, keepdim=True), out, z + 1.000001)  # e times the mean is lost in rounding
+        mean = v.mean(dim=1, keepdim=True)
+        # (z + 1 + e) out - (z + e) mean; in place, since no gradient needs the interpolated values.
+        return torch.lerp(mean, out, z + 1.000001).add_(mean, alpha=1e-6)
 
 
 @register_mixer("rala")
