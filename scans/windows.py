@@ -2,6 +2,10 @@
 
 Each function returns the index of one order, int64 (steps,) on the CPU: the cell `row * width + column` read at each
 step, -1 for a padded step.
+
+Windows and samples are computed from the steps' numbers alone. Tensors with an axis for the windows would tie an
+exported graph to maps with one window a row, or with several, since axes of length 1 decide whether a tensor's memory
+is contiguous.
 """
 
 import torch
@@ -12,14 +16,18 @@ def _cells(row: torch.Tensor, column: torch.Tensor, height: int, width: int) -> 
     return torch.where((row < height) & (column < width), row * width + column, -1)
 
 
-def _windowed(height: int, width: int, size: int, *, snake: bool) -> torch.Tensor:
-    top = torch.arange(0, height, size, device="cpu").view(-1, 1, 1, 1)
-    left = torch.arange(0, width, size, device="cpu").view(1, -1, 1, 1)
-    row = torch.arange(size, device="cpu").view(1, 1, -1, 1)
-    column = torch.arange(size, device="cpu").view(1, 1, 1, -1)
+def _windowed(height: int, width: int, size: int, rate: int = 1, *, snake: bool = False) -> torch.Tensor:
+    block = size * rate
+    step = torch.arange(window_steps(height, width, block), device="cpu")
+    row, column = step // size % size, step % size
     if snake:
         column = torch.where(row % 2 == 0, column, size - 1 - column)
-    return _cells(top + row, left + column, height, width).reshape(-1)
+    windows = step // (size * size)
+    blocks, blocks_a_row = windows // (rate * rate), (width + block - 1) // block
+    down = blocks // blocks_a_row
+    row = down * block + windows // rate % rate + row * rate
+    column = (blocks - down * blocks_a_row) * block + windows % rate + column * rate
+    return _cells(row, column, height, width)
 
 
 def window(height: int, width: int, size: int) -> torch.Tensor:
@@ -27,7 +35,7 @@ def window(height: int, width: int, size: int) -> torch.Tensor:
 
     LocalMamba's local scan (2024, arXiv:2403.09338).
     """
-    return _windowed(height, width, size, snake=False)
+    return _windowed(height, width, size)
 
 
 def window_snake(height: int, width: int, size: int) -> torch.Tensor:
@@ -59,14 +67,7 @@ def atrous_window(height: int, width: int, size: int, rate: int) -> torch.Tensor
 
     The atrous windows of AtrousMamba (2025, arXiv:2507.16172), whose paper leaves the order of the windows open.
     """
-    block = size * rate
-    top = torch.arange(0, height, block, device="cpu").view(-1, 1, 1, 1, 1, 1)
-    left = torch.arange(0, width, block, device="cpu").view(1, -1, 1, 1, 1, 1)
-    first_row = torch.arange(rate, device="cpu").view(1, 1, -1, 1, 1, 1)
-    first_column = torch.arange(rate, device="cpu").view(1, 1, 1, -1, 1, 1)
-    row = torch.arange(0, block, rate, device="cpu").view(1, 1, 1, 1, -1, 1)
-    column = torch.arange(0, block, rate, device="cpu").view(1, 1, 1, 1, 1, -1)
-    return _cells(top + first_row + row, left + first_column + column, height, width).reshape(-1)
+    return _windowed(height, width, size, rate)
 
 
 def atrous_window_steps(height: int, width: int, size: int, rate: int) -> int:
@@ -80,9 +81,10 @@ def skip(height: int, width: int, rate: int, top: int, left: int) -> torch.Tenso
 
     EfficientVMamba's skip scan (2024, arXiv:2403.09977).
     """
-    row = top + torch.arange(0, height, rate, device="cpu").view(-1, 1)
-    column = left + torch.arange(0, width, rate, device="cpu").view(1, -1)
-    return _cells(row, column, height, width).reshape(-1)
+    step = torch.arange(skip_steps(height, width, rate, top, left), device="cpu")
+    columns = (width + rate - 1) // rate
+    row = step // columns
+    return _cells(top + row * rate, left + (step - row * columns) * rate, height, width)
 
 
 def skip_steps(height: int, width: int, rate: int, top: int, left: int) -> int:

@@ -9,11 +9,13 @@ from tolerance import assert_close
 from torch import nn
 from torch.export import Dim
 
+from visionmix import scans
 from visionmix.kernels import use
 from visionmix.kernels.gated_linear_attention import bidirectional_op, gated_linear_attention_op
 from visionmix.kernels.neighborhood_attention import neighborhood_attention_op
 from visionmix.kernels.selective_scan import selective_scan_op
 from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
+from visionmix.layers.order import scan_order
 from visionmix.tools.export_files import to_onnx
 from visionmix.tools.export_runs import open_file
 
@@ -128,6 +130,19 @@ def test_neighborhood_attention_in_onnx_runtime(name, fixed, tmp_path):
     for size in ((2, 9, 19),) if fixed else ((2, 9, 19), (3, 5, 4), (1, 22, 8)):
         x = torch.randn(*size, 8)
         assert_close(run(x), Joined()(x), str(size))
+
+
+@pytest.mark.parametrize("name", ["window_7", "window_snake_7_transposed", "atrous_window_3_3", "skip_6_1_2"])
+def test_order_exported_for_a_map_of_one_window_serves_maps_of_several(name):
+    class Order(nn.Module):
+        def forward(self, x):
+            return scan_order(name, x.shape[0], x.shape[1], x)
+
+    with use("reference"):
+        axes = dict.fromkeys(range(2), Dim.DYNAMIC)
+        program = torch.export.export(Order(), (torch.randn(6, 7),), dynamic_shapes=(axes,)).module()
+        for size in ((6, 7), (7, 6), (9, 40), (23, 5), (15, 22)):
+            assert all(map(torch.equal, program(torch.randn(size)), scans.order(name, *size))), size
 
 
 @pytest.mark.parametrize("name", ["hilbert", "raster+hilbert_reversed"])
