@@ -26,7 +26,7 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         # Layers with a schedule over training, such as SLAB's norms, are told how far it is; others ignore it.
-        self.model.set_progress(min(self.global_step / self.trainer.max_steps, 1.0))
+        self.model.set_progress(min(self.global_step / self.trainer.estimated_stepping_batches, 1.0))
         images, labels = batch
         loss = cross_entropy(self.model(images), labels)
         self.log("train_loss", loss, prog_bar=True)

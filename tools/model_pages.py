@@ -23,7 +23,7 @@ image size builds the model at that size, and a tag of 22k classes builds 21,841
 
 Parameters and GMACs (thousands of millions of multiply-adds at the image size, fused ops by their formulas) are counted
 here; top-1 is ImageNet accuracy as the authors publish it. The licence is that of the weights. No address of weights
-has been tried from the machine that the project is tested on, which has no network.
+has been tried.
 
 ## How equality is checked
 

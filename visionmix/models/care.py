@@ -1,4 +1,4 @@
-"""CARE: groups of channels with linear attention or convolutions, past channels that stay as a memory.
+"""CARE: linear attention and convolutions on separate channels, beside channels that are kept as a memory.
 
 Source: CARE Transformer (Zhou et al. 2024, arXiv 2411.16170). The mixer is `visionmix.mixers.DecoupledMixer`. Two
 classifiers, of which a teacher trains one, see the last map; their mean is the result.

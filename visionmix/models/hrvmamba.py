@@ -1,4 +1,4 @@
-"""HRVMamba: HRNet's parallel resolutions with selective scans behind deformable convolutions.
+"""HRVMamba: HRNet's parallel resolutions with selective scans after deformable convolutions.
 
 Source: HRVMamba (Zhang et al. 2024, arXiv 2410.03174). The mixer is `visionmix.mixers.DeformableScan`. The two smaller
 models have position encodings from convolutions and squeeze-and-excitation besides; the base model's offsets come from

@@ -1,4 +1,4 @@
-"""S2AFormer: strip self-attention, whose queries and keys have one channel a head, behind depthwise convolutions.
+"""S2AFormer: strip self-attention, whose queries and keys have one channel a head, after depthwise convolutions.
 
 Source: S2AFormer (Xu et al. 2025, arXiv 2505.22195), which has neither public code nor weights. The mixer is
 `visionmix.mixers.StripAttention`. From the paper: four stages of hybrid perception blocks, each a local interaction

@@ -1,7 +1,7 @@
-"""ViR: ViT with retention in place of attention, causal, from the first patch to a class token behind the last.
+"""ViR: ViT with retention in place of attention, causal, from the first patch to a class token after the last.
 
 Source: ViR (Hatamizadeh et al. 2023, arXiv 2310.19731). The mixer is `visionmix.mixers.Retention`. From the paper:
-causal retention in three forms, positions added to the patches alone, the class token behind the last patch, widths of
+causal retention in three forms, positions added to the patches alone, the class token after the last patch, widths of
 ViT. The paper's own repository, NVlabs/ViR, has no code. An anonymous one, anom63931/ViR, calls itself its authors',
 without licence or weights. From it: the decays, neither norm nor gate inside the mixer, learned scales that begin at
 1e-5, LayerNorm with an epsilon of 1e-6. Outputs equal that code's recurrent and chunkwise forms; its parallel form is

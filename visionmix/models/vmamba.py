@@ -1,4 +1,4 @@
-"""VMamba: selective scans in four directions, in its released, second and first versions.
+"""VMamba: selective scans in four directions, in both of its releases and its first version.
 
 Source: VMamba (Liu et al. 2024, arXiv 2401.10166). A name without a suffix is the release that the paper recommends
 (s1l8, s1l20); `_s2l5` and `_s2l15` scan twice the channels in fewer blocks; `_v0` is the first version, with gates, 16
