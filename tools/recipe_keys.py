@@ -131,8 +131,8 @@ class OptimizerRecipe:
         lr_batch: lr, warmup_lr and min_lr are multiplied by (images a step / lr_batch); None takes them as they are.
         weight_decay: decoupled, as AdamW has it.
         kwargs: further arguments of the optimiser, e.g. {betas: [0.9, 0.999], eps: 1.0e-8}, and of
-            `timm.optim.create_optimizer_v2`, e.g. {layer_decay: 0.75}: a layer's learning rate is the next layer's times
-            this.
+            `timm.optim.create_optimizer_v2`, e.g. {layer_decay: 0.75}: a layer's learning rate is the next layer's
+            times this.
         clip_grad: bound of the gradient; clip_mode says which quantity it bounds; None for no clipping.
         clip_mode: "norm" of the whole gradient, "value" of each number, or "agc": the norm of each unit's gradient over
             that of its weights, the classifier's aside (adaptive clipping, as nets without batch norm need).
