@@ -11,11 +11,14 @@ cell. A row's part of G is then made of products of these small matrices, in a l
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from visionmix.kernels import dispatch
 from visionmix.kernels.checks import check_shape, check_sizes, check_tensors
-from visionmix.kernels.exported import is_symbolic
+from visionmix.kernels.exported import is_symbolic, scan_states
 from visionmix.kernels.registration import register_reference_op
+
+_ROUNDS = 12  # of doubling, where a graph serves maps of up to 2 ** _ROUNDS rows
 
 
 def plstm_2d(
@@ -110,21 +113,17 @@ def _reference(arguments: tuple[Tensor | None, ...]) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> Tensor:
     *gates, direct = gates
-    if is_symbolic(q.shape[1], q.shape[2]):
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}: plstm_2d goes through rows and columns one after another and exports no "
-            "graph for all sizes without the op; export a size at a time, or leave out visionmix.kernels.use"
-        )
     dtype = dispatch.compute_dtype(q, k, v, direct, *gates)
     # Heads first, then rows and columns; gates with the directions before these.
     q, k, v = (x.permute(0, 3, 1, 2, 4).to(dtype) for x in (q, k, v))
     q = q * q.shape[-1] ** -0.5
     gates = [None if x is None else x.permute(0, 3, 4, 1, 2).to(dtype) for x in gates]
+    from_the_top = _from_the_top_at_once if is_symbolic(q.shape[2], q.shape[3]) else _from_the_top
     out = (direct.permute(0, 3, 1, 2).to(dtype) * (q * k).sum(-1)).unsqueeze(-1) * v
     down = [None if x is None else x[:, :, 0::2] for x in gates]
-    out = out + _from_the_top(q, k, v, down)
+    out = out + from_the_top(q, k, v, down)
     up = [None if x is None else x[:, :, 1::2].flip(3) for x in gates]
-    out = out + _from_the_top(q.flip(2), k.flip(2), v.flip(2), up).flip(2)
+    out = out + from_the_top(q.flip(2), k.flip(2), v.flip(2), up).flip(2)
     return out.permute(0, 2, 3, 1, 4).contiguous()
 
 
@@ -133,9 +132,28 @@ def _from_the_top(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor | None]) -
 
     Shapes: q, k, v (batch, heads, rows, columns, dim), gates (batch, heads, 2, rows, columns).
     """
-    source_r, source_d, transition_rl, transition_du, transition_ru, transition_dl, mark_l, mark_u = gates
     rows, columns = q.shape[2], q.shape[3]
-    along = _along(transition_du)
+    read_own, leaves, reads, passes = _in_rows(gates, _along(gates[3]))
+    keys, values = k.flatten(2, 3), v.flatten(2, 3)
+    outs: list[Tensor] = []
+    edges = leaves[:, :, :, 0, :, :0]  # weights of all cells so far in the edges that arrive
+    for row in range(rows):
+        seen = (row + 1) * columns
+        weights = _times(reads[:, :, :, row], edges).sum(2)
+        weights = torch.cat([weights, read_own[:, :, row]], dim=-1)
+        scores = q[:, :, row] @ keys[:, :, :seen].transpose(-1, -2)
+        outs.append((scores * weights) @ values[:, :, :seen])
+        if row + 1 < rows:
+            edges = torch.cat([_times(passes[:, :, :, row], edges), leaves[:, :, :, row]], dim=-1)
+    return torch.stack(outs, dim=2)
+
+
+def _in_rows(gates: list[Tensor | None], along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the matrices Q (batch, heads, rows, columns, columns), N, P and M of each row.
+
+    N, P and M have the directions before the rows. P and M have one column where they are diagonal.
+    """
+    source_r, source_d, transition_rl, _, transition_ru, transition_dl, mark_l, mark_u = gates
     emitted = along * source_d.unsqueeze(-2)  # u at a cell (row) of what a cell (column) sends out
     read_own = (mark_u.unsqueeze(-1) * emitted).sum(2)
     leaves = torch.diag_embed(source_r)
@@ -149,18 +167,29 @@ def _from_the_top(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor | None]) -
         passes = torch.diag_embed(transition_rl)
         if transition_ru is not None:
             passes = passes + transition_ru.unsqueeze(-1) * turned
-    keys, values = k.flatten(2, 3), v.flatten(2, 3)
-    outs: list[Tensor] = []
-    edges = leaves[:, :, :, 0, :, :0]  # weights of all cells so far in the edges that arrive
-    for row in range(rows):
-        seen = (row + 1) * columns
-        weights = _times(reads[:, :, :, row], edges).sum(2)
-        weights = torch.cat([weights, read_own[:, :, row]], dim=-1)
-        scores = q[:, :, row] @ keys[:, :, :seen].transpose(-1, -2)
-        outs.append((scores * weights) @ values[:, :, :seen])
-        if row + 1 < rows:
-            edges = torch.cat([_times(passes[:, :, :, row], edges), leaves[:, :, :, row]], dim=-1)
-    return torch.stack(outs, dim=2)
+    return read_own, leaves, reads, passes
+
+
+def _from_the_top_at_once(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor | None]) -> Tensor:
+    """Return what `_from_the_top` does, in a graph that serves every map of up to 2 ** _ROUNDS rows.
+
+    The weights of all cells in the edges of all rows are made by doubling, as states are in `scan_states`.
+    """
+    rows, columns = q.shape[2], q.shape[3]
+    read_own, leaves, reads, passes = _in_rows(gates, _along_at_once(gates[3]))
+    same_row = _identity(rows, q).view(rows, 1, rows, 1)
+    edges = (leaves.unsqueeze(-2) * same_row).flatten(-2)  # (batch, heads, 2, rows, columns, rows x columns)
+    if passes.shape[-1] == 1:
+        passes = passes * _identity(columns, q)
+    place = torch.arange(rows + 1, device=q.device)
+    edges, passes = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (edges, passes))  # zeros before the first row
+    for round_number in range(_ROUNDS):
+        earlier = (place - (1 << round_number)).clamp(min=0)
+        edges = edges + passes @ edges.index_select(3, earlier)
+        passes = passes @ passes.index_select(3, earlier)
+    weights = _times(reads, edges[:, :, :, :-1]).sum(2) + (read_own.unsqueeze(-2) * same_row).flatten(-2)
+    scores = q.flatten(2, 3) @ k.flatten(2, 3).transpose(-1, -2)
+    return ((scores * weights.flatten(2, 3)) @ v.flatten(2, 3)).unflatten(2, (rows, columns))
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
@@ -185,6 +214,21 @@ def _along(transition: Tensor) -> Tensor:
         weights.append(weight)
     along = torch.stack(weights, dim=-2)
     return torch.stack([along[:, :, 0], along[:, :, 1].flip(-1, -2)], dim=2)
+
+
+def _along_at_once(transition: Tensor) -> Tensor:
+    """Return what `_along` does, in a graph that serves every width."""
+    columns = transition.shape[-1]
+    transition = torch.stack([transition[:, :, 0], transition[:, :, 1].flip(-1)], dim=2)
+    decay = transition.flatten(0, 3).unsqueeze(-1)
+    states = scan_states(decay, _identity(columns, transition).expand(decay.shape[0], -1, -1))
+    along = F.pad(states, (0, 0, 1, 0))[:, :-1].unflatten(0, transition.shape[:4])
+    return torch.stack([along[:, :, 0], along[:, :, 1].flip(-1, -2)], dim=2)
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    place = torch.arange(size, device=like.device)
+    return (place.unsqueeze(1) == place).to(like.dtype)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> Tensor:

@@ -177,12 +177,12 @@ def check(args: argparse.Namespace, trained: models.Trained, original: nn.Module
     run, _ = open_file(file)
     exact = not (args.half or args.int8)
     sizes = export_checks.sizes_to_check(size, args.batch, args.dynamic)
-    for difference in export_checks.compare_random(run, original, sizes):
+    for difference in export_checks.compare_random(run, original, sizes, exact=exact):
         print(difference, flush=True)
-        if exact and not difference.relative <= export_checks.TOLERANCE:
+        if exact and not difference.relative <= difference.allowed:
             raise ValueError(
                 f"the file's logits are off by {difference.relative:.1e} of the largest, more than "
-                f"{export_checks.TOLERANCE:.0e}, for images of shape {difference.shape}; nothing was written"
+                f"{difference.allowed:.1e}, for images of shape {difference.shape}; nothing was written"
             )
     folder = args.images or args.calibrate
     if folder is None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmix.kernels.dispatch import compute_dtype
-from visionmix.kernels.exported import is_symbolic, scan_states
+from visionmix.kernels.exported import is_symbolic, numbers, scan_states
 from visionmix.kernels.gated_linear_attention.schema import (
     BIDIRECTIONAL_SCHEMA,
     SCHEMA,
@@ -234,7 +234,7 @@ class _Attention:
 def _prepare(tensors: list[Tensor], scale: float, state: Tensor | None) -> tuple[_Attention, Tensor | None]:
     """Return the attention of q, k, v and the gates inside the chunks, and the initial state as (rows, dk, dv)."""
     dtype = compute_dtype(*tensors, state)
-    length = tensors[0].shape[1]
+    [length] = numbers(tensors[0].shape[1])
     chunk = _chunk_size(length)
     # A padded token has k = v = 0 and decay 1: it changes no state.
     query, key, value, *gates = (_rows(x, -length % chunk, dtype) for x in tensors)

@@ -185,3 +185,22 @@ def test_batch_alone_dynamic(op):
             more = {n: x.repeat(repeats, *[1] * (x.dim() - 1)) if n in with_batch else x for n, x in tensors.items()}
             for ours, theirs in zip(program(more), Model()(more), strict=True):
                 assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_traced(op):
+    """A trace has tensors in place of sizes."""
+
+    class Model(nn.Module):
+        def forward(self, *given):
+            left = iter(given)
+            out = call.run(*(None if x is None else next(left) for x in call.tensors.values()))
+            return tuple(x for x in out if x.numel())
+
+    for seed in range(4):
+        call = OPS[op](random.Random(f"{op} {seed}"))
+        given = tuple(x for x in call.tensors.values() if x is not None)
+        with use("reference"):
+            traced = torch.jit.trace(Model(), given, check_trace=False)
+        for ours, theirs in zip(traced(*given), Model()(*given), strict=True):
+            assert_close(ours, theirs)

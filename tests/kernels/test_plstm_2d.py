@@ -4,6 +4,8 @@ import golden
 import pytest
 import torch
 from tolerance import assert_close, assert_gradients_close, gradients
+from torch import nn
+from torch.export import Dim
 
 import visionmix
 from visionmix.kernels.plstm_2d import plstm_2d
@@ -133,6 +135,22 @@ def test_graphs_and_the_reference():
     # Not under AOT autograd, which takes 15 seconds for the loops of the backward pass.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.visionmix.plstm_2d, tuple(inputs), test_utils=checks)
+
+
+@pytest.mark.parametrize("turns", ["both", "left", "right"])
+def test_a_program_for_every_size_has_no_loop_over_rows(turns):
+    class Model(nn.Module):
+        def forward(self, inputs):
+            return plstm_2d(*inputs)
+
+    def detached(*size):
+        return [None if x is None else x.detach() for x in drawn(*size, turns)]
+
+    axes = [None if x is None else {1: Dim.DYNAMIC, 2: Dim.DYNAMIC} for x in detached(3, 4)]
+    with visionmix.kernels.use("reference"):
+        program = torch.export.export(Model(), (detached(3, 4),), dynamic_shapes=(axes,)).module()
+        for size in ((3, 4), (7, 2), (2, 9), (17, 5)):
+            assert_close(program(detached(*size)), definition(*detached(*size)), str(size))
 
 
 def test_wrong_arguments_are_named():

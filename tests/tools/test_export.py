@@ -197,7 +197,7 @@ def test_a_file_that_computes_something_else_does_not_replace_the_earlier_one(ti
     (tmp_path / "m.pt").write_text("earlier")
     monkeypatch.setattr(export_files, "to_torchscript", wrong)
     assert call("torchscript", tmp_path) == 2
-    assert "more than 1e-04" in capsys.readouterr().err
+    assert "more than 1.0e-04" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
     assert (tmp_path / "m.pt").read_text() == "earlier"
 
@@ -215,6 +215,28 @@ def test_differences_are_what_they_are():
         export_checks.compare(lambda x: model(x) / 0, model, images)
     with pytest.raises(ValueError, match=r"returns \(2, 1\), the model \(2, 2\)"):
         export_checks.compare(lambda x: model(x)[:, :1], model, images)
+
+
+def test_a_file_may_lie_as_far_from_the_model_as_float32_makes_the_model_lie_from_float64():
+    class Cancels(nn.Module):
+        def forward(self, images):
+            return (images + 4096.0).flatten(1) - 4096.0
+
+    images, model = torch.tensor([[0.10001, 0.7], [0.3, 0.2]]).view(2, 2, 1, 1), Cancels()
+    exactly = export_checks.compare(lambda x: x.flatten(1), model, images, exact=True)
+    assert export_checks.TOLERANCE < exactly.relative <= exactly.allowed
+    assert exactly.rounding == pytest.approx(exactly.relative, rel=1e-3)
+    assert "own rounding error" in str(exactly)
+    wrong = export_checks.compare(lambda x: 1.002 * x.flatten(1), model, images, exact=True)
+    assert wrong.relative > wrong.allowed
+
+
+def test_a_file_that_does_not_run_is_a_sentence():
+    def tied(images):
+        raise AssertionError("Guard failed: x.size()[3] <= 112")
+
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 8, 8\): Guard failed.*export at a larger one"):
+        export_checks.compare(tied, nn.Flatten(), torch.zeros(1, 3, 8, 8))
 
 
 def test_axes_that_cannot_be_dynamic_are_named():
