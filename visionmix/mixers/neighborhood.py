@@ -218,6 +218,7 @@ class CircularNeighborhoodAttention(_Neighborhood):
         self.down_factor = down_factor or 0
         self.fused_attn = use_fused_attn()
         self.dot_product = DotProductAttention()
+        self.register_parameter("down_weight", None)
         if self.down_factor:
             area = self.down_factor**2
             self.down_weight = nn.Parameter(torch.full((self.down_factor, self.down_factor), 1 / area, **dd))
@@ -251,8 +252,10 @@ class CircularNeighborhoodAttention(_Neighborhood):
 
     def _smaller(self, x: Tensor) -> Tensor:
         """Return keys or values (batch, height, width, heads, channels) of the smaller map, (batch, cells, ...)."""
-        side = self.down_factor
+        side, weight = self.down_factor, self.down_weight
+        if weight is None:  # for torch.jit.trace, which compiles `forward_with_text` and all that stands in it
+            return x.flatten(1, 2)[:, :0]
         # By way of all cells: a graph that told squares from images would be made anew where an image is one square.
         squares = into_windows(x.flatten(3), side).flatten(0, 1).unflatten(0, (-1, side * side))
-        y = (squares * self.down_weight.to(x.dtype).reshape(side * side, 1)).sum(dim=1)
+        y = (squares * weight.to(x.dtype).reshape(side * side, 1)).sum(dim=1)
         return y.view(x.shape[0], -1, y.shape[1]).unflatten(-1, (self.num_heads, -1))
