@@ -36,13 +36,7 @@ def test_every_mixer_in_every_skeleton(name, skeleton):
     assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
 
 
-# One with a method of its own that traces compile, and one whose reference computes with its length; all with `--all`.
-TRACED = ("circular_na", "gated_linear_attention")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in TRACED else [pytest.mark.long]) for n in visionmix.list_mixers()]
-)
+@pytest.mark.parametrize("name", visionmix.list_mixers())
 def test_every_mixer_in_a_trace(name):
     mixer = visionmix.create_mixer(name, 24).eval()
     with visionmix.kernels.use("reference"), torch.no_grad():

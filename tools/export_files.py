@@ -32,6 +32,16 @@ DYNAMIC = {"none": {}, "batch": {0: "batch"}, "all": {0: "batch", 2: "height", 3
 _ONNX_LIMIT = 2**31 - 2**24  # bytes of one protobuf file, less some for the graph
 
 
+# What OpenVINO writes around a reason: where in its own source it stood, and headings.
+_AROUND = ("Exception from", "Check '", "While validating", "FrontEnd API", "Model wasn't", "Details:", "Summary:")
+
+
+def reason(error: Exception) -> str:
+    """Return what a runtime's error says, in one line, without where in the runtime's own source it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(_AROUND)]
+    return " ".join(lines)[:300] or type(error).__name__
+
+
 class HalfInside(nn.Module):
     """A model in float16 that takes and returns float32.
 
@@ -230,7 +240,7 @@ def to_openvino(onnx: Path, path: Path, *, half: bool = False, metadata: Mapping
     try:
         model = openvino.convert_model(str(onnx))
     except Exception as error:
-        raise ValueError(f"OpenVINO does not take this model: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"OpenVINO does not take this model: {reason(error)}") from error
     model.set_rt_info(json.dumps(metadata or {}), METADATA)
     openvino.save_model(model, str(path), compress_to_fp16=half)
 

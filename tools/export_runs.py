@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visionmix.private_api import load_compiled_package
-from visionmix.tools.export_files import METADATA, library
+from visionmix.tools.export_files import METADATA, library, reason
 
 Run = Callable[[Tensor], Tensor]
 
@@ -33,7 +33,7 @@ def open_file(path: Path, threads: int | None = None) -> tuple[Run, dict[str, An
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the package that runs it is not installed.
+        ValueError: the package that runs it is not installed, or cannot run what the file holds.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; write it by visionmix export")
@@ -57,11 +57,18 @@ def _read(text: str | bytes | None) -> dict[str, Any]:
     return json.loads(text) if text else {}
 
 
+def _unable(runtime: str, path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{runtime} cannot run {path.name}: {reason(error)}; if it is --dynamic, export a size at a time")
+
+
 def _open_onnx(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     onnxruntime = library("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors alone
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of ONNX Runtime's own kinds
+        raise _unable("ONNX Runtime", path, error) from error
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Tensor:
@@ -75,7 +82,10 @@ def _open_openvino(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     model = openvino.Core().read_model(path)
     # On recent CPUs OpenVINO would compute in bfloat16.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(model, "CPU", options)
+    try:
+        compiled = openvino.Core().compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise _unable("OpenVINO", path, error) from error
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled(images.numpy())[0].copy())

@@ -239,6 +239,12 @@ def test_a_file_that_does_not_run_is_a_sentence():
         export_checks.compare(tied, nn.Flatten(), torch.zeros(1, 3, 8, 8))
 
 
+def test_what_a_runtime_says_without_where_it_stood():
+    error = RuntimeError("Exception from src/core.cpp:117:\nCheck 'x' failed:\n\nDoesn't support dynamic weights shape\n")
+    assert export_files.reason(error) == "Doesn't support dynamic weights shape"
+    assert export_files.reason(RuntimeError("")) == "RuntimeError"
+
+
 def test_axes_that_cannot_be_dynamic_are_named():
     class Fixed(nn.Module):
         def forward(self, x):
