@@ -240,7 +240,7 @@ def test_a_file_that_does_not_run_is_a_sentence():
 
 
 def test_what_a_runtime_says_without_where_it_stood():
-    error = RuntimeError("Exception from src/core.cpp:117:\nCheck 'x' failed:\n\nDoesn't support dynamic weights shape\n")
+    error = RuntimeError("Exception from core.cpp:117:\nCheck 'x' failed:\n\nDoesn't support dynamic weights shape\n")
     assert export_files.reason(error) == "Doesn't support dynamic weights shape"
     assert export_files.reason(RuntimeError("")) == "RuntimeError"
 
