@@ -1,10 +1,7 @@
 import inspect
 import itertools
 import pickle
-from contextlib import ExitStack, contextmanager
-from unittest import mock
 
-import choices
 import golden
 import pytest
 import torch
@@ -12,92 +9,28 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory import PeakMemory
-from neighborhoods import named_tensors
-from tolerance import TOLERANCE, assert_close, assert_gradients_close, gradients
+from neighborhood_runs import (
+    ARGUMENTS,
+    CHOICES,
+    COMPILED,
+    EACH_CHOICE,
+    EXPORTED,
+    EXPORTED_TOO,
+    FUNCTIONS,
+    WINDOW,
+    cast,
+    check,
+    choose,
+    compiled_choices,
+    make,
+    naive,
+    run,
+)
+from tolerance import assert_close, assert_gradients_close, gradients
 
 from visionmix.kernels import dispatch, na1d, na2d, na3d, use
-from visionmix.kernels.neighborhood_attention import definition, exported, neighborhood_attention_op, reference
+from visionmix.kernels.neighborhood_attention import definition, neighborhood_attention_op, reference
 from visionmix.kernels.neighborhood_attention.schema import Arguments, Gradients
-
-FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
-ARGUMENTS = ("query", "key", "value", "additional_keys", "additional_values", "relative_position_bias")
-WINDOW = ("kernel_size", "stride", "dilation", "is_causal", "scale")  # in NATTEN's order
-
-
-def compiled_choices():
-    try:
-        dispatch.load("neighborhood_attention", "cpu")
-    except dispatch.Unavailable:
-        return ()
-    return ("cpu",)
-
-
-# PyTorch's autograd, the registered op around the reference, and the compiled kernel where there is a compiler.
-CHOICES = ("reference", "op", *compiled_choices())
-# What stands in exported graphs, of fixed sizes and of all, computed without a graph.
-EXPORTED = ("exported", "exported for all sizes")
-EACH_CHOICE = pytest.mark.parametrize("choice", CHOICES)
-EXPORTED_TOO = pytest.mark.parametrize("choice", [*CHOICES, *EXPORTED])
-COMPILED = pytest.mark.skipif("cpu" not in CHOICES, reason="no compiler")
-
-
-@contextmanager
-def choose(choice):
-    with ExitStack() as stack:
-        stack.enter_context(choices.choose("reference" if choice in EXPORTED else choice))
-        if choice in EXPORTED:
-            stack.enter_context(mock.patch.object(torch.compiler, "is_exporting", return_value=True))
-            stack.enter_context(mock.patch.object(exported, "_is_fixed", return_value=choice == "exported"))
-        yield
-
-
-SMALL = {"dim": 4, "value_dim": 5, "extra": 0, "bias": False, "batch": 2}
-
-
-def make(grid, kernel_size, heads=2, key_heads=2, seed=0, **sizes):
-    """Return the tensor arguments by name, float64 with values exact in float32."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator).double().requires_grad_()
-
-    return named_tensors(random, grid, kernel_size, heads=heads, key_heads=key_heads, **SMALL | sizes)
-
-
-def cast(tensors, dtype):
-    return {name: x.detach().to(dtype).requires_grad_() for name, x in tensors.items()}
-
-
-def run(tensors, window):
-    """Return the outputs and the gradients of every tensor."""
-    outs = FUNCTIONS[tensors["query"].dim() - 3](**tensors, **window, return_lse=True)
-    return outs, gradients(outs, list(tensors.values()))
-
-
-def naive(tensors, kernel_size, stride=1, dilation=1, is_causal=False, scale=None, circular=False):
-    axes = tensors["query"].dim() - 3
-
-    def each(value):
-        return (value,) * axes if isinstance(value, int) else tuple(value)
-
-    scale = tensors["query"].shape[-1] ** -0.5 if scale is None else scale
-    arguments = (each(kernel_size), each(stride), each(dilation), each(is_causal), scale)
-    outs = definition.neighborhood_attention(
-        Arguments(*(tensors[name] for name in ARGUMENTS[:3]), *arguments, *map(tensors.get, ARGUMENTS[3:]), circular)
-    )
-    return outs, gradients(outs, list(tensors.values()))
-
-
-def check(tensors, window, *choices, dtype=None):
-    """Compare with the definition in float64; the dtype is float32 for the compiled kernel, else float64."""
-    outs, grads = naive(tensors, **window)
-    for choice in choices:
-        with choose(choice):
-            ours, our_grads = run(cast(tensors, dtype or (torch.float32 if choice == "cpu" else torch.float64)), window)
-        assert_close(ours[0], outs[0], f"{choice}, output")
-        assert_close(ours[1], outs[1], f"{choice}, log-sum-exp")
-        assert_gradients_close(our_grads, grads)
-
 
 # NATTEN's own problem sizes, the small ones: heads, key heads, grid, kernel_size, stride, dilation.
 NATTEN = [
@@ -288,88 +221,6 @@ def test_window_of_the_whole_map_is_attention(choice):
     flat = [x.flatten(1, 2).transpose(1, 2) for x in tensors.values()]
     expected = torch.nn.functional.scaled_dot_product_attention(*flat)
     assert_close(out, expected.transpose(1, 2).unflatten(1, (5, 6)))
-
-
-HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-
-
-@EACH_CHOICE
-@HALVES
-@pytest.mark.parametrize(
-    ("grid", "window", "sizes"),
-    [
-        ((9, 18), {"kernel_size": (3, 5)}, {"extra": 2, "bias": True, "dim": 8, "value_dim": 8}),
-        ((9, 35), {"kernel_size": (3, 5)}, {"bias": True, "dim": 8, "value_dim": 5}),
-        ((7, 20), {"kernel_size": (4, 2), "dilation": (1, 3)}, {"bias": True, "dim": 20, "value_dim": 17}),
-        ((5, 19), {"kernel_size": (5, 1), "is_causal": True}, {"dim": 7, "value_dim": 9}),
-        ((140,), {"kernel_size": 131}, {"dim": 6, "value_dim": 3}),
-    ],
-)
-def test_half_precision(grid, window, sizes, dtype, choice):
-    tensors = make(grid, window["kernel_size"], **sizes)
-    tensors = {name: (x.detach() / 2).to(dtype).double().requires_grad_() for name, x in tensors.items()}
-    check_half(tensors, window, choice, dtype)
-
-
-@COMPILED
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.float16, torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32, torch.float16),
-        (torch.float16, torch.bfloat16, torch.bfloat16),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("extra", [0, 3])
-def test_half_types_give_what_float32_copies_of_them_give_on_cpu(dtypes, extra):
-    """Read and written where they lie, rounded once; query and key are slices of a projection."""
-    window = {"kernel_size": (3, 5)}
-    tensors = cast(make((5, 37), (3, 5), extra=extra, dim=9, value_dim=6), torch.float32)
-    for name, dtype in zip(("query", "key", "value"), dtypes, strict=True):
-        wide = torch.randn(2, 5, 37, 3, 2, 9 if name != "value" else 6).to(dtype)
-        tensors[name] = wide.unbind(3)[1].detach().requires_grad_()
-    copies = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
-    with choose("cpu"):
-        (out, lse), grads = run(tensors, window)
-        (expected, expected_lse), expected_grads = run(copies, window)
-    assert torch.equal(out, expected.to(out.dtype))
-    assert torch.equal(lse, expected_lse)
-    for grad, right, x in zip(grads, expected_grads, tensors.values(), strict=True):
-        assert grad.dtype == x.dtype
-        # They are made of the rounded output.
-        assert_close(grad, right, factor=max(1.0, TOLERANCE[out.dtype] / TOLERANCE[grad.dtype]))
-
-
-@COMPILED
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_lies_beyond_an_odd_number_of_neighbours_may_be_infinite_on_cpu(dtype):
-    """Products of pairs leave it out; columns 16 to 31 fill whole vectors, far from the border."""
-    q, k, v = torch.randn(3, 1, 1, 48, 2, 16).to(dtype).unbind(0)
-    v[:, :, 20] = torch.inf
-    with choose("cpu"):
-        out = na2d(q, k, v, kernel_size=(1, 3))
-    finite = out[0, 0, 16:32].isfinite().all(dim=(1, 2))
-    assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
-
-
-def check_half(tensors, window, choice, dtype):
-    (expected, expected_lse), expected_grads = naive(tensors, **window)
-    with choose(choice):
-        (out, lse), grads = run(cast(tensors, dtype), window)
-    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
-    assert all(grad.dtype == dtype for grad in grads)
-    assert_close(out, expected)
-    assert_close(lse, expected_lse)
-    assert_gradients_close(grads, expected_grads)
-
-
-@EXPORTED_TOO
-def test_output_takes_the_dtype_of_value(choice):
-    tensors = cast(make((9, 9), (3, 3)), torch.float32) | {"value": torch.randn(2, 9, 9, 2, 5).bfloat16()}
-    with choose(choice):
-        out, lse = na2d(**tensors, kernel_size=3, return_lse=True)
-    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
 @EACH_CHOICE
