@@ -8,8 +8,10 @@ import torch
 from tiny_models import TINY
 
 from visionmix import create_mixer
+from visionmix.mixers import SelfGuidedAttention
 from visionmix.models.family import family_of, list_family_models
 from visionmix.tools import export
+from visionmix.tools.export_checks import compare
 from visionmix.tools.export_files import DYNAMIC, to_onnx, to_openvino, to_pt2, to_torchscript
 from visionmix.tools.export_runs import open_file
 
@@ -45,6 +47,11 @@ def runs_at_all(shapes, model, path):
 def equals_at_all(shapes, run, model):
     for shape in shapes:
         images = torch.randn(shape)
+        if any(isinstance(module, SelfGuidedAttention) for module in model.modules()):
+            # Two cells whose significances are nearly equal are ranked by their last bits.
+            difference = compare(run, model, images, exact=True)
+            assert difference.relative <= difference.allowed
+            continue
         expected = model(images)
         # Untrained models give logits close to 0: the error is measured by their spread.
         assert torch.allclose(run(images), expected, atol=1e-4 * min(1.0, expected.std().item())), shape
