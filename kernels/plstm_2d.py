@@ -175,21 +175,25 @@ def _from_the_top_at_once(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor | 
 
     The weights of all cells in the edges of all rows are made by doubling, as states are in `scan_states`.
     """
-    rows, columns = q.shape[2], q.shape[3]
-    read_own, leaves, reads, passes = _in_rows(gates, _along_at_once(gates[3]))
+    heads, (rows, columns) = q.shape[:2], q.shape[2:4]
+    # Batch, heads and directions as one axis: OpenVINO computes wrongly with tensors of seven.
+    read_own, *others = _in_rows(gates, _along_at_once(gates[3]))
+    leaves, reads, passes = (x.flatten(0, 2) for x in others)
     same_row = _identity(rows, q).view(rows, 1, rows, 1)
-    edges = (leaves.unsqueeze(-2) * same_row).flatten(-2)  # (batch, heads, 2, rows, columns, rows x columns)
+    edges = (leaves.unsqueeze(-2) * same_row).flatten(-2)  # (..., rows, columns, rows x columns)
     if passes.shape[-1] == 1:
         passes = passes * _identity(columns, q)
     place = torch.arange(rows + 1, device=q.device)
     edges, passes = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (edges, passes))  # zeros before the first row
     for round_number in range(_ROUNDS):
         earlier = (place - (1 << round_number)).clamp(min=0)
-        edges = edges + passes @ edges.index_select(3, earlier)
-        passes = passes @ passes.index_select(3, earlier)
-    weights = _times(reads, edges[:, :, :, :-1]).sum(2) + (read_own.unsqueeze(-2) * same_row).flatten(-2)
-    scores = q.flatten(2, 3) @ k.flatten(2, 3).transpose(-1, -2)
-    return ((scores * weights.flatten(2, 3)) @ v.flatten(2, 3)).unflatten(2, (rows, columns))
+        edges = edges + passes @ edges.index_select(1, earlier)
+        passes = passes @ passes.index_select(1, earlier)
+    weights = _times(reads, edges[:, :-1]).unflatten(0, (-1, 2)).sum(1)
+    weights = weights + (read_own.flatten(0, 1).unsqueeze(-2) * same_row).flatten(-2)
+    q, k, v = (x.flatten(0, 1).flatten(1, 2) for x in (q, k, v))
+    out = (q @ k.transpose(-1, -2) * weights.flatten(1, 2)) @ v
+    return out.unflatten(1, (rows, columns)).unflatten(0, heads)
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
