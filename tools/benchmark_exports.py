@@ -16,14 +16,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
 from rich.table import Table
 
-from visionmix.tools import display, timing
-from visionmix.tools.arguments import check_least
+from visionmix.tools import display, models, timing
+from visionmix.tools.arguments import check_least, check_out
 from visionmix.tools.export_runs import is_compiled, open_file
 
+_MODEL = ("model", "outputs", "reduction", "kwargs")  # what a file says of how the model is built
+_SAID = {*_MODEL, "input", "precision", "dynamic"}
 _CSV = Path("benchmarks/exports.csv")
 _KINDS = {".onnx": "ONNX Runtime", ".xml": "OpenVINO", ".pt2": "torch.export"}
 
@@ -42,11 +43,16 @@ def prepare(files: list[Path], batch: int) -> tuple[str, int, dict[str, Callable
         ValueError: the files are of several models or sizes, or do not say which.
     """
     opened = [open_file(path) for path in files]
-    about = {(each.get("model"), tuple(each.get("input", {}).get("image_size", ()))) for _, each in opened}
-    if len(about) != 1 or None in (found := about.pop()):
-        raise ValueError(f"the files are not all of one model and size ({about or found}); export them anew")
-    name, size = found
-    model, images = timm.create_model(name).eval(), torch.randn(batch, 3, *size)
+    for path, (_, said) in zip(files, opened, strict=True):
+        if not said.keys() >= _SAID:
+            raise ValueError(f"{path} does not say which model it holds, and how; write it anew by visionmix export")
+    models_said = [{key: said[key] for key in _MODEL} | {"size": said["input"]["image_size"]} for _, said in opened]
+    said = models_said[0]
+    if others := [each for each in models_said if each != said]:
+        raise ValueError(f"the files are not all of one model and size ({said}, {others[0]}); export them anew")
+    name, size = said["model"], said["size"]
+    model = models.create_model(name, num_classes=said["outputs"], reduction=said["reduction"], **said["kwargs"]).eval()
+    images = torch.randn(batch, 3, *size)
     calls = {"PyTorch": lambda: model(images)}
     for path, (run, said) in zip(files, opened, strict=True):
         kind = f"{_kind(path)}, {said['precision']}" + (f", dynamic {said['dynamic']}" * (said["dynamic"] != "none"))
@@ -68,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     console = display.table_console()
     try:
         check_least(1, batch=args.batch, threads=args.threads, turns=args.turns)
+        check_out(args.csv, name="--csv")
         torch.set_num_threads(args.threads)
         name, side, calls = prepare(args.file, args.batch)
         timing.wait_until_quiet()

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import BytesStorageMetadata, CheckpointException, FileSystemReader, metadata
 
+from visionmix.models.loading import check_numbers
 from visionmix.models.weights import read_checkpoint
 from visionmix.private_api import load_whole_state_dict
 
@@ -184,8 +185,37 @@ def read(path: str | Path) -> dict[str, Any]:
         return {"model": read_checkpoint(path)}
     tensors = read_checkpoint(path)
     with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("visionmix", "{}"))
-    return {**about, "model": tensors}
+        text = (file.metadata() or {}).get("visionmix", "{}")
+    return {**_about(path, text), "model": tensors}
+
+
+def _about(path: Path, text: str) -> dict[str, Any]:
+    """Return what `save_weights` wrote beside the tensors.
+
+    Raises:
+        ValueError: it is nothing that `save_weights` writes.
+    """
+    try:
+        about = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint of visionmix train: its metadata is no JSON ({error})") from error
+    kinds = {"": (about, dict)}
+    if isinstance(about, dict):
+        recipe = about.get("recipe", {})
+        model = recipe.get("model", {}) if isinstance(recipe, dict) else {}
+        model = model if isinstance(model, dict) else {"name": model}
+        given = about.get("input") or {}
+        kinds |= {"recipe": (recipe, dict), "recipe.model.name": (model.get("name", ""), str)}
+        kinds |= {"recipe.model.kwargs": (model.get("kwargs", {}), dict), "ema": (about.get("ema") or {}, dict)}
+        # A model of a recipe has as many classes as there are names.
+        kinds["classes"] = (about.get("classes", None if model else []), list)
+        kinds["input"] = (given, dict)
+    for key, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{path} is no checkpoint of visionmix train: {key or 'its metadata'} is {value!r}, no {kind.__name__}"
+            )
+    return about
 
 
 def weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -205,10 +235,10 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
 
 
 def check_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Check that keys and shapes of a state dict are exactly the model's.
+    """Check that keys and shapes of a state dict are exactly the model's, and its numbers such as a model has.
 
     Raises:
-        ValueError: when a key is missing or left over or a shape differs, with all of them.
+        ValueError: when a key is missing or left over, a shape differs, or a number is not finite, with all of them.
     """
     own = model.state_dict()
     problems = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in state]
@@ -218,6 +248,8 @@ def check_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: s
         for key in own
         if key in state and getattr(state[key], "shape", None) != own[key].shape
     ]
+    if not problems:
+        check_numbers(state, own, source)
     if problems:
         more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(

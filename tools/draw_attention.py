@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from visionmix.tools import influence, pictures, shown
+from visionmix.tools.arguments import check_out
 
 
 def draw_row(axes: Axes, picture: np.ndarray, row: influence.Row) -> None:
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     args, files = shown.read_models(parse, argv)
     found = {}
     try:
+        check_out(args.out, (".png",))
         for label, name, file in zip(shown.labels(args.models, files), args.models, files, strict=True):
             given = shown.show(shown.load(name, args.pretrained, file), [args.image], args.img_size)
             rows = influence.attention_rows(given.model, given.images, args.query, args.layer)

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from visionmix.tools import demo_data, influence, pictures, shown
+from visionmix.tools.arguments import check_out
 
 _FLOOR = 1e-3
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     args, files = shown.read_models(parse, argv)
     found = {}
     try:
+        check_out(args.out, (".png",))
         for label, name, file in zip(shown.labels(args.models, files), args.models, files, strict=True):
             images = args.images or list(demo_data.PHOTOGRAPHS)
             given = shown.show(shown.load(name, args.pretrained, file), images, args.img_size)

@@ -28,7 +28,7 @@ from torch import nn
 
 from visionmix.backbones.contract import image_sides
 from visionmix.tools import export_checks, export_files, export_int8, models
-from visionmix.tools.arguments import check_least
+from visionmix.tools.arguments import check_least, check_out
 from visionmix.tools.export_runs import open_file
 from visionmix.tools.items import find_items
 
@@ -78,13 +78,15 @@ def parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError at arguments that contradict each other or the format, before any work is done."""
-    check_least(1, batch=args.batch, calibrate_most=args.calibrate_most, images_most=args.images_most)
+    counts = {"calibrate_most": args.calibrate_most, "images_most": args.images_most, "opset": args.opset}
+    check_least(1, batch=args.batch, num_classes=args.num_classes, **counts)
     if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 1):
         raise ValueError(f"--img-size={args.img_size} is no size; give one side, or height and width")
     if args.out.suffix not in (ends := export_files.SUFFIXES[args.format]):
         raise ValueError(f"--out={args.out} does not end in {' or '.join(ends)}, as --format {args.format} needs")
-    if args.out.is_dir():
-        raise ValueError(f"--out={args.out} is a folder; give a file in it")
+    check_out(args.out)
+    if args.format == "openvino":
+        check_out(args.out.with_suffix(".bin"))
     of_formats = {
         "int8": ("onnx", "openvino"),
         "fused": ("torchscript", "pt2"),
@@ -132,6 +134,12 @@ def metadata_of(trained: models.Trained, size: tuple[int, int], args: argparse.N
     precision = "int8" if args.int8 else "float16" if args.half else "float32"
     weights = "random" if args.random_weights else models.weights_hash(trained.model)
     about = {"model": trained.name, "classes": trained.classes, "weights_hash": weights, "precision": precision}
+    made = (trained.recipe or {}).get("model", {})
+    about |= {
+        "kwargs": made.get("kwargs", {}),
+        "reduction": made.get("reduction"),
+        "outputs": trained.model.num_classes,
+    }
     return about | {"dynamic": args.dynamic, "input": settings, "visionmix": version("visionmix")}
 
 
@@ -191,6 +199,8 @@ def check(args: argparse.Namespace, trained: models.Trained, original: nn.Module
         return
     images = export_int8.read_images(folder, trained.input, size, args.images_most)
     agreed, count = export_checks.agreement(run, original, images, args.batch)
+    if count == 0:
+        raise ValueError(f"{folder} has {len(images)} pictures to compare, fewer than --batch={args.batch}; give more")
     own = "" if args.images else ", some of which it was calibrated on: give others by --images"
     print(f"the likeliest class is the model's for {agreed} of {count} pictures of {folder}{own}")
 
@@ -199,8 +209,8 @@ def export(args: argparse.Namespace) -> None:
     """Write and check the file. Raises ValueError and OSError as `main` says them."""
     check_arguments(args)
     for folder in (args.calibrate, args.images):
-        if folder is not None:
-            find_items([folder])
+        if folder is not None and len(pictures := find_items([folder])) < args.batch:
+            raise ValueError(f"{folder} has {len(pictures)} pictures, fewer than --batch={args.batch}; give more")
     trained = load(args)
     size = image_sides(args.img_size if args.img_size and args.img_size[1:] else trained.input.image_size)
     models.check_input(trained.model, trained.name, size, torch.device("cpu"))

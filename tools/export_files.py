@@ -73,9 +73,13 @@ def staged(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         aside = Path(folder, path.name)
         yield aside
-        for file in sorted(aside.parent.iterdir(), key=lambda file: file == aside):
+        files = sorted(aside.parent.iterdir(), key=lambda file: file == aside)
+        for file in files:
+            if (target := path.with_name(file.name)).is_dir():
+                raise IsADirectoryError(f"{target} is a folder; move it, or give another file")
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
+        for file in files:
             file.replace(path.with_name(file.name))
 
 
@@ -150,6 +154,10 @@ def to_onnx(
         raise ValueError(f"ONNX cannot hold this model: {str(cause).strip().splitlines()[0]}") from error
     if any_size:
         _simplify(exported.model)
+    if opset is not None and (got := exported.model.opset_imports.get("")) != opset:
+        raise ValueError(
+            f"opset={opset} is none that the exporter can write this model in; it gave {got}, leave it out"
+        )
     exported.rename_axes(symbols)
     exported.model.graph.outputs[0].name = OUTPUT
     for node in exported.model.graph:  # lines of the source files of this machine, three quarters of a small file

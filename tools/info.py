@@ -24,6 +24,7 @@ from visionmix.models.family import published, weights_of
 from visionmix.private_api import TorchDispatchMode, tree_leaves
 from visionmix.scans import num_steps
 from visionmix.tools import display, model_facts, model_pages
+from visionmix.tools.arguments import check_least
 
 _COUNTED = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
@@ -108,7 +109,7 @@ def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, 
     with torch.device("meta"):
         model = timm.create_model(name)
     channels, height, width = model.default_cfg["input_size"]
-    return model, (channels, img_size or height, img_size or width)
+    return model, (channels, height if img_size is None else img_size, width if img_size is None else img_size)
 
 
 def show(name: str, img_size: int | None, console: Console) -> None:
@@ -154,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name a model")
     console = display.table_console()
     try:
+        check_least(1, img_size=args.img_size)
         for name in args.model:
             show(name, args.img_size, console)
         if args.write:

@@ -19,7 +19,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         table = csv.DictReader(file)
         rows = list(table)
-    if rows and tuple(table.fieldnames or ()) != tuple(columns):
+    if table.fieldnames and tuple(table.fieldnames) != tuple(columns):
         raise ValueError(f"--csv {path} has other columns than this command writes; give another file")
     return rows
 

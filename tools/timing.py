@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visionmix.tools.checkpoint import write_aside
+
 _BUSY = 0.10  # of one core
 _AGREE = 0.10
 _SECONDS, _LONGEST = 1.0, 5.0  # of a round
@@ -243,24 +245,31 @@ def _cpu_name() -> str:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Append `rows` to the CSV file `path`, with a header where it is new.
+    """Append `rows` to the CSV file `path`, with a header where it is new; it is at every moment whole.
 
     Raises:
         ValueError: the file has other columns.
+        OSError: the disk is full or refuses.
     """
     rows = list(rows)
     if not rows:
         return
     columns = list(rows[0])
-    exists = path.exists()
-    if exists:
+    before = ""
+    if path.exists():
         with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
+            before = file.read()
+        found = next(csv.reader(before.splitlines()), [])
         if found != columns:
             raise ValueError(f"{path} has the columns {found}, not {columns}; move it aside")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if not exists:
-            writer.writeheader()
-        writer.writerows(rows)
+        before += "" if before.endswith("\n") else "\n"
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            file.write(before)
+            writer = csv.DictWriter(file, columns)
+            if not before:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    write_aside(path, write)

@@ -1,10 +1,12 @@
 """The pre-norm residual block of both skeletons, and the piece that blocks are made of."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Final
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from visionmix.layers.fold import entry_of, fold_before
@@ -17,6 +19,22 @@ Maker = Callable[..., nn.Module]
 def placed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `device` and the `dtype` of a block's options, those that there are."""
     return {name: options[name] for name in ("device", "dtype") if name in options}
+
+
+def drop_path_rates(drop_path_rate: float, depths: int | Sequence[int]) -> list:
+    """Return the rate of stochastic depth of each block, linear from 0; by stage where `depths` are several.
+
+    Raises:
+        TypeError: `drop_path_rate` is no number.
+        ValueError: it is no probability below 1.
+    """
+    if isinstance(drop_path_rate, bool) or not isinstance(drop_path_rate, Real):
+        raise TypeError(f"drop_path_rate={drop_path_rate!r} is no number; give one from 0 up to 1")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate={drop_path_rate} is no rate; give a number from 0 up to, but not 1")
+    if isinstance(depths, int):
+        return calculate_drop_path_rates(drop_path_rate, depths)
+    return calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
 
 class Residual(nn.Module):
@@ -39,6 +57,13 @@ class Residual(nn.Module):
         super().__init__()
         self.has_gamma = layer_scale is not None
         if layer_scale is not None:
+            if isinstance(layer_scale, bool) or not isinstance(layer_scale, Real):
+                raise TypeError(
+                    f"layer_scale={layer_scale!r} is no number; give one, such as 1e-5, or None for no scale"
+                )
+            if not math.isfinite(layer_scale):
+                raise ValueError(f"layer_scale={layer_scale} is not finite; give a number, such as 1e-5")
+            layer_scale = float(layer_scale)
             self.initial = layer_scale
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale, **dd))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()

@@ -164,11 +164,17 @@ class Backbone(nn.Module):
             images: (batch, in_chans, height, width), as the model takes them.
 
         Raises:
-            ValueError: no layer is fitted to data, or `images` is not a fitting batch.
+            TypeError: `images` is no tensor.
+            ValueError: no layer is fitted to data, or `images` is not a fitting batch, is empty or not finite.
         """
         layers = self.fitted_layers()
         if not layers:
             raise ValueError(f"no layer of {type(self).__qualname__} is fitted to data; leave out calibrate()")
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images is a {type(images).__name__}; give a tensor (batch, in_chans, height, width)")
+        if images.numel() == 0 or not images.isfinite().all():
+            state = "is empty" if images.numel() == 0 else "has values that are not finite"
+            raise ValueError(f"images, of shape {tuple(images.shape)}, {state}; give images as the model is trained on")
         training = {each: each.training for each in self.modules()}
         hooks = [each.register_forward_pre_hook(lambda layer, inputs: layer.calibrate(*inputs)) for each in layers]
         try:

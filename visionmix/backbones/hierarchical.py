@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from visionmix.backbones.block import Block
+from visionmix.backbones.block import Block, drop_path_rates
 from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
@@ -182,7 +182,7 @@ class Hierarchical(Backbone):
         block_layers = per_stage(block_layer, stages, "block_layer")
         mixers = per_stage(mixer, stages, "mixer")
         scales = per_stage(layer_scale, stages, "layer_scale")
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
 
         self.patch_size = patch_size
         self.stem = layer_maker("stem_layer", stem_layer)(in_chans, embed_dims[0], patch_size, **dd)

@@ -6,12 +6,12 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm
 from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.backbones.block import Block
+from visionmix.backbones.block import Block, drop_path_rates
 from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
@@ -302,7 +302,7 @@ class Parallel(Backbone):
             return build_blocks(embed_dims[index], layers[index], mixers[index], rates, **places, **drops, **options)
 
         blocks = [depth for depth, times in zip(depths, num_exchanges, strict=True) for _ in range(times)]
-        rates = iter(calculate_drop_path_rates(drop_path_rate, blocks, stagewise=True))
+        rates = iter(drop_path_rates(drop_path_rate, blocks))
         self.stages = nn.ModuleList()
         for stage, times in enumerate(num_exchanges):
             dims = embed_dims[: stage + 2]

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from visionmix.backbones.block import Block, TokenBlock
+from visionmix.backbones.block import Block, TokenBlock, drop_path_rates
 from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
@@ -148,7 +148,7 @@ class Plain(Backbone):
             default = partial(TokenBlock, prefix=prefix)
             where = {"count": self.class_token.count, "place": self.class_token.place}
             head = partial(layer_maker("head_layer", head_layer) or TokenHead, **where)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         options = {"mlp_layer": mlp, "norm_layer": norm, "layer_scale": layer_scale, **dd}
         places = {"num_heads": heads, "grid_size": grid_size, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         self.blocks = nn.ModuleList(build_blocks(embed_dim, block_layer or default, mixer, rates, **places, **options))

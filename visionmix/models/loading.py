@@ -80,10 +80,12 @@ def load_tensors(
         Keys of the model that keep their fresh values, since the file has none for them.
 
     Raises:
-        ValueError: keys or shapes differ otherwise; the message lists them, and nothing is loaded.
+        ValueError: keys or shapes differ otherwise, or a tensor is not dense, not of floating-point numbers where the
+            model's is, or not finite; the message lists them, and nothing is loaded.
     """
     own = model.state_dict()
     mapped = _under_own_names(tensors, keys, own, name)
+    check_numbers(mapped, own, name)
     for key in mapped.keys() & own.keys():
         mapped[key] = _fitted(model, key, mapped[key], own[key], keys.reshape, name)
     for layer in _names(cfg.first_conv):
@@ -112,6 +114,28 @@ def load_tensors(
     # Not strict: a parameter that stays fresh may share storage with a loaded one.
     model.load_state_dict(mapped, strict=False)
     return fresh
+
+
+def check_numbers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:
+    """Check that tensors are dense, and finite floating-point numbers where the model's tensors `own` are such.
+
+    Raises:
+        ValueError: there are others; the message lists them.
+    """
+    problems = []
+    for key in tensors.keys() & own.keys():
+        tensor, mine = tensors[key], own[key]
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            problems.append(f"{key} is {tensor.layout}, the model's dense")
+        elif mine.is_floating_point() and not tensor.is_floating_point():
+            problems.append(f"{key} is {tensor.dtype} in the file, {mine.dtype} in the model")
+        elif mine.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all() and mine.isfinite().all():
+            problems.append(f"{key} has values that are not finite")
+    if problems:
+        raise ValueError(
+            f"these weights are no weights of {name}: {_shorten(sorted(problems))}. Nothing was loaded; save the "
+            "tensors anew as they were trained, or take an earlier checkpoint"
+        )
 
 
 def _under_own_names(
