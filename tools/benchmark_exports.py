@@ -21,6 +21,7 @@ from rich.table import Table
 
 from visionmix.tools import display, models, timing
 from visionmix.tools.arguments import check_least, check_out
+from visionmix.tools.export_checks import compare
 from visionmix.tools.export_runs import is_compiled, open_file
 
 _MODEL = ("model", "outputs", "reduction", "kwargs")  # what a file says of how the model is built
@@ -44,7 +45,8 @@ def prepare(files: list[Path], batch: int) -> tuple[str, int, dict[str, Callable
     """
     opened = [open_file(path) for path in files]
     for path, (_, said) in zip(files, opened, strict=True):
-        if not said.keys() >= _SAID:
+        size = said["input"].get("image_size") if isinstance(said.get("input"), dict) else None
+        if not (said.keys() >= _SAID and isinstance(size, list) and len(size) == 2):
             raise ValueError(f"{path} does not say which model it holds, and how; write it anew by visionmix export")
     models_said = [{key: said[key] for key in _MODEL} | {"size": said["input"]["image_size"]} for _, said in opened]
     said = models_said[0]
@@ -54,6 +56,8 @@ def prepare(files: list[Path], batch: int) -> tuple[str, int, dict[str, Callable
     model = models.create_model(name, num_classes=said["outputs"], reduction=said["reduction"], **said["kwargs"]).eval()
     images = torch.randn(batch, 3, *size)
     calls = {"PyTorch": lambda: model(images)}
+    for run, _ in opened:
+        compare(run, model, images)  # says whether it runs at all, which its time does not
     for path, (run, said) in zip(files, opened, strict=True):
         kind = f"{_kind(path)}, {said['precision']}" + (f", dynamic {said['dynamic']}" * (said["dynamic"] != "none"))
         calls[kind] = lambda run=run: run(images)
@@ -97,11 +101,15 @@ def main(argv: list[str] | None = None) -> int:
             "times_pytorch": f"{statistics.median(map(operator.truediv, own, samples['PyTorch'])):.3g}",
             **timing.conditions(),
         })  # fmt: skip
-    timing.append_rows(args.csv, rows)
     table = Table("program", "p50_ms", "times PyTorch's", title=f"{name}, {side} pixels, batch {args.batch}")
     for row in rows:
         table.add_row(row["program"], row["p50_ms"], row["times_pytorch"])
     console.print(table)
+    try:
+        timing.append_rows(args.csv, rows)
+    except (ValueError, OSError) as error:
+        console.print(f"no row was added: {error}", style="red")
+        return 1
     return 0
 
 

@@ -210,11 +210,13 @@ def _about(path: Path, text: str) -> dict[str, Any]:
         # A model of a recipe has as many classes as there are names.
         kinds["classes"] = (about.get("classes", None if model else []), list)
         kinds["input"] = (given, dict)
+        if isinstance(given, dict):
+            kinds["input.image_size"] = (given.get("image_size", 1), int | list)
     for key, (value, kind) in kinds.items():
         if not isinstance(value, kind):
-            raise ValueError(
-                f"{path} is no checkpoint of visionmix train: {key or 'its metadata'} is {value!r}, no {kind.__name__}"
-            )
+            meant = getattr(kind, "__name__", kind)
+            place = key or "its metadata"
+            raise ValueError(f"{path} is no checkpoint of visionmix train: {place} is {value!r}, no {meant}")
     return about
 
 

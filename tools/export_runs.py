@@ -33,11 +33,19 @@ def open_file(path: Path, threads: int | None = None) -> tuple[Run, dict[str, An
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the package that runs it is not installed, or cannot run what the file holds.
+        ValueError: the package that runs it is not installed, or cannot run what the file holds, or it is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; write it by visionmix export")
-    threads = threads or torch.get_num_threads()
+    try:
+        return _open(path, threads or torch.get_num_threads())
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # every runtime has errors of its own
+        raise ValueError(f"{path} cannot be opened: {reason(error)}; write it anew by visionmix export") from error
+
+
+def _open(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     if path.suffix == ".onnx":
         return _open_onnx(path, threads)
     if path.suffix == ".xml":
@@ -54,7 +62,8 @@ def open_file(path: Path, threads: int | None = None) -> tuple[Run, dict[str, An
 
 
 def _read(text: str | bytes | None) -> dict[str, Any]:
-    return json.loads(text) if text else {}
+    said = json.loads(text) if text else {}
+    return said if isinstance(said, dict) else {}
 
 
 def _unable(runtime: str, path: Path, error: Exception) -> ValueError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from visionmix.tools import checkpoint
+from visionmix.tools.arguments import check_out
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -21,6 +22,7 @@ def check_output(output: Path) -> None:
     """Raise ValueError where rows cannot be written to a file of this name."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output {output} must end in {' or '.join(SUFFIXES)}")
+    check_out(output, name="--output")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
             f"--output {output} needs the package pyarrow; install it (pip install 'visionmix[parquet]'), or write .csv"
@@ -85,7 +87,10 @@ class Parts:
         noted = self.folder / "about.json"
         about = json.loads(json.dumps(about))
         if noted.is_file():
-            old = json.loads(noted.read_text())
+            try:
+                old = dict(json.loads(noted.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{noted} is damaged ({error}); remove the folder {self.folder}") from error
             if other := [key for key in {**old, **about} if old.get(key) != about.get(key)]:
                 differences = ", ".join(f"{key}={old.get(key)} there, {about.get(key)} now" for key in other)
                 raise ValueError(

@@ -23,7 +23,7 @@ import torch
 
 from visionmix.models import published
 from visionmix.tools import checkpoint, data, models, processes, shards
-from visionmix.tools.arguments import check_least
+from visionmix.tools.arguments import check_least, check_out
 from visionmix.tools.class_map import all_outputs, find_outputs, read_class_map, synset_outputs
 from visionmix.tools.display import Display
 from visionmix.tools.evaluation import AMP_DTYPES, Evaluation, evaluate
@@ -196,6 +196,9 @@ class Tests:
         self.given = test_data(args.data, self.class_map) if args.data and not has_manifests(Path(args.data)) else None
         self.classes = data.split_classes(self.given, "val") if self.given else None
         self.real = read_real_labels(args.real_labels) if args.real_labels else None
+        for name, file in {"--csv": args.csv, "--json": args.json}.items():
+            if file:
+                check_out(file, name=name)
         self.rows = read_rows(args.csv, COLUMNS) if args.csv else []
         if args.pretrained:  # before anything is fetched
             if self.given is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -228,7 +228,12 @@ class Backbone(nn.Module):
         """Replace the classifier by a fresh one of `num_classes` outputs (0: none), and the pooling if one is given.
 
         It has the device and type of the model's first convolution.
+
+        Raises:
+            TypeError: `num_classes` is no integer.
+            ValueError: it is below 0.
         """
+        check_integers(0, num_classes=num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self._note_hidden_size()
@@ -395,6 +400,37 @@ def per_stage(value: Any, count: int, name: str, of: str = "stage") -> list:
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries for {count} {of}s; give one per {of}, or one for all")
     return list(value)
+
+
+def check_integers(least: int, **values: Any) -> None:
+    """Check that each of `values`, an integer or a sequence of integers, is at least `least`; None is not checked.
+
+    Raises:
+        TypeError: one is no integer; the message names it.
+        ValueError: one is too small.
+    """
+    for name, value in values.items():
+        for each in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+            if each is None:
+                continue
+            if isinstance(each, bool) or not isinstance(each, Integral):
+                raise TypeError(f"{name}={value!r} is not of integers; give integers from {least} up")
+            if each < least:
+                raise ValueError(f"{name}={value!r} is too small; give integers from {least} up")
+
+
+def check_rates(**rates: Any) -> None:
+    """Check that each of `rates` is a number from 0 to 1.
+
+    Raises:
+        TypeError: one is no number; the message names it.
+        ValueError: one is outside.
+    """
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, Real):
+            raise TypeError(f"{name}={rate!r} is no number; give a rate from 0 to 1")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name}={rate} is no rate; give a number from 0 to 1")
 
 
 def check_mixer(mixer: Any) -> None:

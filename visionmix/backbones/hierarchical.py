@@ -14,7 +14,9 @@ from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
+    check_integers,
     check_mixer,
+    check_rates,
     heads_for,
     image_sides,
     per_stage,
@@ -156,6 +158,12 @@ class Hierarchical(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        for name, value in {"embed_dims": embed_dims, "depths": depths}.items():
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise TypeError(f"{name}={value!r} is no list; give one entry per stage")
+        check_integers(1, in_chans=in_chans, patch_size=patch_size, embed_dims=embed_dims, num_heads=num_heads)
+        check_integers(0, num_classes=num_classes, depths=depths)
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         stages = len(depths)
         num_heads = [heads_for(dim) for dim in embed_dims] if num_heads is None else num_heads
         if not len(embed_dims) == len(num_heads) == stages:

@@ -1,5 +1,7 @@
 """Which maps of a pass are kept, and with which axes."""
 
+from numbers import Integral
+
 from torch import Tensor
 
 from visionmix.private_api import feature_take_indices
@@ -16,8 +18,16 @@ def chosen_units(count: int, indices: int | list[int] | tuple[int, ...] | None, 
         units: What they are, for messages: "stages" or "blocks".
 
     Raises:
+        TypeError: the numbers are no integers.
         ValueError: there are not so many units.
     """
+    given = () if indices is None else (indices,) if isinstance(indices, Integral) else indices
+    if not isinstance(given, list | tuple | range) or any(
+        isinstance(each, bool) or not isinstance(each, Integral) for each in given
+    ):
+        raise TypeError(
+            f"out_indices={indices!r} is not of integers; give how many of the last {units}, or their numbers"
+        )
     wrong = [indices] if isinstance(indices, int) else list(indices or ())
     lowest, highest = (1, count) if isinstance(indices, int) else (-count, count - 1)
     if (indices is not None and not wrong) or any(not lowest <= each <= highest for each in wrong):

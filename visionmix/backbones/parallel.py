@@ -16,7 +16,9 @@ from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
+    check_integers,
     check_mixer,
+    check_rates,
     heads_for,
     image_sides,
     per_stage,
@@ -271,6 +273,9 @@ class Parallel(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_integers(1, in_chans=in_chans, embed_dims=embed_dims, num_heads=num_heads)
+        check_integers(0, num_classes=num_classes)
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         count = len(embed_dims)
         num_heads = [heads_for(dim) for dim in embed_dims] if num_heads is None else num_heads
         if (

@@ -15,7 +15,9 @@ from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
+    check_integers,
     check_mixer,
+    check_rates,
     heads_for,
     image_sides,
     set_grid_size,
@@ -122,6 +124,11 @@ class Plain(Backbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         check_mixer(mixer)
+        check_integers(
+            1, in_chans=in_chans, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        )
+        check_integers(0, num_classes=num_classes)
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         height, width = image_sides(img_size, patch_size)
         if prefix not in ("mix", "pass"):
             raise ValueError(f"prefix={prefix!r} is unknown; give 'mix' or 'pass'")
