@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Final
 
 import torch
@@ -32,8 +32,8 @@ def drop_path_rates(drop_path_rate: float, depths: int | Sequence[int]) -> list:
         raise TypeError(f"drop_path_rate={drop_path_rate!r} is no number; give one from 0 up to 1")
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate={drop_path_rate} is no rate; give a number from 0 up to, but not 1")
-    if isinstance(depths, int):
-        return calculate_drop_path_rates(drop_path_rate, depths)
+    if isinstance(depths, Integral):
+        return calculate_drop_path_rates(drop_path_rate, int(depths))
     return calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
 
@@ -55,11 +55,12 @@ class Residual(nn.Module):
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None, **dd: Any) -> None:
         super().__init__()
+        layer_scale = None if layer_scale == "none" else layer_scale
         self.has_gamma = layer_scale is not None
         if layer_scale is not None:
             if isinstance(layer_scale, bool) or not isinstance(layer_scale, Real):
                 raise TypeError(
-                    f"layer_scale={layer_scale!r} is no number; give one, such as 1e-5, or None for no scale"
+                    f"layer_scale={layer_scale!r} is no number; give one, such as 1e-5, or 'none' for no scale"
                 )
             if not math.isfinite(layer_scale):
                 raise ValueError(f"layer_scale={layer_scale} is not finite; give a number, such as 1e-5")
@@ -196,12 +197,12 @@ class TokenBlock(Block):
         if not self.passes and not mixes_tokens(self.mixer):
             raise ValueError(
                 f"a mixer of class {type(self.mixer).__qualname__} reads whole maps and cannot serve beside prefix "
-                "tokens; give prefix_tokens=None and global_pool='avg', or prefix='pass', so that they go past it"
+                "tokens; give prefix_tokens='none' and global_pool='avg', or prefix='pass', so that they go past it"
             )
         if self.has_mlp and getattr(self.mlp, "needs_map", False):
             raise ValueError(
                 f"mlp_layer makes a {type(self.mlp).__qualname__}, which reads whole maps and cannot serve beside "
-                "prefix tokens; give prefix_tokens=None and global_pool='avg', or another mlp_layer, such as 'mlp'"
+                "prefix tokens; give prefix_tokens='none' and global_pool='avg', or another mlp_layer, such as 'mlp'"
             )
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:

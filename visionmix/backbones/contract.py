@@ -419,6 +419,13 @@ def check_integers(least: int, **values: Any) -> None:
                 raise ValueError(f"{name}={value!r} is too small; give integers from {least} up")
 
 
+def check_lists(**values: Any) -> None:
+    """Raise TypeError, with its name, at the first of `values` that is no sequence."""
+    for name, value in values.items():
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise TypeError(f"{name}={value!r} is no list; give one entry per stage")
+
+
 def check_rates(**rates: Any) -> None:
     """Check that each of `rates` is a number from 0 to 1.
 

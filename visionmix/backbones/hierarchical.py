@@ -15,6 +15,7 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     check_integers,
+    check_lists,
     check_mixer,
     check_rates,
     heads_for,
@@ -158,9 +159,7 @@ class Hierarchical(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        for name, value in {"embed_dims": embed_dims, "depths": depths}.items():
-            if not isinstance(value, Sequence) or isinstance(value, str):
-                raise TypeError(f"{name}={value!r} is no list; give one entry per stage")
+        check_lists(embed_dims=embed_dims, depths=depths)
         check_integers(1, in_chans=in_chans, patch_size=patch_size, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes, depths=depths)
         check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
@@ -235,6 +234,7 @@ class Hierarchical(Backbone):
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:
         """Return what `features_only=True` gives unless told otherwise: every stage's map."""
+        check_lists(depths=options["depths"])
         return tuple(range(len(options["depths"])))
 
     @torch.jit.ignore

@@ -17,6 +17,7 @@ from visionmix.backbones.contract import (
     Backbone,
     MixerSpec,
     check_integers,
+    check_lists,
     check_mixer,
     check_rates,
     heads_for,
@@ -273,6 +274,7 @@ class Parallel(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_lists(embed_dims=embed_dims, depths=depths)
         check_integers(1, in_chans=in_chans, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes)
         check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
@@ -343,6 +345,7 @@ class Parallel(Backbone):
     @staticmethod
     def feature_indices(options: Mapping[str, Any]) -> int | tuple[int, ...]:
         """Return what `features_only=True` gives unless told otherwise: every resolution's map."""
+        check_lists(embed_dims=options["embed_dims"])
         return tuple(range(len(options["embed_dims"])))
 
     @torch.jit.ignore

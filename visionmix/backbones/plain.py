@@ -23,7 +23,7 @@ from visionmix.backbones.contract import (
     set_grid_size,
 )
 from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
-from visionmix.layers.by_name import LayerSpec, layer_maker
+from visionmix.layers.by_name import NONE, LayerSpec, layer_maker
 from visionmix.layers.grid import Grid, split_prefix
 
 _NORM = partial(LayerNorm, eps=1e-6)
@@ -143,6 +143,7 @@ class Plain(Backbone):
         self.grid_size = grid_size = self.stem.grid_size(height, width)
         self.pos_embed = embedding(embed_dim, grid_size, **dd) if embedding else nn.Identity()
         self.embed_dim = embed_dim
+        prefix_tokens = None if prefix_tokens == NONE else prefix_tokens
         self.has_prefix = prefix_tokens is not None
         self.num_prefix_tokens = 0
         self.output_fmt = "NHWC"
@@ -163,7 +164,7 @@ class Plain(Backbone):
             if self.has_prefix and len(inspect.signature(block.forward).parameters) < 2:
                 raise ValueError(
                     f"block {index}, a {type(block).__qualname__}, reads whole maps and cannot serve beside prefix "
-                    "tokens; give prefix_tokens=None and global_pool='avg', or another block_layer"
+                    "tokens; give prefix_tokens='none' and global_pool='avg', or another block_layer"
                 )
         final = norm if final_norm_layer == "same" else layer_maker("norm_layer", final_norm_layer, "final_norm_layer")
         self.norm = final(embed_dim, **dd) if final else nn.Identity()

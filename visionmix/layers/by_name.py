@@ -21,6 +21,7 @@ from visionmix.registry import nearest
 
 Layer = Callable[..., nn.Module]
 LayerSpec = str | Mapping[str, Any] | Layer | None
+NONE = "none"  # of an option that may be None
 
 # Norms over the last axis, as timm calls them; its batch norm wants channels first, so ours replaces it.
 _NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32", "simplenorm", "simplenormfp32")
@@ -73,18 +74,21 @@ def layer_names(kind: str) -> list[str]:
 
 
 def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer | None:
-    """Return what makes the layer that `spec` describes: a name, a dict of name and options, a callable, or None.
+    """Return what makes the layer that `spec` describes: a name, a dict of name and options, a callable, or none.
 
     Args:
         kind: One of "stem_layer", "downsample_layer", "mlp_layer", "norm_layer", "act_layer", "pos_embed", "pos_layer"
             and "head_layer".
-        spec: The layer; a callable and None are returned as they are.
+        spec: The layer; a callable and None are returned as they are, and "none" is None, which
+            `timm.create_model` takes for an option that was not given.
         option: Name of the option, for messages; None for `kind`.
 
     Raises:
         TypeError: `spec` is none of these.
         ValueError: the name or one of the options is unknown (the message has the nearest one).
     """
+    if isinstance(spec, str) and spec == NONE:
+        return None
     if spec is None or (callable(spec) and not isinstance(spec, str | Mapping)):
         return spec
     option, known = option or kind, _LAYERS[kind]

@@ -101,7 +101,7 @@ class PrefixTokens(nn.Module):
         if place not in PLACES:
             raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")
         if count < 1:
-            raise ValueError(f"count={count} makes no prefix token; give 1 or more, or prefix_tokens=None for none")
+            raise ValueError(f"count={count} makes no prefix token; give 1 or more, or prefix_tokens='none'")
         self.count = count
         self.place = place
         self.positioned = positioned

@@ -19,7 +19,7 @@ _INSTEAD = {
     "dynamic_img_pad": _ANY_SIZE,
     "dynamic_img_size": _ANY_SIZE,
     "embed_layer": "give stem_layer=",
-    "fc_norm": "the norm is before the pooling; final_norm_layer=None leaves it out",
+    "fc_norm": 'the norm is before the pooling; final_norm_layer="none" leaves it out',
     "head_init_scale": "scale model.get_classifier().weight yourself",
     "init_values": "give layer_scale=",
     "kernel_size": _OF_MIXER,
