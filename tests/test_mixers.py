@@ -122,3 +122,33 @@ def test_scan_options_have_mambas_names():
             visionmix.create_mixer(name, 24, states=8)
     with pytest.raises(ValueError, match=r"step_rank=2 \(did you mean 'dt_rank'"):
         visionmix.create_mixer("cross_scan", 24, step_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("qkv_bias", "no", TypeError),
+        ("qkv_bias", 1, TypeError),
+        ("lepe", True, TypeError),
+        ("num_heads", "3", TypeError),
+        ("num_heads", 3.0, TypeError),
+        ("attn_drop", float("nan"), ValueError),
+        ("attn_drop", None, TypeError),
+    ],
+)
+def test_options_of_another_kind_are_named(option, value, error):
+    with pytest.raises(error, match=f"mixer 'softmax': {option}="):
+        visionmix.create_mixer("softmax", 96, **{"num_heads": 3, option: value})
+
+
+@pytest.mark.parametrize("value", [8, (8,), (0, 8), "88", (8, 8.0)])
+def test_sizes_of_maps_are_two_integers(value):
+    with pytest.raises(TypeError, match=r"grid_size=.*give \(rows, columns\)"):
+        visionmix.create_mixer("agent", 24, grid_size=value)
+
+
+@pytest.mark.parametrize("name", visionmix.list_mixers())
+def test_every_mixer_refuses_a_width_that_is_none(name):
+    for dim, error in (("32", TypeError), (True, TypeError), (0, ValueError)):
+        with pytest.raises(error, match="dim="):
+            visionmix.create_mixer(name, dim)

@@ -6,9 +6,12 @@ Every room may import this file; it imports none of them.
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 _T = TypeVar("_T")
 
@@ -49,6 +52,37 @@ def constructor_options(cls: type, besides: Iterable[str] = ("self",)) -> dict[s
                 break
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {key: value for key, value in found.items() if key not in besides and value.kind not in variadic}
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    type(None): (type(None), "None"),
+}
+
+
+def _check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
+    """Check a value whose annotation is of truth values, numbers and None, or two integers; others are not checked.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it is NaN.
+    """
+    if annotation == tuple[int, int]:
+        integers = isinstance(value, Sequence) and [isinstance(each, Integral) and each > 0 for each in value]
+        if integers != [True, True]:
+            raise TypeError(f"{owner}: {option}={value!r} is not two positive integers; give (rows, columns)")
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if any(kind not in (bool, int, float, type(None)) for kind in kinds):
+        return
+    truth = isinstance(value, bool)  # for Python a number, too
+    fitting = [kind for kind in kinds if isinstance(value, _KINDS[kind][0]) and (kind is bool) == truth]
+    if not fitting:
+        meant = " or ".join(_KINDS[kind][1] for kind in kinds)
+        raise TypeError(f"{owner}: {option}={value!r} is a {type(value).__name__}; give {meant}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{owner}: {option}={value} is not a number")
 
 
 class Registry(Generic[_T]):
@@ -118,7 +152,8 @@ class Registry(Generic[_T]):
         """Return the class called `name`, which must know all of `options` and need no others.
 
         Raises:
-            ValueError: no class has this name, or it does not know one of `options` or needs another.
+            TypeError: an option that is a truth value or a number is given as something else.
+            ValueError: no class has this name, it does not know one of `options` or needs another, or a number is NaN.
         """
         known = self.options(name)
         for option, value in options.items():
@@ -127,6 +162,7 @@ class Registry(Generic[_T]):
                     f"{self.kind} {name!r} has no option {option}={value!r}{nearest(option, known)}; "
                     f"its options are {sorted(known)}"
                 )
+            _check_kind(f"{self.kind} {name!r}", option, value, known[option].annotation)
         for option, parameter in known.items():
             if option not in options and parameter.default is parameter.empty:
                 raise ValueError(f"{self.kind} {name!r} needs the option {option}; its options are {sorted(known)}")

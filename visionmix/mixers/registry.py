@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ def create_mixer(
         **options: The mixer's own options.
 
     Raises:
-        ValueError: `name` or an option is unknown (the message has the nearest one), or an option's value is refused.
+        TypeError: `dim` or an option is of another kind than it should be.
+        ValueError: `name` or an option is unknown (the message has the nearest one), or a value is refused.
     """
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
+    if dim < 1:
+        raise ValueError(f"dim={dim} is too small; give 1 channel or more")
     return _MIXERS.checked(name, options)(dim, device=device, dtype=dtype, **options)
