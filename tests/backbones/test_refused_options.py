@@ -38,7 +38,9 @@ def test_wrong_options_are_named(name, option, value, error):
 
 
 def test_whole_numbers_of_numpy_and_of_yaml_serve():
-    model = timm.create_model("test_vig", depth=np.int64(1), layer_scale=1, num_classes=np.int64(3))
+    model = timm.create_model(
+        "test_vig", img_size=np.int64(64), depth=np.int64(1), layer_scale=1, num_classes=np.int64(3)
+    )
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     assert model.blocks[0].scale1.gamma.dtype == torch.float32
 

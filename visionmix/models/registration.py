@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from timm.models import (
@@ -113,6 +114,8 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
         **options: Any,
     ) -> nn.Module:
         check_feature_class(name, options)
+        if isinstance(options.get("img_size"), Integral):
+            options["img_size"] = int(options["img_size"])  # timm takes integers of other kinds for pairs
         cfg = _resolved_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         weights = variant.weights.get(cfg.tag, default)
 
