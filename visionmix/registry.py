@@ -152,8 +152,7 @@ class Registry(Generic[_T]):
         """Return the class called `name`, which must know all of `options` and need no others.
 
         Raises:
-            TypeError: an option that is a truth value or a number is given as something else.
-            ValueError: no class has this name, it does not know one of `options` or needs another, or a number is NaN.
+            ValueError: no class has this name, or it does not know one of `options` or needs another.
         """
         known = self.options(name)
         for option, value in options.items():
@@ -162,8 +161,18 @@ class Registry(Generic[_T]):
                     f"{self.kind} {name!r} has no option {option}={value!r}{nearest(option, known)}; "
                     f"its options are {sorted(known)}"
                 )
-            _check_kind(f"{self.kind} {name!r}", option, value, known[option].annotation)
         for option, parameter in known.items():
             if option not in options and parameter.default is parameter.empty:
                 raise ValueError(f"{self.kind} {name!r} needs the option {option}; its options are {sorted(known)}")
         return self._classes[name]
+
+    def check_kinds(self, name: str, options: Mapping[str, Any]) -> None:
+        """Check the values of `options` by the annotations of the class called `name`, which knows all of them.
+
+        Raises:
+            TypeError: a truth value, a number or a size is given as something else.
+            ValueError: a number is NaN.
+        """
+        known = self.options(name)
+        for option, value in options.items():
+            _check_kind(f"{self.kind} {name!r}", option, value, known[option].annotation)

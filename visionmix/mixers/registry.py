@@ -78,4 +78,6 @@ def create_mixer(
         raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
     if dim < 1:
         raise ValueError(f"dim={dim} is too small; give 1 channel or more")
-    return _MIXERS.checked(name, options)(dim, device=device, dtype=dtype, **options)
+    mixer = _MIXERS.checked(name, options)
+    _MIXERS.check_kinds(name, options)
+    return mixer(dim, device=device, dtype=dtype, **options)
