@@ -110,6 +110,18 @@ except ImportError as error: print(error)
     assert f"import this as visionmix.{room}" in run(code)
 
 
+def test_a_clone_serves_python_that_is_started_in_it():
+    """There the clone's folder comes before what is installed, and holds the packages in other places than a wheel."""
+    code = f"""
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path.insert(0, {str(ROOT)!r})
+import timm, visionmix, visionmix.tools.arguments
+print(visionmix.kernels.__file__, visionmix.scans.names()[0], timm.is_model("vig_t"))
+"""
+    assert run(code).split() == [str(ROOT / "kernels" / "__init__.py"), "atrous", "True"]
+
+
 def test_the_folder_of_kernels_passes_for_no_version_of_the_package_of_this_name():
     """transformers imports whatever bears the name, in a clone's root this folder, and reads its version."""
     code = (
