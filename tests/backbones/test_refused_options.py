@@ -23,6 +23,7 @@ from visionmix.models import load_checkpoint
         ("test_hrvmamba", "in_chans", True, TypeError),
         ("test_vig_h", "num_classes", -3, ValueError),
         ("test_vig", "num_classes", "10", TypeError),
+        ("test_vig", "img_size", True, TypeError),
         ("test_vig", "depth", -1, ValueError),
         ("test_vig", "depth", "2", TypeError),
         ("test_vig_h", "depths", 1, TypeError),

@@ -29,9 +29,9 @@ def drop_path_rates(drop_path_rate: float, depths: int | Sequence[int]) -> list:
         ValueError: it is no probability below 1.
     """
     if isinstance(drop_path_rate, bool) or not isinstance(drop_path_rate, Real):
-        raise TypeError(f"drop_path_rate={drop_path_rate!r} is no number; give one from 0 up to 1")
+        raise TypeError(f"drop_path_rate={drop_path_rate!r} is no number; give one from 0 up, below 1")
     if not 0 <= drop_path_rate < 1:
-        raise ValueError(f"drop_path_rate={drop_path_rate} is no rate; give a number from 0 up to, but not 1")
+        raise ValueError(f"drop_path_rate={drop_path_rate} is no rate; give a number from 0 up, below 1")
     if isinstance(depths, Integral):
         return calculate_drop_path_rates(drop_path_rate, int(depths))
     return calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

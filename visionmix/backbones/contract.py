@@ -350,7 +350,7 @@ def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) ->
         ValueError: it has another length, or images are smaller than a patch.
     """
     sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
-    if not all(isinstance(side, Integral) for side in sides):
+    if not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
         raise TypeError(f"img_size={img_size!r} is not a size in pixels; give an integer, or (height, width)")
     if len(sides) != 2:
         raise ValueError(f"img_size={img_size!r} has {len(sides)} sides; give an integer, or (height, width)")

@@ -1,9 +1,8 @@
 """From a family's table to timm's registry."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 from timm.models import (
@@ -114,8 +113,10 @@ def _entry_point(module: str, name: str, variant: Variant, paper: str) -> Callab
         **options: Any,
     ) -> nn.Module:
         check_feature_class(name, options)
-        if isinstance(options.get("img_size"), Integral):
-            options["img_size"] = int(options["img_size"])  # timm takes integers of other kinds for pairs
+        if options.get("img_size") is not None:  # before timm, which takes for a pair what is no int
+            height, _ = image_sides(options["img_size"])
+            if not isinstance(options["img_size"], Sequence):
+                options["img_size"] = height
         cfg = _resolved_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         weights = variant.weights.get(cfg.tag, default)
 
