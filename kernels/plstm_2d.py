@@ -176,7 +176,7 @@ def _from_the_top_at_once(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor | 
     The weights of all cells in the edges of all rows are made by doubling, as states are in `scan_states`.
     """
     heads, (rows, columns) = q.shape[:2], q.shape[2:4]
-    # Batch, heads and directions as one axis: OpenVINO computes wrongly with tensors of seven.
+    # Batch, heads and directions as one axis: with tensors of seven axes OpenVINO's results were wrong.
     read_own, *others = _in_rows(gates, _along_at_once(gates[3]))
     leaves, reads, passes = (x.flatten(0, 2) for x in others)
     same_row = _identity(rows, q).view(rows, 1, rows, 1)

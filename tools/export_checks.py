@@ -79,8 +79,8 @@ def _logits(run: Run, images: Tensor) -> Tensor:
 def rounding_error(model: nn.Module, images: Tensor, draws: int = 4) -> float:
     """Return the largest difference between the logits of `model` and those that rounding makes of them.
 
-    These are the logits that it computes in float64 and, `draws` times, those of images whose numbers are changed by at
-    most their last bits.
+    These are the logits that it computes in float64 and, `draws` times, those of `images` (batch, channels, height,
+    width) whose numbers are changed by at most their last bits.
     """
     expected, generator = model(images), torch.Generator().manual_seed(0)
     others = [copy.deepcopy(model).double()(images.double())]

@@ -29,7 +29,7 @@ from visionmix.tools import data, models, pictures, timing, validate
 from visionmix.tools.arguments import check_least
 from visionmix.tools.class_map import find_outputs
 from visionmix.tools.evaluation import evaluate
-from visionmix.tools.rows import append_row, has_row, read_rows
+from visionmix.tools.rows import append_rows, has_row, read_rows
 
 COLUMNS = (
     "model", "checkpoint", "data", "reduction", "image_size", "images", "top1", "gmacs", "images_per_second",
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         sample = curve.sample() if missing else None
         for spec in missing:
             row = curve.run(spec, sample)
-            append_row(args.csv, row, COLUMNS)
+            append_rows(args.csv, [row], COLUMNS)
             timed = bool(row["images_per_second"])
             speed = f", {row['images_per_second']:.0f} images/s, {row['speedup']:.2f} times" if timed else ""
             print(f"{spec or 'whole model':<48} {row['top1']:6.2f} %, {row['gmacs']:.4g} GMACs{speed}", flush=True)

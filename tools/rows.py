@@ -24,9 +24,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def append_row(path: Path, row: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """Add a row to a CSV file, which is at every moment whole; raises as `checkpoint.write_aside` does."""
-    rows = [*read_rows(path, columns), row]
+def append_rows(path: Path, new: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Add rows to a CSV file, which is at every moment whole; raises as `read_rows` and `checkpoint.write_aside` do."""
+    rows = [*read_rows(path, columns), *new]
 
     def write(aside: Path) -> None:
         with aside.open("w", newline="") as file:

@@ -1,6 +1,5 @@
 """Time, measured on a quiet machine until two rounds agree, and peak memory, measured in a process of its own."""
 
-import csv
 import datetime
 import os
 import platform
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionmix.tools.checkpoint import write_aside
+from visionmix.tools.rows import append_rows as add_rows
 
 _BUSY = 0.10  # of one core
 _AGREE = 0.10
@@ -252,24 +251,5 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         OSError: the disk is full or refuses.
     """
     rows = list(rows)
-    if not rows:
-        return
-    columns = list(rows[0])
-    before = ""
-    if path.exists():
-        with path.open(newline="") as file:
-            before = file.read()
-        found = next(csv.reader(before.splitlines()), [])
-        if found != columns:
-            raise ValueError(f"{path} has the columns {found}, not {columns}; move it aside")
-        before += "" if before.endswith("\n") else "\n"
-
-    def write(aside: Path) -> None:
-        with aside.open("w", newline="") as file:
-            file.write(before)
-            writer = csv.DictWriter(file, columns)
-            if not before:
-                writer.writeheader()
-            writer.writerows(rows)
-
-    write_aside(path, write)
+    if rows:
+        add_rows(path, rows, list(rows[0]))

@@ -31,7 +31,7 @@ from visionmix.tools.manifests import has_manifests
 from visionmix.tools.real_labels import RealLabels, read_real_labels
 from visionmix.tools.recipe import from_dict
 from visionmix.tools.recipe_keys import DataRecipe
-from visionmix.tools.rows import append_row, has_row, read_rows
+from visionmix.tools.rows import append_rows, has_row, read_rows
 
 _NO_DATA = "--data is missing: give a folder of class folders, or shards"
 COLUMNS = (
@@ -353,7 +353,7 @@ def _test(tests: Tests, name: str | None, file: str | None) -> int:
             text = json.dumps(row, indent=1, default=str) + "\n"
             checkpoint.write_aside(args.json, lambda aside: aside.write_text(text))
         if args.csv:
-            append_row(args.csv, row, COLUMNS)
+            append_rows(args.csv, [row], COLUMNS)
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 1

@@ -74,7 +74,7 @@ def _check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
         if integers != [True, True]:
             raise TypeError(f"{owner}: {option}={value!r} is not two positive integers; give (rows, columns)")
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    if any(kind not in (bool, int, float, type(None)) for kind in kinds):
+    if any(kind not in _KINDS for kind in kinds):
         return
     truth = isinstance(value, bool)  # for Python a number, too
     fitting = [kind for kind in kinds if isinstance(value, _KINDS[kind][0]) and (kind is bool) == truth]

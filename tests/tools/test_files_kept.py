@@ -11,14 +11,14 @@ from PIL import Image
 
 from visionmix.tools import benchmark_exports, checkpoint, draw_receptive_field, export, export_files, info, timing
 from visionmix.tools.arguments import check_out
-from visionmix.tools.rows import append_row
+from visionmix.tools.rows import append_rows
 
 
 def test_a_table_of_another_program_keeps_its_only_line(tmp_path):
     path = tmp_path / "notes.csv"
     path.write_text("precious single line of notes")
     with pytest.raises(ValueError, match="other columns"):
-        append_row(path, {"model": "vig_t"}, ("model",))
+        append_rows(path, [{"model": "vig_t"}], ("model",))
     assert path.read_text() == "precious single line of notes"
 
 

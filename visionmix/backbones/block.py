@@ -1,14 +1,15 @@
 """The pre-norm residual block of both skeletons, and the piece that blocks are made of."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from visionmix.layers.by_name import NONE
 from visionmix.layers.fold import entry_of, fold_before
 from visionmix.layers.grid import Grid, join_prefix, split_prefix
 from visionmix.layers.position import ConvPosition
@@ -19,22 +20,6 @@ Maker = Callable[..., nn.Module]
 def placed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `device` and the `dtype` of a block's options, those that there are."""
     return {name: options[name] for name in ("device", "dtype") if name in options}
-
-
-def drop_path_rates(drop_path_rate: float, depths: int | Sequence[int]) -> list:
-    """Return the rate of stochastic depth of each block, linear from 0; by stage where `depths` are several.
-
-    Raises:
-        TypeError: `drop_path_rate` is no number.
-        ValueError: it is no probability below 1.
-    """
-    if isinstance(drop_path_rate, bool) or not isinstance(drop_path_rate, Real):
-        raise TypeError(f"drop_path_rate={drop_path_rate!r} is no number; give one from 0 up, below 1")
-    if not 0 <= drop_path_rate < 1:
-        raise ValueError(f"drop_path_rate={drop_path_rate} is no rate; give a number from 0 up, below 1")
-    if isinstance(depths, Integral):
-        return calculate_drop_path_rates(drop_path_rate, int(depths))
-    return calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
 
 class Residual(nn.Module):
@@ -55,7 +40,7 @@ class Residual(nn.Module):
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None, **dd: Any) -> None:
         super().__init__()
-        layer_scale = None if layer_scale == "none" else layer_scale
+        layer_scale = None if layer_scale == NONE else layer_scale
         self.has_gamma = layer_scale is not None
         if layer_scale is not None:
             if isinstance(layer_scale, bool) or not isinstance(layer_scale, Real):

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from visionmix.backbones.block import Block, drop_path_rates
+from visionmix.backbones.block import Block
 from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
@@ -162,7 +162,8 @@ class Hierarchical(Backbone):
         check_lists(embed_dims=embed_dims, depths=depths)
         check_integers(1, in_chans=in_chans, patch_size=patch_size, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes, depths=depths)
-        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
+        check_rates(**rates, drop_path_rate=drop_path_rate)
         stages = len(depths)
         num_heads = [heads_for(dim) for dim in embed_dims] if num_heads is None else num_heads
         if not len(embed_dims) == len(num_heads) == stages:
@@ -189,7 +190,7 @@ class Hierarchical(Backbone):
         block_layers = per_stage(block_layer, stages, "block_layer")
         mixers = per_stage(mixer, stages, "mixer")
         scales = per_stage(layer_scale, stages, "layer_scale")
-        rates = drop_path_rates(drop_path_rate, depths)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.patch_size = patch_size
         self.stem = layer_maker("stem_layer", stem_layer)(in_chans, embed_dims[0], patch_size, **dd)

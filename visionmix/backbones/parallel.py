@@ -6,12 +6,12 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmix.backbones.block import Block, drop_path_rates
+from visionmix.backbones.block import Block
 from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
@@ -277,7 +277,8 @@ class Parallel(Backbone):
         check_lists(embed_dims=embed_dims, depths=depths)
         check_integers(1, in_chans=in_chans, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes)
-        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
+        check_rates(**rates, drop_path_rate=drop_path_rate)
         count = len(embed_dims)
         num_heads = [heads_for(dim) for dim in embed_dims] if num_heads is None else num_heads
         if (
@@ -309,7 +310,7 @@ class Parallel(Backbone):
             return build_blocks(embed_dims[index], layers[index], mixers[index], rates, **places, **drops, **options)
 
         blocks = [depth for depth, times in zip(depths, num_exchanges, strict=True) for _ in range(times)]
-        rates = iter(drop_path_rates(drop_path_rate, blocks))
+        rates = iter(calculate_drop_path_rates(drop_path_rate, blocks, stagewise=True))
         self.stages = nn.ModuleList()
         for stage, times in enumerate(num_exchanges):
             dims = embed_dims[: stage + 2]

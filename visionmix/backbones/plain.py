@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm
+from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from visionmix.backbones.block import Block, TokenBlock, drop_path_rates
+from visionmix.backbones.block import Block, TokenBlock
 from visionmix.backbones.building import build_blocks, mlp_maker
 from visionmix.backbones.contract import (
     Backbone,
@@ -128,7 +128,8 @@ class Plain(Backbone):
             1, in_chans=in_chans, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
         )
         check_integers(0, num_classes=num_classes)
-        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
+        check_rates(**rates, drop_path_rate=drop_path_rate)
         height, width = image_sides(img_size, patch_size)
         if prefix not in ("mix", "pass"):
             raise ValueError(f"prefix={prefix!r} is unknown; give 'mix' or 'pass'")
@@ -156,7 +157,7 @@ class Plain(Backbone):
             default = partial(TokenBlock, prefix=prefix)
             where = {"count": self.class_token.count, "place": self.class_token.place}
             head = partial(layer_maker("head_layer", head_layer) or TokenHead, **where)
-        rates = drop_path_rates(drop_path_rate, depth)
+        rates = calculate_drop_path_rates(drop_path_rate, int(depth))
         options = {"mlp_layer": mlp, "norm_layer": norm, "layer_scale": layer_scale, **dd}
         places = {"num_heads": heads, "grid_size": grid_size, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         self.blocks = nn.ModuleList(build_blocks(embed_dim, block_layer or default, mixer, rates, **places, **options))
