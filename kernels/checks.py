@@ -1,6 +1,8 @@
 """Checks of the arguments of every fused op, with one style of message."""
 
+import sys
 from collections.abc import Collection
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -95,6 +97,33 @@ def check_out_dtype(out_dtype: torch.dtype | None) -> None:
         raise TypeError(f"out_dtype={out_dtype!r} is a {kind}; pass a torch.dtype, as torch.float32, or None")
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype={out_dtype} is not a real floating-point type; pass torch.float32 or None")
+
+
+def check_scale(scale: float | None) -> None:
+    """Refuse a factor that is not a finite number; None is left alone.
+
+    Raises:
+        TypeError: `scale` is no number.
+        ValueError: it is infinite or NaN.
+    """
+    # In a graph that is being made, a scale that comes from a shape is a symbol or a tensor.
+    if scale is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale={scale!r} is of type {type(scale).__name__}; pass a number, or None")
+    if isinstance(scale, Real) and not abs(scale) <= sys.float_info.max:
+        raise ValueError(f"scale={scale} is not finite; pass a number, or None")
+
+
+def check_flags(**flags: bool) -> None:
+    """Refuse options that are neither True nor False.
+
+    Raises:
+        TypeError: one is something else.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r} is no bool; pass True or False")
 
 
 def check_merge(merge: str, choices: tuple[str, ...]) -> None:

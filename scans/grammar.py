@@ -11,6 +11,7 @@ top to bottom, and `reversed` reads it from its last step, padding included, to 
 import functools
 import re
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -121,6 +122,17 @@ def check_name(name: str) -> None:
         raise TypeError(f"name={name!r} is a {type(name).__name__}; the name of a scan order or direction set is a str")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise TypeError or ValueError at the first of the `sizes` of a grid, by axis, that is no integer from 1 up."""
+    for axis, size in sizes.items():
+        if torch.jit.is_tracing() and isinstance(size, torch.Tensor):
+            continue
+        if isinstance(size, bool) or not isinstance(size, (Integral, torch.SymInt)):
+            raise TypeError(f"{axis}={size!r} is a {type(size).__name__}; the grid's {axis} must be an int")
+        if isinstance(size, Integral) and size < 1:
+            raise ValueError(f"{axis}={size} is not a size of a grid; {axis} must be at least 1")
+
+
 def check_depth(name: str, depth: int) -> None:
     """Raise ValueError if an order exists in two dimensions only and the grid has three."""
     if depth != 1 and not all(part.base.volumetric for part in parse(name)):
@@ -138,10 +150,11 @@ def num_steps(name: str, height: int, width: int, depth: int = 1) -> int:
         depth: levels of the grid.
 
     Raises:
-        TypeError: the name is not a str.
-        ValueError: no order has that name, or it is two-dimensional and depth is not 1.
+        TypeError: the name is not a str, or a size is not an int.
+        ValueError: no order has that name, a size is below 1, or the order is two-dimensional and depth is not 1.
     """
     check_name(name)
+    check_sizes(height=height, width=width, depth=depth)
     check_depth(name, depth)
     total = 0
     for part in parse(name):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from visionmix.scans.grammar import Part, check_depth, check_name, num_steps, parse
+from visionmix.scans.grammar import Part, check_depth, check_name, check_sizes, num_steps, parse
 
 
 class ScanOrder(NamedTuple):
@@ -116,14 +116,6 @@ def _size(order: ScanOrder) -> int:
 _cache = _Cache(limit=256 * 2**20)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for axis, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{axis}={size!r} is a {type(size).__name__}; the grid's {axis} must be an int")
-        if size < 1:
-            raise ValueError(f"{axis}={size} is not a size of a grid; {axis} must be at least 1")
-
-
 torch.library.define(
     "visionmix::scan_order",
     "(str name, SymInt height, SymInt width, Device? device=None, SymInt depth=1) -> (Tensor index, Tensor inverse)",
@@ -135,7 +127,7 @@ torch.library.define(
 def _scan_order(
     name: str, height: int, width: int, device: torch.device | None = None, depth: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_sizes(height=height, width=width, depth=depth)
+    check_sizes(height=height, width=width, depth=depth)
     check_depth(name, depth)
     device = torch.device("cpu") if device is None else torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
     index, inverse = _cache.get(name, height, width, depth, device)
@@ -170,10 +162,16 @@ def order(name: str, height: int, width: int, depth: int = 1, *, device: torch.d
 
     Raises:
         TypeError: the name is not a str, or a size is not an int.
-        ValueError: no order has that name (the message names the nearest), a size is below 1, or the order is
-            two-dimensional and depth is not 1.
+        ValueError: no order has that name (the message names the nearest), a size is below 1, the order is
+            two-dimensional and depth is not 1, or PyTorch knows no such device.
     """
     check_name(name)
-    _check_sizes(height=height, width=width, depth=depth)
-    device = None if device is None else torch.device(device)
+    check_sizes(height=height, width=width, depth=depth)
+    remedy = "give a name of PyTorch's such as 'cpu' or 'cuda:0'"
+    if isinstance(device, bool) or not (device is None or isinstance(device, (str, int, torch.device))):
+        raise TypeError(f"device={device!r} is of type {type(device).__name__}; {remedy}")
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown; {remedy}") from error
     return ScanOrder(*torch.ops.visionmix.scan_order(name, height, width, device, depth))

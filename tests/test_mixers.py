@@ -1,5 +1,7 @@
 """Mixers by name, and in any place of a skeleton."""
 
+from typing import get_args
+
 import pytest
 import timm
 import torch
@@ -98,6 +100,26 @@ def test_models_take_mixers():
         timm.create_model("test_vig", mixer={"gate_rank": 8})
 
 
+@pytest.mark.parametrize("model", ["test_vig", "test_vig_h", "test_hrvmamba"])
+@pytest.mark.parametrize(
+    ("mixer", "error", "said"),
+    [
+        (["softmax", 3], TypeError, "mixer=3 is not a mixer"),
+        ([[["softmax"]]], TypeError, r"mixer=\[.*\] is a list where one mixer is wanted"),
+        ({"cycle": [["softmax"]]}, TypeError, r"mixer=\['softmax'\] is a list where one mixer is wanted"),
+        ({"cycle": [3]}, TypeError, "mixer=3 is not a mixer"),
+        ({"cycle": "softmax"}, ValueError, "has no entries to go through"),
+        ({"name": ["softmax"]}, TypeError, r"mixer=\['softmax'\] is no name"),
+        ({"name": 3}, TypeError, "mixer=3 is no name"),
+        ({"name": "softmax", "dim": 8}, ValueError, "the model sets dim"),
+        ({"name": "softmax", "dtype": "float16"}, ValueError, "the model sets dtype"),
+    ],
+)
+def test_mixers_of_no_use_are_named(model, mixer, error, said):
+    with pytest.raises(error, match=said):
+        timm.create_model(model, mixer=mixer)
+
+
 @pytest.mark.parametrize("name", [n for n in visionmix.list_mixers() if "dt_rank" in mixer_options(n)])
 def test_scans_size_themselves_by_the_width(name):
     mixer = visionmix.create_mixer(name, 40, expand=0.5)
@@ -141,10 +163,47 @@ def test_options_of_another_kind_are_named(option, value, error):
         visionmix.create_mixer("softmax", 96, **{"num_heads": 3, option: value})
 
 
-@pytest.mark.parametrize("value", [8, (8,), (0, 8), "88", (8, 8.0)])
-def test_sizes_of_maps_are_two_integers(value):
+# Values that no option of this kind has, and those that some have: 0 may be a rate, or a count of nothing.
+SENSELESS = {
+    bool: (1, "yes"),
+    int: (-1, 2.5, "3", True),
+    float: (-1.0, float("inf"), float("nan"), "1", True),
+    str: (3, ["a"], "no such name"),
+}
+ZEROS = {
+    "alpha", "attn_drop", "bias_scale", "filter_depth", "high", "momentum", "norm_eps", "proj_drop", "share", "steps",
+    "threshold",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", visionmix.list_mixers())
+def test_every_option_of_a_mixer_refuses_values_that_make_no_sense(name):
+    for option, parameter in mixer_options(name).items():
+        for kind in get_args(parameter.annotation) or (parameter.annotation,):
+            zero = (0,) if kind in (int, float) and option not in ZEROS else ()
+            for value in SENSELESS.get(kind, ()) + zero:
+                with pytest.raises((TypeError, ValueError), match=option):
+                    visionmix.create_mixer(name, 24, **{option: value})
+
+
+def test_lists_of_a_mixer_hold_values_of_their_kind():
+    for sizes in (["7"], [7.5], "7", 7):
+        with pytest.raises(TypeError, match="group_sizes="):
+            visionmix.create_mixer("self_guided", 24, group_sizes=sizes)
+
+
+@pytest.mark.parametrize("name", ["agent", "window", "local_attention_mamba"])
+@pytest.mark.parametrize("value", [8, (8,), (8, 8, 8), (0, 8), "88", (8, 8.0), (True, True)])
+def test_sizes_of_maps_are_two_integers(name, value):
     with pytest.raises(TypeError, match=r"grid_size=.*give \(rows, columns\)"):
-        visionmix.create_mixer("agent", 24, grid_size=value)
+        visionmix.create_mixer(name, 24, grid_size=value)
+
+
+@pytest.mark.parametrize("name", ["spatial_reduction", "strip"])
+@pytest.mark.parametrize("layer", ["layernorm", 3, nn.LayerNorm(24)])
+def test_makers_of_layers_are_classes_or_functions(name, layer):
+    with pytest.raises(TypeError, match=r"norm_layer=.*give a class or function"):
+        visionmix.create_mixer(name, 24, norm_layer=layer)
 
 
 @pytest.mark.parametrize("name", visionmix.list_mixers())

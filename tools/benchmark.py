@@ -28,7 +28,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from visionmix import reduction
+from visionmix.reduction.methods import method_class
+from visionmix.reduction.specs import read_spec
 from visionmix.tools import benchmark_data, display, info, timing
+from visionmix.tools.arguments import check_least, check_out
 
 _CSV = Path("benchmarks/models.csv")
 _WARM = 5
@@ -171,6 +174,14 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in args.model if not timm.is_model(name.partition("+")[0])]
     if unknown:
         parser.error(f"timm knows no model called {unknown[0]!r}; timm.list_models() has those it knows")
+    try:
+        check_least(1, **{"--img-size": args.img_size, "--batch": args.batch, "--threads": args.threads})
+        check_least(0, **{"--turns": args.turns})
+        check_out(args.csv, name="--csv")
+        for spec in args.reduce:
+            method_class(*read_spec(spec))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     names = [f"{name}{reduction}" for name in args.model for reduction in ("", *(f"+{spec}" for spec in args.reduce))]
     torch.set_num_threads(args.threads)
     if args.child:

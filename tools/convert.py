@@ -117,8 +117,11 @@ def convert(file: Path, name: str, out: Path, *, accepted: str | None = None, li
         raise ValueError(f"model={name!r} is not a model of visionmix{nearest(name, list_family_models())}")
     facts, weights = published(name), weights_of(name)
     licence = settle_licence(facts, accepted, name)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise FileExistsError(f"{out} is there already; remove it, or name another folder")
+    above = next(each for each in out.absolute().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"OUT={out}: nothing can be written in {above}; name another folder")
     if licence_file is not None and not licence_file.is_file():
         raise FileNotFoundError(f"--licence-file={licence_file} does not exist")
     model = load_file(file, name)

@@ -105,7 +105,14 @@ def parse_override(text: str) -> dict:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"--set {text!r}: the value is not YAML: {error}") from error
+        raise ValueError(f"--set {text!r}: the value is not YAML: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of a parser says, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return " ".join(str(error).split())
+    return f"{error.problem} in line {error.problem_mark.line + 1}"
 
 
 def to_dict(recipe: Recipe) -> dict:
@@ -135,7 +142,7 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"{path} is not YAML of sections: {error}") from error
+        raise ValueError(f"{path} is not YAML of sections: {_reason(error)}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is not a recipe: it holds {type(tree).__name__}, not sections of options")
     base = tree.pop("base", None)

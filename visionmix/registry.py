@@ -58,31 +58,86 @@ _KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "an integer"),
     float: (Real, "a number"),
+    str: (str, "a name"),
     type(None): (type(None), "None"),
 }
 
 
-def _check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
-    """Check a value whose annotation is of truth values, numbers and None, or two integers; others are not checked.
+def check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
+    """Check a value whose annotation is of truth values, numbers, names, makers and None, or several of one of them.
+
+    Others are not checked.
 
     Raises:
         TypeError: it is of another kind.
         ValueError: it is NaN.
     """
-    if annotation == tuple[int, int]:
-        integers = isinstance(value, Sequence) and [isinstance(each, Integral) and each > 0 for each in value]
-        if integers != [True, True]:
-            raise TypeError(f"{owner}: {option}={value!r} is not two positive integers; give (rows, columns)")
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    if any(kind not in _KINDS for kind in kinds):
+    if value is None and type(None) in kinds:
+        return
+    if tuple[int, int] in kinds:
+        if not isinstance(value, Sequence) or [_is_count(each) for each in value] != [True, True]:
+            raise TypeError(f"{owner}: {option}={value!r} is not two positive integers; give (rows, columns)")
+        return
+    if get_origin(annotation) is Sequence:
+        if not isinstance(value, Sequence) or (isinstance(value, str) and get_args(annotation) != (str,)):
+            raise TypeError(f"{owner}: {option}={value!r} is of type {type(value).__name__}; give a list")
+        for each in () if isinstance(value, str) else value:
+            check_kind(owner, option, each, *get_args(annotation))
+    makers = [kind for kind in kinds if get_origin(kind) is Callable]
+    kinds = [kind for kind in kinds if kind not in makers]
+    if any(kind not in _KINDS for kind in kinds) or (makers and callable(value) and not hasattr(value, "forward")):
+        return
+    if makers and isinstance(value, type):  # a class of modules has a method `forward` too
         return
     truth = isinstance(value, bool)  # for Python a number, too
     fitting = [kind for kind in kinds if isinstance(value, _KINDS[kind][0]) and (kind is bool) == truth]
     if not fitting:
-        meant = " or ".join(_KINDS[kind][1] for kind in kinds)
-        raise TypeError(f"{owner}: {option}={value!r} is a {type(value).__name__}; give {meant}")
+        meant = " or ".join([*(_KINDS[kind][1] for kind in kinds), *(["a class or function"] if makers else [])])
+        raise TypeError(f"{owner}: {option}={value!r} is of type {type(value).__name__}; give {meant}")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{owner}: {option}={value} is not a number")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+# Options of mixers and layers whose numbers may be 0, and the largest they may be; others are above 0.
+_FROM_ZERO = {
+    "alpha": math.inf,
+    "attn_drop": 1.0,
+    "bias_scale": math.inf,
+    "drop": 1.0,
+    "drop_rate": 1.0,
+    "eps": math.inf,
+    "filter_depth": math.inf,
+    "high": 1.0,
+    "momentum": 1.0,
+    "negative_slope": math.inf,
+    "norm_eps": math.inf,
+    "padding": math.inf,
+    "proj_drop": 1.0,
+    "share": 1.0,
+    "steps": math.inf,
+    "threshold": math.inf,
+}
+
+
+def out_of_range(options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the first of `options` that has a number out of its range, and the words that refuse it, or None."""
+    for option, value in options.items():
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, bool) or not isinstance(each, Real):
+                continue
+            highest = _FROM_ZERO.get(option, math.inf)
+            if (each > 0 or (option in _FROM_ZERO and each == 0)) and each <= highest and math.isfinite(each):
+                continue
+            allowed = "above 0, not infinite"
+            if option in _FROM_ZERO:
+                allowed = "from 0 up, not infinite" if highest == math.inf else f"from 0 to {highest:g}"
+            return option, f"{option}={value!r} is out of range; give numbers {allowed}"
+    return None
 
 
 class Registry(Generic[_T]):
@@ -133,10 +188,13 @@ class Registry(Generic[_T]):
         """Return the class registered as `name`.
 
         Raises:
+            TypeError: `name` is no str.
             ValueError: no class has this name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"{self.kind}={name!r} is no name; give a str, one of {self.names()}")
         if name not in self._classes:
-            hint = nearest(str(name), self._classes)
+            hint = nearest(name, self._classes)
             raise ValueError(f"unknown {self.kind}={name!r}{hint}; the {self.kind}s are {self.names()}")
         return self._classes[name]
 
@@ -170,9 +228,9 @@ class Registry(Generic[_T]):
         """Check the values of `options` by the annotations of the class called `name`, which knows all of them.
 
         Raises:
-            TypeError: a truth value, a number or a size is given as something else.
+            TypeError: a truth value, a number, a name, a list or a size is given as something else.
             ValueError: a number is NaN.
         """
         known = self.options(name)
         for option, value in options.items():
-            _check_kind(f"{self.kind} {name!r}", option, value, known[option].annotation)
+            check_kind(f"{self.kind} {name!r}", option, value, known[option].annotation)

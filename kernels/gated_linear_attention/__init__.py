@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_tensors
+from visionmix.kernels.checks import (
+    check_flags,
+    check_merge,
+    check_out_dtype,
+    check_scale,
+    check_shape,
+    check_sizes,
+    check_tensors,
+)
 from visionmix.kernels.gated_linear_attention import op as _registered  # noqa: F401
 from visionmix.kernels.gated_linear_attention import reference
 from visionmix.kernels.gated_linear_attention.schema import Arguments, BidirectionalArguments
@@ -99,9 +107,11 @@ def gated_linear_attention(
         state is float32, or float64 if any input is; so is the computation.
 
     Raises:
-        TypeError: an argument is not a real floating-point tensor.
-        ValueError: shapes or devices do not fit together, or an axis but the batch is empty.
+        TypeError: an argument is not a real floating-point tensor, or an option of another kind.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `scale` is not finite.
     """
+    check_scale(scale)
+    check_flags(output_final_state=output_final_state)
     _check(q, k, v, {"g": g}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, state = gated_linear_attention_op(q, k, v, g, scale, initial_state, output_final_state)
@@ -140,10 +150,11 @@ def bidirectional_gated_linear_attention(
         The output (batch, length, heads, dv) in `out_dtype`; computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is not a real floating-point tensor, or `out_dtype` is not a dtype.
-        ValueError: shapes or devices do not fit together, an axis but the batch is empty, `merge` is unknown, or
-            `out_dtype` is not of floating-point numbers.
+        TypeError: an argument is not a real floating-point tensor, `scale` no number, or `out_dtype` no dtype.
+        ValueError: shapes or devices do not fit together, an axis but the batch is empty, `merge` is unknown, `scale`
+            is not finite, or `out_dtype` is not of floating-point numbers.
     """
+    check_scale(scale)
     check_out_dtype(out_dtype)
     check_merge(merge, ("mean", "sum"))
     _check(q, k, v, {"g_forward": g_forward, "g_backward": g_backward}, None)

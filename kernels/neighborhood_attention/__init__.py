@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.checks import check_shape, check_tensors
+from visionmix.kernels.checks import check_flags, check_scale, check_shape, check_tensors
 from visionmix.kernels.neighborhood_attention import op as _registered  # noqa: F401
 from visionmix.kernels.neighborhood_attention.arguments import AXES, check_heads, checked_window
 from visionmix.kernels.neighborhood_attention.halves import na2d_av, na2d_qk, reference_forward
@@ -70,11 +70,13 @@ def _neighborhood_attention(
     relative_position_bias: Tensor | None = None, circular: bool = False, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Check the arguments of `na1d`, `na2d` or `na3d`, and call the op."""
+    check_scale(scale)
+    check_flags(circular=circular, return_lse=return_lse)
     tensors = {"query": query, "key": key, "value": value}
     extra = {"additional_keys": additional_keys, "additional_values": additional_values}
     bias = {"relative_position_bias": relative_position_bias}
     ranks = dict.fromkeys(tensors, (axes + 3,)) | dict.fromkeys(extra, (4,)) | dict.fromkeys(bias, (axes + 1,))
-    check_tensors(tensors | extra | bias, ranks)
+    check_tensors(tensors | extra | bias, ranks, tensors)
     batch, *grid, heads, dim = query.shape
     key_heads, value_dim = value.shape[-2:]
     if dim == 0 or 0 in grid:
@@ -164,8 +166,8 @@ Returns:
     (batch, height, width, heads), float32, or float64 if any input is. So is the computation.
 
 Raises:
-    TypeError: a tensor argument is not a real floating-point tensor, or a window argument no integer or bool.
-    ValueError: shapes or devices do not fit together, or the window does not fit the map.
+    TypeError: a tensor argument is not a real floating-point tensor, or an option of another kind.
+    ValueError: shapes or devices do not fit together, the window does not fit the map, or `scale` is not finite.
 """,
 )
 

@@ -1,6 +1,7 @@
 """Checks of the arguments that na1d, na2d, na3d and the two halves of na2d share."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from visionmix.kernels.neighborhood_attention.tables import Window
 
@@ -16,7 +17,7 @@ def per_axis(name: str, value: int | Sequence[int], axes: int, kind: type, least
     """
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * axes
     for x in values:
-        if not isinstance(x, kind) or (kind is int and isinstance(x, bool)):
+        if not isinstance(x, Integral if kind is int else kind) or (kind is int and isinstance(x, bool)):
             raise TypeError(
                 f"{name}={value!r} holds a {type(x).__name__}; it must be {kind.__name__}, one or one per axis"
             )
@@ -24,7 +25,7 @@ def per_axis(name: str, value: int | Sequence[int], axes: int, kind: type, least
         raise ValueError(f"{name}={value!r} has {len(values)} values; na{axes}d takes one, or {axes}")
     if kind is int and min(values) < least:
         raise ValueError(f"{name}={value!r} must be at least {least}")
-    return values
+    return [int(x) for x in values] if kind is int else values
 
 
 def check_window(grid: list[int], kernel_size: list[int], stride: list[int], dilation: list[int], circular: bool):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.checks import check_shape, check_tensors
+from visionmix.kernels.checks import check_flags, check_scale, check_shape, check_tensors
 from visionmix.kernels.exported import is_exported
 from visionmix.kernels.neighborhood_attention import exported, gathered, reference, tiles
 from visionmix.kernels.neighborhood_attention import padding as padded_maps
@@ -64,9 +64,11 @@ def na2d_qk(
         float64 if any input is.
 
     Raises:
-        TypeError: a tensor argument is not a real floating-point tensor, or a window argument no integer or bool.
-        ValueError: shapes or devices do not fit together, or the window does not fit the map.
+        TypeError: a tensor argument is not a real floating-point tensor, or an option of another kind.
+        ValueError: shapes or devices do not fit together, the window does not fit the map, or `scale` is not finite.
     """
+    check_scale(scale)
+    check_flags(circular=circular)
     tensors = {"query": query, "key": key}
     options = {"additional_keys": additional_keys, "relative_position_bias": relative_position_bias}
     ranks = {"query": (5,), "key": (5,), "additional_keys": (4,), "relative_position_bias": (3,)}
@@ -122,9 +124,10 @@ def na2d_av(
         input is.
 
     Raises:
-        TypeError: a tensor argument is not a real floating-point tensor, or a window argument no integer or bool.
+        TypeError: a tensor argument is not a real floating-point tensor, or an option of another kind.
         ValueError: shapes or devices do not fit together, or the window does not fit the map.
     """
+    check_flags(circular=circular)
     tensors = {"weights": weights, "value": value}
     ranks = {"weights": (5,), "value": (5,), "additional_values": (4,)}
     check_tensors(tensors | {"additional_values": additional_values}, ranks, tensors)

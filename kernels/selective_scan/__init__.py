@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels import dispatch
-from visionmix.kernels.checks import check_out_dtype, check_shape, check_sizes, check_tensors
+from visionmix.kernels.checks import check_flags, check_out_dtype, check_shape, check_sizes, check_tensors
 from visionmix.kernels.selective_scan import op as _registered  # noqa: F401
 from visionmix.kernels.selective_scan import reference
 from visionmix.kernels.selective_scan.schema import Arguments
@@ -96,11 +96,12 @@ def selective_scan(
         state is float32, or float64 if any input is; so is the computation.
 
     Raises:
-        TypeError: an argument is not a real floating-point tensor (complex A is not supported), or `out_dtype` is not a
-            dtype.
+        TypeError: an argument is not a real floating-point tensor (complex A is not supported), an option no bool, or
+            `out_dtype` no dtype.
         ValueError: shapes or devices do not fit together, an axis but the batch is empty, or `out_dtype` is not of
             floating-point numbers.
     """
+    check_flags(delta_softplus=delta_softplus, return_last_state=return_last_state)
     check_out_dtype(out_dtype)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     tensors["gap"] = gap

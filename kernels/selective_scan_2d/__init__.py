@@ -11,7 +11,15 @@ from torch import Tensor
 
 from visionmix import scans
 from visionmix.kernels import dispatch
-from visionmix.kernels.checks import check_merge, check_out_dtype, check_shape, check_sizes, check_steps, check_tensors
+from visionmix.kernels.checks import (
+    check_flags,
+    check_merge,
+    check_out_dtype,
+    check_shape,
+    check_sizes,
+    check_steps,
+    check_tensors,
+)
 from visionmix.kernels.selective_scan_2d import op as _registered  # noqa: F401
 from visionmix.kernels.selective_scan_2d import reference
 from visionmix.kernels.selective_scan_2d.schema import Arguments
@@ -169,13 +177,14 @@ def selective_scan_2d(
         and "mean" divides by the number of all routes. Computed in float32, or float64 if any input is.
 
     Raises:
-        TypeError: an argument is not a real floating-point tensor, `orders` is not a sequence of names, `out_dtype` is
-            not a dtype, or `cells` or `gaps` is not a tensor of integers.
+        TypeError: an argument is not a real floating-point tensor, `orders` is not a sequence of names,
+            `delta_softplus` is no bool, `out_dtype` is no dtype, or `cells` or `gaps` is not a tensor of integers.
         ValueError: shapes or devices do not fit together, an axis but the batch is empty, or an order, `merge` or
             `permute` is unknown, or an order does not have one step per cell for `permute="input"`, or `out_dtype` is
             not of floating-point numbers; there are `gaps` without `cells`, or `orders` beside them, or `cells` lie
             outside the map or come twice (not checked while a graph is being made).
     """
+    check_flags(delta_softplus=delta_softplus)
     check_out_dtype(out_dtype)
     delta, weight = delta if isinstance(delta, tuple | list) else (delta, None)
     tensors = {"x": x, "delta": delta, "delta_weight": weight, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}

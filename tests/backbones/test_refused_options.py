@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 
-import visionmix  # noqa: F401  registers the models with timm
+import visionmix
 from visionmix.models import load_checkpoint
 
 
@@ -31,11 +32,85 @@ from visionmix.models import load_checkpoint
         ("test_vig_h", "embed_dims", 8, TypeError),
         ("test_vig", "num_heads", 2.0, TypeError),
         ("test_vig", "patch_size", "4", TypeError),
+        ("test_vig", "mlp_ratio", 0, ValueError),
+        ("test_vig_h", "mlp_ratio", -1.0, ValueError),
+        ("test_hrvmamba", "mlp_ratio", float("nan"), ValueError),
+        ("test_vig", "mlp_ratio", "2", TypeError),
+        ("test_vig_h", "act_layer", torch.nn.ReLU(), TypeError),
+        ("test_vig_h", "norm_layer", torch.nn.LayerNorm(8), TypeError),
+        ("test_vig_h", "global_pool", "foo", ValueError),
+        ("test_vim_tiny", "global_pool", "foo", ValueError),
+        ("test_vil", "global_pool", "foo", ValueError),
+        ("test_vig", "global_pool", 3, TypeError),
+        ("test_vim_tiny", "prefix_tokens", 3, TypeError),
+        ("test_vim_tiny", "prefix_tokens", True, TypeError),
+        ("test_vim_tiny", "prefix_tokens", ["first"], TypeError),
+        ("test_vim_tiny", "prefix_tokens", {"cnt": 3}, ValueError),
+        ("test_vig_h", "num_heads", 3, TypeError),
+        ("test_hrvmamba", "num_exchanges", 3, TypeError),
+        ("test_hrvmamba", "neck_dims", 3, TypeError),
+        ("test_hrvmamba", "neck_features", "x", TypeError),
+        ("test_vig", "stem_layer", "none", ValueError),
+        ("test_vig_h", "stem_layer", "none", ValueError),
+        ("test_vig", "block_layer", "x", TypeError),
+        ("test_vig_h", "block_layer", torch.nn.Identity(), TypeError),
+        ("test_vig", "patch_size", (16, 16), TypeError),
+        ("test_vig", "in_chans", (3,), TypeError),
+        ("test_vig", "stride", 2, ValueError),
+        ("test_vig", "stride", 2.5, TypeError),
+        ("test_vig", "head_layer", "token", ValueError),
+        ("test_vig_h", "head_layer", "token", ValueError),
     ],
 )
 def test_wrong_options_are_named(name, option, value, error):
     with pytest.raises(error, match=rf"{option}="):
         timm.create_model(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "layer", "error", "said"),
+    [
+        ("mlp_layer", {"name": "mlp", "mlp_ratio": "x"}, TypeError, "mlp_ratio='x'"),
+        ("mlp_layer", {"name": "mlp", "mlp_ratio": -1}, ValueError, "mlp_ratio=-1"),
+        ("mlp_layer", {"name": "mlp", "drop": 2}, ValueError, "drop=2"),
+        ("mlp_layer", {"name": "swiglu", "multiple_of": 0}, ValueError, "multiple_of=0"),
+        ("norm_layer", {"name": "layernorm", "eps": "x"}, TypeError, "eps='x'"),
+        ("norm_layer", {"name": "layernorm", "eps": -1.0}, ValueError, "eps=-1.0"),
+        ("mlp_layer", {"name": "mlp", 3: 4}, ValueError, "no option 3=4"),
+    ],
+)
+def test_wrong_options_of_layers_are_named(option, layer, error, said):
+    with pytest.raises(error, match=said):
+        timm.create_model("test_vig_h", **{option: layer})
+
+
+def test_a_stage_without_its_downsampler_is_named():
+    with pytest.raises(ValueError, match="downsample_layer: stage 1"):
+        timm.create_model("test_vig_h", downsample_layer="none")
+
+
+def test_lists_of_a_configuration_library_serve():
+    stages = OmegaConf.create([["mala"], "softmax", {"cycle": ["mala", "softmax"]}, {"name": "mala"}])
+    model = timm.create_model("test_vig_h", mixer=stages, mlp_layer=OmegaConf.create(["mlp"] * 4))
+    assert type(model.stages[1].blocks[0].mixer).__name__ == "SoftmaxAttention"
+    images = torch.zeros(1, 3, 64, 64)
+    for indices in (OmegaConf.create([0, 2]), np.array([0, 2]).tolist()):
+        assert len(model.forward_intermediates(images, indices, intermediates_only=True)) == 2
+    assert len(timm.create_model("test_vig").get_intermediate_layers(images, np.int64(2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "said"),
+    [
+        ({"count": 2.0}, TypeError, "count=2.0"),
+        ({"count": 0}, ValueError, "count=0"),
+        ({"positioned": 1}, TypeError, "positioned=1"),
+        ("foo", ValueError, "place='foo'"),
+    ],
+)
+def test_wrong_prefix_tokens_are_named(tokens, error, said):
+    with pytest.raises(error, match=said):
+        timm.create_model("test_vim_tiny", prefix_tokens=tokens)
 
 
 def test_whole_numbers_of_numpy_and_of_yaml_serve():
@@ -62,7 +137,36 @@ def test_reset_classifier_refuses_before_anything_changes():
     model = timm.create_model("test_vig_h", num_classes=4)
     with pytest.raises(TypeError, match="num_classes='10'"):
         model.reset_classifier("10")
+    with pytest.raises(ValueError, match="global_pool='foo'"):
+        model.reset_classifier(10, "foo")
     assert model.num_classes == 4
+
+
+@pytest.mark.parametrize("n", [0, 99, [9], "1", 1.5])
+def test_methods_name_the_argument_that_is_their_own(n):
+    model, images = timm.create_model("test_vig"), torch.zeros(1, 3, 64, 64)
+    with pytest.raises((TypeError, ValueError), match=r"^n="):
+        model.get_intermediate_layers(images, n)
+    with pytest.raises((TypeError, ValueError), match=r"^indices="):
+        model.forward_intermediates(images, n)
+
+
+@pytest.mark.parametrize(
+    ("done", "error"), [("0.5", TypeError), (None, TypeError), (True, TypeError), (2, ValueError), (np.nan, ValueError)]
+)
+def test_progress_is_a_share(done, error):
+    with pytest.raises(error, match="done="):
+        timm.create_model("test_vig").set_progress(done)
+
+
+@pytest.mark.parametrize("option", ["filter", "exclude_filters"])
+@pytest.mark.parametrize("value", [3, b"vig_*", ["vig_*", 3], [None]])
+def test_filters_are_wildcards(option, value):
+    with pytest.raises(TypeError, match=f"{option}="):
+        visionmix.list_models(**{option: value})
+    named = visionmix.list_models("vig_*", **({"exclude_filters": None} if option == "exclude_filters" else {}))
+    for filters in (["vig_*"], {"vig_*"}, OmegaConf.create(["vig_*"])):
+        assert visionmix.list_models(filters) == named
 
 
 @pytest.mark.parametrize("indices", [1.0, "1", [[0, 1]], [1.0], True, [True]])

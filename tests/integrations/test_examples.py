@@ -109,7 +109,7 @@ def test_timms_own_train_and_validate(tmp_path):
             path = tmp_path / "data" / split / "ab"[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (80, 72), (number * 30, 90, 60)).save(path)
-    options = ["--data-dir", "data", "--model", "test_vmamba", "--num-classes", "2", "-b", "4", "--workers", "0"]
+    options = ["--data-dir", "data", "--model", "test_vmamba", "--num-classes", "2", "-b", "4", "--workers", "1"]
     options += ["--device", "cpu", "--model-kwargs", "mixer='softmax'"]
     train = ["--device-modules", "visionmix", "--epochs", "1", "--warmup-epochs", "0", "--input-size", "3", "64", "64"]
     out = ran(tmp_path, f"{clone}/train.py", *options, *train, "--output", "runs", "--experiment", "one")

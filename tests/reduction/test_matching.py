@@ -77,6 +77,8 @@ def test_half_precision_is_matched_in_float32():
         ((torch.randn(9, 4), 1), ValueError, r"\(9, 4\)"),
         ((torch.ones(2, 9, 4, dtype=torch.int64), 1), ValueError, "int64"),
         ((torch.randn(2, 9, 4), 1, -2), ValueError, "num_prefix_tokens=-2"),
+        ((torch.randn(2, 9, 4), 1, 1.5), TypeError, r"num_prefix_tokens=1\.5"),
+        ((3, 1), TypeError, "metric is of type int"),
     ],
 )
 def test_bad_input_is_refused(arguments, error, text):
@@ -88,3 +90,12 @@ def test_unknown_mode_is_refused():
     metric = torch.randn(2, 9, 4)
     with pytest.raises(ValueError, match="mode='max'"):
         match(metric, 1)[0](metric, mode="max")
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 4), (2, 8, 4), (3, 9, 4), (9, 4)])
+def test_other_tokens_than_those_matched_are_refused(shape):
+    merge, unmerge = match(torch.randn(2, 9, 4), 2)
+    with pytest.raises(ValueError, match=r"^x has shape .*\(batch=2, tokens=9, channels\)"):
+        merge(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"^y has shape .*\(batch=2, tokens=7, channels\)"):
+        unmerge(torch.zeros(shape))

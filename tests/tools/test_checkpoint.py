@@ -125,6 +125,17 @@ class Evil:
         return (print, ("code of a checkpoint ran",))
 
 
+class Foreign:
+    pass
+
+
+def test_a_file_with_objects_is_refused_in_one_line(tmp_path):
+    torch.save({"model": Foreign()}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match=r"running code of its own.*\(it holds objects of \S*Foreign\)") as refusal:
+        checkpoint.read(tmp_path / "foreign.pt")
+    assert "\n" not in str(refusal.value)
+
+
 def test_no_code_of_a_file_runs(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))

@@ -133,17 +133,19 @@ def test_other_files_and_folders_are_refused_and_nothing_is_written(file, tmp_pa
     full = tmp_path / "full"
     full.mkdir()
     (full / "a").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for arguments, message in [
         ((file, "vig_s", tmp_path / "out"), "vig_t.pth"),
         ((file, "vig_tt", tmp_path / "out"), "did you mean 'vig_t'"),
         ((file, "vig_t", full), "is there already"),
+        ((file, "vig_t", tmp_path / "link"), "is there already"),
         ((tmp_path / "none.pth", "vig_t", tmp_path / "out"), "does not exist"),
         ((tmp_path / "own.safetensors", "vig_t", tmp_path / "out"), "was trained here"),
         ((file, "vig_t", tmp_path / "out", "--licence-file", tmp_path / "none"), "--licence-file"),
     ]:
         assert call(*arguments) == 2
         assert message in capsys.readouterr().err
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["full", "own.safetensors"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["full", "link", "own.safetensors"]
 
 
 def test_a_folder_that_timm_reads_otherwise_is_not_written(file, tmp_path, monkeypatch, capsys):

@@ -31,11 +31,9 @@ def build_mixer(
     A mixer that takes `num_heads`, or `grid_size` (rows and columns of the map at the built image size), is given them.
 
     Raises:
-        ValueError: there is no name, or the mixer does not know one of `drops`, dropout rates that are not 0.
+        ValueError: the mixer does not know one of `drops`, dropout rates that are not 0.
     """
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if "name" not in options:
-        raise ValueError(f"mixer={spec!r} has no 'name'; give a name or dict(name=..., options)")
     name = options.pop("name")
     options |= overrides
     known = mixer_options(name)
@@ -83,10 +81,14 @@ def build_blocks(
         **options: More options of the blocks.
 
     Raises:
+        TypeError: what makes a block is no class or function.
         ValueError: a mixer has no such dropout, or a block makes its own.
     """
     dd = {"device": device, "dtype": dtype}
     layers = per_block(block_layer, len(rates), "block_layer", where=where)
+    for layer in layers:
+        if not callable(layer) or isinstance(layer, nn.Module):
+            raise TypeError(f"block_layer={layer!r} makes no block; give a class or function, as Block is made")
     specs = per_block(mixer, len(rates), "mixer", where=where)
     drops = {name: rate for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)) if rate}
     made: list[nn.Module] = []

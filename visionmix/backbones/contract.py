@@ -1,7 +1,8 @@
 """The model contract of timm, once, for every skeleton."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -13,10 +14,13 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
+from visionmix.layers.head import TokenHead
 from visionmix.private_api import update_model_input_size
 
 MixerSpec = str | dict[str, Any]
 _HEAD_DIM = 32
+_PER_STAGE = ("embed_dims", "depths", "num_heads", "num_exchanges", "neck_dims")  # lists of integers
+_POOLINGS = "give 'avg', 'max', 'avgmax' or 'catavgmax', or '' for none"
 
 
 @torch.fx.wrap
@@ -78,7 +82,12 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.num_features = num_features
         self.grad_checkpointing = False
-        self.head = head_layer(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        with _pooling(global_pool):
+            self.head = head_layer(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        if isinstance(self.head, TokenHead) and self.output_fmt == "NHWC":
+            raise ValueError(
+                "head_layer='token' reads a sequence with prefix tokens, and this model has none; leave it out"
+            )
         self._note_hidden_size()
         if num_classes == 0 and global_pool:
             self.num_features = self.head_hidden_size  # the width of the result, as timm has it
@@ -138,8 +147,11 @@ class Backbone(nn.Module):
             done: From 0 at the start to 1 at the end.
 
         Raises:
-            ValueError: `done` is not between 0 and 1.
+            TypeError: `done` is no number.
+            ValueError: it is not between 0 and 1.
         """
+        if isinstance(done, bool) or not isinstance(done, Real):
+            raise TypeError(f"done={done!r} is no number; give steps done / steps in all, from 0 to 1")
         if not 0 <= done <= 1:
             raise ValueError(f"done={done} is not a share of training; give steps done / steps in all, from 0 to 1")
         for module in self.modules():
@@ -231,11 +243,12 @@ class Backbone(nn.Module):
 
         Raises:
             TypeError: `num_classes` is no integer.
-            ValueError: it is below 0.
+            ValueError: it is below 0, or `global_pool` is unknown.
         """
         check_integers(0, num_classes=num_classes)
+        with _pooling(global_pool):
+            self.head.reset(num_classes, global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
         self._note_hidden_size()
         like = next(value for value in self.parameters() if value.is_floating_point())
         self.head.to(like.device, like.dtype)
@@ -302,7 +315,7 @@ class Backbone(nn.Module):
         """
         check_output_format(output_fmt)
         units = getattr(self, self.units)
-        take, last = chosen_units(len(units), indices, self.units)
+        take, last = chosen_units(len(units), indices, self.units, "indices")
         state = self._enter(x)
         taken = []
         for index, unit in enumerate(units[: last + 1] if stop_early else units):
@@ -368,6 +381,11 @@ def heads_for(dim: int) -> int:
     return 1
 
 
+def is_list(value: Any) -> bool:
+    """Return whether `value` has entries by number: a list, a tuple, or what a configuration library has for them."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
     """Return one entry per block: `value` itself for all, those of a list, or those of ``dict(cycle=[...])`` in turn.
 
@@ -376,15 +394,15 @@ def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
     """
     if isinstance(value, Mapping) and set(value) == {"cycle"}:
         cycle = value["cycle"]
-        if not isinstance(cycle, list | tuple) or not cycle:
+        if not is_list(cycle) or not cycle:
             raise ValueError(f"{name}={value!r} has no entries to go through; give dict(cycle=[...]) a list")
         return [cycle[index % len(cycle)] for index in range(depth)]
-    if isinstance(value, list | tuple) and len(value) != depth:
+    if is_list(value) and len(value) != depth:
         raise ValueError(
             f"{name} has {len(value)} entries for the {depth} blocks{where}; give one per block, one for all, or "
             "dict(cycle=[...]) to go through a list again and again"
         )
-    return list(value) if isinstance(value, list | tuple) else [value] * depth
+    return list(value) if is_list(value) else [value] * depth
 
 
 def per_stage(value: Any, count: int, name: str, of: str = "stage") -> list:
@@ -395,7 +413,7 @@ def per_stage(value: Any, count: int, name: str, of: str = "stage") -> list:
     Raises:
         ValueError: the list has another length.
     """
-    if not isinstance(value, list | tuple):
+    if not is_list(value):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries for {count} {of}s; give one per {of}, or one for all")
@@ -403,14 +421,15 @@ def per_stage(value: Any, count: int, name: str, of: str = "stage") -> list:
 
 
 def check_integers(least: int, **values: Any) -> None:
-    """Check that each of `values`, an integer or a sequence of integers, is at least `least`; None is not checked.
+    """Check that each of `values`, an integer or one for each stage, is at least `least`; None is not checked.
 
     Raises:
         TypeError: one is no integer; the message names it.
         ValueError: one is too small.
     """
     for name, value in values.items():
-        for each in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+        several = name in _PER_STAGE and is_list(value)
+        for each in value if several else (value,):
             if each is None:
                 continue
             if isinstance(each, bool) or not isinstance(each, Integral):
@@ -420,9 +439,9 @@ def check_integers(least: int, **values: Any) -> None:
 
 
 def check_lists(**values: Any) -> None:
-    """Raise TypeError, with its name, at the first of `values` that is no sequence."""
+    """Raise TypeError, with its name, at the first of `values` that is no list; None stands for not given."""
     for name, value in values.items():
-        if not isinstance(value, Sequence) or isinstance(value, str):
+        if value is not None and not is_list(value):
             raise TypeError(f"{name}={value!r} is no list; give one entry per stage")
 
 
@@ -440,10 +459,57 @@ def check_rates(**rates: Any) -> None:
             raise ValueError(f"{name}={rate} is no rate; give a number from 0 to 1")
 
 
-def check_mixer(mixer: Any) -> None:
-    """Raise TypeError unless `mixer` is a mixer's name, a dict, or a list of those."""
-    if not isinstance(mixer, str | dict | list | tuple) or not mixer:
-        raise TypeError(f"mixer={mixer!r} is not a mixer; give a name, dict(name=..., options), or a list of those")
+@contextmanager
+def _pooling(global_pool: str | None) -> Iterator[None]:
+    """Refuse a pooling by name where timm's head asserts that it knows it."""
+    if global_pool is not None and not isinstance(global_pool, str):
+        raise TypeError(f"global_pool={global_pool!r} is no name; {_POOLINGS}")
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"global_pool={global_pool!r} is unknown; {_POOLINGS}") from error
+
+
+def check_numbers(**values: Any) -> None:
+    """Check that each of `values`, a number or None, is above 0.
+
+    Raises:
+        TypeError: one is no number; the message names it.
+        ValueError: one is 0, negative, infinite or NaN.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r} is no number; give one above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} makes no sense; give a number above 0")
+
+
+def check_mixer(mixer: Any, nested: int = 1) -> None:
+    """Check that `mixer` is a mixer's name, a dict of name and options, or lists of those, at most `nested` deep.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a dict has no name, or one of the options that the skeleton sets.
+    """
+    remedy = "give a name, dict(name=..., options), or a list of those"
+    if is_list(mixer):
+        if nested == 0:
+            raise TypeError(f"mixer={mixer!r} is a list where one mixer is wanted; {remedy}")
+        for each in mixer:
+            check_mixer(each, nested - 1)
+    elif isinstance(mixer, Mapping) and set(mixer) == {"cycle"} and nested:
+        for each in mixer["cycle"] if is_list(mixer["cycle"]) else ():  # see `per_block`
+            check_mixer(each, 0)
+    elif isinstance(mixer, Mapping):
+        if "name" not in mixer:
+            raise ValueError(f"mixer={mixer!r} has no 'name'; {remedy}")
+        for option in ("dim", "device", "dtype"):
+            if option in mixer:
+                raise ValueError(f"mixer={mixer!r}: the model sets {option}; leave it out")
+    elif not isinstance(mixer, str):
+        raise TypeError(f"mixer={mixer!r} is not a mixer; {remedy}")
 
 
 def set_grid_size(module: nn.Module, grid_size: tuple[int, int]) -> None:

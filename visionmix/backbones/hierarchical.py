@@ -17,6 +17,7 @@ from visionmix.backbones.contract import (
     check_integers,
     check_lists,
     check_mixer,
+    check_numbers,
     check_rates,
     heads_for,
     image_sides,
@@ -76,7 +77,7 @@ class Hierarchical(Backbone):
 
     A stage is a downsampler (none in the first), a position embedding, blocks and a norm. An option that says "one per
     stage" takes one for all stages or a list with an entry per stage. A layer is given by name, by ``dict(name=...,
-    options)`` or as a callable; the names are those of `visionmix.layers.layer_names`.
+    options)`` or as a callable; the names are those of `visionmix.layers.by_name.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the last stage's map
     (batch, rows, columns, embed_dims[-1]). Any height and width of at least `patch_size`.
@@ -159,9 +160,10 @@ class Hierarchical(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        check_lists(embed_dims=embed_dims, depths=depths)
+        check_lists(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         check_integers(1, in_chans=in_chans, patch_size=patch_size, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes, depths=depths)
+        check_numbers(mlp_ratio=mlp_ratio)
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
         check_rates(**rates, drop_path_rate=drop_path_rate)
         stages = len(depths)
@@ -171,7 +173,7 @@ class Hierarchical(Backbone):
                 f"embed_dims={tuple(embed_dims)}, depths={tuple(depths)} and num_heads={tuple(num_heads)} differ in "
                 "length; give one entry per stage"
             )
-        check_mixer(mixer)
+        check_mixer(mixer, nested=2)
         height, width = image_sides(img_size, patch_size)
 
         def makers(kind: str, value: _EachStage, option: str) -> list:
@@ -198,6 +200,8 @@ class Hierarchical(Backbone):
         self.stages = nn.ModuleList()
         self.feature_info = []
         for index, dim in enumerate(embed_dims):
+            if index and downsamplers[index] is None:
+                raise ValueError(f"downsample_layer: stage {index} has none; give one, such as 'conv'")
             downsample = downsamplers[index](embed_dims[index - 1], dim, **dd) if index else None
             if downsample is not None:
                 grid_size, reduction = downsample.grid_size(*grid_size), reduction * downsample.stride

@@ -1,5 +1,6 @@
 """Which maps of a pass are kept, and with which axes."""
 
+from collections.abc import Sequence
 from numbers import Integral
 
 from torch import Tensor
@@ -9,33 +10,36 @@ from visionmix.private_api import feature_take_indices
 _FORMATS = ("NCHW", "NHWC", "NLC")
 
 
-def chosen_units(count: int, indices: int | list[int] | tuple[int, ...] | None, units: str) -> tuple[list[int], int]:
+def chosen_units(
+    count: int, indices: int | list[int] | tuple[int, ...] | None, units: str, option: str = "out_indices"
+) -> tuple[list[int], int]:
     """Return the numbers of the chosen units and the largest of them.
 
     Args:
         count: How many units there are.
         indices: Their numbers, negative ones from the end, how many of the last, or None for all.
         units: What they are, for messages: "stages" or "blocks".
+        option: The argument's name, for messages.
 
     Raises:
         TypeError: the numbers are no integers.
         ValueError: there are not so many units.
     """
     given = () if indices is None else (indices,) if isinstance(indices, Integral) else indices
-    if not isinstance(given, list | tuple | range) or any(
+    if (not isinstance(given, Sequence) or isinstance(given, str)) or any(
         isinstance(each, bool) or not isinstance(each, Integral) for each in given
     ):
-        raise TypeError(
-            f"out_indices={indices!r} is not of integers; give how many of the last {units}, or their numbers"
-        )
-    wrong = [indices] if isinstance(indices, int) else list(indices or ())
-    lowest, highest = (1, count) if isinstance(indices, int) else (-count, count - 1)
+        raise TypeError(f"{option}={indices!r} is not of integers; give how many of the last {units}, or their numbers")
+    one = isinstance(indices, Integral)
+    wrong = list(given)
+    lowest, highest = (1, count) if one else (-count, count - 1)
     if (indices is not None and not wrong) or any(not lowest <= each <= highest for each in wrong):
         raise ValueError(
-            f"out_indices={indices!r} does not fit a model of {count} {units}, numbered 0 to {count - 1}; the stem has "
+            f"{option}={indices!r} does not fit a model of {count} {units}, numbered 0 to {count - 1}; the stem has "
             f"no map of its own. Give how many of the last, or numbers such as {tuple(range(count))}"
         )
-    return feature_take_indices(count, indices if indices is None or isinstance(indices, int) else list(indices))
+    numbers = [int(each) for each in given]
+    return feature_take_indices(count, None if indices is None else numbers[0] if one else numbers)
 
 
 def laid_out(cells: Tensor, output_fmt: str) -> Tensor:

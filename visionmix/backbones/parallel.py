@@ -19,6 +19,7 @@ from visionmix.backbones.contract import (
     check_integers,
     check_lists,
     check_mixer,
+    check_numbers,
     check_rates,
     heads_for,
     image_sides,
@@ -196,7 +197,7 @@ class Parallel(Backbone):
     pyramid that `forward_intermediates` and `features_only` give; the neck makes one map of them for the classifier,
     or, with `neck_features`, a wider pyramid. An option that says "one per resolution" takes one for all or a list with
     an entry per resolution. A layer is given by name, by ``dict(name=..., options)`` or as a callable; the names are
-    those of `visionmix.layers.layer_names`.
+    those of `visionmix.layers.by_name.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the neck's map (batch,
     rows, columns, neck_dims[-1]). Any height and width of at least `patch_size`.
@@ -274,9 +275,15 @@ class Parallel(Backbone):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        check_lists(embed_dims=embed_dims, depths=depths)
-        check_integers(1, in_chans=in_chans, embed_dims=embed_dims, num_heads=num_heads)
+        check_lists(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, num_exchanges=num_exchanges, neck_dims=neck_dims
+        )
+        check_integers(1, in_chans=in_chans, embed_dims=embed_dims, num_heads=num_heads, neck_dims=neck_dims)
+        check_integers(1, stem_dim=stem_dim, num_exchanges=num_exchanges)
+        if not isinstance(neck_features, bool):
+            raise TypeError(f"neck_features={neck_features!r} is no bool; give True or False")
         check_integers(0, num_classes=num_classes)
+        check_numbers(mlp_ratio=mlp_ratio)
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
         check_rates(**rates, drop_path_rate=drop_path_rate)
         count = len(embed_dims)
@@ -290,7 +297,7 @@ class Parallel(Backbone):
                 f"num_exchanges={tuple(num_exchanges)} and depths={tuple(depths)} do not fit; give two resolutions or "
                 "more, one head count for each, one neck_dims more and one num_exchanges and depths less"
             )
-        check_mixer(mixer)
+        check_mixer(mixer, nested=2)
 
         def each(value: Any, option: str) -> list:
             return per_stage(value, count, option, "resolution")
@@ -422,7 +429,7 @@ class Parallel(Backbone):
             ValueError: `output_fmt` is none of the three.
         """
         check_output_format(output_fmt)
-        take, _ = chosen_units(len(self.feature_info), indices, "resolutions")
+        take, _ = chosen_units(len(self.feature_info), indices, "resolutions", "indices")
         maps = self.forward_maps(x)
         numbers = [int(name) for name in self.stages[-1].exchanges[-1].merges]
         if self.neck_features:

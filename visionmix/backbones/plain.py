@@ -17,14 +17,17 @@ from visionmix.backbones.contract import (
     MixerSpec,
     check_integers,
     check_mixer,
+    check_numbers,
     check_rates,
     heads_for,
     image_sides,
     set_grid_size,
 )
+from visionmix.backbones.intermediates import chosen_units
 from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
 from visionmix.layers.by_name import NONE, LayerSpec, layer_maker
 from visionmix.layers.grid import Grid, split_prefix
+from visionmix.registry import constructor_options, nearest
 
 _NORM = partial(LayerNorm, eps=1e-6)
 _HEAD = partial(ClassifierHead, input_fmt="NHWC")
@@ -35,7 +38,7 @@ class Plain(Backbone):
 
     Blocks see the map (batch, rows, columns, embed_dim); with prefix tokens (class tokens, registers) they see the
     sequence of the cells and these. A layer is given by name, by ``dict(name=..., options)`` or as a callable; the
-    names are those of `visionmix.layers.layer_names`.
+    names are those of `visionmix.layers.by_name.layer_names`.
 
     Shapes: (batch, in_chans, height, width) to (batch, num_classes); `forward_features` gives the map
     (batch, rows, columns, embed_dim), or with `count` prefix tokens the sequence (batch, count + rows * columns,
@@ -125,9 +128,16 @@ class Plain(Backbone):
         dd = {"device": device, "dtype": dtype}
         check_mixer(mixer)
         check_integers(
-            1, in_chans=in_chans, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+            1,
+            in_chans=in_chans,
+            patch_size=patch_size,
+            stride=stride,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
         )
         check_integers(0, num_classes=num_classes)
+        check_numbers(mlp_ratio=mlp_ratio)
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
         check_rates(**rates, drop_path_rate=drop_path_rate)
         height, width = image_sides(img_size, patch_size)
@@ -139,8 +149,11 @@ class Plain(Backbone):
         heads = heads_for(embed_dim) if num_heads is None else num_heads
 
         self.patch_size = patch_size
+        make_stem = layer_maker("stem_layer", stem_layer)
         overlap = {} if stride is None else {"stride": stride}
-        self.stem = layer_maker("stem_layer", stem_layer)(in_chans, embed_dim, patch_size, **overlap, **dd)
+        if overlap and "stride" not in inspect.signature(make_stem).parameters:
+            raise ValueError(f"stride={stride} is no option of the stem; leave it out, or give stem_layer='patch'")
+        self.stem = make_stem(in_chans, embed_dim, patch_size, **overlap, **dd)
         self.grid_size = grid_size = self.stem.grid_size(height, width)
         self.pos_embed = embedding(embed_dim, grid_size, **dd) if embedding else nn.Identity()
         self.embed_dim = embed_dim
@@ -150,7 +163,7 @@ class Plain(Backbone):
         self.output_fmt = "NHWC"
         default, head = Block, layer_maker("head_layer", head_layer) or _HEAD
         if prefix_tokens is not None:
-            tokens = {"place": prefix_tokens} if isinstance(prefix_tokens, str) else dict(prefix_tokens)
+            tokens = _prefix_options(prefix_tokens)
             self.class_token = PrefixTokens(embed_dim, **tokens, **dd)
             self.num_prefix_tokens = self.class_token.count
             self.output_fmt = "NLC"
@@ -248,7 +261,12 @@ class Plain(Backbone):
             reshape: Whether to return maps (batch, embed_dim, rows, columns) rather than (batch, cells, embed_dim).
             return_prefix_tokens: Whether each comes in a pair with the prefix tokens (batch, count, embed_dim).
             norm: Whether to apply the last norm.
+
+        Raises:
+            TypeError: `n` is no integer and no list of integers.
+            ValueError: there are not so many blocks.
         """
+        chosen_units(len(self.blocks), n, self.units, "n")
         return self.forward_intermediates(
             x,
             n,
@@ -281,3 +299,27 @@ class Plain(Backbone):
     @torch.jit.ignore
     def _leave(self, state: tuple[Tensor, Grid | None]) -> Tensor:
         return self.norm(state[0])
+
+
+def _prefix_options(prefix_tokens: Any) -> dict[str, Any]:
+    """Return the options of `PrefixTokens` that `prefix_tokens`, a place or a dict, stands for.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: an option is unknown.
+    """
+    if isinstance(prefix_tokens, str):
+        return {"place": prefix_tokens}
+    if not isinstance(prefix_tokens, Mapping):
+        raise TypeError(
+            f"prefix_tokens={prefix_tokens!r} is no place; give 'first', 'middle' or 'last', or "
+            "dict(count=..., place=..., positioned=...)"
+        )
+    known = constructor_options(PrefixTokens, ("self", "dim"))
+    for option in prefix_tokens:
+        if option not in known:
+            raise ValueError(
+                f"prefix_tokens={prefix_tokens!r} has an unknown option {option!r}{nearest(str(option), known)}; "
+                f"its options are {sorted(known)}"
+            )
+    return dict(prefix_tokens)

@@ -17,10 +17,11 @@ from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.stem import conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
-from visionmix.registry import nearest
+from visionmix.registry import check_kind, nearest, out_of_range
 
 Layer = Callable[..., nn.Module]
 LayerSpec = str | Mapping[str, Any] | Layer | None
+_NEEDED = ("stem_layer",)
 NONE = "none"  # of an option that may be None
 
 # Norms over the last axis, as timm calls them; its batch norm wants channels first, so ours replaces it.
@@ -88,10 +89,14 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
         ValueError: the name or one of the options is unknown (the message has the nearest one).
     """
     if isinstance(spec, str) and spec == NONE:
-        return None
-    if spec is None or (callable(spec) and not isinstance(spec, str | Mapping)):
+        spec = None
+    if spec is None and kind in _NEEDED:
+        raise ValueError(f"{option or kind}={spec!r}: a model needs one; give one of {sorted(_LAYERS[kind])}")
+    if spec is None or (callable(spec) and not isinstance(spec, str | Mapping | nn.Module)):
         return spec
     option, known = option or kind, _LAYERS[kind]
+    if isinstance(spec, nn.Module):
+        raise TypeError(f"{option}={spec!r} is a module; every block makes its own, so give its class or name")
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"{option}={spec!r} is not a layer; give a name, dict(name=..., options) or a callable")
     options = {} if isinstance(spec, str) else dict(spec)
@@ -106,9 +111,13 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
         parameters = inspect.signature(layer).parameters.keys() - {"device", "dtype", "dd"}
         if each not in parameters:
             raise ValueError(
-                f"{option}={name!r} has no option {each}={value!r}{nearest(each, parameters)}; its options are "
+                f"{option}={name!r} has no option {each}={value!r}{nearest(str(each), parameters)}; its options are "
                 f"{sorted(parameters)}"
             )
         if each in _LAYERS:
             options[each] = layer_maker(each, value, f"{option}.{each}")
+        else:
+            check_kind(f"{option}={name!r}", each, value, inspect.signature(layer).parameters[each].annotation)
+    if found := out_of_range(options):
+        raise ValueError(f"{option}={name!r}: {found[1]}")
     return partial(layer, **options) if options else layer

@@ -1,5 +1,6 @@
 """Where the tokens of a plain backbone lie: cells of a map, and prefix tokens among them."""
 
+from numbers import Integral
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -91,6 +92,7 @@ class PrefixTokens(nn.Module):
         positioned: Whether they have positions.
 
     Raises:
+        TypeError: `count` is no integer or `positioned` no bool.
         ValueError: `count` is below 1 or `place` is unknown.
     """
 
@@ -100,6 +102,10 @@ class PrefixTokens(nn.Module):
         super().__init__()
         if place not in PLACES:
             raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(f"count={count!r} is no number of prefix tokens; give an integer from 1 up")
+        if not isinstance(positioned, bool):
+            raise TypeError(f"positioned={positioned!r} is no bool; give True or False")
         if count < 1:
             raise ValueError(f"count={count} makes no prefix token; give 1 or more, or prefix_tokens='none'")
         self.count = count

@@ -54,7 +54,10 @@ def chosen_orders(directions: Sequence[str], order: str | None, published_invers
     if isinstance(directions, str) or not directions:
         raise ValueError(f"directions={directions!r} must be a sequence of scan orders; give at least one name in it")
     for name in directions:
-        direction_names(name)  # raises where there is no such order
+        try:
+            direction_names(name)
+        except ValueError as error:
+            raise ValueError(f"directions={list(directions)!r}: {error}") from error
     names = tuple(directions) if order is None else direction_names(order)
     return (
         tuple(re.sub(r"^column(?!_unswapped)", "column_unswapped", name) for name in names)

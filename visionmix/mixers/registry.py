@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionmix.registry import Registry
+from visionmix.registry import Registry, out_of_range
 
 _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtype"))
 
@@ -80,4 +80,13 @@ def create_mixer(
         raise ValueError(f"dim={dim} is too small; give 1 channel or more")
     mixer = _MIXERS.checked(name, options)
     _MIXERS.check_kinds(name, options)
-    return mixer(dim, device=device, dtype=dtype, **options)
+    found = out_of_range(options)
+    try:
+        made = mixer(dim, device=device, dtype=dtype, **options)
+    except Exception as error:
+        if found is None or f"{found[0]}=" in str(error):  # in the mixer's own words
+            raise
+        raise ValueError(f"mixer {name!r}: {found[1]}") from error
+    if found is not None:
+        raise ValueError(f"mixer {name!r}: {found[1]}")
+    return made

@@ -1,6 +1,6 @@
 """Families as tables: their variants, and the published facts of every model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import timm
@@ -96,7 +96,14 @@ def list_models(
         pretrained: Whether to list only weights that can be fetched, as "model.tag".
         exclude_filters: Wildcards of names that are left out.
         include_tags: Whether names have tags; None for those of `pretrained`.
+
+    Raises:
+        TypeError: a filter is no str and no list of those.
     """
+    for option, value in (("filter", filter), ("exclude_filters", exclude_filters)):
+        entries = value if isinstance(value, Collection) and not isinstance(value, str | bytes) else (value or "",)
+        if not all(isinstance(each, str) for each in entries):
+            raise TypeError(f"{option}={value!r} is no wildcard; give a str such as 'vig_*', or a list of those")
     names = timm.list_models(filter, pretrained=pretrained, exclude_filters=exclude_filters, include_tags=include_tags)
     return [name for name in names if is_family_model(name)]
 
@@ -137,9 +144,10 @@ def weights_of(name: str) -> Weights:
     weights = variant_of(name).weights
     tag = name.partition(".")[2]
     if tag and tag not in weights:
-        raise ValueError(
-            f"name={name!r} has an unknown tag{nearest(tag, weights)}; the model's tags are {list(weights)}"
+        remedy = (
+            f"the model's tags are {list(weights)}" if weights else "its weights have no tags, so give the name alone"
         )
+        raise ValueError(f"name={name!r} has an unknown tag{nearest(tag, weights)}; {remedy}")
     return weights[tag] if tag else next(iter(weights.values()), Weights())
 
 

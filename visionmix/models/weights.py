@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +120,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_stand_ins(path)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        # PyTorch's message goes on for paragraphs, which advise to run the file's code.
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if foreign:
+            reason = f"it holds objects of {foreign[1]}"
+        elif path.stat().st_size == 0:
+            reason = "it is empty"
         raise ValueError(
-            f"path={str(path)!r} cannot be read without running code of its own, or is damaged ({error}); fetch it "
+            f"path={str(path)!r} cannot be read without running code of its own, or is damaged ({reason}); fetch it "
             "again, or save its tensors alone, e.g. as safetensors"
         ) from error
     return unwrap(content, str(path))

@@ -213,7 +213,7 @@ class ReducedVisionTransformer(ReducedBackbone):
         """
         _check_unmasked(attn_mask, is_causal)
         check_output_format(output_fmt)
-        take, last = chosen_units(len(self.blocks), indices, "blocks")
+        take, last = chosen_units(len(self.blocks), indices, "blocks", "indices")
         tokens, taken = self._run(x, trace=True, take=take, last=last if stop_early else None)
         if norm:
             taken = [self._normalised(each) for each in taken]

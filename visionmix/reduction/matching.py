@@ -1,6 +1,7 @@
 """Bipartite soft matching: finding the most similar tokens, and merging them to their mean."""
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -40,16 +41,20 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
         num_prefix_tokens: Tokens at the start of the sequence that are never merged (class, distillation, registers).
 
     Raises:
-        TypeError: `r` is not an int.
-        ValueError: `metric` has other axes, or a number is negative.
+        TypeError: `metric` is no tensor, or a number no integer.
+        ValueError: `metric` has other axes, or a number is negative; from the functions, the tokens are not those of
+            `metric`.
     """
+    if not isinstance(metric, Tensor):
+        raise TypeError(f"metric is of type {type(metric).__name__}; give a tensor (batch, tokens, features)")
     if metric.ndim != 3 or not metric.is_floating_point():
         raise ValueError(
             f"metric has shape {tuple(metric.shape)} and type {metric.dtype}; it needs the three axes "
             f"(batch, tokens, features) and a floating type"
         )
-    if isinstance(r, bool) or not isinstance(r, int | torch.SymInt):
-        raise TypeError(f"r={r!r} is not an int; give the number of tokens to remove")
+    for name, number in (("r", r), ("num_prefix_tokens", num_prefix_tokens)):
+        if isinstance(number, bool) or not isinstance(number, (Integral, torch.SymInt)):
+            raise TypeError(f"{name}={number!r} is no integer; give a number of tokens")
     if r < 0 or num_prefix_tokens < 0:
         raise ValueError(f"r={r} and num_prefix_tokens={num_prefix_tokens} must not be negative")
     batch, tokens, _ = metric.shape
@@ -66,6 +71,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
     def merge(x: Tensor, size: Tensor | None = None, mode: str = "mean") -> Tensor:
         if mode not in ("mean", "sum"):
             raise ValueError(f"mode={mode!r} is unknown; give 'mean' or 'sum'")
+        _check_tokens("x", x, batch, tokens)
         if mode == "sum":
             y = take(x, kept)
             return y.flatten(0, 1).index_add_(0, rows(target, y.shape[1]), take(x, gone).flatten(0, 1)).view_as(y)
@@ -77,6 +83,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
         return (total / merge(size, mode="sum")).to(x.dtype)
 
     def unmerge(y: Tensor) -> Tensor:
+        _check_tokens("y", y, batch, tokens - r)
         places = torch.arange(tokens - r, device=y.device).expand(batch, -1)
         position = places.new_empty(batch, tokens)
         position = position.scatter(1, torch.cat([kept, gone], dim=1), torch.cat([places, target], dim=1))
@@ -110,6 +117,17 @@ def _kept_order(stay: Tensor, tokens: int, num_prefix_tokens: int) -> tuple[Tens
     first = torch.arange(leading, device=stay.device)
     odd = torch.arange(1, tokens, 2, device=stay.device)[leading // 2 :]
     return first.unsqueeze(0), 2 * stay[:, (leading + 1) // 2 :], odd.unsqueeze(0)
+
+
+def _check_tokens(name: str, x: Tensor, batch: int, tokens: int) -> None:
+    # Graphs skip the check, which would tie them to a size.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if x.ndim != 3 or x.shape[0] != batch or x.shape[1] != tokens:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; the tokens that were matched ask for (batch={batch}, tokens={tokens}, "
+            "channels)"
+        )
 
 
 def _keep_all(x: Tensor, size: Tensor | None = None, mode: str = "mean") -> Tensor:

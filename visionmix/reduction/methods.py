@@ -4,6 +4,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -155,10 +156,10 @@ def check_finite(*, least: float = -math.inf, **values: float) -> None:
 
 
 def is_int(value: object) -> bool:
-    """Return whether `value` is an int and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Return whether `value` is an integer and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Return whether `value` is an int or a float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether `value` is a real number and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)

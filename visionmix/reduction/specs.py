@@ -32,6 +32,13 @@ def read_spec(spec: Spec) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"method({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("every option needs its name")
-        return method, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return method, {str(keyword.arg): _literal(keyword) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the reduction {spec!r} cannot be read ({error}); write it as tome:r=13") from error
+
+
+def _literal(keyword: ast.keyword) -> Any:
+    try:
+        return ast.literal_eval(keyword.value)
+    except ValueError as error:
+        raise ValueError(f"{keyword.arg}={ast.unparse(keyword.value)} is no number, quoted text or list") from error
