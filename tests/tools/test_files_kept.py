@@ -9,7 +9,16 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from visionmix.tools import benchmark_exports, checkpoint, draw_receptive_field, export, export_files, info, timing
+from visionmix.tools import (
+    benchmark,
+    benchmark_exports,
+    checkpoint,
+    draw_receptive_field,
+    export,
+    export_files,
+    info,
+    timing,
+)
 from visionmix.tools.arguments import check_out
 from visionmix.tools.rows import append_rows
 
@@ -108,3 +117,22 @@ def test_info_counts_at_no_size_below_one(capsys):
     with pytest.raises(SystemExit):
         info.main(["vig_t", "--img-size", "0"])
     assert "img_size=0 is too small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--threads", "0"), "--threads=0"),
+        (("--batch", "0"), "--batch=0"),
+        (("--img-size", "-1"), "--img-size=-1"),
+        (("--turns", "-1"), "--turns=-1"),
+        (("--reduce", "foo"), "unknown method='foo'"),
+        (("--reduce", "tome:r=x"), "r=x is no number"),
+        (("--csv", "."), "--csv=. is a folder"),
+    ],
+)
+def test_benchmark_refuses_before_it_times(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "build", None)
+    with pytest.raises(SystemExit):
+        benchmark.main(["test_vig", *arguments])
+    assert said in capsys.readouterr().err

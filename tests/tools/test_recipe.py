@@ -204,3 +204,12 @@ def test_round_trip_and_differences():
     assert recipe.from_dict(tree, "checkpoint") == made
     other = recipe.to_dict(recipe.read("imagenet/vig_t.yaml", settings=["optimizer.lr=1"]))
     assert recipe.differences(tree, other) == ["optimizer.lr=1.0 (was 0.001)"]
+
+
+def test_what_is_no_yaml_is_refused_in_one_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("model: {name: [unclosed\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not YAML of sections: .* in line 2$"):
+        recipe.read(str(tmp_path / "bad.yaml"))
+    with pytest.raises(ValueError, match=r"--set 'model\.name=\[unclosed': the value is not YAML: .*$") as refusal:
+        recipe.parse_override("model.name=[unclosed")
+    assert "\n" not in str(refusal.value)
