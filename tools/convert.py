@@ -35,6 +35,7 @@ from visionmix.models import Published, list_family_models, published
 from visionmix.models.family import weights_of
 from visionmix.registry import nearest
 from visionmix.tools import checkpoint, models
+from visionmix.tools.arguments import check_out
 from visionmix.tools.model_card import FREE, UNKNOWN, Origin, citation, write_card
 
 
@@ -119,9 +120,7 @@ def convert(file: Path, name: str, out: Path, *, accepted: str | None = None, li
     licence = settle_licence(facts, accepted, name)
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise FileExistsError(f"{out} is there already; remove it, or name another folder")
-    above = next(each for each in out.absolute().parents if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"OUT={out}: nothing can be written in {above}; name another folder")
+    check_out(out / "config.json", name="OUT")
     if licence_file is not None and not licence_file.is_file():
         raise FileNotFoundError(f"--licence-file={licence_file} does not exist")
     model = load_file(file, name)

@@ -139,6 +139,7 @@ def test_other_files_and_folders_are_refused_and_nothing_is_written(file, tmp_pa
         ((file, "vig_tt", tmp_path / "out"), "did you mean 'vig_t'"),
         ((file, "vig_t", full), "is there already"),
         ((file, "vig_t", tmp_path / "link"), "is there already"),
+        ((file, "vig_t", full / "a" / "b"), "lies below"),
         ((tmp_path / "none.pth", "vig_t", tmp_path / "out"), "does not exist"),
         ((tmp_path / "own.safetensors", "vig_t", tmp_path / "out"), "was trained here"),
         ((file, "vig_t", tmp_path / "out", "--licence-file", tmp_path / "none"), "--licence-file"),
