@@ -8,10 +8,13 @@ import importlib
 import inspect
 import math
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin
+
+from torch import nn
 
 _T = TypeVar("_T")
 
@@ -54,6 +57,45 @@ def constructor_options(cls: type, besides: Iterable[str] = ("self",)) -> dict[s
     return {key: value for key, value in found.items() if key not in besides and value.kind not in variadic}
 
 
+def is_int(value: object) -> bool:
+    """Return whether `value` is an integer and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a real number and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_list(value: object) -> bool:
+    """Return whether `value` has entries by number: a list, a tuple, or what a configuration library has for them."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def is_maker(value: object) -> bool:
+    """Return whether `value` is a class or function that makes layers: anything to call but a layer itself."""
+    return callable(value) and not isinstance(value, nn.Module)
+
+
+def check_positive(**values: float) -> None:
+    """Raise TypeError or ValueError unless each of the options is a number above 0."""
+    for name, value in values.items():
+        if not is_number(value):
+            raise TypeError(f"{name}={value!r}: give a number above 0")
+        if not value > 0:
+            raise ValueError(f"{name}={value}: give a number above 0")
+
+
+def check_finite(*, least: float = -math.inf, **values: float) -> None:
+    """Raise TypeError or ValueError unless each of the options is a finite number, and at least `least`."""
+    wanted = "a number" if least == -math.inf else f"a number of {least} or more"
+    for name, value in values.items():
+        if not is_number(value):
+            raise TypeError(f"{name}={value!r}: give {wanted}")
+        if not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
+            raise ValueError(f"{name}={value}: give {wanted}" + (", not infinite" if value == math.inf else ""))
+
+
 _KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "an integer"),
@@ -76,7 +118,7 @@ def check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
     if value is None and type(None) in kinds:
         return
     if tuple[int, int] in kinds:
-        if not isinstance(value, Sequence) or [_is_count(each) for each in value] != [True, True]:
+        if not is_list(value) or [is_int(each) and each > 0 for each in value] != [True, True]:
             raise TypeError(f"{owner}: {option}={value!r} is not two positive integers; give (rows, columns)")
         return
     if get_origin(annotation) is Sequence:
@@ -86,9 +128,7 @@ def check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
             check_kind(owner, option, each, *get_args(annotation))
     makers = [kind for kind in kinds if get_origin(kind) is Callable]
     kinds = [kind for kind in kinds if kind not in makers]
-    if any(kind not in _KINDS for kind in kinds) or (makers and callable(value) and not hasattr(value, "forward")):
-        return
-    if makers and isinstance(value, type):  # a class of modules has a method `forward` too
+    if any(kind not in _KINDS for kind in kinds) or (makers and is_maker(value)):
         return
     truth = isinstance(value, bool)  # for Python a number, too
     fitting = [kind for kind in kinds if isinstance(value, _KINDS[kind][0]) and (kind is bool) == truth]
@@ -99,11 +139,7 @@ def check_kind(owner: str, option: str, value: Any, annotation: Any) -> None:
         raise ValueError(f"{owner}: {option}={value} is not a number")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
-
-
-# Options of mixers and layers whose numbers may be 0, and the largest they may be; others are above 0.
+# Names of options of mixers and layers whose numbers may be 0, and the largest they may be; all others are above 0.
 _FROM_ZERO = {
     "alpha": math.inf,
     "attn_drop": 1.0,
@@ -127,9 +163,7 @@ _FROM_ZERO = {
 def out_of_range(options: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the first of `options` that has a number out of its range, and the words that refuse it, or None."""
     for option, value in options.items():
-        for each in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(each, bool) or not isinstance(each, Real):
-                continue
+        for each in filter(is_number, value if is_list(value) else (value,)):
             highest = _FROM_ZERO.get(option, math.inf)
             if (each > 0 or (option in _FROM_ZERO and each == 0)) and each <= highest and math.isfinite(each):
                 continue

@@ -36,6 +36,7 @@ from visionmix.models import load_checkpoint
         ("test_vig_h", "mlp_ratio", -1.0, ValueError),
         ("test_hrvmamba", "mlp_ratio", float("nan"), ValueError),
         ("test_vig", "mlp_ratio", "2", TypeError),
+        ("test_vig", "mlp_ratio", float("inf"), ValueError),
         ("test_vig_h", "act_layer", torch.nn.ReLU(), TypeError),
         ("test_vig_h", "norm_layer", torch.nn.LayerNorm(8), TypeError),
         ("test_vig_h", "global_pool", "foo", ValueError),
@@ -94,7 +95,7 @@ def test_lists_of_a_configuration_library_serve():
     model = timm.create_model("test_vig_h", mixer=stages, mlp_layer=OmegaConf.create(["mlp"] * 4))
     assert type(model.stages[1].blocks[0].mixer).__name__ == "SoftmaxAttention"
     images = torch.zeros(1, 3, 64, 64)
-    for indices in (OmegaConf.create([0, 2]), np.array([0, 2]).tolist()):
+    for indices in (OmegaConf.create([0, 2]), range(0, 4, 2)):
         assert len(model.forward_intermediates(images, indices, intermediates_only=True)) == 2
     assert len(timm.create_model("test_vig").get_intermediate_layers(images, np.int64(2))) == 2
 
@@ -164,9 +165,13 @@ def test_progress_is_a_share(done, error):
 def test_filters_are_wildcards(option, value):
     with pytest.raises(TypeError, match=f"{option}="):
         visionmix.list_models(**{option: value})
-    named = visionmix.list_models("vig_*", **({"exclude_filters": None} if option == "exclude_filters" else {}))
+
+
+def test_filters_come_in_every_form_that_timm_takes():
+    named = visionmix.list_models("vig_*")
     for filters in (["vig_*"], {"vig_*"}, OmegaConf.create(["vig_*"])):
-        assert visionmix.list_models(filters) == named
+        assert visionmix.list_models(filters, exclude_filters=None) == named
+    assert visionmix.list_models(None) == visionmix.list_models()
 
 
 @pytest.mark.parametrize("indices", [1.0, "1", [[0, 1]], [1.0], True, [True]])

@@ -53,7 +53,7 @@ def test_options_of_another_kind_are_named(op, option):
 
 
 @pytest.mark.parametrize(("height", "error"), [(-2, ValueError), (0, ValueError), (2.0, TypeError), (True, TypeError)])
-def test_steps_are_counted_of_sizes_that_are_some(height, error):
+def test_sizes_of_grids_are_positive_integers(height, error):
     with pytest.raises(error, match="height="):
         scans.num_steps("raster", height, 4)
 

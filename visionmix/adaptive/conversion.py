@@ -11,7 +11,7 @@ from torch import nn
 from visionmix.adaptive.initial import begin_with
 from visionmix.adaptive.module import ACM, SplitACM
 from visionmix.mixers.softmax import Attention
-from visionmix.reduction.methods import check_positive, is_int, is_number
+from visionmix.registry import check_positive, is_int, is_number
 
 LAYERS = ("*blocks.*.mlp", "*blocks.*.qkv", "*blocks.*.proj")
 _PARTS = ("q", "k", "v", "gate")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmix.layers import at_least_float32
-from visionmix.reduction.methods import check_positive, is_int
+from visionmix.registry import check_positive, is_int
 
 
 class GatingNetwork(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionmix.layers import at_least_float32
-from visionmix.reduction.methods import check_positive, is_number
+from visionmix.registry import check_positive, is_number
 
 
 def distillation_loss(prefixes: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from visionmix.adaptive.gating import GatingNetwork
 from visionmix.kernels.exported import is_exported
-from visionmix.reduction.methods import is_int
+from visionmix.registry import is_int
 
 _TILE = 256  # tokens per thread, which are still in its cache when the second product reads their hidden channels
 

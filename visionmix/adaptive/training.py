@@ -19,8 +19,8 @@ from visionmix.adaptive.losses import (
 )
 from visionmix.adaptive.module import ACM
 from visionmix.adaptive.observing import check_gates_choose, choices, learner_costs, observe, recorded
-from visionmix.reduction.methods import check_positive, is_number
 from visionmix.reduction.sharing import share
+from visionmix.registry import check_positive, is_number
 
 PHASES = ("distill", "route", "finetune")
 

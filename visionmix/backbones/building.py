@@ -11,6 +11,7 @@ from torch import nn
 from visionmix.backbones.contract import MixerSpec, per_block
 from visionmix.layers.by_name import LayerSpec, layer_maker
 from visionmix.mixers.registry import create_mixer, list_mixers, mixer_options
+from visionmix.registry import check_finite, check_positive, is_maker
 
 _DROPS = {"attn_drop": "attention weights", "proj_drop": "its result"}
 
@@ -87,7 +88,7 @@ def build_blocks(
     dd = {"device": device, "dtype": dtype}
     layers = per_block(block_layer, len(rates), "block_layer", where=where)
     for layer in layers:
-        if not callable(layer) or isinstance(layer, nn.Module):
+        if not is_maker(layer):
             raise TypeError(f"block_layer={layer!r} makes no block; give a class or function, as Block is made")
     specs = per_block(mixer, len(rates), "mixer", where=where)
     drops = {name: rate for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)) if rate}
@@ -116,8 +117,12 @@ def mlp_maker(
     """Return what makes the feed-forward `mlp_layer`, with those of its options that are given.
 
     Raises:
-        ValueError: there is no feed-forward with such an activation or dropout.
+        TypeError: `mlp_ratio` is no number.
+        ValueError: it is not above 0 or not finite, or there is no feed-forward with such an activation or dropout.
     """
+    if mlp_ratio is not None:
+        check_finite(mlp_ratio=mlp_ratio)
+        check_positive(mlp_ratio=mlp_ratio)
     layer = layer_maker("mlp_layer", mlp_layer)
     if layer is not None and mlp_ratio is not None:
         layer = partial(layer, mlp_ratio=mlp_ratio)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from visionmix.backbones.intermediates import check_output_format, chosen_units, laid_out
 from visionmix.layers.head import TokenHead
 from visionmix.private_api import update_model_input_size
+from visionmix.registry import is_int, is_list, is_number
 
 MixerSpec = str | dict[str, Any]
 _HEAD_DIM = 32
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
             TypeError: `done` is no number.
             ValueError: it is not between 0 and 1.
         """
-        if isinstance(done, bool) or not isinstance(done, Real):
+        if not is_number(done):
             raise TypeError(f"done={done!r} is no number; give steps done / steps in all, from 0 to 1")
         if not 0 <= done <= 1:
             raise ValueError(f"done={done} is not a share of training; give steps done / steps in all, from 0 to 1")
@@ -363,7 +363,7 @@ def image_sides(img_size: int | Sequence[int], patch_size: int | None = None) ->
         ValueError: it has another length, or images are smaller than a patch.
     """
     sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
-    if not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
+    if not all(map(is_int, sides)):
         raise TypeError(f"img_size={img_size!r} is not a size in pixels; give an integer, or (height, width)")
     if len(sides) != 2:
         raise ValueError(f"img_size={img_size!r} has {len(sides)} sides; give an integer, or (height, width)")
@@ -379,11 +379,6 @@ def heads_for(dim: int) -> int:
         if widths:
             return dim // min(widths, key=lambda width: abs(math.log(width / _HEAD_DIM)))
     return 1
-
-
-def is_list(value: Any) -> bool:
-    """Return whether `value` has entries by number: a list, a tuple, or what a configuration library has for them."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def per_block(value: Any, depth: int, name: str, *, where: str = "") -> list:
@@ -432,7 +427,7 @@ def check_integers(least: int, **values: Any) -> None:
         for each in value if several else (value,):
             if each is None:
                 continue
-            if isinstance(each, bool) or not isinstance(each, Integral):
+            if not is_int(each):
                 raise TypeError(f"{name}={value!r} is not of integers; give integers from {least} up")
             if each < least:
                 raise ValueError(f"{name}={value!r} is too small; give integers from {least} up")
@@ -453,7 +448,7 @@ def check_rates(**rates: Any) -> None:
         ValueError: one is outside.
     """
     for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, Real):
+        if not is_number(rate):
             raise TypeError(f"{name}={rate!r} is no number; give a rate from 0 to 1")
         if not 0 <= rate <= 1:
             raise ValueError(f"{name}={rate} is no rate; give a number from 0 to 1")
@@ -468,22 +463,6 @@ def _pooling(global_pool: str | None) -> Iterator[None]:
         yield
     except AssertionError as error:
         raise ValueError(f"global_pool={global_pool!r} is unknown; {_POOLINGS}") from error
-
-
-def check_numbers(**values: Any) -> None:
-    """Check that each of `values`, a number or None, is above 0.
-
-    Raises:
-        TypeError: one is no number; the message names it.
-        ValueError: one is 0, negative, infinite or NaN.
-    """
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}={value!r} is no number; give one above 0")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} makes no sense; give a number above 0")
 
 
 def check_mixer(mixer: Any, nested: int = 1) -> None:

@@ -17,7 +17,6 @@ from visionmix.backbones.contract import (
     check_integers,
     check_lists,
     check_mixer,
-    check_numbers,
     check_rates,
     heads_for,
     image_sides,
@@ -163,7 +162,6 @@ class Hierarchical(Backbone):
         check_lists(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         check_integers(1, in_chans=in_chans, patch_size=patch_size, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes, depths=depths)
-        check_numbers(mlp_ratio=mlp_ratio)
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
         check_rates(**rates, drop_path_rate=drop_path_rate)
         stages = len(depths)

@@ -1,11 +1,11 @@
 """Which maps of a pass are kept, and with which axes."""
 
 from collections.abc import Sequence
-from numbers import Integral
 
 from torch import Tensor
 
 from visionmix.private_api import feature_take_indices
+from visionmix.registry import is_int
 
 _FORMATS = ("NCHW", "NHWC", "NLC")
 
@@ -25,21 +25,19 @@ def chosen_units(
         TypeError: the numbers are no integers.
         ValueError: there are not so many units.
     """
-    given = () if indices is None else (indices,) if isinstance(indices, Integral) else indices
-    if (not isinstance(given, Sequence) or isinstance(given, str)) or any(
-        isinstance(each, bool) or not isinstance(each, Integral) for each in given
-    ):
+    if indices is None:
+        return feature_take_indices(count, None)
+    one = is_int(indices)
+    if not one and not (isinstance(indices, Sequence) and all(map(is_int, indices))):
         raise TypeError(f"{option}={indices!r} is not of integers; give how many of the last {units}, or their numbers")
-    one = isinstance(indices, Integral)
-    wrong = list(given)
+    numbers = [int(each) for each in ([indices] if one else indices)]
     lowest, highest = (1, count) if one else (-count, count - 1)
-    if (indices is not None and not wrong) or any(not lowest <= each <= highest for each in wrong):
+    if not numbers or any(not lowest <= each <= highest for each in numbers):
         raise ValueError(
             f"{option}={indices!r} does not fit a model of {count} {units}, numbered 0 to {count - 1}; the stem has "
             f"no map of its own. Give how many of the last, or numbers such as {tuple(range(count))}"
         )
-    numbers = [int(each) for each in given]
-    return feature_take_indices(count, None if indices is None else numbers[0] if one else numbers)
+    return feature_take_indices(count, numbers[0] if one else numbers)
 
 
 def laid_out(cells: Tensor, output_fmt: str) -> Tensor:

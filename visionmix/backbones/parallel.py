@@ -19,7 +19,6 @@ from visionmix.backbones.contract import (
     check_integers,
     check_lists,
     check_mixer,
-    check_numbers,
     check_rates,
     heads_for,
     image_sides,
@@ -283,7 +282,6 @@ class Parallel(Backbone):
         if not isinstance(neck_features, bool):
             raise TypeError(f"neck_features={neck_features!r} is no bool; give True or False")
         check_integers(0, num_classes=num_classes)
-        check_numbers(mlp_ratio=mlp_ratio)
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
         check_rates(**rates, drop_path_rate=drop_path_rate)
         count = len(embed_dims)

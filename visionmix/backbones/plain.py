@@ -17,7 +17,6 @@ from visionmix.backbones.contract import (
     MixerSpec,
     check_integers,
     check_mixer,
-    check_numbers,
     check_rates,
     heads_for,
     image_sides,
@@ -137,7 +136,6 @@ class Plain(Backbone):
             num_heads=num_heads,
         )
         check_integers(0, num_classes=num_classes)
-        check_numbers(mlp_ratio=mlp_ratio)
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
         check_rates(**rates, drop_path_rate=drop_path_rate)
         height, width = image_sides(img_size, patch_size)

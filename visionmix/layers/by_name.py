@@ -17,11 +17,10 @@ from visionmix.layers.norm import BatchNorm
 from visionmix.layers.position import ConvPosition, PositionEmbedding
 from visionmix.layers.rep_norm import LinearNorm, RepBN
 from visionmix.layers.stem import conv_stem, deep_conv_stem, deep_patch_stem, patch_stem
-from visionmix.registry import check_kind, nearest, out_of_range
+from visionmix.registry import check_kind, is_maker, nearest, out_of_range
 
 Layer = Callable[..., nn.Module]
 LayerSpec = str | Mapping[str, Any] | Layer | None
-_NEEDED = ("stem_layer",)
 NONE = "none"  # of an option that may be None
 
 # Norms over the last axis, as timm calls them; its batch norm wants channels first, so ours replaces it.
@@ -90,9 +89,9 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
     """
     if isinstance(spec, str) and spec == NONE:
         spec = None
-    if spec is None and kind in _NEEDED:
+    if spec is None and kind == "stem_layer":
         raise ValueError(f"{option or kind}={spec!r}: a model needs one; give one of {sorted(_LAYERS[kind])}")
-    if spec is None or (callable(spec) and not isinstance(spec, str | Mapping | nn.Module)):
+    if spec is None or is_maker(spec):
         return spec
     option, known = option or kind, _LAYERS[kind]
     if isinstance(spec, nn.Module):
@@ -107,8 +106,9 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
     if key not in known:
         raise ValueError(f"{option}={name!r} is unknown{nearest(str(name), known)}; give one of {sorted(known)}")
     layer = known[key]
+    signature = inspect.signature(layer).parameters
+    parameters = signature.keys() - {"device", "dtype", "dd"}
     for each, value in options.items():
-        parameters = inspect.signature(layer).parameters.keys() - {"device", "dtype", "dd"}
         if each not in parameters:
             raise ValueError(
                 f"{option}={name!r} has no option {each}={value!r}{nearest(str(each), parameters)}; its options are "
@@ -117,7 +117,7 @@ def layer_maker(kind: str, spec: LayerSpec, option: str | None = None) -> Layer 
         if each in _LAYERS:
             options[each] = layer_maker(each, value, f"{option}.{each}")
         else:
-            check_kind(f"{option}={name!r}", each, value, inspect.signature(layer).parameters[each].annotation)
+            check_kind(f"{option}={name!r}", each, value, signature[each].annotation)
     if found := out_of_range(options):
         raise ValueError(f"{option}={name!r}: {found[1]}")
     return partial(layer, **options) if options else layer

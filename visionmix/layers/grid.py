@@ -1,11 +1,12 @@
 """Where the tokens of a plain backbone lie: cells of a map, and prefix tokens among them."""
 
-from numbers import Integral
 from typing import Any, Final, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+
+from visionmix.registry import is_int
 
 PLACES = ("first", "middle", "last", "evenly")
 
@@ -102,7 +103,7 @@ class PrefixTokens(nn.Module):
         super().__init__()
         if place not in PLACES:
             raise ValueError(f"place={place!r} is unknown; give one of {', '.join(map(repr, PLACES))}")
-        if isinstance(count, bool) or not isinstance(count, Integral):
+        if not is_int(count):
             raise TypeError(f"count={count!r} is no number of prefix tokens; give an integer from 1 up")
         if not isinstance(positioned, bool):
             raise TypeError(f"positioned={positioned!r} is no bool; give True or False")

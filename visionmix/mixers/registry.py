@@ -2,13 +2,12 @@
 
 import inspect
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from visionmix.registry import Registry, out_of_range
+from visionmix.registry import Registry, is_int, out_of_range
 
 _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtype"))
 
@@ -74,7 +73,7 @@ def create_mixer(
         TypeError: `dim` or an option is of another kind than it should be.
         ValueError: `name` or an option is unknown (the message has the nearest one), or a value is refused.
     """
-    if isinstance(dim, bool) or not isinstance(dim, Integral):
+    if not is_int(dim):
         raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
     if dim < 1:
         raise ValueError(f"dim={dim} is too small; give 1 channel or more")

@@ -101,8 +101,8 @@ def list_models(
         TypeError: a filter is no str and no list of those.
     """
     for option, value in (("filter", filter), ("exclude_filters", exclude_filters)):
-        entries = value if isinstance(value, Collection) and not isinstance(value, str | bytes) else (value or "",)
-        if not all(isinstance(each, str) for each in entries):
+        several = isinstance(value, Collection) and not isinstance(value, str | bytes)
+        if value is not None and not all(isinstance(each, str) for each in (value if several else (value,))):
             raise TypeError(f"{option}={value!r} is no wildcard; give a str such as 'vig_*', or a list of those")
     names = timm.list_models(filter, pretrained=pretrained, exclude_filters=exclude_filters, include_tags=include_tags)
     return [name for name in names if is_family_model(name)]

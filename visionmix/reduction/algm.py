@@ -9,8 +9,9 @@ from torch.nn.functional import normalize
 from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, check_attention, mask_bias
-from visionmix.reduction.methods import Method, chosen_layers, is_int, is_number, register_method
+from visionmix.reduction.methods import Method, chosen_layers, register_method
 from visionmix.reduction.tokens import Tokens, argsorted, merge, ones
+from visionmix.registry import is_int, is_number
 
 _NEVER = -2.0  # less than any cosine
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention, mask_bias
-from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method
+from visionmix.reduction.methods import Method, chosen_layers, register_method
 from visionmix.reduction.tokens import Tokens, argsorted, keep, take, take_heads
+from visionmix.registry import is_int
 
 
 @register_method("ats")

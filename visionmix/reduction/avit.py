@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block
-from visionmix.reduction.methods import Method, check_finite, check_positive, is_number, register_method
+from visionmix.reduction.methods import Method, register_method
 from visionmix.reduction.tokens import Tokens
+from visionmix.registry import check_finite, check_positive, is_number
 
 _THRESHOLD = 0.99  # a token halts once its scores sum up to more
 _MASKED = -1000.0  # added to the logits of halted keys, as published

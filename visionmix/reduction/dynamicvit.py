@@ -14,17 +14,9 @@ from torch.nn import functional as F
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, check_attention
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import (
-    Method,
-    check_finite,
-    chosen_layers,
-    is_number,
-    quarters,
-    register_method,
-    share_of,
-)
+from visionmix.reduction.methods import Method, chosen_layers, quarters, register_method, share_of
 from visionmix.reduction.tokens import Tokens, argsorted, keep
-from visionmix.registry import nearest
+from visionmix.registry import check_finite, is_number, nearest
 
 _EPS = 1e-6  # of sums of attention weights in training, as published
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.reduction.attention import attention_block, check_attention
-from visionmix.reduction.methods import Method, chosen_layers, is_number, quarters, register_method, share_of
+from visionmix.reduction.methods import Method, chosen_layers, quarters, register_method, share_of
 from visionmix.reduction.tokens import Tokens, argsorted, take
+from visionmix.registry import is_number
 
 
 @register_method("evit")

@@ -1,7 +1,6 @@
 """Bipartite soft matching: finding the most similar tokens, and merging them to their mean."""
 
 from collections.abc import Callable
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.nn.functional import normalize
 from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
 from visionmix.reduction.tokens import argsorted, rows, take
+from visionmix.registry import is_int
 
 Merge = Callable[..., Tensor]
 Unmerge = Callable[[Tensor], Tensor]
@@ -53,7 +53,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Merge, Un
             f"(batch, tokens, features) and a floating type"
         )
     for name, number in (("r", r), ("num_prefix_tokens", num_prefix_tokens)):
-        if isinstance(number, bool) or not isinstance(number, (Integral, torch.SymInt)):
+        if not is_int(number) and not isinstance(number, torch.SymInt):
             raise TypeError(f"{name}={number!r} is no integer; give a number of tokens")
     if r < 0 or num_prefix_tokens < 0:
         raise ValueError(f"r={r} and num_prefix_tokens={num_prefix_tokens} must not be negative")

@@ -12,18 +12,9 @@ from torch.nn.functional import normalize
 from visionmix.kernels.dispatch import full_precision
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention
-from visionmix.reduction.methods import (
-    Method,
-    check_finite,
-    check_positive,
-    chosen_layers,
-    is_int,
-    is_number,
-    quarters,
-    register_method,
-    share_of,
-)
+from visionmix.reduction.methods import Method, chosen_layers, quarters, register_method, share_of
 from visionmix.reduction.tokens import Tokens, argsorted, merge, ones, summed, take_heads
+from visionmix.registry import check_finite, check_positive, is_int, is_number
 
 _LEAST = 10  # tokens that merging leaves
 

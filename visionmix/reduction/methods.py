@@ -1,16 +1,14 @@
 """Reduction methods by name."""
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from visionmix.reduction.tokens import Tokens
-from visionmix.registry import Registry
+from visionmix.registry import Registry, is_int
 
 
 class Method(ABC):
@@ -134,32 +132,3 @@ def share_of(count: int, rate: float, up: bool = False) -> int:
     """
     product = rate * (int(count) if isinstance(count, Tensor) else count)
     return math.ceil(product) if up else int(product)
-
-
-def check_positive(**values: float) -> None:
-    """Raise TypeError or ValueError unless each of the options is a number above 0."""
-    for name, value in values.items():
-        if not is_number(value):
-            raise TypeError(f"{name}={value!r}: give a number above 0")
-        if not value > 0:
-            raise ValueError(f"{name}={value}: give a number above 0")
-
-
-def check_finite(*, least: float = -math.inf, **values: float) -> None:
-    """Raise TypeError or ValueError unless each of the options is a finite number, and at least `least`."""
-    wanted = "a number" if least == -math.inf else f"a number of {least} or more"
-    for name, value in values.items():
-        if not is_number(value):
-            raise TypeError(f"{name}={value!r}: give {wanted}")
-        if not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
-            raise ValueError(f"{name}={value}: give {wanted}" + (", not infinite" if value == math.inf else ""))
-
-
-def is_int(value: object) -> bool:
-    """Return whether `value` is an integer and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Return whether `value` is a real number and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from visionmix.reduction.matching import pair
-from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method
+from visionmix.reduction.methods import Method, chosen_layers, register_method
 from visionmix.reduction.scans import check_scans
 from visionmix.reduction.tokens import Tokens, merge
+from visionmix.registry import is_int
 
 
 @register_method("rmeeto")

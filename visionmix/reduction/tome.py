@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from visionmix.reduction.attention import attention_block, check_attention
 from visionmix.reduction.matching import match
-from visionmix.reduction.methods import Method, is_int, register_method
+from visionmix.reduction.methods import Method, register_method
 from visionmix.reduction.tokens import Tokens, ones
+from visionmix.registry import is_int
 
 
 @register_method("tome")

@@ -10,8 +10,9 @@ from torch.nn.functional import normalize
 from visionmix.layers import at_least_float32
 from visionmix.reduction.attention import attention_block, attention_weights, check_attention
 from visionmix.reduction.evit import schedule
-from visionmix.reduction.methods import Method, chosen_layers, is_int, register_method, share_of
+from visionmix.reduction.methods import Method, chosen_layers, register_method, share_of
 from visionmix.reduction.tokens import Tokens, argsorted, keep, take
+from visionmix.registry import is_int
 
 # In thirds of the model's blocks from the first to the last: how often scores are passed on.
 _ITERATIONS = {"early": 30, "middle": 5, "late": 1}
