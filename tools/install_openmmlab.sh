@@ -31,6 +31,11 @@ if installed >/dev/null 2>&1; then
     say "mmdet, mmseg and mmpretrain are installed in .venv already."
     exit 0
 fi
+.venv/bin/python -c "
+import importlib.metadata, importlib.util, sys
+found = importlib.util.find_spec('transformers')
+sys.exit(bool(found) and int(importlib.metadata.version('transformers').split('.')[0]) >= 5)" ||
+    fail "mmpretrain cannot be imported beside transformers 5, which is installed in .venv. Run: .venv/bin/python -m pip uninstall transformers"
 
 # Where the wheel lies: a folder for each combination that it was built for.
 folder=$(.venv/bin/python - "$mmcv" <<'PYTHON'
