@@ -125,7 +125,7 @@ def show(name: str, img_size: int | None, console: Console) -> None:
     table.add_row("activations", f"{cost.activations / 1e6:.2f} M")
     table.add_row("published top-1", "none" if facts.top1 is None else f"{facts.top1} %")
     table.add_row("paper", facts.paper)
-    table.add_row("licence of the weights", facts.license)
+    table.add_row("licence of the weights", model_facts.licence(name))
     table.add_row("weights", " at ".join(filter(None, [weights.file, weights.address])) or "none")
     table.add_row("with tags", ", ".join(model_facts.tagged(name.partition(".")[0])))
     console.print(table)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from visionmix.models.family import family_of, list_family_models, published, variant_of
+from visionmix.models.family import family_of, list_family_models, published, variant_of, weights_of
 from visionmix.tools.checkpoint import write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,9 +83,16 @@ def family_text(module: str) -> str:
     return (sys.modules[module].__doc__ or "").strip().partition("\n")[2].strip()
 
 
+def licence(name: str) -> str:
+    """Return the licence of the weights of the model or tag called `name`, or "no weights" where none are known."""
+    return published(name).license if weights_of(name).address else "no weights"
+
+
 def licences(names: Sequence[str]) -> str:
-    """Return the licences of the weights of the models called `names`."""
-    return ", ".join(sorted({published(tag).license for name in names for tag in tagged(name)}))
+    """Return the licences of the weights of the models called `names`, or "no weights" where none are known."""
+    tags = [tag for name in names for tag in tagged(name)]
+    found = {published(tag).license for tag in tags if weights_of(tag).address}
+    return ", ".join(sorted(found)) or "no weights"
 
 
 def best_top1(names: Sequence[str]) -> float | None:

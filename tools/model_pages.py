@@ -22,8 +22,8 @@ pretrained=True)` loads the weights of a tag; a name without a tag means the fir
 image size builds the model at that size, and a tag of 22k classes builds 21,841 outputs.
 
 Parameters and GMACs (thousands of millions of multiply-adds at the image size, fused ops by their formulas) are counted
-here; top-1 is ImageNet accuracy as the authors publish it. The licence is that of the weights. No address of weights
-has been tried.
+here; top-1 is ImageNet accuracy as the authors publish it. The licence is that of the weights: "unknown" where
+their authors state none, "no weights" where none are known. No address of weights has been tried.
 
 ## How equality is checked
 
@@ -75,7 +75,7 @@ def index(costs: Mapping[str, Counted]) -> str:
     for tag in [tag for names in model_facts.families().values() for name in names for tag in model_facts.tagged(name)]:
         facts, cost = published(tag), costs[tag]
         top1 = "none" if facts.top1 is None else str(facts.top1)
-        rows.append([f"`{tag}`", _pixels(tag), cost.params_m, cost.gmacs, top1, facts.license])
+        rows.append([f"`{tag}`", _pixels(tag), cost.params_m, cost.gmacs, top1, model_facts.licence(tag)])
     parts = ["## Families", family_table(costs, "models"), "## Every model", table(_ALL_HEAD, rows)]
     return "\n\n".join([_INDEX.rstrip(), *parts]) + "\n"
 
@@ -110,7 +110,7 @@ def _model_row(tag: str, cost: Counted) -> list[str]:
     facts = published(tag)
     sizes = [f"{ours}{_claim(theirs)}" for ours, theirs in ((cost.params_m, facts.params), (cost.gmacs, facts.gmacs))]
     top1 = "none" if facts.top1 is None else str(facts.top1)
-    return [f"`{tag}`", _pixels(tag), *sizes, top1, facts.license, _file(tag)]
+    return [f"`{tag}`", _pixels(tag), *sizes, top1, model_facts.licence(tag), _file(tag)]
 
 
 def _claim(value: float | None) -> str:

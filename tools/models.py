@@ -118,7 +118,7 @@ def check_input(model: nn.Module, name: str, image_size: int | tuple[int, int], 
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model {name!r} does not take RGB images of image_size={image_size}: {error}; "
-            f"build it for them, e.g. --set model.kwargs.img_size={image_size}"
+            f"choose another size, or build it for them, in a recipe with --set model.kwargs.img_size={image_size}"
         ) from error
     finally:
         model.train(training)

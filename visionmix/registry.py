@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
+import torch
 from torch import nn
 
 _T = TypeVar("_T")
@@ -94,6 +95,28 @@ def check_finite(*, least: float = -math.inf, **values: float) -> None:
             raise TypeError(f"{name}={value!r}: give {wanted}")
         if not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
             raise ValueError(f"{name}={value}: give {wanted}" + (", not infinite" if value == math.inf else ""))
+
+
+def factory_kwargs(
+    device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, torch.device | str | torch.dtype | None]:
+    """Return where parameters lie and their type, as PyTorch's modules take them.
+
+    Raises:
+        TypeError: `dtype` is no type of real numbers of PyTorch, or `device` neither a device nor a name.
+        ValueError: no device is called `device`.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} is no type of real numbers; give torch.float32, torch.bfloat16 or the like")
+    if device is not None:
+        remedy = 'give "cpu", "cuda", "cuda:1" or the like, or a torch.device'
+        try:
+            torch.device(device)
+        except TypeError as error:
+            raise TypeError(f"device={device!r} is no device; {remedy}") from error
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is no device; {remedy}") from error
+    return {"device": device, "dtype": dtype}
 
 
 _KINDS: dict[Any, tuple[type, str]] = {

@@ -25,6 +25,7 @@ from visionmix.backbones.contract import (
 )
 from visionmix.layers import ConvDownsample, conv_stem, swiglu
 from visionmix.layers.by_name import LayerSpec, layer_maker
+from visionmix.registry import factory_kwargs
 
 _NORM = partial(LayerNorm, eps=1e-5)
 _STEM = partial(conv_stem, act_layer=nn.GELU)
@@ -158,7 +159,7 @@ class Hierarchical(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd = factory_kwargs(device, dtype)
         check_lists(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         check_integers(1, in_chans=in_chans, patch_size=patch_size, embed_dims=embed_dims, num_heads=num_heads)
         check_integers(0, num_classes=num_classes, depths=depths)

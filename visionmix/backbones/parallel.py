@@ -29,6 +29,7 @@ from visionmix.backbones.intermediates import check_output_format, chosen_units,
 from visionmix.layers import ConvsDownsample, mlp, resample_map
 from visionmix.layers.bottleneck import Bottleneck, BottleneckStem, conv_norm
 from visionmix.layers.by_name import LayerSpec, layer_maker
+from visionmix.registry import factory_kwargs
 
 _NORM = partial(LayerNorm, eps=1e-5)
 _HEAD = partial(ClassifierHead, input_fmt="NHWC")
@@ -273,7 +274,7 @@ class Parallel(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd = factory_kwargs(device, dtype)
         check_lists(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, num_exchanges=num_exchanges, neck_dims=neck_dims
         )

@@ -26,7 +26,7 @@ from visionmix.backbones.intermediates import chosen_units
 from visionmix.layers import PositionEmbedding, PrefixTokens, TokenHead, conv_stem, swiglu
 from visionmix.layers.by_name import NONE, LayerSpec, layer_maker
 from visionmix.layers.grid import Grid, split_prefix
-from visionmix.registry import constructor_options, nearest
+from visionmix.registry import constructor_options, factory_kwargs, nearest
 
 _NORM = partial(LayerNorm, eps=1e-6)
 _HEAD = partial(ClassifierHead, input_fmt="NHWC")
@@ -124,7 +124,7 @@ class Plain(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd = factory_kwargs(device, dtype)
         check_mixer(mixer)
         check_integers(
             1,

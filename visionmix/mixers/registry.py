@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionmix.registry import Registry, is_int, out_of_range
+from visionmix.registry import Registry, factory_kwargs, is_int, out_of_range
 
 _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtype"))
 
@@ -77,11 +77,12 @@ def create_mixer(
         raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
     if dim < 1:
         raise ValueError(f"dim={dim} is too small; give 1 channel or more")
+    placed = factory_kwargs(device, dtype)
     mixer = _MIXERS.checked(name, options)
     _MIXERS.check_kinds(name, options)
     found = out_of_range(options)
     try:
-        made = mixer(dim, device=device, dtype=dtype, **options)
+        made = mixer(dim, **placed, **options)
     except Exception as error:
         if found is None or f"{found[0]}=" in str(error):  # in the mixer's own words
             raise
