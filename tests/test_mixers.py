@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import visionmix
-from visionmix.mixers.registry import mixer_options
+from visionmix.mixers.registry import mixer_named, mixer_options
 
 
 def test_created_by_name():
@@ -211,3 +211,19 @@ def test_every_mixer_refuses_a_width_that_is_none(name):
     for dim, error in (("32", TypeError), (True, TypeError), (0, ValueError)):
         with pytest.raises(error, match="dim="):
             visionmix.create_mixer(name, dim)
+
+
+def test_classes_check_what_they_are_given_by_place_and_by_name():
+    cls = mixer_named("window")
+    for args, options, said in (
+        ((24, 3, 7.0), {}, "window_size=7.0"),
+        ((24, 3), {"shift": "no"}, "shift='no'"),
+        ((), {"dim": 24.0}, "dim=24.0"),
+        ((24,), {"dtype": "float32"}, "dtype='float32'"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            cls(*args, **options)
+    with pytest.raises(ValueError, match="no option windows=7 .*'window_size'"):
+        cls(24, windows=7)
+    with pytest.raises(ValueError, match="window_size=0 is"):
+        cls(24, 3, window_size=0)

@@ -1,5 +1,6 @@
 """Mixers by name."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,49 @@ _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtyp
 
 
 def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Return a class decorator that registers a mixer under `name`.
+    """Return a class decorator that registers a mixer under `name` and has its constructor check what it is given.
 
     Raises:
         ValueError: `name` is taken.
     """
-    return _MIXERS.register(name)
+
+    def register(cls: type[nn.Module]) -> type[nn.Module]:
+        _MIXERS.register(name)(cls)
+        build = cls.__init__  # type: ignore[misc]
+        positional = list(inspect.signature(build).parameters)[1:]
+
+        @functools.wraps(build)
+        def checked(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            found = None
+            if type(self) is cls:  # a class derived from it passes on what it has checked
+                found = _check(name, **dict(zip(positional, args, strict=False)) | kwargs)
+            try:
+                build(self, *args, **kwargs)
+            except Exception as error:
+                if found is None or f"{found[0]}=" in str(error):  # in the mixer's own words
+                    raise
+                raise ValueError(f"mixer {name!r}: {found[1]}") from error
+            if found is not None:
+                raise ValueError(f"mixer {name!r}: {found[1]}")
+
+        cls.__init__ = checked  # type: ignore[method-assign]
+        return cls
+
+    return register
+
+
+def _check(
+    name: str, /, dim: Any = None, device: Any = None, dtype: Any = None, **options: Any
+) -> tuple[str, str] | None:
+    """Check by their kinds what a mixer's constructor is given, and return what `out_of_range` finds."""
+    if not is_int(dim):
+        raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
+    if dim < 1:
+        raise ValueError(f"dim={dim} is too small; give 1 channel or more")
+    factory_kwargs(device, dtype)
+    _MIXERS.checked(name, options)
+    _MIXERS.check_kinds(name, options)
+    return out_of_range(options)
 
 
 def list_mixers() -> list[str]:
@@ -73,20 +111,4 @@ def create_mixer(
         TypeError: `dim` or an option is of another kind than it should be.
         ValueError: `name` or an option is unknown (the message has the nearest one), or a value is refused.
     """
-    if not is_int(dim):
-        raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
-    if dim < 1:
-        raise ValueError(f"dim={dim} is too small; give 1 channel or more")
-    placed = factory_kwargs(device, dtype)
-    mixer = _MIXERS.checked(name, options)
-    _MIXERS.check_kinds(name, options)
-    found = out_of_range(options)
-    try:
-        made = mixer(dim, **placed, **options)
-    except Exception as error:
-        if found is None or f"{found[0]}=" in str(error):  # in the mixer's own words
-            raise
-        raise ValueError(f"mixer {name!r}: {found[1]}") from error
-    if found is not None:
-        raise ValueError(f"mixer {name!r}: {found[1]}")
-    return made
+    return _MIXERS.checked(name, options)(dim, device=device, dtype=dtype, **options)
