@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import visionmix
+from visionmix import mixers
 from visionmix.mixers.registry import mixer_named, mixer_options
 
 
@@ -223,7 +224,68 @@ def test_classes_check_what_they_are_given_by_place_and_by_name():
     ):
         with pytest.raises(TypeError, match=said):
             cls(*args, **options)
-    with pytest.raises(ValueError, match="no option windows=7 .*'window_size'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
         cls(24, windows=7)
+    with pytest.raises(TypeError, match="'dim'"):
+        cls()
     with pytest.raises(ValueError, match="window_size=0 is"):
         cls(24, 3, window_size=0)
+
+
+@pytest.fixture
+def registered():
+    """Return a decorator that registers a mixer until the test ends."""
+    names = []
+
+    def register(cls):
+        names.append(f"mine_{len(names)}")
+        return mixers.register_mixer(names[-1])(cls)
+
+    yield register
+    for name in names:
+        del mixers.registry._MIXERS._classes[name]
+
+
+def test_classes_derived_from_a_mixer_check_what_it_checks(registered):
+    window = mixer_named("window")
+
+    class Plain(window):
+        pass
+
+    class Counted(nn.Module):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.count = 0
+
+    @registered
+    class Both(Counted, window):
+        pass
+
+    for cls in (Plain, Both):
+        assert cls(24, 3, window_size=5).window_size == 5
+        with pytest.raises(TypeError, match="shift='no'"):
+            cls(24, shift="no")
+    assert visionmix.create_mixer("mine_0", 24, num_heads=4).num_heads == 4
+
+
+def test_mixers_of_users_take_numbers_that_ours_refuse(registered):
+    @registered
+    class Shift(nn.Module):
+        def __init__(self, dim: int = 24, offset: int = 0, **kwargs):
+            super().__init__()
+            self.offset = offset
+
+    assert (Shift().offset, Shift(24, -1).offset) == (0, -1)
+    assert timm.create_model("test_vig", mixer={"name": "mine_0", "offset": -2}).blocks[0].mixer.offset == -2
+    with pytest.raises(TypeError, match=r"offset=0\.5"):
+        Shift(24, offset=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "error"), [(3, nn.Module, TypeError), ("", nn.Module, ValueError), ("a", int, TypeError)]
+)
+def test_what_cannot_be_registered_leaves_the_names_as_they_were(name, cls, error):
+    before = visionmix.list_mixers()
+    with pytest.raises(error):
+        mixers.register_mixer(name)(cls)
+    assert visionmix.list_mixers() == before

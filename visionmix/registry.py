@@ -45,14 +45,15 @@ def import_modules(package: str, path: Iterable[str]) -> None:
 def constructor_options(cls: type, besides: Iterable[str] = ("self",)) -> dict[str, inspect.Parameter]:
     """Return the named parameters of the constructor of `cls` but for `besides`, by name.
 
-    A constructor that ends in ``**options`` passes them on to its parent class, whose parameters it has as well.
+    A constructor that ends in ``**options``, or another name than ``**dd``, passes them on to its parent class, whose
+    parameters it has as well.
     """
     found: dict[str, inspect.Parameter] = {}
     for each in cls.__mro__:
         if "__init__" in vars(each):
             parameters = inspect.signature(vars(each)["__init__"]).parameters
             found = dict(parameters) | found
-            if "options" not in parameters:
+            if all(value.kind != value.VAR_KEYWORD or key == "dd" for key, value in parameters.items()):
                 break
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {key: value for key, value in found.items() if key not in besides and value.kind not in variadic}
@@ -216,8 +217,13 @@ class Registry(Generic[_T]):
         """Return a class decorator that registers a class under `name`.
 
         Raises:
-            ValueError: `name` is taken.
+            TypeError: `name` is no str.
+            ValueError: `name` is empty or taken.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"{self.kind}={name!r} is no name; give a str")
+        if not name:
+            raise ValueError(f"{self.kind}={name!r} is empty; give a name")
 
         def register(cls: type[_T]) -> type[_T]:
             if name in self._classes:

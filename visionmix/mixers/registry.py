@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,20 +16,30 @@ _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtyp
 def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Return a class decorator that registers a mixer under `name` and has its constructor check what it is given.
 
+    The options of a mixer are checked by their annotations. Those of this library's own mixers, whose names have one
+    meaning everywhere, are also checked by their range.
+
     Raises:
-        ValueError: `name` is taken.
+        TypeError: `name` is no str, or what is decorated no class of modules.
+        ValueError: `name` is empty or taken.
     """
+    add = _MIXERS.register(name)
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
-        _MIXERS.register(name)(cls)
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"{cls!r} cannot be the mixer {name!r}; decorate a class of torch.nn.Module")
+        add(cls)
         build = cls.__init__  # type: ignore[misc]
-        positional = list(inspect.signature(build).parameters)[1:]
+        parameters = list(inspect.signature(build).parameters.values())[1:]
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        positional = [each.name for each in parameters if each.kind in by_place]
 
         @functools.wraps(build)
         def checked(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             found = None
-            if type(self) is cls:  # a class derived from it passes on what it has checked
-                found = _check(name, **dict(zip(positional, args, strict=False)) | kwargs)
+            registered = _MIXERS.classes()
+            if next(each for each in type(self).__mro__ if each in registered) is cls:  # parents get what it checked
+                found = _check(name, cls, dict(zip(positional, args, strict=False)) | kwargs)
             try:
                 build(self, *args, **kwargs)
             except Exception as error:
@@ -45,18 +55,20 @@ def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     return register
 
 
-def _check(
-    name: str, /, dim: Any = None, device: Any = None, dtype: Any = None, **options: Any
-) -> tuple[str, str] | None:
+def _check(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> tuple[str, str] | None:
     """Check by their kinds what a mixer's constructor is given, and return what `out_of_range` finds."""
-    if not is_int(dim):
-        raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
-    if dim < 1:
-        raise ValueError(f"dim={dim} is too small; give 1 channel or more")
-    factory_kwargs(device, dtype)
-    _MIXERS.checked(name, options)
+    if "dim" in given:
+        dim = given["dim"]
+        if not is_int(dim):
+            raise TypeError(f"dim={dim!r} is a {type(dim).__name__}; give a number of channels")
+        if dim < 1:
+            raise ValueError(f"dim={dim} is too small; give 1 channel or more")
+    factory_kwargs(given.get("device"), given.get("dtype"))
+    known = _MIXERS.options(name)
+    options = {option: value for option, value in given.items() if option in known}  # of others, Python says what fails
     _MIXERS.check_kinds(name, options)
-    return out_of_range(options)
+    own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return out_of_range(options) if own else None
 
 
 def list_mixers() -> list[str]:
