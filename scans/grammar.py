@@ -111,6 +111,8 @@ def _parse_part(part: str, name: str) -> Part:
     for what, number in zip(base.numbers, numbers, strict=True):
         if number < 1 and what in ("rate", "size"):
             raise ValueError(f"scan order {part!r}: the {what} must be at least 1")
+        if number >= 2**31:
+            raise ValueError(f"scan order {part!r}: the {what} must be below 2**31; no grid is as large")
     if "row" in base.numbers and max(numbers[1:]) >= numbers[0]:
         raise ValueError(f"scan order {part!r}: row and column must be below the rate, {numbers[0]}")
     return Part(base, numbers, modifiers)

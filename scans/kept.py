@@ -17,10 +17,29 @@ def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor
     Returns:
         int64 (batch, K, tokens), the token read at each step, -1 for padded steps at the end, of tokens whose cell the
         order does not read; and int64 (batch, K, tokens), the places that are passed over before each step.
+
+    Raises:
+        TypeError: `inverses` or `kept` is no tensor of int64.
+        ValueError: one has another number of axes, or `kept` names no cell of the grid, or one twice. Cells are looked
+            at on a CPU, outside graphs.
     """
+    for argument, value in (("inverses", inverses), ("kept", kept)):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+            raise TypeError(f"{argument} is {getattr(value, 'dtype', type(value).__name__)}; give a tensor of int64")
+        if value.ndim != 2:
+            raise ValueError(f"{argument} has {value.ndim} axes; give (K, cells) and (batch, tokens)")
+    looked_at = kept.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    cells = inverses.shape[1]
+    if looked_at and kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < cells):
+        raise ValueError(
+            f"kept has cells from {int(kept.min())} to {int(kept.max())} and the grid {cells}; give cells from 0 to "
+            f"{cells - 1}"
+        )
     steps = inverses[:, kept].transpose(0, 1)
     unread = torch.iinfo(steps.dtype).max
     steps, tokens = torch.where(steps < 0, unread, steps).sort(dim=2)
     read = steps < unread
+    if looked_at and (read[..., 1:] & (steps[..., 1:] == steps[..., :-1])).any():
+        raise ValueError("kept has a cell twice; give each cell of an image once at most")
     before = torch.cat([torch.full_like(steps[..., :1], -1), steps[..., :-1]], dim=2)
     return torch.where(read, tokens, -1), torch.where(read, steps - before - 1, 0)

@@ -23,9 +23,11 @@ def insert_registers(order: ScanOrder, num_registers: int) -> ScanOrder:
         positions of the registers in the sequence.
 
     Raises:
-        TypeError: num_registers is not an int.
+        TypeError: order is no ScanOrder, or num_registers not an int.
         ValueError: num_registers is negative.
     """
+    if not isinstance(order, tuple):
+        raise TypeError(f"order={order!r} is a {type(order).__name__}; give visionmix.scans.order(...)")
     if isinstance(num_registers, bool) or not isinstance(num_registers, int):
         raise TypeError(f"num_registers={num_registers!r} is a {type(num_registers).__name__}; it must be an int")
     if num_registers < 0:

@@ -4,7 +4,7 @@ import torch
 
 from visionmix.registry import close_matches
 from visionmix.scans.cells import row_and_column
-from visionmix.scans.grammar import check_name, parse
+from visionmix.scans.grammar import check_name, check_sizes, parse
 from visionmix.scans.orders import ScanOrder, order
 
 
@@ -95,7 +95,14 @@ def move_codes(index: torch.Tensor, width: int) -> torch.Tensor:
 
     Returns:
         int64 (steps,), on the index's device.
+
+    Raises:
+        TypeError: `index` is no tensor of int64, or `width` no int.
+        ValueError: `width` is below 1.
     """
+    if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"index is {getattr(index, 'dtype', type(index).__name__)}; give order(...).index, of int64")
+    check_sizes(width=width)
     row, column = row_and_column(index, width)
     down, right = row.diff(), column.diff()
     # Rows differ by one or columns do, never both; the number of the move follows from its sign.

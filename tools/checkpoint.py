@@ -52,7 +52,10 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)  # safetensors lets the owner alone read its files
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)

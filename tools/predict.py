@@ -159,6 +159,7 @@ def _run(args: argparse.Namespace, trained: models.Trained, items: list[Item], d
     names = predictions.columns(options["topk"], args.features)
     parts, left = None, []
     if rank == 0:
+        predictions.check_replaced(args.output, {item.name for item in items})
         parts = predictions.Parts(args.output, names, about)
         done = parts.done()
         left = [item for item in items if item.name not in done]

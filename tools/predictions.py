@@ -8,7 +8,7 @@ import importlib.util
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,23 @@ def read(path: Path, names: Sequence[str] | None = None) -> list[dict[str, Any]]
     from pyarrow import parquet
 
     return parquet.read_table(path, columns=names).to_pylist()
+
+
+def check_replaced(output: Path, pictures: Collection[str]) -> None:
+    """Check that a file at `output` is an earlier result for no other pictures than these, which will replace it.
+
+    Raises:
+        ValueError: it is another file, or has rows of other pictures.
+    """
+    if not output.exists():
+        return
+    remedy = "give another --output, or remove the file"
+    try:
+        done = [row["image"] for row in read(output, ["image", "error"])]
+    except Exception as error:  # whatever a reader meets in a file of another kind
+        raise ValueError(f"--output {output} exists and holds no predictions; {remedy}") from error
+    if other := sorted(set(done) - set(pictures)):
+        raise ValueError(f"--output {output} has rows of {len(other)} other pictures, e.g. {other[0]}; {remedy}")
 
 
 class Parts:

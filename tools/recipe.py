@@ -71,8 +71,21 @@ def override(tree: dict, source: str, overrides: dict | None, settings: list[str
     """Return the recipe of `tree` with flags and --set texts laid over it; raises as `read` does."""
     tree = _merge(tree, overrides or {}, "the command line")
     for text in settings:
-        tree = _merge(tree, parse_override(text), f"--set {text}")
+        given = parse_override(text)
+        _check_twice(given, overrides or {}, text)
+        tree = _merge(tree, given, f"--set {text}")
     return from_dict(tree, f"{source} with the command line" if overrides or settings else source)
+
+
+def _check_twice(given: dict, flags: dict, text: str) -> None:
+    """Refuse `given`, that of --set `text`, where a flag has another value for the same key."""
+    for section, options in given.items():
+        for option, value in options.items():
+            flag = flags.get(section, {}).get(option, value)
+            if flag != value:
+                raise ValueError(
+                    f"--set {text}: the command line also gives {section}.{option}={flag!r}; leave out one of the two"
+                )
 
 
 def find(name: str, ending: str = "yaml") -> Path:

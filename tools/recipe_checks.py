@@ -96,6 +96,14 @@ def check_values(recipe: Recipe, source: str) -> None:
         raise ValueError(
             f"{source}: train.label_smoothing=1.0 leaves train.loss={train.loss} nothing to learn; lower it"
         )
+    if train.ema_warmup and train.ema_decay is None:
+        raise ValueError(f"{source}: train.ema_warmup=True needs the moving average; give train.ema_decay")
+    if "num_classes" in recipe.model.kwargs:
+        raise ValueError(
+            f"{source}: model.kwargs.num_classes={recipe.model.kwargs['num_classes']!r} is what the data decide; leave "
+            "it out, or give data.classes"
+        )
+    _check_layer_decay(recipe, source)
     _check_views(recipe, source)
     _check_labels(recipe, source)
     for key, value in (
@@ -129,12 +137,15 @@ def check_values(recipe: Recipe, source: str) -> None:
 
 def _check_images(recipe: Recipe, source: str) -> None:
     """Check the options that are lists of numbers: of each channel, and bounds of a random crop."""
-    for option, allowed, words in (("mean", math.isfinite, "finite"), ("std", _positive, "above 0")):
+    for option, allowed, words in (
+        ("mean", _share, "finite, from 0 to 1"),
+        ("std", _positive_share, "above 0, at most 1"),
+    ):
         values = getattr(recipe.data, option)
         if values is not None and not (len(values) == 3 and all(map(allowed, values))):
             raise ValueError(
-                f"{source}: data.{option}={values} must be three numbers, {words}, for red, green and blue; or null "
-                "for the model's own"
+                f"{source}: data.{option}={values} must be three numbers, {words}, for red, green and blue, of pixels "
+                "from 0 to 1; or null for the model's own"
             )
     crops = recipe.augment
     for option, values in (("scale", crops.scale), ("ratio", crops.ratio)):
@@ -153,6 +164,23 @@ def _positive(value: float) -> bool:
     return 0 < value < math.inf
 
 
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _positive_share(value: float) -> bool:
+    return 0 < value <= 1
+
+
+def _check_layer_decay(recipe: Recipe, source: str) -> None:
+    decay = recipe.optimizer.kwargs.get("layer_decay")
+    if decay is not None and not (isinstance(decay, int | float) and 0 < decay <= 1):
+        raise ValueError(
+            f"{source}: optimizer.kwargs.layer_decay={decay!r} multiplies the rate from each layer to the one before; "
+            "give a number above 0, at most 1"
+        )
+
+
 def _check_views(recipe: Recipe, source: str) -> None:
     """Check crops, and what goes with several views of each image."""
     augment, train = recipe.augment, recipe.train
@@ -165,10 +193,10 @@ def _check_views(recipe: Recipe, source: str) -> None:
         raise ValueError(
             f"{source}: data.interpolation='random' does not go with augment.crop_mode=simple; set it to bicubic"
         )
-    if (train.loss == "jsd") != (augment.splits > 1):
+    if (train.loss == "jsd") != (augment.splits > 1) or augment.splits == 1:
         raise ValueError(
             f"{source}: train.loss={train.loss!r} and augment.splits={augment.splits} do not fit; jsd compares "
-            "two or more splits, and the other losses take none"
+            "two or more splits, and the other losses take none (0)"
         )
     if train.split_bn and augment.splits < 2:
         raise ValueError(
@@ -283,6 +311,11 @@ def _check_schedule(wanted: ScheduleRecipe, source: str) -> None:
                 f"{source}: schedule.kwargs.{name}={value!r} is not an argument of schedule.name={wanted.name!r}"
                 f"{nearest(name, known)}; it takes {', '.join(known)}"
             )
+    if wanted.name == "multistep" and not wanted.kwargs.get("decay_milestones"):
+        raise ValueError(
+            f"{source}: schedule.name='multistep' needs schedule.kwargs.decay_milestones, a list of epochs; give e.g. "
+            "[30, 60, 90]"
+        )
     milestones = wanted.kwargs.get("decay_milestones", [])
     numbers = isinstance(milestones, list | tuple) and all(isinstance(value, int | float) for value in milestones)
     if not numbers or list(milestones) != sorted(milestones):

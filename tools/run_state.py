@@ -84,8 +84,15 @@ def load(trainer: "Trainer", content: dict[str, Any], source: str) -> None:
         load_weights(trainer.ema.module, content["ema"] or content["model"], source)
     if trainer.student.projection is not None:
         load_weights(trainer.student.projection, content["projection"] or {}, source)
-    fresh = [{key: group[key] for key in ("lr", "initial_lr", "lr_scale", "weight_decay") if key in group}
-             for group in trainer.optimizer.param_groups]  # fmt: skip
+    wanted, before = trainer.recipe.optimizer, content["recipe"]["optimizer"]
+    if wanted.name != before["name"]:
+        raise ValueError(
+            f"optimizer.name={wanted.name!r} cannot go on from {source}, which holds the state of {before['name']!r}; "
+            "resume with that one"
+        )
+    # What the recipe says counts, of the options too that it had or has; what an optimiser counted is loaded.
+    given = {"lr", "initial_lr", "lr_scale", "weight_decay", *wanted.kwargs, *(before.get("kwargs") or {})}
+    fresh = [{key: group[key] for key in given & group.keys()} for group in trainer.optimizer.param_groups]
     load_optimizer(trainer.student, trainer.optimizer, content["optimizer"], source)
     for group, values in zip(trainer.optimizer.param_groups, fresh, strict=True):
         group.pop("lr_scale", None)

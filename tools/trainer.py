@@ -187,7 +187,10 @@ class Trainer:
             optimizer = create_optimizer_v2(
                 self.model, opt=wanted.name, lr=wanted.lr * scale, weight_decay=wanted.weight_decay, **wanted.kwargs
             )
-        except TypeError as error:
+            # Which timm passes on to those optimisers alone that have one.
+            if "momentum" in wanted.kwargs and not any("momentum" in group for group in optimizer.param_groups):
+                raise TypeError("it has no momentum")
+        except (TypeError, ValueError) as error:
             raise ValueError(f"optimizer {wanted.name!r} does not take kwargs={wanted.kwargs}: {error}") from error
         except (AssertionError, ImportError, RuntimeError) as error:  # timm's words for a missing library or device
             raise ValueError(f"optimizer.name={wanted.name!r} cannot be used: {error}") from error

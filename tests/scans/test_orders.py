@@ -334,3 +334,26 @@ def test_scans_import_torch_and_the_registry_alone():
                 room = module.split(".")[0]
                 own = module.startswith("visionmix.scans") or module == "visionmix.registry"
                 assert own or room in sys.stdlib_module_names or room == "torch", file
+
+
+RASTER = torch.arange(4)[None]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: scans.insert_registers("raster", 2), TypeError, "order='raster' is a str"),
+        (lambda: scans.move_codes(torch.ones(4), 2), TypeError, "index is torch.float32"),
+        (lambda: scans.move_codes(RASTER[0], 0), ValueError, "width=0"),
+        (lambda: scans.move_codes(RASTER[0], 2.0), TypeError, "width=2.0"),
+        (lambda: scans.kept_steps(RASTER, torch.zeros(1, 2)), TypeError, "kept is torch.float32"),
+        (lambda: scans.kept_steps(RASTER[0], torch.zeros(1, 2).long()), ValueError, "inverses has 1 axes"),
+        (lambda: scans.kept_steps(RASTER, torch.tensor([[0, 4]])), ValueError, "cells from 0 to 3"),
+        (lambda: scans.kept_steps(RASTER, torch.tensor([[0, -1]])), ValueError, "kept has cells from -1"),
+        (lambda: scans.kept_steps(RASTER, torch.tensor([[0, 1], [3, 3]])), ValueError, "a cell twice"),
+        (lambda: scans.order(f"window_{10**24}", 4, 4), ValueError, r"below 2\*\*31"),
+    ],
+)
+def test_wrong_arguments_of_helpers_are_named(call, error, said):
+    with pytest.raises(error, match=said):
+        call()

@@ -117,12 +117,15 @@ def family_of(name: str) -> Family:
     """Return the family of the model called `name`, with or without a tag.
 
     Raises:
+        TypeError: `name` is no str.
         ValueError: no model of this library has this name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is no name of a model; give a str, one of visionmix.list_models()")
     model = name.partition(".")[0]
     if model not in _FAMILIES:
         hint = nearest(model, _FAMILIES)
-        raise ValueError(f"name={name!r} is not a model of visionmix{hint}; its models are {sorted(_FAMILIES)}")
+        raise ValueError(f"name={name!r} is not a model of visionmix{hint}; give one of visionmix.list_models()")
     return _FAMILIES[model]
 
 

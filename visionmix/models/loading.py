@@ -40,18 +40,27 @@ def load_checkpoint(
         Keys of the model that keep their fresh values, since the checkpoint has none for them.
 
     Raises:
-        TypeError: `source` is none of these.
-        ValueError: `name` is unknown or needed, the file is damaged, or its keys or shapes differ; nothing was loaded.
+        TypeError: `source` is none of these, `model` no classifier, or `name` no str.
+        ValueError: `name` is unknown or needed, the model has no storage, the file is damaged, or its keys or shapes
+            differ; nothing was loaded.
         FileNotFoundError: there is no such file.
     """
     if not isinstance(source, str | Path | Mapping):
         raise TypeError(f"source is a {type(source).__name__}; give a path, a folder or a state dict")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name={name!r} is no name of a model; give a str, or leave it out")
+    model = getattr(model, "_orig_mod", model)  # that torch.compile wraps
+    if not hasattr(model, "num_classes"):
+        raise TypeError(
+            f"model is a {type(model).__name__} and no classifier; for maps of a checkpoint call "
+            "timm.create_model(NAME, features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=PATH))"
+        )
     cfg = PretrainedCfg(**(getattr(model, "pretrained_cfg", None) or {}))
-    name = name or cfg.architecture
+    given, name = name, name or cfg.architecture
     if not name:
         raise ValueError("the model has no pretrained_cfg that says its architecture; give name='vmamba_tiny' or such")
     keys = KeyMap()
-    if is_family_model(name) or not cfg.architecture:
+    if is_family_model(name) or given not in (None, cfg.architecture):
         layout = variant_of(name).layout
         keys = layout.keys
         cfg = replace(cfg, first_conv=layout.first_conv, classifier=layout.classifier)
@@ -122,14 +131,21 @@ def check_numbers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], name
     Raises:
         ValueError: there are others; the message lists them.
     """
+    if any(value.is_meta for value in own.values()):
+        raise ValueError(
+            f"{name} lies on the device meta, which holds no numbers; create it with device='cpu', or call "
+            "model.to_empty(device='cpu') first"
+        )
     problems = []
     for key in tensors.keys() & own.keys():
         tensor, mine = tensors[key], own[key]
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+        if tensor.is_meta:
+            problems.append(f"{key} lies on the device meta, without numbers")
+        elif tensor.layout is not torch.strided or tensor.is_quantized:
             problems.append(f"{key} is {tensor.layout}, the model's dense")
         elif mine.is_floating_point() and not tensor.is_floating_point():
             problems.append(f"{key} is {tensor.dtype} in the file, {mine.dtype} in the model")
-        elif mine.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all() and mine.isfinite().all():
+        elif mine.is_floating_point() and not tensor.isfinite().all() and mine.isfinite().all():
             problems.append(f"{key} has values that are not finite")
     if problems:
         raise ValueError(
