@@ -30,7 +30,7 @@ def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor
             raise ValueError(f"{argument} has {value.ndim} axes; give (K, cells) and (batch, tokens)")
     looked_at = kept.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     cells = inverses.shape[1]
-    if looked_at and kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < cells):
+    if looked_at and kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < cells):
         raise ValueError(
             f"kept has cells from {int(kept.min())} to {int(kept.max())} and the grid {cells}; give cells from 0 to "
             f"{cells - 1}"

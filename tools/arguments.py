@@ -12,6 +12,13 @@ def check_least(least: int, **numbers: int | None) -> None:
             raise ValueError(f"{name}={value} is too small; it must be at least {least}")
 
 
+def absent(path: Path, *, folder: bool = False) -> str:
+    """Return, for messages, why there is no file, or no folder, at `path`."""
+    if not path.exists():
+        return "does not exist"
+    return "is a file; give a folder" if folder else "is a folder; give a file"
+
+
 def check_out(path: Path, suffixes: Sequence[str] = (), name: str = "--out") -> None:
     """Check, before any work, that a file can be written at `path`.
 

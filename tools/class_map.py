@@ -13,6 +13,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from visionmix.tools.arguments import absent
 from visionmix.tools.models import Outputs
 
 
@@ -24,7 +25,7 @@ def read_class_map(file: Path) -> dict[str, str]:
         ValueError: it is neither such a text nor such JSON, or names a folder twice.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"class map {file} does not exist")
+        raise FileNotFoundError(f"class map {file} {absent(file)}")
     try:
         text = file.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith(("{", "[")):

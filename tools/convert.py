@@ -35,7 +35,7 @@ from visionmix.models import Published, list_family_models, published
 from visionmix.models.family import weights_of
 from visionmix.registry import nearest
 from visionmix.tools import checkpoint, models
-from visionmix.tools.arguments import check_out
+from visionmix.tools.arguments import absent, check_out
 from visionmix.tools.model_card import FREE, UNKNOWN, Origin, citation, write_card
 
 
@@ -122,7 +122,7 @@ def convert(file: Path, name: str, out: Path, *, accepted: str | None = None, li
         raise FileExistsError(f"{out} is there already; remove it, or name another folder")
     check_out(out / "config.json", name="OUT")
     if licence_file is not None and not licence_file.is_file():
-        raise FileNotFoundError(f"--licence-file={licence_file} does not exist")
+        raise FileNotFoundError(f"--licence-file={licence_file} {absent(licence_file)}")
     model = load_file(file, name)
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
     if weights.sha256 and digest != weights.sha256:
@@ -142,6 +142,7 @@ def convert(file: Path, name: str, out: Path, *, accepted: str | None = None, li
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         aside = Path(temporary, out.name)
         save_for_hf(model, aside, model_config=about, safe_serialization=True)
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # which its owner alone could read
         write_card(aside / "README.md", model, origin)
         if licence_file is not None:
             shutil.copyfile(licence_file, aside / "LICENSE")

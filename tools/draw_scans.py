@@ -19,6 +19,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from visionmix import scans
+from visionmix.tools.arguments import check_out
+from visionmix.tools.checkpoint import write_aside
 from visionmix.tools.images import read_rgb
 
 GALLERY = (
@@ -87,11 +89,14 @@ def draw_orders(names: list[str], height: int, width: int, out: Path, columns: i
             axes.set_axis_off()
         else:
             draw_order(axes, name, height, width)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100, bbox_inches="tight", pad_inches=0.1)
-    if out.suffix.lower() == ".png":
-        # A third of the bytes, with no difference to be seen.
-        read_rgb(out).quantize(256).save(out, optimize=True)
+
+    def write(aside: Path) -> None:
+        figure.savefig(aside, format=out.suffix[1:], dpi=100, bbox_inches="tight", pad_inches=0.1)
+        if out.suffix == ".png":
+            # A third of the bytes, with no difference to be seen.
+            read_rgb(aside).quantize(256).save(aside, format="png", optimize=True)
+
+    write_aside(out, write)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,9 +117,10 @@ def main(argv: list[str] | None = None) -> None:
         print("direction sets: ", ", ".join(scans.direction_sets()))
         return
     if options.gallery == bool(options.names):
-        parser.error("give the names of orders, or --gallery (--list shows them)")
+        parser.error("give the names of orders or --gallery, one of the two (--list shows the names)")
     height, width = (11, 15) if options.gallery else (options.height, options.width)
     try:
+        check_out(options.out, (".png", ".pdf", ".svg"))
         names = list(GALLERY)
         if not options.gallery:
             sets = scans.direction_sets()

@@ -18,6 +18,7 @@ import torch
 
 from visionmix.models import published
 from visionmix.tools import benchmark, pictures, timing
+from visionmix.tools.arguments import check_out
 
 OURS = (
     *("nat_mini", "nat_tiny", "vmamba_tiny", "vig_t", "vig_s", "vig_h_t", "agent_swin_tiny", "agent_pvt_small"),
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("speed.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
+        check_out(args.out, (".png",))
         if args.measure:
             torch.set_num_threads(args.threads)
             measure(args.csv)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from visionmix import reduction
 from visionmix.tools import pictures, shown
+from visionmix.tools.arguments import check_out
 
 DROPPED = 0.15  # brightness left to cells that no token holds
 
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parse.add_argument("--out", type=Path, default=Path("tokens.png"), help="the picture (default: %(default)s)")
     args = parse.parse_args(argv)
     try:
+        check_out(args.out, (".png",))
         model = shown.load(args.model, args.pretrained, args.checkpoint)
         own = hasattr(model, "reduction") and not args.reduce
         specs: list[str | None] = [None] if own else [*(args.reduce or ["tome:r=13"])]

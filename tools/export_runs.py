@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visionmix.private_api import load_compiled_package
+from visionmix.tools.arguments import absent
 from visionmix.tools.export_files import METADATA, library, reason
 
 Run = Callable[[Tensor], Tensor]
@@ -36,7 +37,7 @@ def open_file(path: Path, threads: int | None = None) -> tuple[Run, dict[str, An
         ValueError: the package that runs it is not installed, or cannot run what the file holds, or it is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; write it by visionmix export")
+        raise FileNotFoundError(f"{path} {absent(path)}; visionmix export writes it")
     try:
         return _open(path, threads or torch.get_num_threads())
     except (ValueError, OSError):

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from timm.utils.misc import natural_key
 
+from visionmix.tools.arguments import absent
 from visionmix.tools.images import find_files, is_hidden, is_image, log_left_out, read_rgb
 from visionmix.tools.loading import SPLITS, ImageSet, match_classes
 
@@ -22,7 +23,8 @@ def split_folder(root: Path, split: str) -> Path:
         FileNotFoundError: ROOT or the split's folder is missing.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} does not exist; give --data a folder with train/ and val/ in it")
+        why = absent(root, folder=True)
+        raise FileNotFoundError(f"data folder {root} {why}; give --data a folder with train/ and val/ in it")
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return root / name

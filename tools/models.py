@@ -285,17 +285,18 @@ def load_trained(
         ValueError: when the arguments contradict each other, or the file holds another model's weights or another
             number of classes.
     """
-    if bool(file) == pretrained:
-        raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
+    check_one_source(bool(file), pretrained)
     folder = file is not None and (Path(file) / "config.json").is_file()
     content = checkpoint.read(file) if file and not folder else {}
     recipe = content.get("recipe", {})
     made = {"name": weights_cfg(f"local-dir:{file}").architecture} if folder else recipe.get("model", {})
     if made and name and name != made["name"]:
-        raise ValueError(f"{file} holds a {made['name']}, not --model {name}; leave --model out")
+        raise ValueError(f"{file} holds a {made['name']}, not --model {name}; leave --model out (export: MODEL)")
     name = name or made.get("name")
     if not name:
-        raise ValueError(f"{file} does not say which model it holds; give --model NAME")
+        if runs := sorted(Path(file).glob("checkpoints/epoch_*")) if Path(file).is_dir() else []:
+            raise ValueError(f"{file} is the folder of a run; give one of its checkpoints, such as {runs[-1]}")
+        raise ValueError(f"{file} does not say which model it holds; give --model NAME (export: NAME alone)")
     labels = content.get("classes")
     if labels == []:
         raise ValueError(
@@ -355,6 +356,14 @@ def weights_hash(model: nn.Module) -> str:
     return short_hash(*parts)
 
 
+def check_one_source(checkpoint: bool, pretrained: bool) -> None:
+    """Raise ValueError unless --checkpoint or --pretrained is given, and not both."""
+    if checkpoint and pretrained:
+        raise ValueError("give either --checkpoint FILE or --pretrained, not both: each names weights")
+    if not (checkpoint or pretrained):
+        raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
+
+
 def choose_device(name: str | None) -> torch.device:
     """Return the device called `name`, or the first GPU where there is one and the CPU otherwise.
 
@@ -368,4 +377,6 @@ def choose_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError(f"--device {name!r} cannot be used: it holds no numbers; give cpu, cuda or cuda:1")
     return device

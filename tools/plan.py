@@ -290,8 +290,8 @@ def prepare(args: argparse.Namespace) -> Run:
             times = f" x train.accumulate={made.train.accumulate}" if made.train.accumulate > 1 else ""
             below = args.batch // at_once * at_once
             raise ValueError(
-                f"batch={args.batch} is not divisible by gpus={args.gpus}{times}; give {below or at_once} or "
-                f"{below + at_once}"
+                f"batch={args.batch} is not divisible by gpus={args.gpus}{times}; give "
+                + (f"{below} or {below + at_once}" if below else f"{at_once}")
             )
         overrides.setdefault("data", {})["batch_size"] = args.batch // at_once
         made, source = read_recipe(args.model, args.recipe, overrides, args.set)

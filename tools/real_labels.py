@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from visionmix.tools.arguments import absent
 from visionmix.tools.class_map import synset_outputs
 from visionmix.tools.models import Outputs
 
@@ -23,7 +24,7 @@ def read_real_labels(file: Path) -> list[list[int]]:
         ValueError: it is no list of lists of indices.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"--real-labels {file} does not exist")
+        raise FileNotFoundError(f"--real-labels {file} {absent(file)}")
     try:
         sets = json.loads(file.read_text())
     except ValueError as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from visionmix.tools import checkpoint, data, evaluation, logs, pictures, processes, recipe, recipe_keys, saving
+from visionmix.tools.arguments import check_out
 from visionmix.tools.calibration import calibrate
 from visionmix.tools.display import Display, duration
 from visionmix.tools.score import score, score_text
@@ -248,6 +249,7 @@ def train(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     try:
         output, last, broken = find_start(args)
+        check_out(output / "summary.csv", name="--output")
         made, content = prepare(args, last)
         classes = data.check_data(made.data)
         device, rank, world = processes.join(args.device)

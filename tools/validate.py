@@ -135,8 +135,7 @@ def pair(names: list[str] | None, files: list[str] | None, pretrained: bool) -> 
         FileNotFoundError: a checkpoint does not exist.
         ValueError: the arguments contradict each other.
     """
-    if bool(files) == pretrained:
-        raise ValueError("give either --checkpoint FILE or --pretrained: there are no weights to use otherwise")
+    models.check_one_source(bool(files), pretrained)
     if not files:
         if not names:
             raise ValueError("--pretrained does not say which model; give --model NAME")

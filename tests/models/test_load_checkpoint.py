@@ -282,3 +282,25 @@ def test_files_with_a_downsamplers_former_name_load():
     assert former.keys() != model.state_dict().keys()
     assert load_checkpoint(other, former) == []
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_what_can_hold_no_weights_is_refused():
+    model = timm.create_model("test_vig_h")
+    weights = model.state_dict()
+    with pytest.raises(ValueError, match="test_vig_h lies on the device meta"):
+        load_checkpoint(timm.create_model("test_vig_h", device="meta"), weights)
+    with pytest.raises(ValueError, match=r"head\.fc\.bias lies on the device meta, without numbers"):
+        load_checkpoint(model, {key: value.to("meta") for key, value in weights.items()})
+    with pytest.raises(TypeError, match="FeatureGetterNet and no classifier"):
+        load_checkpoint(timm.create_model("test_vig_h", features_only=True), weights)
+    with pytest.raises(ValueError, match="name='test_vgi' is not a model"):
+        load_checkpoint(model, weights, name="test_vgi")
+    with pytest.raises(TypeError, match="name=3"):
+        load_checkpoint(model, weights, name=3)
+
+
+def test_a_compiled_model_takes_the_weights_of_its_own():
+    model = timm.create_model("test_vig_h")
+    weights = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    assert load_checkpoint(torch.compile(model), weights) == []
+    assert not any(value.any() for value in model.parameters())

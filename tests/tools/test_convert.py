@@ -40,6 +40,7 @@ def test_a_folder_gives_the_published_logits_and_says_whose_they_are(file, tmp_p
     assert call(file, "vig_t", out, "--licence-file", tmp_path / "licence.txt") == 0, capsys.readouterr().err
     assert sorted(each.name for each in out.iterdir()) == ["LICENSE", "README.md", "config.json", "model.safetensors"]
     assert [each.name for each in out.parent.iterdir()] == ["vig_t"]
+    assert len({(out / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
     meta, arrays = golden.load("vig_t")
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.inference_mode():

@@ -73,7 +73,8 @@ def test_gallery_has_the_size_of_the_picture_in_the_docs(tmp_path):
         (["hilbert", "--height", "0"], "height=0 .* at least 1"),
         ([], "give the names of orders"),
         (["raster", "--gallery"], "give the names of orders"),
-        (["raster", "--out", "picture.xyz"], "xyz"),
+        (["raster", "--out", "picture.xyz"], r"--out=picture.xyz does not end in \.png"),
+        (["raster", "--out", "picture"], r"--out=picture does not end in \.png"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(arguments, message, capsys, tmp_path, monkeypatch):

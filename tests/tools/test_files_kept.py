@@ -23,6 +23,12 @@ from visionmix.tools.arguments import check_out
 from visionmix.tools.rows import append_rows
 
 
+def test_files_of_weights_can_be_read_as_others(tmp_path):
+    checkpoint.save_weights(tmp_path / "m.safetensors", {"a": torch.zeros(2)}, {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_table_of_another_program_keeps_its_only_line(tmp_path):
     path = tmp_path / "notes.csv"
     path.write_text("precious single line of notes")

@@ -161,6 +161,23 @@ def test_resume_with_another_learning_rate_says_so_and_uses_it(finished, recipe_
     assert read(finished)["history"][-1]["lr"] == pytest.approx(1e-4)
 
 
+def test_resume_takes_options_of_the_optimiser_and_no_other_optimiser(finished, recipe_file, tree, capsys):
+    more = ("--resume", str(last_of(finished)), "--epochs", "4", "--set")
+    assert run(recipe_file, tree, finished, *more, "optimizer.kwargs={betas: [0.5, 0.6], eps: 0.01}") == 0
+    assert "changed: optimizer.kwargs" in capsys.readouterr().out
+    groups = read(finished)["optimizer"]["param_groups"]
+    assert {(*group["betas"], group["eps"]) for group in groups} == {(0.5, 0.6, 0.01)}
+    for name in ("sgd", "lion"):
+        assert run(recipe_file, tree, finished, "--resume", "--epochs", "5", "--set", f"optimizer.name={name}") == 2
+        assert f"optimizer.name={name!r} cannot go on from" in capsys.readouterr().err
+
+
+def test_the_output_is_no_file(recipe_file, tree, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("precious")
+    assert train.main([str(recipe_file), "--data", str(tree), "--output", str(tmp_path / "notes.txt")]) == 2
+    assert "notes.txt, which is a file; give another place" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(recipe_file, tree, tmp_path, monkeypatch, capsys):
     def spoil(self):
         next(self.model.parameters()).data.fill_(float("nan"))
@@ -201,6 +218,17 @@ def test_an_all_broken_training_set_is_an_error(recipe_file, tree, tmp_path, cut
         (("--img-size", "48"), ("does not take RGB images of image_size=48", "model.kwargs.img_size=48")),
         (("--set", "optimizer.name=adamww"), ("optimizer.name='adamww'",)),
         (("--set", "optimizer.kwargs.beta=3"), ("does not take kwargs", "beta")),
+        (("--set", "optimizer.kwargs.betas=[2, 3]"), ("does not take kwargs", "betas")),
+        (("--set", "optimizer.kwargs.momentum=0.5"), ("does not take kwargs", "momentum")),
+        (("--set", "optimizer.kwargs.layer_decay=7"), ("optimizer.kwargs.layer_decay=7 multiplies",)),
+        (
+            ("--set", "train.ema_warmup=true", "--set", "train.ema_decay=null"),
+            ("train.ema_warmup=True needs the moving average",),
+        ),
+        (("--set", "model.kwargs.num_classes=3"), ("model.kwargs.num_classes=3 is what the data decide",)),
+        (("--set", "schedule.name=multistep"), ("needs schedule.kwargs.decay_milestones",)),
+        (("--lr", "5", "--set", "optimizer.lr=1e-3"), ("--set optimizer.lr=1e-3", "gives optimizer.lr=5.0")),
+        (("--device", "meta"), ("--device 'meta' cannot be used",)),
         (("--batch-size", "64"), ("has 18 images", "lower data.batch_size")),
         (("--set", "optimizer.learning=3"), ("did you mean 'optimizer.",)),
         (("--device", "cuda:77"), ("--device 'cuda:77' cannot be used",)),

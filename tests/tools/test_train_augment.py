@@ -208,6 +208,8 @@ def test_a_cut_box_counts_by_its_area():
         ({"augment": {"scale": [1.0, 0.5]}}, r"augment.scale=\[1.0, 0.5\] .* the smaller first"),
         ({"augment": {"scale": [0.5, 2.0]}}, r"augment.scale=\[0.5, 2.0\] asks for crops larger than their image"),
         ({"augment": {"ratio": [0.0, 1.0]}}, r"augment.ratio=\[0.0, 1.0\] .* above 0"),
+        ({"augment": {"splits": 1}}, "augment.splits=1 do not fit"),
+        ({"data": {"mean": [123.0, 116.0, 103.0]}}, "of pixels from 0 to 1"),
         ({"data": {"mean": [0.5]}}, r"data.mean=\[0.5\] must be three numbers, finite"),
         ({"data": {"std": [0.0, 0.5, 0.5]}}, r"data.std=\[0.0, 0.5, 0.5\] must be three numbers, above 0"),
         ({"train": {"loss": "jsd"}}, "train.loss='jsd' and augment.splits=0 do not fit"),

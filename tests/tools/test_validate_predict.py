@@ -85,6 +85,8 @@ def test_predict(whole_run, tree, tmp_path, capsys):
         (["--batch-size", "0"], "batch_size=0 is too small; it must be at least 1"),
         ([], "either --checkpoint FILE or --pretrained"),
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt does not exist"),
+        (["--checkpoint", "/nowhere.pt", "--pretrained"], "give either --checkpoint FILE or --pretrained, not both"),
+        (["--model", "test_vig", "--pretrained", "--device", "meta"], "--device 'meta' cannot be used"),
         (["--model", "vig_zz", "--pretrained"], "is not known (did you mean 'vig_"),
     ],
 )
@@ -129,6 +131,27 @@ def test_predict_sees_a_16_bit_image_as_the_8_bit_one(whole_run, tmp_path, capsy
     Image.fromarray(np.float32([[0, 255]])).save(tmp_path / "float.tif")
     assert predict.main([str(tmp_path / "float.tif"), "--checkpoint", str(best_of(whole_run[0]))]) == 1
     assert "float.tif has mode 'F' and values from 0 to 255" in capsys.readouterr().err
+
+
+def test_predict_replaces_its_own_results_alone(whole_run, tree, tmp_path, capsys):
+    given = ["--checkpoint", str(best_of(whole_run[0])), "--output"]
+    notes, rows = tmp_path / "notes.csv", tmp_path / "rows.csv"
+    notes.write_text("precious,data\n1,2\n")
+    images = [str(file) for file in sorted((tree / "val").rglob("*.jpg"))]
+    assert predict.main([images[0], *given, str(notes)]) == 2
+    assert notes.read_text() == "precious,data\n1,2\n"
+    assert f"--output {notes} exists and holds no predictions" in capsys.readouterr().err
+    assert predict.main([*images[:2], *given, str(rows)]) == 0
+    assert predict.main([*images[1:], *given, str(rows)]) == 2
+    assert f"has rows of 1 other pictures, e.g. {images[0]}" in capsys.readouterr().err
+    assert len(guessed(rows)) == 2
+    assert predict.main([*images, *given, str(rows)]) == 0
+    assert len(guessed(rows)) == len(images)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(whole_run, tree, capsys):
+    assert predict.main([str(tree), "--checkpoint", str(whole_run[0])]) == 2
+    assert "is the folder of a run; give one of its checkpoints" in capsys.readouterr().err
 
 
 def test_predict_names_missing_images(whole_run, tmp_path, capsys):
