@@ -74,6 +74,23 @@ def is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+def plain(value: Any) -> Any:
+    """Return numbers of NumPy, and what configuration libraries have for lists and dicts, as Python's own."""
+    if type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if type(value) is tuple:
+        return tuple(map(plain, value))
+    if is_list(value) and not isinstance(value, tuple):
+        return [plain(each) for each in value]
+    return value
+
+
 def is_maker(value: object) -> bool:
     """Return whether `value` is a class or function that makes layers: anything to call but a layer itself."""
     return callable(value) and not isinstance(value, nn.Module)

@@ -102,6 +102,9 @@ def test_lists_of_a_configuration_library_serve():
     for indices in (OmegaConf.create([0, 2]), range(0, 4, 2)):
         assert len(model.forward_intermediates(images, indices, intermediates_only=True)) == 2
     assert len(timm.create_model("test_vig").get_intermediate_layers(images, np.int64(2))) == 2
+    assert visionmix.create_mixer("retention", 48, **OmegaConf.create({"decays": [5, 9]})).last_decay == 9
+    pooled = visionmix.create_mixer("aggregated", 48, pool_ratio=np.int64(2))
+    assert pooled(torch.zeros(1, 8, 8, 48)).shape == (1, 8, 8, 48)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionmix.registry import Registry, factory_kwargs, is_int, out_of_range
+from visionmix.registry import Registry, factory_kwargs, is_int, out_of_range, plain
 
 _MIXERS: Registry[nn.Module] = Registry("mixer", besides=("dim", "device", "dtype"))
 
@@ -39,6 +39,7 @@ def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
             found = None
             registered = _MIXERS.classes()
             if next(each for each in type(self).__mro__ if each in registered) is cls:  # parents get what it checked
+                args, kwargs = plain(args), plain(kwargs)
                 found = _check(name, cls, dict(zip(positional, args, strict=False)) | kwargs)
             try:
                 build(self, *args, **kwargs)
