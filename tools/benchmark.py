@@ -32,6 +32,7 @@ from visionmix.reduction.methods import method_class
 from visionmix.reduction.specs import read_spec
 from visionmix.tools import benchmark_data, display, info, timing
 from visionmix.tools.arguments import check_least, check_out
+from visionmix.tools.models import choose_device
 
 _CSV = Path("benchmarks/models.csv")
 _WARM = 5
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         check_least(1, **{"--img-size": args.img_size, "--batch": args.batch, "--threads": args.threads})
         check_least(0, **{"--turns": args.turns})
         check_out(args.csv, name="--csv")
+        choose_device(args.device)
         for spec in args.reduce:
             method_class(*read_spec(spec))
     except (TypeError, ValueError) as error:

@@ -22,6 +22,8 @@ from visionmix.tools import (
 from visionmix.tools.arguments import check_out
 from visionmix.tools.rows import append_rows
 
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
 
 def test_files_of_weights_can_be_read_as_others(tmp_path):
     checkpoint.save_weights(tmp_path / "m.safetensors", {"a": torch.zeros(2)}, {})
@@ -135,6 +137,7 @@ def test_info_counts_at_no_size_below_one(capsys):
         (("--reduce", "foo"), "unknown method='foo'"),
         (("--reduce", "tome:r=x"), "r=x is no number"),
         (("--csv", "."), "--csv=. is a folder"),
+        pytest.param(("--device", "cuda"), "--device 'cuda' cannot be used", marks=WITHOUT_GPU),
     ],
 )
 def test_benchmark_refuses_before_it_times(arguments, said, capsys, monkeypatch):
