@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         const="all",
         default="none",
         choices=("batch", "all"),
-        help="any batch, height and width, or any batch alone, which costs nothing",
+        help="any batch, height and width, or any batch alone, where scans keep their loops",
     )
     parse.add_argument("--half", action="store_true", help="float16 inside; the file takes and returns float32")
     parse.add_argument("--int8", action="store_true", help="onnx and openvino: quantize convolutions and linear layers")

@@ -1,4 +1,4 @@
-"""FMViT: blocks of convolutions and blocks that mix high and low frequencies, in turn, all re-parameterised.
+"""FMViT: blocks of convolutions alternating with blocks that mix high and low frequencies, all re-parameterisable.
 
 Source: FMViT (Tan et al. 2023, arXiv 2311.05707), whose repository, tany0699/FMViT, has neither code nor weights. The
 mixers are `visionmix.mixers.MultiGroupMixer` and `MultiFrequencyMixer`. From the paper: a stem of convolutions and four

@@ -1,4 +1,4 @@
-"""L2ViT: softmax attention in windows and linear attention over the whole map in turn, convolutions after the latter.
+"""L2ViT: softmax attention in windows, then linear attention over the whole map and convolutions, in turn.
 
 Source: The Linear Attention Resurrection in Vision Transformer (Zheng 2025, arXiv 2501.16182). The mixers are
 `visionmix.mixers.WindowAttention` without biases and `visionmix.mixers.LinearGlobalAttention`. A model built for images
