@@ -68,8 +68,8 @@ def read_recipe(model: str, name: str | None, overrides: dict, settings: list[st
     try:
         return recipe.read(packaged, overrides, settings), packaged
     except FileNotFoundError:
-        overrides.setdefault("data", {}).setdefault("image_size", size)
-        return recipe.override({}, "the default settings", overrides, settings), "the default settings"
+        own = {"data": {"image_size": size}}
+        return recipe.override(own, "the default settings", overrides, settings), "the default settings"
 
 
 @dataclass(frozen=True)

@@ -351,6 +351,8 @@ def test_a_model_brings_its_packaged_recipe():
     assert (found.model.kwargs, found.schedule.epochs) == ({"drop_path_rate": 0.5}, 30)
     found, source = plan.read_recipe("test_vig", None, {}, [])
     assert (source, found.schedule.epochs, found.data.image_size) == ("the default settings", 300, 96)
+    found, _ = plan.read_recipe("test_vmamba", None, {}, ["data.image_size=64"])
+    assert found.data.image_size == 64
     found, _ = plan.read_recipe("vig_t", "imagenet/vig_s.yaml", {}, ["optimizer.name=lamb"])
     assert (found.model.name, found.optimizer.weight_decay, found.optimizer.name) == ("vig_t", 0.1, "lamb")
 
@@ -432,6 +434,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(capsys,
         (["vig_t", "--launch", "-1"], r"launch=-1 is out of range; give 0 or more seconds"),
         (["vig_t", "--image-kb", "0"], r"image_kb=0 is not a size"),
         (["vig_t", "--images", "100"], r"images=100 are fewer than a step of batch=128 takes"),
+        (["vig_t", "--set", "model.name=vig_s"], r"the command line also gives model.name='vig_t'"),
+        (["vig_t", "--batch", "8", "--set", "data.batch_size=4"], r"the command line also gives data.batch_size=8"),
         (["vig_t", "--set", "optimizer.nam=sgd"], r"optimizer.nam='sgd' is not a key"),
     ],
 )  # fmt: skip

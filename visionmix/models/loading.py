@@ -118,6 +118,11 @@ def load_tensors(
             "build the model that the file is of, with its num_classes, in_chans and img_size free to differ"
         )
         raise ValueError(f"these weights are not {name}'s ({shown}). Nothing was loaded; {remedy}")
+    if any(value.is_meta for value in own.values()):
+        raise ValueError(
+            f"{name} lies on the device meta, which holds no numbers; create it with device='cpu', or call "
+            "model.to_empty(device='cpu') first"
+        )
     if reason:
         _logger.warning("%s: %s; the model's keeps its fresh weights", name, reason)
     # Not strict: a parameter that stays fresh may share storage with a loaded one.
@@ -131,11 +136,6 @@ def check_numbers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], name
     Raises:
         ValueError: there are others; the message lists them.
     """
-    if any(value.is_meta for value in own.values()):
-        raise ValueError(
-            f"{name} lies on the device meta, which holds no numbers; create it with device='cpu', or call "
-            "model.to_empty(device='cpu') first"
-        )
     problems = []
     for key in tensors.keys() & own.keys():
         tensor, mine = tensors[key], own[key]
