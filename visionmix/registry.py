@@ -121,11 +121,13 @@ def factory_kwargs(
     """Return where parameters lie and their type, as PyTorch's modules take them.
 
     Raises:
-        TypeError: `dtype` is no type of real numbers of PyTorch, or `device` neither a device nor a name.
+        TypeError: `dtype` is no type that layers compute in, or `device` neither a device nor a name.
         ValueError: no device is called `device`.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype!r} is no type of real numbers; give torch.float32, torch.bfloat16 or the like")
+    if dtype is not None and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"dtype={dtype!r} is no type that layers compute in; give torch.float32, bfloat16, float16 or float64"
+        )
     if device is not None:
         remedy = 'give "cpu", "cuda", "cuda:1" or the like, or a torch.device'
         try:

@@ -62,6 +62,7 @@ from visionmix.models import load_checkpoint
         ("test_hrvmamba", "device", 3.5, TypeError),
         ("test_vig_h", "dtype", "float32", TypeError),
         ("test_vig", "dtype", torch.int32, TypeError),
+        ("test_vig_h", "dtype", torch.float8_e4m3fn, TypeError),
         ("test_vig", "stride", 2.5, TypeError),
         ("test_vig", "head_layer", "token", ValueError),
         ("test_vig_h", "head_layer", "token", ValueError),
