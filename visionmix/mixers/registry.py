@@ -38,7 +38,8 @@ def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
         def checked(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             found = None
             registered = _MIXERS.classes()
-            if next(each for each in type(self).__mro__ if each in registered) is cls:  # parents get what it checked
+            outermost = next((each for each in type(self).__mro__ if each in registered), None)
+            if outermost is cls:  # its parents get what it has checked
                 args, kwargs = plain(args), plain(kwargs)
                 found = _check(name, cls, dict(zip(positional, args, strict=False)) | kwargs)
             try:
