@@ -2,6 +2,8 @@
 
 import torch
 
+from visionmix.graphs import may_keep
+
 
 def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the steps that K orders of a grid take over some of its cells, in every image others.
@@ -21,14 +23,14 @@ def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor
     Raises:
         TypeError: `inverses` or `kept` is no tensor of int64.
         ValueError: one has another number of axes, or `kept` names no cell of the grid, or one twice. Cells are looked
-            at on a CPU, outside graphs.
+            at on a CPU, outside graphs and transforms of torch.func.
     """
     for argument, value in (("inverses", inverses), ("kept", kept)):
         if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
             raise TypeError(f"{argument} is {getattr(value, 'dtype', type(value).__name__)}; give a tensor of int64")
         if value.ndim != 2:
             raise ValueError(f"{argument} has {value.ndim} axes; give (K, cells) and (batch, tokens)")
-    looked_at = kept.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    looked_at = may_keep(kept)  # an ordinary tensor on a CPU, outside graphs and transforms
     cells = inverses.shape[1]
     if looked_at and kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < cells):
         raise ValueError(

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 COSTS = ROOT / "benchmarks" / "costs.csv"
 MEASURED = ROOT / "benchmarks" / "models.csv"
+_NO_WEIGHTS = "no weights"
 _COST_COLUMNS = ("model", "params_m", "gmacs", "ops")
 
 
@@ -85,14 +86,13 @@ def family_text(module: str) -> str:
 
 def licence(name: str) -> str:
     """Return the licence of the weights of the model or tag called `name`, or "no weights" where none are known."""
-    return published(name).license if weights_of(name).address else "no weights"
+    return published(name).license if weights_of(name).address else _NO_WEIGHTS
 
 
 def licences(names: Sequence[str]) -> str:
     """Return the licences of the weights of the models called `names`, or "no weights" where none are known."""
-    tags = [tag for name in names for tag in tagged(name)]
-    found = {published(tag).license for tag in tags if weights_of(tag).address}
-    return ", ".join(sorted(found)) or "no weights"
+    found = {licence(tag) for name in names for tag in tagged(name)}
+    return ", ".join(sorted(found - {_NO_WEIGHTS})) or _NO_WEIGHTS
 
 
 def best_top1(names: Sequence[str]) -> float | None:

@@ -79,17 +79,17 @@ def load(trainer: "Trainer", content: dict[str, Any], source: str) -> None:
             f"whole steps of {trainer.images_a_step} images; go on with as many images a step as before, or from the "
             "end of an epoch"
         )
-    load_weights(trainer.model, content["model"], source)
-    if trainer.ema:
-        load_weights(trainer.ema.module, content["ema"] or content["model"], source)
-    if trainer.student.projection is not None:
-        load_weights(trainer.student.projection, content["projection"] or {}, source)
     wanted, before = trainer.recipe.optimizer, content["recipe"]["optimizer"]
     if wanted.name != before["name"]:
         raise ValueError(
             f"optimizer.name={wanted.name!r} cannot go on from {source}, which holds the state of {before['name']!r}; "
             "resume with that one"
         )
+    load_weights(trainer.model, content["model"], source)
+    if trainer.ema:
+        load_weights(trainer.ema.module, content["ema"] or content["model"], source)
+    if trainer.student.projection is not None:
+        load_weights(trainer.student.projection, content["projection"] or {}, source)
     # What the recipe says counts, of the options too that it had or has; what an optimiser counted is loaded.
     given = {"lr", "initial_lr", "lr_scale", "weight_decay", *wanted.kwargs, *(before.get("kwargs") or {})}
     fresh = [{key: group[key] for key in given & group.keys()} for group in trainer.optimizer.param_groups]
