@@ -2,8 +2,6 @@
 
 import torch
 
-from visionmix.graphs import may_keep
-
 
 def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the steps that K orders of a grid take over some of its cells, in every image others.
@@ -23,25 +21,31 @@ def kept_steps(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor
     Raises:
         TypeError: `inverses` or `kept` is no tensor of int64.
         ValueError: one has another number of axes, or `kept` names no cell of the grid, or one twice. Cells are looked
-            at on a CPU, outside graphs and transforms of torch.func.
+            at on a CPU, outside graphs.
     """
     for argument, value in (("inverses", inverses), ("kept", kept)):
         if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
             raise TypeError(f"{argument} is {getattr(value, 'dtype', type(value).__name__)}; give a tensor of int64")
         if value.ndim != 2:
             raise ValueError(f"{argument} has {value.ndim} axes; give (K, cells) and (batch, tokens)")
-    looked_at = may_keep(kept)  # an ordinary tensor on a CPU, outside graphs and transforms
+    looked_at = kept.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     cells = inverses.shape[1]
     if looked_at and kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < cells):
         raise ValueError(
             f"kept has cells from {int(kept.min())} to {int(kept.max())} and the grid {cells}; give cells from 0 to "
             f"{cells - 1}"
         )
+    steps, gaps = steps_of(inverses, kept)
+    if looked_at and (gaps < 0).any():
+        raise ValueError("kept has a cell twice; give each cell of an image once at most")
+    return steps, gaps
+
+
+def steps_of(inverses: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `kept_steps` does, of arguments that are known to be right."""
     steps = inverses[:, kept].transpose(0, 1)
     unread = torch.iinfo(steps.dtype).max
     steps, tokens = torch.where(steps < 0, unread, steps).sort(dim=2)
     read = steps < unread
-    if looked_at and (read[..., 1:] & (steps[..., 1:] == steps[..., :-1])).any():
-        raise ValueError("kept has a cell twice; give each cell of an image once at most")
     before = torch.cat([torch.full_like(steps[..., :1], -1), steps[..., :-1]], dim=2)
     return torch.where(read, tokens, -1), torch.where(read, steps - before - 1, 0)

@@ -45,8 +45,8 @@ def import_modules(package: str, path: Iterable[str]) -> None:
 def constructor_options(cls: type, besides: Iterable[str] = ("self",)) -> dict[str, inspect.Parameter]:
     """Return the named parameters of the constructor of `cls` but for `besides`, by name.
 
-    A constructor that ends in ``**options``, or in any such name but ``**dd``, passes them on to its parent class and has
-    the parameters of that as well.
+    A constructor that ends in ``**options``, or in any such name but ``**dd``, passes them on to its parent class and
+    has the parameters of that as well.
     """
     found: dict[str, inspect.Parameter] = {}
     for each in cls.__mro__:

@@ -15,7 +15,8 @@ from visionmix.kernels.selective_scan_2d import selective_scan_2d_op
 from visionmix.layers.conv import CausalConv
 from visionmix.layers.half_precision import at_least_float32, scan_dtype
 from visionmix.layers.order import scan_order
-from visionmix.scans import kept_steps, move_codes
+from visionmix.scans import move_codes
+from visionmix.scans.kept import steps_of
 from visionmix.scans.order_names import join_orders, split_orders
 
 _STEP_RANGE = (1e-3, 0.1)
@@ -194,7 +195,7 @@ class SelectiveScan2d(_ScanParameters):
         x = x.unsqueeze(1)
         steps, delta_weight, A, B, C, D, delta_bias = self._inputs(x)
         orders = [scan_order(name, grid[0], grid[1], x) for name in split_orders(self.orders)]
-        cells, gaps = kept_steps(torch.stack([inverse for _, inverse in orders]), kept)
+        cells, gaps = steps_of(torch.stack([inverse for _, inverse in orders]), kept)
         if self.moves:
             codes = torch.stack([_moves_to_cells(index, inverse, grid[1]) for index, inverse in orders])
             codes = codes[:, kept].transpose(0, 1)  # (batch, K, tokens)
