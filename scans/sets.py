@@ -100,9 +100,11 @@ def move_codes(index: torch.Tensor, width: int) -> torch.Tensor:
         TypeError: `index` is no tensor of int64, or `width` no int.
         ValueError: `width` is below 1.
     """
-    if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
-        raise TypeError(f"index is {getattr(index, 'dtype', type(index).__name__)}; give order(...).index, of int64")
-    check_sizes(width=width)
+    if not torch.jit.is_scripting():
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
+            kind = getattr(index, "dtype", type(index).__name__)
+            raise TypeError(f"index is {kind}; give order(...).index, of int64")
+        check_sizes(width=width)
     row, column = row_and_column(index, width)
     down, right = row.diff(), column.diff()
     # Rows differ by one or columns do, never both; the number of the move follows from its sign.

@@ -71,6 +71,12 @@ def test_scripted():
         torch.testing.assert_close(scripted(x), expected(x))
 
 
+def test_move_codes_scripted():
+    index = scans.order("snake", 5, 7).index
+    scripted = torch.jit.script(scans.move_codes)
+    assert torch.equal(scripted(index, 7), scans.move_codes(index, 7))
+
+
 def test_fx_traced():
     traced = torch.fx.symbolic_trace(Reorder())
     for height, width in SIZES:
