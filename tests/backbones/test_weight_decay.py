@@ -50,7 +50,7 @@ COPIES = {
 @pytest.mark.parametrize(
     ("name", "made"),
     [
-        pytest.param(name, made, marks=[] if made == "fresh" or name in CORE else pytest.mark.long)
+        pytest.param(name, made, marks=[] if made in ("fresh", "pickle") or name in CORE else pytest.mark.long)
         for name in TINY
         for made in COPIES
     ],

@@ -261,7 +261,7 @@ def _taken(x: Tensor, axis: int, places: Tensor) -> Tensor:
 
 def _layout(dim: int, depth: int, heads: int, window_size: int = 7, depths: Sequence[int] | None = None) -> Layout:
     depths = depths or (2, 2, depth, 2)
-    host = swin(dim, depths, heads, "SSSS", lambda stage: "softmax", lambda side: window_size)
+    host = swin(dim, depths, heads, "SSSS", lambda stage: "softmax", partial(_same_window, window_size=window_size))
     mixers, num_heads = list(host.options["mixer"]), host.options["num_heads"][2]
     mixers[2] = {"name": "window", "window_size": window_size}
     blocks = [_WindowBlock, partial(_Seed, window_size=window_size), _Gather, _Near, _Far, _Restore]
@@ -272,6 +272,11 @@ def _layout(dim: int, depth: int, heads: int, window_size: int = 7, depths: Sequ
         stage_layer=[Stage, Stage, _Stage, Stage],
         block_layer=[Block, Block, {"cycle": blocks}, Block],
     )
+
+
+def _same_window(side: int, window_size: int) -> int:
+    """Return the window for a first map of `side` cells: the same for all (a function, since models are pickled)."""
+    return window_size
 
 
 def _stem(in_chans: int, embed_dim: int, patch_size: int, **dd: Any) -> Stem:
