@@ -100,7 +100,7 @@ def move_codes(index: torch.Tensor, width: int) -> torch.Tensor:
         TypeError: `index` is no tensor of int64, or `width` no int.
         ValueError: `width` is below 1.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # TorchScript has checked the types, and cannot compile these lines
         if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
             kind = getattr(index, "dtype", type(index).__name__)
             raise TypeError(f"index is {kind}; give order(...).index, of int64")
