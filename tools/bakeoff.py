@@ -36,6 +36,7 @@ from visionmix.tools import (
     shown,
     timing,
 )
+from visionmix.tools.arguments import check_least, check_out
 from visionmix.tools.checkpoint import write_aside
 
 _AGREE = 0.03
@@ -215,6 +216,8 @@ def run(args: argparse.Namespace) -> None:
         RuntimeError: a training failed, or the machine is too busy to measure.
     """
     made = recipe.read(args.recipe, {}, args.set)
+    check_least(1, nproc_per_node=args.nproc_per_node)
+    check_out(args.output / "results.csv", name="--output")
     unknown = sorted(set(args.mixers) - set(list_mixers()))
     if unknown:
         raise ValueError(f"--mixers {unknown[0]} is not a mixer; the mixers are {list_mixers()}")

@@ -12,13 +12,13 @@ import statistics
 import sys
 import time
 
-import timm
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
 from visionmix import adaptive
-from visionmix.tools import display, timing
+from visionmix.tools import display, models, timing
+from visionmix.tools.arguments import check_least
 
 _WARM = 2
 LAYERS = {"feed-forwards": ["*blocks.*.mlp"], "all": list(adaptive.conversion.LAYERS)}
@@ -76,15 +76,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    try:
+        check_least(1, batch=args.batch, threads=args.threads, rounds=args.rounds)
+        if not 0 < args.share <= 1:
+            raise ValueError(f"--share={args.share} is no share of the learners; give a number above 0, up to 1")
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        model = models.create_model(args.model).eval()
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):  # so that tokens differ from one another in every block
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        images = torch.randn(args.batch, *model.pretrained_cfg["input_size"])
+        made = {"plain": model} | {name: make(model, layers, args.share, images) for name, layers in LAYERS.items()}
+    except ValueError as error:
+        parser.error(str(error))
     console = display.table_console()
-    model = timm.create_model(args.model).eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):  # so that tokens differ from one another in every block
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    images = torch.randn(args.batch, *model.pretrained_cfg["input_size"])
-    made = {"plain": model} | {name: make(model, layers, args.share, images) for name, layers in LAYERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     try:
         timing.wait_until_quiet()

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 
 from visionmix import kernels
 from visionmix.tools import display, peers, timing
+from visionmix.tools.arguments import check_least, check_out
 
 _CSV = Path("benchmarks/kernels.csv")
+_PEERS = ("token_loop", "mambapy", "mamba_ssm", "index_select", "flex_attention", "gather", "chunked")
 
 
 @dataclass(frozen=True)
@@ -275,11 +277,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out")
+    parser.add_argument("--skip", nargs="*", default=[], choices=_PEERS, help="peers to leave out")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--csv", type=Path, default=_CSV, help="file the rows are appended to")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    try:
+        check_least(1, threads=args.threads, batch=args.batch)
+        check_out(args.csv, name="--csv")
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     setting = Setting(args.device, getattr(torch, args.dtype), args.batch)
     if args.child:

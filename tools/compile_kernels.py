@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from visionmix.kernels.gpu import Launch, Target, plan
+from visionmix.tools.arguments import check_out
 from visionmix.tools.kernel_problems import PROBLEMS, Problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -297,10 +298,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError at a problem that no op has, and at a file that cannot be written."""
+    names = [problem.name for op in arguments.op for problem in PROBLEMS[op]]
+    for name in arguments.problem or ():
+        if name not in names:
+            raise ValueError(f"--problem {name!r} is none of {', '.join(arguments.op)}; give one of {names}")
+    for option in ("json", "csv", "markdown"):
+        if path := getattr(arguments, option):
+            check_out(path, name=f"--{option}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile what the arguments ask for; return 1 if a kernel spills or exceeds its shared memory."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    try:
+        _check(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.count or arguments.write_counts:
         from visionmix.tools import kernel_counts  # which imports this module
 
@@ -321,6 +337,8 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     rows = [asdict(report) for report in found]
+    for path in filter(None, (arguments.json, arguments.csv, arguments.markdown)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.csv:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from visionmix.tools import openmmlab
+from visionmix.tools.arguments import check_least, check_out
 from visionmix.tools.pictures import INK, TEST, TRAIN, new_figure, save
 
 SCORE = 0.4  # the least that a box must have to be drawn
@@ -90,6 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--title", default="", help="title of the picture")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     args = parser.parse_args(argv)
+    try:
+        check_least(1, count=args.count)
+        check_out(args.out)
+    except ValueError as error:
+        parser.error(str(error))
     if not openmmlab.installed():
         print(f"draw_predictions: {openmmlab.INSTALL}", file=sys.stderr)
         return 2

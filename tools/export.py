@@ -33,6 +33,7 @@ from visionmix.tools.export_runs import open_file
 from visionmix.tools.items import find_items
 
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+_CALIBRATE_MOST, _IMAGES_MOST = 128, 256  # pictures taken of a folder
 _SMALL = "pictures in half precision and int8 may be classified otherwise; give --images FOLDER to see how many"
 
 
@@ -62,9 +63,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--half", action="store_true", help="float16 inside; the file takes and returns float32")
     parse.add_argument("--int8", action="store_true", help="onnx and openvino: quantize convolutions and linear layers")
     parse.add_argument("--calibrate", type=Path, metavar="FOLDER", help="pictures that give --int8 its scales")
-    parse.add_argument("--calibrate-most", type=int, default=128, metavar="N", help="of them (default: %(default)s)")
+    parse.add_argument("--calibrate-most", type=int, metavar="N", help=f"of them (default: {_CALIBRATE_MOST})")
     parse.add_argument("--images", type=Path, metavar="FOLDER", help="pictures on which the likeliest class must agree")
-    parse.add_argument("--images-most", type=int, default=256, metavar="N", help="of them (default: %(default)s)")
+    parse.add_argument("--images-most", type=int, metavar="N", help=f"of them (default: {_IMAGES_MOST})")
     parse.add_argument("--aot", action="store_true", help="pt2: machine code by AOTInductor, which needs no Python")
     parse.add_argument(
         "--fused",
@@ -100,6 +101,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--aot needs no Python and the fused ops are called from it; leave --fused out")
     if args.int8 != bool(args.calibrate):
         raise ValueError("--int8 and --calibrate FOLDER need each other: the folder's pictures give the scales")
+    for name in ("calibrate", "images"):
+        if (most := getattr(args, f"{name}_most")) and not getattr(args, name):
+            raise ValueError(f"--{name}-most={most} counts the pictures of --{name} FOLDER; give that too")
     if args.int8 and args.half:
         raise ValueError("--int8 and --half exclude each other; give one")
     if args.dynamic != "none" and args.batch != 1:
@@ -170,7 +174,8 @@ def write(args: argparse.Namespace, trained: models.Trained, size: tuple[int, in
             steps[-1] = aside
         export_files.to_onnx(module, example, steps[0], dynamic=axes, opset=args.opset, metadata=metadata)
         if args.int8:
-            images = export_int8.read_images(args.calibrate, trained.input, size, args.calibrate_most)
+            most = args.calibrate_most or _CALIBRATE_MOST
+            images = export_int8.read_images(args.calibrate, trained.input, size, most)
             export_int8.quantize(*steps, images, batch=args.batch)
         if args.format == "openvino":
             export_files.to_openvino(steps[-1], aside, half=args.half, metadata=metadata)
@@ -197,7 +202,7 @@ def check(args: argparse.Namespace, trained: models.Trained, original: nn.Module
         if not exact:
             print(_SMALL)
         return
-    images = export_int8.read_images(folder, trained.input, size, args.images_most)
+    images = export_int8.read_images(folder, trained.input, size, args.images_most or _IMAGES_MOST)
     agreed, count = export_checks.agreement(run, original, images, args.batch)
     if count == 0:
         raise ValueError(f"{folder} has {len(images)} pictures to compare, fewer than --batch={args.batch}; give more")

@@ -26,7 +26,7 @@ from visionmix.reduction import apply, list_methods
 from visionmix.reduction.sharing import Reduced
 from visionmix.registry import nearest
 from visionmix.tools import data, models, pictures, timing, validate
-from visionmix.tools.arguments import check_least
+from visionmix.tools.arguments import check_least, check_out
 from visionmix.tools.class_map import find_outputs
 from visionmix.tools.evaluation import evaluate
 from visionmix.tools.rows import append_rows, has_row, read_rows
@@ -224,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_least(1, batch_size=args.batch_size, img_size=args.img_size, threads=args.threads)
         check_least(0, workers=args.workers)
+        check_out(args.csv, name="--csv")
+        check_out(args.out)
         if args.threads:
             torch.set_num_threads(args.threads)
         curve = Curve(args)

@@ -222,11 +222,7 @@ def box_query_gradients_kernel(
     p_k, o_k = _head(p_k, s_k, i_h // group, j, r, window)
     p_v, o_v = _head(p_v, s_v, i_h // group, j, r, window)
     o_i = offsets(i, r, (N1 * N2 * heads, N2 * heads, heads), window, tl.int32) + i_h
-    # Sums of ds and three parts of each operand leave no registers for the table from image to image.
-    RELOAD: tl.constexpr = channels.PRECISION == "tf32x3" or p_dtable is not None
     # (queries, keys)
-    if not RELOAD:
-        b_table = tl.load(p_table + o_t)
     b_dtable = tl.zeros(o_t.shape, tl.float32)
     for step in range(tl.minimum(images, batch - tl.program_id(2) * images)):
         i_b = (tl.program_id(2) * images).to(tl.int64) + step
@@ -243,8 +239,8 @@ def box_query_gradients_kernel(
         # (queries, BK) and (keys, BK)
         b_q = load_channels(p_q + i_b * s_q.batch, o_q, m_i, s_q.dim, channels.DK, channels.BK)
         b_k = load_channels(p_k + i_b * s_k.batch, o_k, m_j, s_k.dim, channels.DK, channels.BK)
-        if RELOAD:
-            b_table = tl.load(p_table + o_t)
+        # Held from image to image it would take a quarter of the registers, and spill.
+        b_table = tl.load(p_table + o_t)
         b_s = dot(b_q, tl.trans(b_k), channels) * (scale * LOG2_E) + b_table
         _, b_ds = _row_gradients(b_s, b_lse[:, None], b_from_value, b_delta[:, None])
         if p_dtable is not None:

@@ -10,13 +10,19 @@ import torch
 from PIL import Image
 
 from visionmix.tools import (
+    bakeoff,
     benchmark,
+    benchmark_adaptive,
     benchmark_exports,
+    benchmark_kernels,
     checkpoint,
+    compile_kernels,
+    draw_predictions,
     draw_receptive_field,
     export,
     export_files,
     info,
+    reduce_curve,
     timing,
 )
 from visionmix.tools.arguments import check_out
@@ -113,6 +119,13 @@ def test_counts_of_an_export_are_named(option, value, tmp_path):
         export.check_arguments(argparse.Namespace(**{**vars(given), option: value}))
 
 
+@pytest.mark.parametrize("folder", ["calibrate", "images"])
+def test_a_number_of_pictures_needs_its_folder(folder):
+    arguments = ["vig_t", "--random-weights", "--format", "onnx", "--out", "m.onnx", f"--{folder}-most", "5"]
+    with pytest.raises(ValueError, match=f"--{folder}-most=5 .* --{folder} FOLDER"):
+        export.check_arguments(export.parser().parse_args(arguments))
+
+
 def test_fewer_pictures_than_a_batch_are_refused_before_the_model_is_loaded(tmp_path, capsys):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
@@ -144,4 +157,35 @@ def test_benchmark_refuses_before_it_times(arguments, said, capsys, monkeypatch)
     monkeypatch.setattr(benchmark, "build", None)
     with pytest.raises(SystemExit):
         benchmark.main(["test_vig", *arguments])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "said"),
+    [
+        (bakeoff, "demo/bakeoff.yaml --data . --nproc-per-node 0", "nproc_per_node=0"),
+        (bakeoff, "demo/bakeoff.yaml --data . --output pyproject.toml", "lies below"),
+        (benchmark_adaptive, "test_vig --batch 0", "batch=0"),
+        (benchmark_adaptive, "test_vig --share 2", "--share=2.0"),
+        (benchmark_adaptive, "no_such_model", "model='no_such_model' is not known"),
+        (benchmark_adaptive, "test_vmamba", "finds no layer"),
+        (benchmark_kernels, "--threads 0", "threads=0"),
+        (benchmark_kernels, "--batch 0", "batch=0"),
+        (benchmark_kernels, "--skip nobody", "'nobody'"),
+        (benchmark_kernels, "--csv .", "--csv=. is a folder"),
+        (compile_kernels, "--op selective_scan --problem nothing", "--problem 'nothing' is none of selective_scan"),
+        (compile_kernels, "--json .", "--json=. is a folder"),
+        (compile_kernels, "--markdown pyproject.toml/a.md", "lies below"),
+        (draw_predictions, "c.py x.pth --out a.png --count 0", "count=0"),
+        (draw_predictions, "c.py x.pth --out .", "--out=. is a folder"),
+        (reduce_curve, "test_vig --pretrained --data . --csv .", "--csv=. is a folder"),
+        (reduce_curve, "test_vig --pretrained --data . --out .", "--out=. is a folder"),
+    ],
+)
+def test_tools_refuse_before_they_work(tool, arguments, said, capsys):
+    try:
+        status = tool.main(arguments.split())
+    except SystemExit as error:
+        status = error.code
+    assert status
     assert said in capsys.readouterr().err
