@@ -189,3 +189,9 @@ def test_tools_refuse_before_they_work(tool, arguments, said, capsys):
         status = error.code
     assert status
     assert said in capsys.readouterr().err
+
+
+def test_every_peer_of_an_op_can_be_skipped():
+    setting = benchmark_kernels.Setting("cpu", torch.float32, 1)
+    peers = {peer for make in benchmark_kernels.cases(setting).values() for peer in make().peers}
+    assert peers == set(benchmark_kernels._PEERS) - {"mamba_ssm"}  # which is timed on a GPU alone
