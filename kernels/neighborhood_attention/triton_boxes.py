@@ -33,8 +33,8 @@ _ROWS = 16
 _MOST_CHANNELS = {"tf32x3": 32, "ieee": 64, "tf32": 64}
 # Bytes of a box's tokens that are copied to shared memory while a program works on the image before.
 _MOST_AHEAD = 32 << 10
-# A program goes over up to so many images, since its places and, where registers hold it, its table are found once; where
-# that leaves so many programs.
+# A program goes over up to so many images, where that leaves so many programs: its places are found once, and its table
+# is loaded once if the registers hold it.
 _IMAGES, _PROGRAMS = 8, 4096
 # Programs along the last axis of a grid at most.
 _MOST_GROUPS = (1 << 16) - 1
